@@ -1,0 +1,93 @@
+# KVortex: one word per job. Every target makes its own virtual environment and installs what it needs first.
+#
+#   PYTHON=python3.12   the interpreter to use                    (python3)
+#   VENV=none           use PYTHON as it is and install nothing   (.venv)
+#   TESTS="a b"         what `test` and `soak` run                (tests)
+#   MUTANTS=a,b         which mutants `test-mutants` runs         (all)
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+PYTEST_ARGS ?=
+MUTANTS ?=
+
+export PYTHONPATH := $(CURDIR)
+
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+READY :=
+else
+PY := $(VENV)/bin/python
+READY := $(VENV)/.kvortex-ready
+endif
+
+# `make debug test` builds and tests without optimisation and with assertions; the next plain `make` builds anew.
+ifneq (,$(filter debug,$(MAKECMDGOALS)))
+export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test test-gpu test-mutants soak bench bench-gpu lint sanitize coverage annotate clean debug
+.NOTPARALLEL:
+
+help:  ## this list
+	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
+
+# What setup.py imports must be there before it runs; the rest is read from pyproject.toml.
+$(VENV)/.kvortex-ready: pyproject.toml
+	@.ci/system-packages $(PYTHON)
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing what KVortex needs into $(VENV)"
+	@$(VENV)/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); q = p["project"]; \
+	    extras = q["optional-dependencies"]; \
+	    print(*p["build-system"]["requires"], *q["dependencies"], *extras["test"], *extras["lint"], sep="\n")' \
+	    | $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r /dev/stdin
+	@touch $@
+
+build: $(READY)  ## compile in place
+	$(PY) setup.py -q build_ext --inplace
+
+debug: build  ## compile without optimisation, with assertions; `make debug test` tests that build
+
+demo: build  ## replay the bundled trace, every loaded block compared; writes demo.json and demo.png
+	$(PY) -m kvortex replay --json demo.json --plot demo.png
+
+test: build  ## the tests, without a GPU, in a few minutes
+	$(PY) -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-gpu: build  ## the same behaviours on an NVIDIA GPU; fails where there is none
+	KVORTEX_TEST_DEVICE=cuda $(PY) -m pytest $(TESTS) --ignore=tests/meta $(PYTEST_ARGS)
+
+test-mutants: build  ## take out one protection at a time; the tests it names must turn red
+	$(PY) tests/mutants/run.py $(if $(MUTANTS),--only $(MUTANTS))
+
+soak: build  ## the tests at full counts (hours)
+	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)
+
+bench: build  ## one benchmark a part, on the host device
+	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+bench-gpu: build  ## the same on an NVIDIA GPU
+	KVORTEX_TEST_DEVICE=cuda $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+
+lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/cython-lint kvortex
+	PY=$(PY) .ci/c-warnings
+
+sanitize: $(READY)  ## ASan and UBSan on the compiled core, TSan on the C parts, in build/sanitize
+	PY=$(abspath $(PY)) .ci/sanitize
+
+coverage: $(READY)  ## line coverage of Python and Cython, in build/coverage
+	PY=$(abspath $(PY)) .ci/coverage
+
+annotate: $(READY)  ## HTML of where Cython talks to Python, in build/annotate
+	KVORTEX_ANNOTATE=1 $(PY) setup.py -q --name >/dev/null
+	@find build/annotate -name '*.html'
+
+clean:  ## remove everything built; the virtual environment stays
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .coverage* demo.json demo.png
+	find kvortex tests bench .ci -name __pycache__ -prune -exec rm -rf {} +
+	find kvortex \( -name '*.so' -o -name '*.html' -o -name '_*.c' \) -delete

@@ -1,0 +1,178 @@
+/* driver.h: the CUDA driver entry points KVortex uses, as a table of function pointers.
+ *
+ * Two fillers exist: the cuda loader asks cuGetProcAddress for each row at the version named here (legacy-stream
+ * variants), and the host driver (kvortex/driver/host_driver.c) implements the same rows over host memory.
+ * Everything above calls through the table and never holds the GIL while it does.
+ *
+ * Invariants
+ *   - A row is declared once, below, with the CUDA version whose signature it has. Asking the driver for exactly that
+ *     version is what lets one binary serve CUDA 12.8 and 13: cuMemcpyBatchAsync changed its signature in 13, and a
+ *     13 driver still hands out the 12.8 one when asked for 12080.
+ *   - No row is NULL after loading: a driver without one of them is too old and is refused as a whole.
+ *   - Types are ours, so no CUDA header is needed to build; tests compare them with a real cuda.h.
+ *
+ * Costs: one indirect call more than linking libcuda (about 1 ns).
+ */
+#ifndef KVORTEX_DRIVER_H
+#define KVORTEX_DRIVER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef int kv_result;                /* CUresult */
+typedef unsigned long long kv_devptr; /* CUdeviceptr */
+
+/* The driver version below which loading is refused: the first with cuMemcpyBatchAsync. */
+#define KV_DRIVER_MIN_VERSION 12080
+
+enum { /* CUresult, the ones KVortex tells apart or the host driver answers */
+    KV_CUDA_SUCCESS = 0,
+    KV_CUDA_INVALID_VALUE = 1,
+    KV_CUDA_OUT_OF_MEMORY = 2,
+    KV_CUDA_NOT_INITIALIZED = 3,
+    KV_CUDA_DEINITIALIZED = 4,
+    KV_CUDA_NO_DEVICE = 100,
+    KV_CUDA_INVALID_DEVICE = 101,
+    KV_CUDA_INVALID_CONTEXT = 201,
+    KV_CUDA_ECC_UNCORRECTABLE = 214,
+    KV_CUDA_INVALID_HANDLE = 400,
+    KV_CUDA_NOT_FOUND = 500,
+    KV_CUDA_NOT_READY = 600,
+    KV_CUDA_ILLEGAL_ADDRESS = 700,
+    KV_CUDA_HOST_MEMORY_ALREADY_REGISTERED = 712,
+    KV_CUDA_HOST_MEMORY_NOT_REGISTERED = 713,
+    KV_CUDA_LAUNCH_FAILED = 719,
+    KV_CUDA_NOT_PERMITTED = 800,
+    KV_CUDA_NOT_SUPPORTED = 801,
+    KV_CUDA_STREAM_CAPTURE_UNSUPPORTED = 900,
+    KV_CUDA_STREAM_CAPTURE_INVALIDATED = 901,
+    KV_CUDA_STREAM_CAPTURE_ISOLATION = 905,
+    KV_CUDA_STREAM_CAPTURE_IMPLICIT = 906,
+    KV_CUDA_CAPTURED_EVENT = 907,
+    KV_CUDA_UNKNOWN = 999
+};
+
+enum { KV_STREAM_NON_BLOCKING = 1 };         /* CU_STREAM_NON_BLOCKING */
+enum { KV_EVENT_DISABLE_TIMING = 2 };        /* CU_EVENT_DISABLE_TIMING */
+enum { KV_HOST_ALLOC_PORTABLE = 1 };         /* CU_MEMHOSTALLOC_PORTABLE */
+enum { KV_HOST_REGISTER_PORTABLE = 1 };      /* CU_MEMHOSTREGISTER_PORTABLE */
+enum { KV_MEMORY_TYPE_HOST = 1, KV_MEMORY_TYPE_DEVICE = 2, KV_MEMORY_TYPE_ARRAY = 3, KV_MEMORY_TYPE_UNIFIED = 4 };
+enum { KV_CAPTURE_MODE_GLOBAL = 0, KV_CAPTURE_MODE_THREAD_LOCAL = 1, KV_CAPTURE_MODE_RELAXED = 2 };
+enum { KV_CAPTURE_STATUS_NONE = 0, KV_CAPTURE_STATUS_ACTIVE = 1, KV_CAPTURE_STATUS_INVALIDATED = 2 };
+enum { KV_SRC_ACCESS_ORDER_STREAM = 1 };     /* never ANY: it may read before the caller's work is done */
+enum {                                       /* CUpointer_attribute */
+    KV_POINTER_MEMORY_TYPE = 2,              /* unsigned int */
+    KV_POINTER_DEVICE_ORDINAL = 9,           /* int */
+    KV_POINTER_RANGE_START_ADDR = 11,        /* kv_devptr */
+    KV_POINTER_RANGE_SIZE = 12               /* size_t */
+};
+enum { KV_DEVICE_ATTRIBUTE_MAX_PITCH = 11 };
+
+typedef struct kv_memcpy_2d { /* CUDA_MEMCPY2D */
+    size_t source_x_bytes, source_y;
+    unsigned int source_memory_type;
+    const void *source_host;
+    kv_devptr source_device;
+    void *source_array;
+    size_t source_pitch;
+    size_t target_x_bytes, target_y;
+    unsigned int target_memory_type;
+    void *target_host;
+    kv_devptr target_device;
+    void *target_array;
+    size_t target_pitch;
+    size_t width_bytes, height;
+} kv_memcpy_2d;
+
+typedef struct kv_mem_location { /* CUmemLocation */
+    int type, id;
+} kv_mem_location;
+
+typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
+    int source_access_order;
+    kv_mem_location source_hint, target_hint;
+    unsigned int flags;
+} kv_memcpy_attributes;
+
+/* X(field, symbol, version, parameters) */
+#define KV_DRIVER_ROWS(X) \
+    X(init, cuInit, 2000, (unsigned int flags)) \
+    X(driver_get_version, cuDriverGetVersion, 2020, (int *version)) \
+    X(get_error_name, cuGetErrorName, 6000, (kv_result error, const char **name)) \
+    X(get_error_string, cuGetErrorString, 6000, (kv_result error, const char **text)) \
+    X(device_get_count, cuDeviceGetCount, 2000, (int *count)) \
+    X(device_get, cuDeviceGet, 2000, (int *device, int ordinal)) \
+    X(device_get_name, cuDeviceGetName, 2000, (char *name, int name_bytes, int device)) \
+    X(device_get_attribute, cuDeviceGetAttribute, 2000, (int *value, int attribute, int device)) \
+    X(device_primary_ctx_retain, cuDevicePrimaryCtxRetain, 7000, (void **context, int device)) \
+    X(device_primary_ctx_release, cuDevicePrimaryCtxRelease, 11000, (int device)) \
+    X(ctx_push_current, cuCtxPushCurrent, 4000, (void *context)) \
+    X(ctx_pop_current, cuCtxPopCurrent, 4000, (void **context)) \
+    X(ctx_get_current, cuCtxGetCurrent, 4000, (void **context)) \
+    X(ctx_set_current, cuCtxSetCurrent, 4000, (void *context)) \
+    X(ctx_get_device, cuCtxGetDevice, 2000, (int *device)) \
+    X(thread_exchange_stream_capture_mode, cuThreadExchangeStreamCaptureMode, 10010, (int *mode)) \
+    X(stream_create, cuStreamCreate, 2000, (void **stream, unsigned int flags)) \
+    X(stream_destroy, cuStreamDestroy, 4000, (void *stream)) \
+    X(stream_query, cuStreamQuery, 2000, (void *stream)) \
+    X(stream_synchronize, cuStreamSynchronize, 2000, (void *stream)) \
+    X(stream_wait_event, cuStreamWaitEvent, 3020, (void *stream, void *event, unsigned int flags)) \
+    X(stream_is_capturing, cuStreamIsCapturing, 10000, (void *stream, int *status)) \
+    X(stream_get_ctx, cuStreamGetCtx, 9020, (void *stream, void **context)) \
+    X(event_create, cuEventCreate, 2000, (void **event, unsigned int flags)) \
+    X(event_destroy, cuEventDestroy, 4000, (void *event)) \
+    X(event_record, cuEventRecord, 2000, (void *event, void *stream)) \
+    X(event_query, cuEventQuery, 2000, (void *event)) \
+    X(event_synchronize, cuEventSynchronize, 2000, (void *event)) \
+    X(mem_get_info, cuMemGetInfo, 3020, (size_t *free_bytes, size_t *total_bytes)) \
+    X(mem_alloc, cuMemAlloc, 3020, (kv_devptr *address, size_t bytes)) \
+    X(mem_free, cuMemFree, 3020, (kv_devptr address)) \
+    X(mem_host_alloc, cuMemHostAlloc, 2020, (void **address, size_t bytes, unsigned int flags)) \
+    X(mem_free_host, cuMemFreeHost, 2000, (void *address)) \
+    X(mem_host_register, cuMemHostRegister, 6050, (void *address, size_t bytes, unsigned int flags)) \
+    X(mem_host_unregister, cuMemHostUnregister, 4000, (void *address)) \
+    X(pointer_get_attribute, cuPointerGetAttribute, 4000, (void *value, int attribute, kv_devptr address)) \
+    X(memcpy_dtoh_async, cuMemcpyDtoHAsync, 3020, (void *target, kv_devptr source, size_t bytes, void *stream)) \
+    X(memcpy_htod_async, cuMemcpyHtoDAsync, 3020, (kv_devptr target, const void *source, size_t bytes, void *stream)) \
+    X(memcpy_dtod_async, cuMemcpyDtoDAsync, 3020, (kv_devptr target, kv_devptr source, size_t bytes, void *stream)) \
+    X(memcpy_2d_async, cuMemcpy2DAsync, 3020, (const kv_memcpy_2d *copy, void *stream)) \
+    X(memcpy_batch_async, cuMemcpyBatchAsync, 12080, \
+      (kv_devptr *targets, kv_devptr *sources, size_t *sizes, size_t count, kv_memcpy_attributes *attributes, \
+       size_t *attribute_indices, size_t num_attributes, size_t *fail_index, void *stream)) \
+    X(memset_d8_async, cuMemsetD8Async, 3020, (kv_devptr target, unsigned char value, size_t bytes, void *stream))
+
+typedef struct kv_driver {
+#define KV_DRIVER_FIELD(field, symbol, version, parameters) kv_result(*field) parameters;
+    KV_DRIVER_ROWS(KV_DRIVER_FIELD)
+#undef KV_DRIVER_FIELD
+} kv_driver;
+
+/* One row as the loader and the tests see it. */
+typedef struct kv_driver_row {
+    const char *field, *symbol;
+    int version;
+    size_t offset; /* of the function pointer inside kv_driver */
+    const char *parameters;
+} kv_driver_row;
+
+#define KV_DRIVER_ROW_INFO(field, symbol, version, parameters) \
+    {#field, #symbol, version, offsetof(kv_driver, field), #parameters},
+static const kv_driver_row kv_driver_rows[] = {KV_DRIVER_ROWS(KV_DRIVER_ROW_INFO)};
+#undef KV_DRIVER_ROW_INFO
+enum { KV_DRIVER_NUM_ROWS = sizeof(kv_driver_rows) / sizeof(kv_driver_rows[0]) };
+
+/* True for errors after which the context is lost and every later call fails too (the driver calls them sticky). */
+static inline int kv_result_is_sticky(kv_result code)
+{
+    switch (code) {
+    case KV_CUDA_DEINITIALIZED:
+    case KV_CUDA_ECC_UNCORRECTABLE:
+    case KV_CUDA_INVALID_CONTEXT:
+        return 1;
+    default: /* 700-720 are faults of work on the device, except the answers about host memory (711-713) and peers */
+        return code == KV_CUDA_ILLEGAL_ADDRESS || code == 702 || code == 709 || (code >= 714 && code <= 719) ||
+               code == KV_CUDA_UNKNOWN;
+    }
+}
+
+#endif

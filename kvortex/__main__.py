@@ -1,0 +1,5 @@
+import sys
+
+from kvortex.cli import main
+
+sys.exit(main())

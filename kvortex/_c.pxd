@@ -1,0 +1,242 @@
+"""The C core as Cython sees it: one `cdef extern` section per header of include/kvortex, nothing else."""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+
+cdef extern from "kvortex/driver.h" nogil:
+    ctypedef unsigned long long kv_devptr
+    const int KV_DRIVER_MIN_VERSION, KV_DRIVER_NUM_ROWS
+    const int KV_CUDA_SUCCESS, KV_CUDA_INVALID_VALUE, KV_CUDA_OUT_OF_MEMORY, KV_CUDA_NOT_INITIALIZED
+    const int KV_CUDA_DEINITIALIZED, KV_CUDA_NO_DEVICE, KV_CUDA_INVALID_DEVICE, KV_CUDA_INVALID_CONTEXT
+    const int KV_CUDA_INVALID_HANDLE, KV_CUDA_NOT_READY, KV_CUDA_ILLEGAL_ADDRESS, KV_CUDA_NOT_SUPPORTED
+    const int KV_CUDA_STREAM_CAPTURE_UNSUPPORTED, KV_CUDA_STREAM_CAPTURE_IMPLICIT
+    const int KV_STREAM_NON_BLOCKING, KV_EVENT_DISABLE_TIMING, KV_HOST_ALLOC_PORTABLE, KV_HOST_REGISTER_PORTABLE
+    const int KV_MEMORY_TYPE_HOST, KV_MEMORY_TYPE_DEVICE
+    const int KV_CAPTURE_MODE_RELAXED, KV_CAPTURE_STATUS_NONE
+    const int KV_SRC_ACCESS_ORDER_STREAM
+    const int KV_POINTER_MEMORY_TYPE, KV_POINTER_DEVICE_ORDINAL, KV_POINTER_RANGE_START_ADDR, KV_POINTER_RANGE_SIZE
+    const int KV_DEVICE_ATTRIBUTE_MAX_PITCH
+
+    ctypedef struct kv_memcpy_2d:
+        size_t source_x_bytes, source_y
+        unsigned int source_memory_type
+        const void *source_host
+        kv_devptr source_device
+        void *source_array
+        size_t source_pitch
+        size_t target_x_bytes, target_y
+        unsigned int target_memory_type
+        void *target_host
+        kv_devptr target_device
+        void *target_array
+        size_t target_pitch
+        size_t width_bytes, height
+
+    ctypedef struct kv_mem_location:
+        int type, id
+
+    ctypedef struct kv_memcpy_attributes:
+        int source_access_order
+        kv_mem_location source_hint, target_hint
+        unsigned int flags
+
+    ctypedef struct kv_driver_row:
+        const char *field
+        const char *symbol
+        int version
+        size_t offset
+        const char *parameters
+
+    const kv_driver_row *kv_driver_rows
+
+    ctypedef struct kv_driver:
+        int (*init)(unsigned int flags) noexcept nogil
+        int (*driver_get_version)(int *version) noexcept nogil
+        int (*get_error_name)(int error, const char **name) noexcept nogil
+        int (*get_error_string)(int error, const char **text) noexcept nogil
+        int (*device_get_count)(int *count) noexcept nogil
+        int (*device_get)(int *device, int ordinal) noexcept nogil
+        int (*device_get_name)(char *name, int name_bytes, int device) noexcept nogil
+        int (*device_get_attribute)(int *value, int attribute, int device) noexcept nogil
+        int (*device_primary_ctx_retain)(void **context, int device) noexcept nogil
+        int (*device_primary_ctx_release)(int device) noexcept nogil
+        int (*ctx_push_current)(void *context) noexcept nogil
+        int (*ctx_pop_current)(void **context) noexcept nogil
+        int (*ctx_get_current)(void **context) noexcept nogil
+        int (*ctx_set_current)(void *context) noexcept nogil
+        int (*ctx_get_device)(int *device) noexcept nogil
+        int (*thread_exchange_stream_capture_mode)(int *mode) noexcept nogil
+        int (*stream_create)(void **stream, unsigned int flags) noexcept nogil
+        int (*stream_destroy)(void *stream) noexcept nogil
+        int (*stream_query)(void *stream) noexcept nogil
+        int (*stream_synchronize)(void *stream) noexcept nogil
+        int (*stream_wait_event)(void *stream, void *event, unsigned int flags) noexcept nogil
+        int (*stream_is_capturing)(void *stream, int *status) noexcept nogil
+        int (*stream_get_ctx)(void *stream, void **context) noexcept nogil
+        int (*event_create)(void **event, unsigned int flags) noexcept nogil
+        int (*event_destroy)(void *event) noexcept nogil
+        int (*event_record)(void *event, void *stream) noexcept nogil
+        int (*event_query)(void *event) noexcept nogil
+        int (*event_synchronize)(void *event) noexcept nogil
+        int (*mem_get_info)(size_t *free_bytes, size_t *total_bytes) noexcept nogil
+        int (*mem_alloc)(kv_devptr *address, size_t bytes) noexcept nogil
+        int (*mem_free)(kv_devptr address) noexcept nogil
+        int (*mem_host_alloc)(void **address, size_t bytes, unsigned int flags) noexcept nogil
+        int (*mem_free_host)(void *address) noexcept nogil
+        int (*mem_host_register)(void *address, size_t bytes, unsigned int flags) noexcept nogil
+        int (*mem_host_unregister)(void *address) noexcept nogil
+        int (*pointer_get_attribute)(void *value, int attribute, kv_devptr address) noexcept nogil
+        int (*memcpy_dtoh_async)(void *target, kv_devptr source, size_t bytes, void *stream) noexcept nogil
+        int (*memcpy_htod_async)(kv_devptr target, const void *source, size_t bytes, void *stream) noexcept nogil
+        int (*memcpy_dtod_async)(kv_devptr target, kv_devptr source, size_t bytes, void *stream) noexcept nogil
+        int (*memcpy_2d_async)(const kv_memcpy_2d *copy, void *stream) noexcept nogil
+        int (*memcpy_batch_async)(kv_devptr *targets, kv_devptr *sources, size_t *sizes, size_t count,
+                                  kv_memcpy_attributes *attributes, size_t *attribute_indices, size_t num_attributes,
+                                  size_t *fail_index, void *stream) noexcept nogil
+        int (*memset_d8_async)(kv_devptr target, unsigned char value, size_t bytes, void *stream) noexcept nogil
+
+    int kv_result_is_sticky(int code)
+
+
+# kvortex/table.h, entry.h, list.h (index) --------------------------------------------------------------------------
+cdef extern from "kvortex/status.h" nogil:
+    const uint32_t KV_NO_SLOT
+    const uint8_t KV_RESERVE_NEW, KV_RESERVE_PRESENT, KV_RESERVE_PENDING, KV_RESERVE_FULL
+    const uint8_t KV_COMMIT_READY, KV_COMMIT_DISCARDED
+    void KV_ASSERT(bint condition)
+
+cdef extern from "kvortex/entry.h" nogil:
+    enum:
+        KV_KEY_BYTES
+    const uint32_t KV_ABSENT, KV_FREE, KV_WRITING, KV_READY
+
+    ctypedef struct kv_key:
+        pass
+
+    ctypedef struct kv_entry:
+        uint32_t length, pins, mark
+
+    kv_key kv_key_load(const uint8_t *bytes)
+    kv_key kv_entry_key(const kv_entry *entry)
+    uint32_t kv_entry_state(const kv_entry *entry)
+    bint kv_entry_is_discarded(const kv_entry *entry)
+    uint32_t kv_entry_generation(const kv_entry *entry)
+    void kv_entry_set_state(kv_entry *entry, uint32_t state)
+    void kv_entry_set_discarded(kv_entry *entry)
+    void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
+
+cdef extern from "kvortex/list.h" nogil:
+    void kv_list_init(kv_entry *entries, uint32_t sentinel)
+    bint kv_list_is_empty(const kv_entry *entries, uint32_t sentinel)
+    uint32_t kv_list_first(const kv_entry *entries, uint32_t sentinel)
+    uint32_t kv_list_last(const kv_entry *entries, uint32_t sentinel)
+    void kv_list_unlink(kv_entry *entries, uint32_t entry)
+    void kv_list_push_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
+    void kv_list_push_last(kv_entry *entries, uint32_t sentinel, uint32_t entry)
+    void kv_list_move_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
+
+cdef extern from "kvortex/table.h" nogil:
+    ctypedef struct kv_table:
+        pass
+
+    size_t kv_table_bytes(uint32_t num_slots)
+    void kv_table_init(kv_table *table, void *memory, const kv_entry *entries, uint32_t num_slots, const uint8_t *seed)
+    uint64_t kv_table_hash(const kv_table *table, const kv_key *key)
+    void kv_table_prefetch(const kv_table *table, const uint8_t *keys, size_t n, uint64_t *hashes)
+    bint kv_table_has_ready(const kv_table *table, const kv_key *key, uint64_t hash)
+    uint32_t kv_table_find(const kv_table *table, const kv_key *key, uint64_t hash)
+    void kv_table_insert(kv_table *table, uint64_t hash, uint32_t number)
+    void kv_table_erase(kv_table *table, uint64_t hash, uint32_t number)
+    void kv_table_clear(kv_table *table)
+    uint32_t kv_table_probes(const kv_table *table, uint64_t hash, uint32_t number)
+
+
+# kvortex/sha256.h (keys) -------------------------------------------------------------------------------------------
+cdef extern from "kvortex/sha256.h" nogil:
+    ctypedef void (*kv_sha256_compress_fn)(uint32_t *state, const uint8_t *blocks, size_t num_blocks) noexcept nogil
+
+    ctypedef struct kv_sha256:
+        pass
+
+    void kv_sha256_compress_portable(uint32_t *state, const uint8_t *blocks, size_t num_blocks) noexcept nogil
+    void kv_sha256_init(kv_sha256 *sha, kv_sha256_compress_fn compress)
+    void kv_sha256_update(kv_sha256 *sha, const void *data, size_t bytes)
+    void kv_sha256_final(kv_sha256 *sha, uint8_t *digest)
+
+
+# kvortex/slots.h (memory), copy_plan.h (transfer) ------------------------------------------------------------------
+cdef extern from "kvortex/slots.h" nogil:
+    ctypedef struct kv_slots:
+        char *base
+        size_t stride_bytes, header_bytes, payload_bytes
+        uint32_t num_slots, first_chunk_slots, chunk_slots
+
+    char *kv_slots_payload(const kv_slots *slots, uint32_t slot)
+    uint32_t kv_slots_chunk(const kv_slots *slots, uint32_t slot)
+    uint32_t kv_slots_chunk_first(const kv_slots *slots, uint32_t chunk)
+    uint32_t kv_slots_chunk_count(const kv_slots *slots, uint32_t chunk)
+
+
+cdef extern from "kvortex/copy_plan.h" nogil:
+    const int KV_BATCH_COPIES
+
+    ctypedef struct kv_group:
+        uint64_t base, block_stride
+        size_t slot_offset, row_bytes, device_pitch, slot_pitch
+        uint32_t rows
+
+    ctypedef struct kv_copy:
+        uint64_t device
+        char *host
+        size_t row_bytes, device_pitch, host_pitch
+        uint32_t rows
+
+    ctypedef struct kv_plan:
+        int strided
+
+    kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, int strided, const int64_t *block_ids,
+                              const kv_slots *slots, const uint32_t *slot_ids, size_t num_blocks)
+    kv_plan kv_plan_of_addresses(const uint64_t *addresses, const uint32_t *sizes, const kv_slots *slots,
+                                 const uint32_t *slot_ids, size_t num_blocks)
+    bint kv_group_is_strided(const kv_group *group)
+    size_t kv_plan_next(kv_plan *plan, kv_copy *copies, size_t capacity)
+
+
+# kvortex/sync.h ----------------------------------------------------------------------------------------------------
+cdef extern from "kvortex/sync.h" nogil:
+    ctypedef struct kv_monitor:
+        pass
+
+    uint64_t kv_now_ns()
+    uint64_t kv_deadline_ns(int64_t timeout_ms)
+    void kv_nap_ns(uint64_t nanoseconds)
+    int kv_monitor_init(kv_monitor *monitor)
+    void kv_monitor_destroy(kv_monitor *monitor)
+    void kv_monitor_lock(kv_monitor *monitor)
+    void kv_monitor_unlock(kv_monitor *monitor)
+    void kv_monitor_broadcast(kv_monitor *monitor)
+    int kv_monitor_wait(kv_monitor *monitor, uint64_t deadline_ns)
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+
+    ctypedef struct pthread_mutex_t:
+        pass
+
+    int pthread_mutex_init(pthread_mutex_t *mutex, const void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_create(pthread_t *thread, const void *attributes, void *(*main)(void *) noexcept nogil, void *argument)
+    int pthread_join(pthread_t thread, void **result)
+
+
+# kvortex/histogram.h (stats) ---------------------------------------------------------------------------------------
+cdef extern from "kvortex/histogram.h" nogil:
+    ctypedef struct kv_histogram:
+        uint64_t count, sum
+
+    void kv_histogram_add(kv_histogram *histogram, uint64_t value)
+    uint64_t kv_histogram_percentile(const kv_histogram *histogram, double fraction)

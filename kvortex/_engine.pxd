@@ -1,0 +1,69 @@
+"""EngineCore: index + pool + queues, joined without the GIL. The map; the code is in _engine.pyx."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from kvortex._c cimport kv_histogram, kv_monitor
+from kvortex.driver._device cimport Device
+from kvortex.index._block_index cimport BlockIndex
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._completion cimport CompletionThread
+from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._signals cimport JobSignals
+from kvortex.transfer._transfer_queue cimport Direction, Job, JobRecord
+
+cdef enum:
+    MAX_STREAMS = 32
+
+cdef struct Counters:
+    uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
+    uint64_t blocks_present, blocks_pending, blocks_refused
+    uint64_t bytes_saved, bytes_loaded, jobs_failed
+    kv_histogram lookup_ns, save_ns, load_ns
+
+
+cdef class Source:
+    """What one call moves: block ids of the layout, or addresses with a size each. Private copies of the caller's arrays."""
+    cdef bint by_block
+    cdef int64_t[::1] block_ids          # by_block
+    cdef uint64_t[::1] addresses         # otherwise
+    cdef uint32_t[::1] lengths           # of every block, at i * length_step
+    cdef size_t length_step
+
+    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
+
+
+cdef class EngineCore:
+    cdef readonly Device device
+    cdef readonly PinnedPool pool
+    cdef readonly BlockIndex index
+    cdef readonly KVLayout layout        # None when the engine moves raw memory only
+    cdef readonly tuple queues           # D2H ones, then H2D ones; a job's words name them by position
+    cdef int num_queues, num_savers
+    cdef void *queue[MAX_STREAMS]        # the same, borrowed, for use without the GIL
+    cdef uint32_t next_queue             # round robin; a lost update only changes the balance
+    cdef JobSignals signals
+    cdef CompletionThread thread
+    cdef bint device_memory              # the layout lies in device memory, so a stream is required
+
+    cdef kv_monitor hazards              # guards the next three
+    cdef uint64_t *last_job              # per device block: the last job that reads or writes it, see job_word()
+    cdef uint32_t *stamps                # per device block: the last call that named it
+    cdef uint32_t stamp
+    cdef kv_monitor counting             # guards the counters
+    cdef Counters count
+    cdef bint monitors_ready
+    cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
+    cdef int calls                       # Python threads inside a verb; changed under the GIL
+    cdef bint closing
+
+    cdef int enter_call(self) except -1
+    cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes)
+    cdef bint lies_on_device(self, uint64_t address) noexcept nogil
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses)
+    cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
+    cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
+                    const char **call) noexcept nogil
+    cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil
+    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil
+    cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
+    cdef void close_parts(self, int64_t timeout_ms) noexcept

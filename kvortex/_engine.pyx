@@ -1,0 +1,607 @@
+"""The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook."""
+
+cimport cython
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, check
+from kvortex.index._block_index cimport BlockIndex
+from kvortex.keys._arrays cimport as_keys
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._completion cimport CompletionThread
+from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._signals cimport JobSignals
+from kvortex.transfer._transfer_queue cimport (
+    D2H,
+    H2D,
+    Direction,
+    Job,
+    JobRecord,
+    TransferQueue,
+    as_block_ids,
+    finished_job,
+)
+
+from typing import NamedTuple
+
+import numpy as np
+
+from kvortex.errors import EngineClosed
+from kvortex.stats import EngineStats
+
+cdef uint32_t NO_RECORD = 0xFFFFFFFF
+cdef uint32_t NO_SLOT = 0xFFFFFFFF
+cdef uint8_t FULL = 3  # the status of every key when no job record is free
+
+
+class BlockHits(NamedTuple):
+    """The answer of `check_blocks`."""
+
+    leading: int        # blocks of the leading run: the usable prefix
+    mask: np.ndarray    # bool (n,): which keys are in RAM
+
+
+cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
+    """A job in one word: 8 bits of queue, 24 of record, 32 of generation; never 0, since generations start at 1."""
+    return <uint64_t>queue << 56 | <uint64_t>record << 32 | generation
+
+
+@cython.no_gc_clear  # __dealloc__ stops the threads that use the parts, so they must still be there
+cdef class EngineCore:
+    """The joined parts; `KVortexEngine` is what users create."""
+
+    def __cinit__(self, *args, **kwargs):
+        self.closing = True
+        if _c.kv_monitor_init(&self.hazards):
+            raise MemoryError("pthread_mutex_init failed")
+        if _c.kv_monitor_init(&self.counting):
+            _c.kv_monitor_destroy(&self.hazards)
+            raise MemoryError("pthread_mutex_init failed")
+        self.monitors_ready = True
+
+    def __init__(self, Device device not None, PinnedPool pool not None, BlockIndex index not None,
+                 JobSignals signals not None, savers, loaders, KVLayout layout=None):
+        cdef int position
+        if self.queues is not None:
+            raise RuntimeError("an engine is created once")
+        if len(savers) + len(loaders) > MAX_STREAMS:
+            raise ValueError(f"at most {MAX_STREAMS} streams, got {len(savers) + len(loaders)}")
+        if layout is not None:
+            self.last_job = <uint64_t *>calloc(layout.num_blocks, sizeof(uint64_t))
+            self.stamps = <uint32_t *>calloc(layout.num_blocks, sizeof(uint32_t))
+            if self.last_job is NULL or self.stamps is NULL:
+                raise MemoryError(f"no memory for the words of {layout.num_blocks} device blocks")
+        self.device, self.pool, self.index, self.layout, self.signals = device, pool, index, layout, signals
+        if layout is not None:
+            for base, _, _ in layout.runs:
+                self.device_memory |= self.lies_on_device(base)
+        self.queues = (*savers, *loaders)
+        self.num_queues, self.num_savers = len(self.queues), len(savers)
+        for position in range(self.num_queues):
+            self.queue[position] = <void *>self.queues[position]
+            (<TransferQueue>self.queue[position]).hook = retire
+            (<TransferQueue>self.queue[position]).hook_owner = <void *>self
+        pool.attach(add_ready_slots, <void *>index)
+        self.thread = CompletionThread(device, signals, self.queues)
+        self.closing = False
+
+    # ---- verbs ------------------------------------------------------------------------------------------------------
+
+    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None):
+        """Copy device blocks into the pool; returns once the copies are submitted.
+
+        The copies wait on the device for `stream` as it stands at the call. The source must not be overwritten before
+        they are over: order the next writer with ``job.wait_on(stream)`` (device-side) or ``job.wait()``.
+
+        Parameters
+        ----------
+        keys : uint8 array (n, 32)
+        block_ids : integer array (n,)
+            Blocks of the engine's layout; or instead of it:
+        data_ptrs : integer array (n,), sizes : int or integer array (n,)
+            Device addresses and bytes, 1 to the slot's payload each; the caller orders its own jobs on them.
+        stream : int or stream object
+            Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and ready.
+
+        Returns
+        -------
+        Job
+            ``job.statuses`` tells NEW, PRESENT, PENDING (another save of the key is in flight) or FULL (no slot could
+            be freed, or too many jobs) for each key; ``job.num_blocks`` counts the NEW ones. A NEW block is visible
+            once the job is done.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Keys, ids, addresses, sizes or the stream are unfit; nothing was changed.
+        DriverError
+            The driver refused; nothing was saved.
+        EngineClosed
+            After `shutdown`, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe; the GIL is released. Takes no lock over a driver call; blocks only while a job on the same device
+        blocks is being submitted by another thread.
+        """
+        cdef Source source
+        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        self.enter_call()
+        try:
+            source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+            return self.run(D2H, rows, source, stream, np.full(rows.shape[0], FULL, dtype=np.uint8))
+        finally:
+            self.calls -= 1
+
+    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None):
+        """Copy blocks from the pool back to the device; returns once the copies are submitted.
+
+        The leading run of keys that are in RAM (with the size asked for) is loaded; targets beyond it are untouched.
+        The copies wait on the device for `stream` as it stands at the call; order what reads the targets with
+        ``job.wait_on(stream)`` or ``job.wait()``.
+
+        Parameters
+        ----------
+        keys, block_ids, data_ptrs, sizes, stream
+            As for `save_blocks`; a target named twice is refused.
+
+        Returns
+        -------
+        Job
+            ``job.num_blocks`` is the length of the run, final on return; blocks may have been evicted since the check.
+
+        Raises
+        ------
+        ValueError, TypeError, DriverError, EngineClosed
+            As for `save_blocks`. After a `DriverError` the targets hold anything.
+        """
+        cdef Source source
+        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef bint twice
+        self.enter_call()
+        try:
+            source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+            if not source.by_block:
+                require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
+            elif rows.shape[0]:
+                with nogil:
+                    twice = self.names_block_twice(&source.block_ids[0], rows.shape[0])
+                if twice:
+                    raise ValueError("block_ids names a target twice; each target of a load must be its own block")
+            return self.run(H2D, rows, source, stream, None)
+        finally:
+            self.calls -= 1
+
+    def check_blocks(self, keys):
+        """Which of the keys are in RAM, and how long the leading run is. No side effects, no lock, GIL released.
+
+        Returns
+        -------
+        BlockHits
+            ``leading`` and ``mask``. A block may be evicted before it is loaded; `Job.num_blocks` is the truth.
+        """
+        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef size_t n = rows.shape[0], leading = 0
+        cdef uint64_t start
+        mask = np.zeros(n, dtype=np.bool_)
+        cdef uint8_t[::1] bits = mask.view(np.uint8)
+        self.enter_call()
+        try:
+            with nogil:
+                start = _c.kv_now_ns()
+                if n and not self.failure:
+                    leading = self.index.lookup_keys(&rows[0, 0], n, &bits[0])
+                _c.kv_monitor_lock(&self.counting)
+                self.count.blocks_checked += n
+                self.count.blocks_hit += leading
+                _c.kv_histogram_add(&self.count.lookup_ns, _c.kv_now_ns() - start)
+                _c.kv_monitor_unlock(&self.counting)
+        finally:
+            self.calls -= 1
+        return BlockHits(leading, mask)
+
+    def touch_blocks(self, keys):
+        """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
+
+        Returns how many are in RAM.
+        """
+        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef size_t n = rows.shape[0], touched = 0
+        self.enter_call()
+        try:
+            if n:
+                with nogil:
+                    touched = self.index.touch_keys(&rows[0, 0], n)
+        finally:
+            self.calls -= 1
+        return touched
+
+    def discard_blocks(self, keys):
+        """Forget the keys at once, saves in flight included; returns how many were there.
+
+        A slot that is being written or read is reused only when its copy is over.
+        """
+        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef size_t n = rows.shape[0], discarded = 0
+        self.enter_call()
+        try:
+            if n:
+                with nogil:
+                    discarded = self.index.discard_keys(&rows[0, 0], n)
+        finally:
+            self.calls -= 1
+        return discarded
+
+    def clear(self):
+        """Forget every block at once, saves in flight included: after a weight update nothing older is ever served."""
+        self.enter_call()
+        try:
+            with nogil:
+                self.index.clear_all()
+        finally:
+            self.calls -= 1
+
+    def get_stats(self):
+        """All counters and latencies as one `EngineStats`, without stopping anything."""
+        cdef Counters *count = <Counters *>malloc(sizeof(Counters))
+        if count is NULL:
+            raise MemoryError("no memory for a snapshot of the counters")
+        try:
+            self.device.require_open()
+            _c.kv_monitor_lock(&self.counting)
+            count[0] = self.count
+            _c.kv_monitor_unlock(&self.counting)
+            index = self.index.counters()
+            return EngineStats(
+                blocks_checked=count.blocks_checked, blocks_hit=count.blocks_hit, blocks_saved=count.blocks_saved,
+                blocks_loaded=count.blocks_loaded, blocks_present=count.blocks_present,
+                blocks_pending=count.blocks_pending, blocks_refused=count.blocks_refused,
+                blocks_evicted=index["evictions"], blocks_discarded=index["discards"],
+                length_mismatches=index["length_mismatches"], bytes_saved=count.bytes_saved,
+                bytes_loaded=count.bytes_loaded, jobs_failed=count.jobs_failed,
+                jobs_in_flight=sum((<TransferQueue>queue).jobs_in_flight for queue in self.queues),
+                pool_blocks=self.pool.num_slots, pool_blocks_used=index["slots_added"] - index["num_free"],
+                pool_bytes=self.pool.nbytes, pool_bytes_ready=self.pool.bytes_ready,
+                strided=self.layout is not None and self.layout.strided, device=self.device.name,
+                failed=self.failure != 0,
+                **latencies("lookup", &count.lookup_ns), **latencies("save", &count.save_ns),
+                **latencies("load", &count.load_ns))
+        finally:
+            free(count)
+
+    @property
+    def failed(self):
+        """True after a sticky driver error: the context is dead, jobs fail, lookups miss, nothing is reused."""
+        return self.failure != 0
+
+    # ---- one job ----------------------------------------------------------------------------------------------------
+
+    cdef int enter_call(self) except -1:
+        self.device.require_open()
+        if self.closing:
+            raise EngineClosed("the engine is shut down; create another one")
+        self.calls += 1
+        return 0
+
+    cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes):
+        """Check what a call moves and copy it, before anything is changed."""
+        cdef Source source = Source.__new__(Source)
+        if (block_ids is None) == (data_ptrs is None):
+            raise ValueError("pass either block_ids or data_ptrs with sizes")
+        if block_ids is not None:
+            if self.layout is None:
+                raise ValueError("this engine has no layout, so block_ids mean nothing; pass data_ptrs and sizes")
+            if sizes is not None:
+                raise ValueError("sizes go with data_ptrs; the size of a block comes from the layout")
+            source.by_block = True
+            source.block_ids = as_block_ids(block_ids, self.layout)
+            source.lengths = np.array([self.layout.block_bytes], dtype=np.uint32)
+            named = source.block_ids.shape[0]
+        else:
+            if sizes is None:
+                raise ValueError("data_ptrs need sizes: an int, or one for each")
+            source.addresses = as_addresses(data_ptrs)
+            source.lengths = as_lengths(sizes, source.addresses.shape[0], self.pool.payload_bytes)
+            source.length_step = 1
+            named = source.addresses.shape[0]
+        if named != n:
+            raise ValueError(f"{n} keys but {named} blocks; they must pair up")
+        return source
+
+    cdef bint lies_on_device(self, uint64_t address) noexcept nogil:
+        cdef unsigned int memory_type = 0
+        cdef int mode = 0, code
+        code = self.device.enter(&mode)
+        if code == 0:
+            code = self.device.drv.pointer_get_attribute(&memory_type, _c.KV_POINTER_MEMORY_TYPE, address)
+            self.device.leave(mode)
+        return code == 0 and memory_type == <unsigned int>_c.KV_MEMORY_TYPE_DEVICE
+
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses):
+        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
+        cdef size_t n = keys.shape[0], moved, index
+        cdef uint8_t[::1] status
+        cdef const char *call = NULL
+        cdef void *caller = NULL
+        cdef JobRecord *record_of_job
+        cdef bint ordered = stream is not None or self.device_memory
+        cdef uint32_t record
+        cdef int number = 0, code = 0
+        cdef Job job
+        if not ordered and not source.by_block:
+            for index in range(n):
+                ordered |= self.lies_on_device(source.addresses[index])
+        if ordered:
+            caller = self.device.borrow_stream(stream)
+        if n == 0:
+            return finished_job(0, statuses)
+        check(self.device, self.failure, b"an earlier job of this engine")
+        with nogil:
+            record = self.claim_job(direction, n, &number)
+        if record == NO_RECORD:
+            return finished_job(0, statuses)
+        job = (<TransferQueue>self.queue[number]).handle(record, 0, statuses, self)
+        record_of_job = &(<TransferQueue>self.queue[number]).records[record]
+        if direction == D2H:
+            status = statuses
+        with nogil:
+            if direction == D2H:
+                moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
+                                                record_of_job.slots, &status[0])
+                source.keep(record_of_job.slots, n)
+            else:
+                moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
+                                                record_of_job.slots)
+            record_of_job.num_slots = moved
+            record_of_job.nbytes = 0
+            for index in range(moved):
+                record_of_job.nbytes += source.lengths[index * source.length_step]
+            if moved:
+                code = self.submit(number, record, source, caller, ordered, &call)
+            if code:
+                if (<TransferQueue>self.queue[number]).failure:
+                    self.failure = code  # the context is dead: nothing is reused
+                elif direction == D2H:
+                    self.index.abort_slots(record_of_job.slots, moved)
+                else:
+                    self.index.release_slots(record_of_job.slots, moved)
+            if code or not moved:
+                (<TransferQueue>self.queue[number]).unclaim(record)
+            _c.kv_monitor_lock(&self.counting)
+            self.count.jobs_failed += code != 0
+            if direction == D2H:
+                for index in range(n):
+                    self.count.blocks_present += status[index] == 1
+                    self.count.blocks_pending += status[index] == 2
+                    self.count.blocks_refused += status[index] == FULL
+            _c.kv_monitor_unlock(&self.counting)
+        check(self.device, code, call)
+        if not moved:
+            return finished_job(0, statuses)
+        job.count = moved
+        return job
+
+    cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
+        """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full."""
+        cdef int first = 0 if direction == D2H else self.num_savers
+        cdef int count = self.num_savers if direction == D2H else self.num_queues - self.num_savers
+        cdef int attempt
+        cdef uint32_t record = NO_RECORD
+        for attempt in range(count):
+            number[0] = first + <int>(self.next_queue % <uint32_t>count)
+            self.next_queue += 1
+            record = (<TransferQueue>self.queue[number[0]]).claim(n)
+            if record != NO_RECORD:
+                break
+        return record
+
+    cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
+                    const char **call) noexcept nogil:
+        """Submit after the jobs in flight on the same device blocks; one event a queue says it all, queues being FIFO."""
+        cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
+        cdef size_t n = job.num_slots, index, num_met = 0, num_waits = 0
+        cdef void *waits[MAX_STREAMS]
+        cdef uint32_t held[MAX_STREAMS]      # record held on each queue
+        cdef uint64_t sequences[MAX_STREAMS]
+        cdef uint64_t *met = NULL
+        cdef uint64_t sequence = 0
+        cdef uint32_t other
+        cdef int other_queue, code
+        cdef _c.kv_plan plan
+        for other_queue in range(self.num_queues):
+            held[other_queue] = NO_RECORD
+        if source.by_block:
+            met = <uint64_t *>malloc(n * sizeof(uint64_t))
+            if met is NULL:
+                call[0] = b"malloc"
+                return _c.KV_CUDA_OUT_OF_MEMORY
+            num_met = self.claim_blocks(&source.block_ids[0], n, job_word(number, record, job.generation), met)
+            for index in range(num_met):
+                other_queue = <int>(met[index] >> 56)
+                other = <uint32_t>(met[index] >> 32) & 0xFFFFFF
+                if not (<TransferQueue>self.queue[other_queue]).hold_submitted(other, <uint32_t>met[index], &sequence):
+                    continue
+                if other_queue == number or (held[other_queue] != NO_RECORD and sequences[other_queue] > sequence):
+                    (<TransferQueue>self.queue[other_queue]).drop_hold(other)
+                    continue
+                if held[other_queue] != NO_RECORD:
+                    (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
+                held[other_queue] = other
+                sequences[other_queue] = sequence
+            free(met)
+            for other_queue in range(self.num_queues):
+                if held[other_queue] != NO_RECORD:
+                    waits[num_waits] = (<TransferQueue>self.queue[other_queue]).records[held[other_queue]].done_event
+                    num_waits += 1
+            plan = _c.kv_plan_of_blocks(self.layout.groups, self.layout.num_groups, self.layout.strided,
+                                        &source.block_ids[0], &self.pool.slots, job.slots, n)
+        else:
+            plan = _c.kv_plan_of_addresses(&source.addresses[0], &source.lengths[0], &self.pool.slots, job.slots, n)
+        code = (<TransferQueue>self.queue[number]).submit_plan(record, &plan, self.layout, caller, ordered, waits,
+                                                               num_waits, call)
+        for other_queue in range(self.num_queues):
+            if held[other_queue] != NO_RECORD:
+                (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
+        return code
+
+    cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil:
+        cdef size_t index
+        cdef bint twice = False
+        _c.kv_monitor_lock(&self.hazards)
+        self.stamp += 1
+        if self.stamp == 0:  # wrapped around: old stamps would look new
+            for index in range(self.layout.num_blocks):
+                self.stamps[index] = 0
+            self.stamp = 1
+        for index in range(n):
+            twice |= self.stamps[ids[index]] == self.stamp
+            self.stamps[ids[index]] = self.stamp
+        _c.kv_monitor_unlock(&self.hazards)
+        return twice
+
+    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil:
+        """Name the job in the words of its blocks, all at once, and list the jobs named there before.
+
+        One lock for the whole job gives jobs a total order, so that two that meet in several blocks never wait for
+        each other.
+        """
+        cdef size_t index, num_met = 0
+        cdef uint64_t before
+        _c.kv_monitor_lock(&self.hazards)
+        for index in range(n):
+            before = self.last_job[ids[index]]
+            self.last_job[ids[index]] = word
+            if before != 0 and before != word and (num_met == 0 or met[num_met - 1] != before):
+                met[num_met] = before
+                num_met += 1
+        _c.kv_monitor_unlock(&self.hazards)
+        return num_met
+
+    cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil:
+        """The copies of a job are over: make its slots visible, or unpin them. Runs before anyone sees the job done."""
+        cdef size_t committed = 0
+        cdef uint64_t elapsed_ns
+        if code:
+            self.failure = code  # the context is dead: slots stay as they are, nothing is reused
+        elif direction == D2H:
+            committed = self.index.commit_slots(job.slots, job.num_slots, False)
+        else:
+            self.index.release_slots(job.slots, job.num_slots)
+        elapsed_ns = _c.kv_now_ns() - job.start_ns
+        _c.kv_monitor_lock(&self.counting)
+        if code:
+            self.count.jobs_failed += 1
+        elif direction == D2H:
+            self.count.blocks_saved += committed
+            self.count.bytes_saved += job.nbytes
+            _c.kv_histogram_add(&self.count.save_ns, elapsed_ns)
+        else:
+            self.count.blocks_loaded += job.num_slots
+            self.count.bytes_loaded += job.nbytes
+            _c.kv_histogram_add(&self.count.load_ns, elapsed_ns)
+        _c.kv_monitor_unlock(&self.counting)
+
+    # ---- end --------------------------------------------------------------------------------------------------------
+
+    def _close(self, timeout_ms):
+        """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""
+        if self.device is None or self.device.pid != getpid() or self.closing:
+            return
+        self.closing = True
+        self.close_parts(timeout_ms)
+
+    cdef void close_parts(self, int64_t timeout_ms) noexcept:
+        cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
+        cdef uint64_t now
+        cdef bint dead = False
+        while self.calls:
+            with nogil:
+                _c.kv_nap_ns(100_000)
+        with nogil:
+            self.thread.stop()
+        for queue in self.queues:
+            now = _c.kv_now_ns()
+            (<TransferQueue>queue).close((deadline - now) // 1_000_000 if deadline > now else 0)
+            dead |= (<TransferQueue>queue).failure != 0
+        if dead:
+            self.pool.abandon()
+        else:
+            self.pool.close()
+        self.device.close()
+
+    def __dealloc__(self):
+        if self.device is not None and self.device.pid != getpid():
+            return  # a forked child owns none of this
+        if not self.closing:
+            self.closing = True
+            self.close_parts(1000)
+        free(self.last_job)
+        free(self.stamps)
+        if self.monitors_ready:
+            _c.kv_monitor_destroy(&self.counting)
+            _c.kv_monitor_destroy(&self.hazards)
+
+
+cdef class Source:
+    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil:
+        """Close the gaps where no slot was given, in `slots` and here alike."""
+        cdef size_t index, kept = 0
+        for index in range(n):
+            if slots[index] == NO_SLOT:
+                continue
+            slots[kept] = slots[index]
+            if self.by_block:
+                self.block_ids[kept] = self.block_ids[index]
+            else:
+                self.addresses[kept] = self.addresses[index]
+                self.lengths[kept] = self.lengths[index]
+            kept += 1
+
+
+cdef void retire(void *owner, Direction direction, const JobRecord *job, int code) noexcept nogil:
+    (<EngineCore>owner).retire_job(direction, job, code)
+
+
+cdef void add_ready_slots(void *index, uint32_t first, uint32_t count) noexcept nogil:
+    (<BlockIndex>index).add_slot_range(first, count)
+
+
+cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
+    """Raw addresses, none of them null or unaligned."""
+    array = np.asarray(data_ptrs)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"data_ptrs must be a one-dimensional array of integers, got shape {array.shape}, "
+                         f"dtype {array.dtype}")
+    for index in np.flatnonzero((array < 4096) | (array % 4 != 0))[:1]:
+        raise ValueError(f"data_ptrs[{index}] is {int(array[index]):#x}; addresses must not be null and must be multiples "
+                         f"of 4")
+    return np.array(array, dtype=np.uint64, order="C")
+
+
+cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *:
+    """One size a block, each within the payload of a slot."""
+    array = np.asarray(sizes)
+    if array.ndim == 0:
+        array = np.broadcast_to(array, (n,))
+    if array.shape != (n,) or (n and array.dtype.kind not in "iu"):
+        raise ValueError(f"sizes must be an int or {n} integers, got shape {array.shape}, dtype {array.dtype}")
+    for index in np.flatnonzero((array < 1) | (array > limit))[:1]:
+        raise ValueError(f"sizes[{index}] is {array[index]}; it must be 1 to {limit}, the payload of a slot (block_bytes of "
+                         f"the config)")
+    return np.array(array, dtype=np.uint32, order="C")
+
+
+def require_disjoint(addresses, lengths):
+    """Refuse targets that overlap: two copies of one job have no order."""
+    order = np.argsort(addresses)
+    starts, ends = addresses[order], addresses[order] + lengths[order]
+    for index in np.flatnonzero(starts[1:] < ends[:len(ends) - 1])[:1]:
+        raise ValueError(f"data_ptrs[{order[index]}] and data_ptrs[{order[index + 1]}] overlap; each target of a load must "
+                         f"be its own memory")
+
+
+cdef dict latencies(str what, const _c.kv_histogram *histogram):
+    return {f"{what}_latency_us_p{percent}": _c.kv_histogram_percentile(histogram, percent / 100.0) / 1000.0
+            for percent in (50, 99)}

@@ -1,0 +1,170 @@
+"""The command line: ``python -m kvortex replay`` and ``python -m kvortex info``."""
+
+import argparse
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+
+import kvortex
+from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path
+
+OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_REPLAY_EXAMPLES = """\
+examples:
+  python -m kvortex replay                                  the bundled sample trace, on the GPU if there is one
+  python -m kvortex replay --plot demo.png --json demo.json the same, with a picture and the numbers
+  python -m kvortex replay trace.jsonl --pool-blocks 10000 --block-bytes 64KiB --device host
+  python -m kvortex replay trace.jsonl --pool-bytes 32GiB --block-bytes 2MiB --device cuda:0
+  python -m kvortex replay --inject corrupt=3               prove that a wrong byte is seen (exits 1)
+
+exit status: 0 all loaded blocks right, 1 wrong blocks, 2 bad input or nothing to run on
+"""
+
+
+def main(argv=None):
+    """Run the command line and return its exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.command(args)
+    except (TraceError, kvortex.KVortexError, ImportError, OSError) as error:
+        print(f"kvortex {args.name}: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"\nkvortex {args.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def run_replay(args):
+    """Replay a trace, print the table, write what was asked for."""
+    options = ReplayOptions(
+        block_bytes=args.block_bytes,
+        num_pieces=args.pieces,
+        pool_blocks=args.pool_blocks,
+        pool_bytes=args.pool_bytes,
+        device=args.device,
+        inflight=args.inflight,
+        verify=args.verify,
+        corrupt_slots=args.inject,
+    )
+    for path in filter(None, (args.json, args.plot)):  # now, not after minutes of replay
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}: give a file in a directory that exists and is writable")
+    if args.plot:
+        plot.require_matplotlib()
+    trace = args.trace if args.trace is not None else sample_path()
+    requests = read_trace(trace, args.limit)
+
+    result = replay(requests, options, report.Progress(len(requests)))
+    fields = report.summary(result, options, Path(trace).name)
+    print(report.table(fields))
+    if args.json:
+        report.write_json(args.json, fields)
+    if args.plot:
+        plot.write_png(args.plot, result, fields)
+
+    if args.inject and not result.corrupted_slots:
+        raise TraceError("no request of this trace found a block in the pool, so nothing could be corrupted")
+    if result.corrupted_slots and not result.wrong_blocks:
+        print("kvortex replay: error: corrupted blocks were loaded and not noticed", file=sys.stderr)
+        return WRONG_BLOCKS
+    return WRONG_BLOCKS if result.wrong_blocks else OK
+
+
+def run_info(args):
+    """Print what this installation runs on."""
+    with kvortex.Device.open(args.device) as device:
+        rows = [
+            ("kvortex", kvortex.__version__),
+            ("python", f"{platform.python_version()} on {platform.platform()}"),
+            ("device", f"{device.name} ({device.description})"),
+        ]
+    print("\n".join(f"  {name:<18}{value}" for name, value in rows))
+    return OK
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="kvortex", description="KVortex keeps KV-cache blocks in pinned host memory.")
+    parser.add_argument("--version", action="version", version=f"kvortex {kvortex.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser(
+        "replay",
+        help="replay a request trace through a real engine and check every loaded byte",
+        description="Replay a request trace (Mooncake format, .jsonl or .jsonl.gz) through a real engine: for each "
+        "request check, load the leading run, save the rest, touch. Every loaded block is compared byte by byte where "
+        "it was loaded to. Requests follow one another as fast as they go; time stamps are not waited for.",
+        epilog=_REPLAY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=run_replay, name="replay")
+    command.add_argument("trace", nargs="?", type=Path, metavar="TRACE", help="default: the bundled sample")
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--pool-blocks", type=_count, metavar="N", help="size of the pool in blocks (default 1024)")
+    size.add_argument("--pool-bytes", type=_bytes, metavar="B", help="or in bytes; 512MiB, 32GiB")
+    command.add_argument(
+        "--block-bytes",
+        type=_bytes,
+        default=ReplayOptions.block_bytes,
+        metavar="B",
+        help="bytes of one block (default 256KiB)",
+    )
+    command.add_argument(
+        "--pieces",
+        type=_count,
+        metavar="N",
+        help="pieces a block lies in on the device (default: of 64 KiB, at least 8)",
+    )
+    command.add_argument("--device", type=_device, default="auto", metavar="auto|host|cuda[:i]", help="default auto")
+    command.add_argument("--limit", type=_count, metavar="N", help="replay only the first N requests")
+    command.add_argument(
+        "--inflight", type=_count, default=1, metavar="N", help="let the transfers of N requests overlap (default 1)"
+    )
+    command.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fill saved blocks with a pattern and compare loaded ones",
+    )
+    command.add_argument(
+        "--inject",
+        type=_fault,
+        default=0,
+        metavar="corrupt=N",
+        help="flip a byte in N slots, each just before it is loaded: the replay must exit 1",
+    )
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as a JSON object")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of hit ratio and bandwidth over time")
+
+    command = commands.add_parser("info", help="show version and device", description="Show version and device.")
+    command.set_defaults(command=run_info, name="info")
+    command.add_argument("--device", type=_device, default="auto", metavar="auto|host|cuda[:i]", help="default auto")
+    return parser
+
+
+def _count(text):
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"a whole number, 1 or more, is expected, got {text!r}")
+    return int(text)
+
+
+def _bytes(text):
+    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB|TiB)?", text, re.ASCII)
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got {text!r}")
+    return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
+
+
+def _device(text):
+    if not re.fullmatch(r"auto|(host|cuda)(:\d+)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"auto, host, host:1, cuda or cuda:1 is expected, got {text!r}")
+    return text
+
+
+def _fault(text):
+    match = re.fullmatch(r"corrupt=(\d+)", text, re.ASCII)
+    if not match or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"corrupt=N with N 1 or more is expected, got {text!r}")
+    return int(match[1])

@@ -1,0 +1,32 @@
+"""Device: one driver table, one primary context. The map; the code is in _device.pyx."""
+
+from kvortex._c cimport kv_driver
+
+
+cdef class Device:
+    cdef const kv_driver *drv         # table of the driver that serves this device; static, outlives everything
+    cdef void *context                # primary context, retained here until close()
+    cdef readonly int ordinal
+    cdef readonly bint is_host        # the host driver, not CUDA
+    cdef readonly str name            # "host:0", "cuda:1"
+    cdef readonly int pid             # process that created it; in a forked child the device counts as closed
+    cdef readonly bint closed
+    cdef object __weakref__
+
+    cdef int retain(self) except -1
+    cdef void release(self) noexcept
+    # Makes the context current and the thread's capture mode RELAXED; *mode keeps what leave() restores. A CUresult.
+    cdef int enter(self, int *mode) noexcept nogil
+    cdef void leave(self, int mode) noexcept nogil
+    # For threads of our own: the same once, for the thread's life.
+    cdef int bind_thread(self) noexcept nogil
+    # Raises EngineClosed when closed or in a forked child; touches no lock and no driver.
+    cdef int require_open(self) except -1
+    # A caller's stream, as it comes from Python, to its handle; refuses None, capturing ones, other devices'.
+    cdef void *borrow_stream(self, object stream) except? NULL
+    # The same checks on a handle: 0 fine, else a CUresult (STREAM_CAPTURE_UNSUPPORTED, INVALID_DEVICE ...).
+    cdef int check_stream(self, void *handle) noexcept nogil
+
+
+# Raises DriverError(code, name, call) unless code is 0. Needs no GIL when it is 0.
+cdef int check(Device device, int code, const char *call) except -1 nogil

@@ -1,0 +1,327 @@
+"""Device: one driver table, one primary context."""
+
+import logging
+import re
+import threading
+
+from posix.unistd cimport getpid
+
+from kvortex._c cimport (
+    KV_CAPTURE_MODE_RELAXED,
+    KV_CAPTURE_STATUS_NONE,
+    KV_CUDA_INVALID_DEVICE,
+    KV_CUDA_INVALID_HANDLE,
+    KV_CUDA_STREAM_CAPTURE_IMPLICIT,
+    KV_CUDA_STREAM_CAPTURE_UNSUPPORTED,
+    KV_DRIVER_MIN_VERSION,
+    KV_DRIVER_NUM_ROWS,
+    kv_driver,
+    kv_driver_rows,
+)
+from kvortex.driver._host cimport host_table
+
+from kvortex.driver import _cuda
+from kvortex.errors import ConfigError, DriverError, EngineClosed
+
+SPEC = re.compile(r"(?P<kind>auto|host|cuda)(:(?P<ordinal>\d{1,4}))?")
+
+cdef enum:
+    LAST_DEFAULT_STREAM = 2  # 0 and 1: the legacy default stream, 2: the per-thread one; all of the current context
+
+logger = logging.getLogger("kvortex")
+cuda_lock = threading.Lock()
+
+cdef kv_driver cuda_functions          # filled once per process, never changed afterwards
+cdef const kv_driver *cuda_table = NULL
+
+
+cdef class Device:
+    """One device: the driver that serves it and its primary context.
+
+    Get one with `Device.open`. It is usable from any thread; each call makes the context current for its duration, and
+    leaves the thread as it found it. In a forked child it counts as closed.
+
+    Attributes
+    ----------
+    name : str
+        ``"host:0"``, ``"cuda:1"``.
+    ordinal : int
+    is_host : bool
+        True if host memory plays the device.
+    closed : bool
+    """
+
+    def __init__(self):
+        raise TypeError("Device has no constructor; use Device.open('auto'), ('host:0') or ('cuda:0')")
+
+    @staticmethod
+    def open(spec="auto"):
+        """Open a device by name and retain its primary context (the one that torch uses).
+
+        Parameters
+        ----------
+        spec : str
+            ``"cuda"``, ``"cuda:1"``, ``"host"``, ``"host:1"`` or ``"auto"``: CUDA where a usable driver sees a device,
+            host memory otherwise.
+
+        Raises
+        ------
+        ConfigError
+            The name is not one of these, there is no such device, or the driver is missing or too old.
+        DriverError
+            The driver failed.
+        """
+        match = SPEC.fullmatch(spec) if isinstance(spec, str) else None
+        if match is None or (match["kind"] == "auto" and match["ordinal"]):
+            raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {spec!r}")
+        kind = match["kind"]
+        if kind == "auto":
+            kind = "cuda" if cuda_is_usable() else "host"
+        cdef Device self = Device.__new__(Device)
+        self.is_host = kind == "host"
+        self.drv = load_table(self.is_host)
+        self.ordinal = int(match["ordinal"] or 0)
+        self.name = f"{kind}:{self.ordinal}"
+        self.retain()
+        return self
+
+    cdef int retain(self) except -1:
+        cdef int count = 0, device = 0, code
+        cdef void *context = NULL
+        with nogil:
+            code = self.drv.device_get_count(&count)
+        check(self, code, b"cuDeviceGetCount")
+        if self.ordinal >= count:
+            raise ConfigError(f"device {self.name!r} does not exist: the driver sees {count}, numbered from 0")
+        with nogil:
+            code = self.drv.device_get(&device, self.ordinal)
+            if code == 0:
+                code = self.drv.device_primary_ctx_retain(&context, device)
+        check(self, code, b"cuDevicePrimaryCtxRetain")
+        self.context = context
+        self.closed = False
+        return 0
+
+    def close(self):
+        """Release the primary context. Idempotent; with the last holder of the context all of its objects go."""
+        if not self.closed:
+            self.closed = True
+            self.release()
+
+    cdef void release(self) noexcept:
+        cdef int device = 0
+        if self.context != NULL and getpid() == self.pid:
+            with nogil:
+                if self.drv.device_get(&device, self.ordinal) == 0:
+                    self.drv.device_primary_ctx_release(device)
+        self.context = NULL
+
+    def __cinit__(self):
+        self.pid = getpid()
+        self.closed = True
+
+    def __dealloc__(self):
+        if not self.closed:
+            self.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        return f"<Device {self.name}{' closed' if self.closed else ''}>"
+
+    @property
+    def description(self):
+        """What the driver calls the device, e.g. ``"NVIDIA H100 80GB HBM3"``."""
+        cdef char name[256]
+        cdef int code, device = 0
+        self.require_open()
+        with nogil:
+            code = self.drv.device_get(&device, self.ordinal)
+            if code == 0:
+                code = self.drv.device_get_name(name, sizeof(name), device)
+        check(self, code, b"cuDeviceGetName")
+        return name.decode()
+
+    cdef int enter(self, int *mode) noexcept nogil:
+        cdef void *context
+        cdef int code = self.drv.ctx_push_current(self.context)
+        if code == 0:
+            mode[0] = KV_CAPTURE_MODE_RELAXED
+            code = self.drv.thread_exchange_stream_capture_mode(mode)
+            if code != 0:
+                self.drv.ctx_pop_current(&context)
+        return code
+
+    cdef void leave(self, int mode) noexcept nogil:
+        cdef void *context
+        self.drv.thread_exchange_stream_capture_mode(&mode)
+        self.drv.ctx_pop_current(&context)
+
+    cdef int bind_thread(self) noexcept nogil:
+        cdef int mode = KV_CAPTURE_MODE_RELAXED
+        cdef int code = self.drv.ctx_set_current(self.context)
+        return code if code != 0 else self.drv.thread_exchange_stream_capture_mode(&mode)
+
+    cdef int require_open(self) except -1:
+        if self.closed:
+            raise EngineClosed(f"device {self.name} is closed; open it again with Device.open({self.name!r})")
+        if getpid() != self.pid:
+            raise EngineClosed(
+                f"device {self.name} belongs to process {self.pid} and cannot be used in its forked child {getpid()}; "
+                "start workers with the 'spawn' method"
+            )
+        return 0
+
+    cdef int check_stream(self, void *handle) noexcept nogil:
+        cdef int status = KV_CAPTURE_STATUS_NONE, mode = 0
+        cdef void *context = NULL
+        cdef int code = self.enter(&mode)
+        if code != 0:
+            return code
+        code = self.drv.stream_is_capturing(handle, &status)
+        if code == 0 and status != KV_CAPTURE_STATUS_NONE:
+            code = KV_CUDA_STREAM_CAPTURE_UNSUPPORTED
+        if code == 0 and <size_t>handle > LAST_DEFAULT_STREAM:
+            code = self.drv.stream_get_ctx(handle, &context)
+            if code == 0 and context != self.context:
+                code = KV_CUDA_INVALID_DEVICE
+        self.leave(mode)
+        return code
+
+    cdef void *borrow_stream(self, object stream) except? NULL:
+        cdef void *handle = <void *><size_t>stream_handle(stream)
+        self.require_open()
+        cdef int code
+        with nogil:
+            code = self.check_stream(handle)
+        if code != 0:
+            refuse_stream(self, stream, code)
+        return handle
+
+
+def stream_handle(stream):
+    """Return the handle of a stream given as an int or as an object that says it has one; check nothing else.
+
+    Raises
+    ------
+    ValueError
+        `stream` is None.
+    TypeError
+        It is neither.
+    """
+    if stream is None:
+        raise ValueError(
+            "stream is None, but device memory needs the stream its other work runs on; pass a stream, or 0 for the "
+            "legacy default stream"
+        )
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        handle = stream
+    elif hasattr(stream, "__cuda_stream__"):
+        protocol = stream.__cuda_stream__
+        _, handle = protocol() if callable(protocol) else protocol
+    elif hasattr(stream, "cuda_stream"):
+        handle = stream.cuda_stream
+    else:
+        raise TypeError(
+            f"stream must be an int handle or an object with __cuda_stream__ or cuda_stream, got "
+            f"{type(stream).__name__}"
+        )
+    if not 0 <= handle < 1 << 64:
+        raise ValueError(f"stream handle must be in 0..2**64-1, got {handle}")
+    return handle
+
+
+cdef object refuse_stream(Device device, object stream, int code):
+    if code == KV_CUDA_STREAM_CAPTURE_UNSUPPORTED:
+        raise ValueError(
+            f"stream {stream!r} is capturing a graph, and transfers cannot be captured; call outside of the capture, "
+            "or pass another stream"
+        )
+    if code == KV_CUDA_STREAM_CAPTURE_IMPLICIT:
+        raise ValueError(
+            f"stream {stream!r} is the legacy default stream while a blocking stream captures a graph, which would pull "
+            "it into the capture; call outside of the capture, or pass another stream"
+        )
+    if code == KV_CUDA_INVALID_DEVICE:
+        raise ValueError(f"stream {stream!r} belongs to another device than {device.name}; pass a stream of this one")
+    if code == KV_CUDA_INVALID_HANDLE:
+        raise ValueError(f"stream {stream!r} is not a stream of this process, or was destroyed; pass a live one")
+    check(device, code, b"cuStreamIsCapturing")
+
+
+cdef int check(Device device, int code, const char *call) except -1 nogil:
+    if code == 0:
+        return 0
+    with gil:
+        raise_driver_error(device, code, call)
+
+
+cdef object raise_driver_error(Device device, int code, const char *call):
+    cdef const char *name = NULL
+    cdef const char *text = NULL
+    if device.drv.get_error_name(code, &name) != 0 or name == NULL:
+        name = b"CUDA_ERROR_UNRECOGNIZED"
+    if device.drv.get_error_string(code, &text) != 0 or text == NULL:
+        text = b""
+    raise DriverError(code, name.decode(), call.decode(), f"{text.decode()} on {device.name}".strip())
+
+
+def list_devices():
+    """Return the names of the devices that can be opened, the CUDA ones first."""
+    names = []
+    for is_host in (False, True):
+        if is_host or cuda_is_usable():
+            names += [f"{'host' if is_host else 'cuda'}:{i}" for i in range(count_devices(is_host))]
+    return names
+
+
+def driver_rows():
+    """Return (field, symbol, version, parameters) of every entry point of the driver table."""
+    return [
+        (
+            kv_driver_rows[i].field.decode(),
+            kv_driver_rows[i].symbol.decode(),
+            kv_driver_rows[i].version,
+            kv_driver_rows[i].parameters.decode(),
+        )
+        for i in range(KV_DRIVER_NUM_ROWS)
+    ]
+
+
+cdef int count_devices(bint is_host) except -1:
+    cdef const kv_driver *table = load_table(is_host)
+    cdef int count = 0
+    cdef int code = table.device_get_count(&count)
+    return count if code == 0 else 0
+
+
+cdef bint cuda_is_usable() except -1:
+    try:
+        load_table(False)
+    except (ConfigError, DriverError) as error:
+        logger.info("no usable CUDA device: %s", error)
+        return False
+    return True
+
+
+cdef const kv_driver *load_table(bint is_host) except NULL:
+    global cuda_table
+    cdef int code
+    if is_host:
+        code = host_table().init(0)
+        if code != 0:
+            raise DriverError(code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit", "the host driver cannot serve a forked child")
+        return host_table()
+    with cuda_lock:
+        if cuda_table == NULL:
+            addresses = _cuda.load_addresses([row[:3] for row in driver_rows()], KV_DRIVER_MIN_VERSION)
+            for i in range(KV_DRIVER_NUM_ROWS):
+                (<void **>(<char *>&cuda_functions + kv_driver_rows[i].offset))[0] = (
+                    <void *><size_t>addresses[kv_driver_rows[i].field.decode()]
+                )
+            cuda_table = &cuda_functions
+    return cuda_table

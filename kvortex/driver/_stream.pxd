@@ -1,0 +1,25 @@
+"""Stream and Event: ours or borrowed. The map; the code is in _stream.pyx."""
+
+from kvortex.driver._device cimport Device
+
+
+cdef class Stream:
+    cdef readonly Device device
+    cdef void *stream                 # may be 0: the legacy default stream
+    cdef object owner                 # of a borrowed stream: kept alive as long as this object
+    cdef readonly bint is_owned       # created here, so destroyed here
+    cdef readonly bint closed
+    cdef object __weakref__
+
+    cdef int require_open(self) except -1
+    cdef void destroy(self) noexcept
+
+
+cdef class Event:
+    cdef readonly Device device
+    cdef void *event
+    cdef readonly bint closed
+    cdef object __weakref__
+
+    cdef int require_open(self) except -1
+    cdef void destroy(self) noexcept

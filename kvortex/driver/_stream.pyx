@@ -1,0 +1,292 @@
+"""Stream and Event: ours or borrowed."""
+
+from cython cimport no_gc_clear
+from posix.unistd cimport getpid
+
+from kvortex._c cimport KV_CUDA_NOT_READY, KV_EVENT_DISABLE_TIMING, KV_STREAM_NON_BLOCKING
+from kvortex.driver._device cimport Device, check
+
+from kvortex.errors import EngineClosed
+
+
+@no_gc_clear  # __dealloc__ needs the device, which the collector would clear before it
+cdef class Stream:
+    """A stream of a device: work submitted to it runs in order.
+
+    Get one with `create` (ours: non-blocking, destroyed by `close`) or `borrow` (someone else's: never destroyed).
+    Usable from any thread. Passes anywhere a stream is wanted, as it has ``__cuda_stream__``.
+
+    Attributes
+    ----------
+    device : Device
+    is_owned : bool
+    closed : bool
+    """
+
+    def __init__(self):
+        raise TypeError("Stream has no constructor; use Stream.create(device) or Stream.borrow(device, stream)")
+
+    @staticmethod
+    def create(Device device not None):
+        """Create a non-blocking stream: it does not synchronise with the legacy default stream.
+
+        Raises
+        ------
+        DriverError, EngineClosed
+        """
+        device.require_open()
+        cdef Stream self = Stream.__new__(Stream)
+        cdef int code, mode = 0
+        with nogil:
+            code = device.enter(&mode)
+            if code == 0:
+                code = device.drv.stream_create(&self.stream, KV_STREAM_NON_BLOCKING)
+                device.leave(mode)
+        check(device, code, b"cuStreamCreate")
+        self.device = device
+        self.is_owned = True
+        self.closed = False
+        return self
+
+    @staticmethod
+    def borrow(Device device not None, stream):
+        """Wrap a stream of someone else, and keep the object it came from alive.
+
+        Parameters
+        ----------
+        device : Device
+        stream : int or object
+            A handle (0 is the legacy default stream), or an object with ``__cuda_stream__`` or ``cuda_stream``.
+
+        Raises
+        ------
+        ValueError
+            It is None, capturing, or of another device.
+        """
+        cdef Stream self = Stream.__new__(Stream)
+        self.stream = device.borrow_stream(stream)
+        self.device = device
+        self.owner = stream
+        self.closed = False
+        return self
+
+    def __cinit__(self):
+        self.closed = True
+
+    @property
+    def handle(self):
+        """The ``CUstream`` as an int; 0 is the legacy default stream."""
+        return <size_t>self.stream
+
+    def __cuda_stream__(self):
+        """Return (protocol version, handle)."""
+        self.require_open()
+        return 0, <size_t>self.stream
+
+    def synchronize(self):
+        """Block until everything submitted so far is complete. Releases the GIL.
+
+        Raises
+        ------
+        DriverError, EngineClosed
+        """
+        cdef int code, mode = 0
+        self.require_open()
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.stream_synchronize(self.stream)
+                self.device.leave(mode)
+        check(self.device, code, b"cuStreamSynchronize")
+
+    def query(self):
+        """Tell whether everything submitted so far is complete. Does not block."""
+        cdef int code, mode = 0
+        self.require_open()
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.stream_query(self.stream)
+                self.device.leave(mode)
+        if code == KV_CUDA_NOT_READY:
+            return False
+        check(self.device, code, b"cuStreamQuery")
+        return True
+
+    def wait_event(self, Event event not None):
+        """Let later work of this stream wait, on the device, for the event as it stands now. Does not block.
+
+        A later record of the event does not change that; an event never recorded is complete.
+
+        Raises
+        ------
+        ValueError
+            The stream is capturing.
+        DriverError, EngineClosed
+        """
+        cdef int code, mode = 0
+        self.require_open()
+        event.require_open()
+        self.device.borrow_stream(<size_t>self.stream)
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.stream_wait_event(self.stream, event.event, 0)
+                self.device.leave(mode)
+        check(self.device, code, b"cuStreamWaitEvent")
+
+    def close(self):
+        """Destroy the stream if it is ours. Idempotent, does not block: what was submitted still runs."""
+        if not self.closed:
+            self.closed = True
+            self.destroy()
+
+    cdef void destroy(self) noexcept:
+        cdef int mode = 0
+        if self.is_owned and not self.device.closed and getpid() == self.device.pid:
+            with nogil:
+                if self.device.enter(&mode) == 0:
+                    self.device.drv.stream_destroy(self.stream)
+                    self.device.leave(mode)
+        self.owner = None
+
+    def __dealloc__(self):
+        if not self.closed:
+            self.destroy()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        state = "closed" if self.closed else "owned" if self.is_owned else "borrowed"
+        return f"<Stream {<size_t>self.stream:#x} of {self.device.name}, {state}>"
+
+    cdef int require_open(self) except -1:
+        if self.closed:
+            raise EngineClosed(f"{self!r} cannot be used any more; create another with Stream.create(device)")
+        return self.device.require_open()
+
+
+@no_gc_clear  # __dealloc__ needs the device, which the collector would clear before it
+cdef class Event:
+    """A point in a stream: what was submitted before `record`. Made by `create`; usable from any thread.
+
+    Attributes
+    ----------
+    device : Device
+    closed : bool
+    """
+
+    def __init__(self):
+        raise TypeError("Event has no constructor; use Event.create(device)")
+
+    @staticmethod
+    def create(Device device not None):
+        """Create an event without timing. Until its first `record` it counts as complete.
+
+        Raises
+        ------
+        DriverError, EngineClosed
+        """
+        device.require_open()
+        cdef Event self = Event.__new__(Event)
+        cdef int code, mode = 0
+        with nogil:
+            code = device.enter(&mode)
+            if code == 0:
+                code = device.drv.event_create(&self.event, KV_EVENT_DISABLE_TIMING)
+                device.leave(mode)
+        check(device, code, b"cuEventCreate")
+        self.device = device
+        self.closed = False
+        return self
+
+    def __cinit__(self):
+        self.closed = True
+
+    @property
+    def handle(self):
+        """The ``CUevent`` as an int."""
+        return <size_t>self.event
+
+    def record(self, stream):
+        """Let the event stand for everything submitted to the stream so far. Does not block.
+
+        Parameters
+        ----------
+        stream : Stream, int or object
+            As `Stream.borrow` takes it; a capturing stream is refused before anything is recorded on it.
+
+        Raises
+        ------
+        ValueError, DriverError, EngineClosed
+        """
+        cdef int code, mode = 0
+        self.require_open()
+        cdef void *handle = self.device.borrow_stream(stream)
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.event_record(self.event, handle)
+                self.device.leave(mode)
+        check(self.device, code, b"cuEventRecord")
+
+    def query(self):
+        """Tell whether the last record is complete. Does not block."""
+        cdef int code, mode = 0
+        self.require_open()
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.event_query(self.event)
+                self.device.leave(mode)
+        if code == KV_CUDA_NOT_READY:
+            return False
+        check(self.device, code, b"cuEventQuery")
+        return True
+
+    def synchronize(self):
+        """Block until the last record is complete. Releases the GIL."""
+        cdef int code, mode = 0
+        self.require_open()
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.event_synchronize(self.event)
+                self.device.leave(mode)
+        check(self.device, code, b"cuEventSynchronize")
+
+    def close(self):
+        """Destroy the event. Idempotent, does not block; waits that were submitted for it still hold."""
+        if not self.closed:
+            self.closed = True
+            self.destroy()
+
+    cdef void destroy(self) noexcept:
+        cdef int mode = 0
+        if not self.device.closed and getpid() == self.device.pid:
+            with nogil:
+                if self.device.enter(&mode) == 0:
+                    self.device.drv.event_destroy(self.event)
+                    self.device.leave(mode)
+
+    def __dealloc__(self):
+        if not self.closed:
+            self.destroy()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        return f"<Event {<size_t>self.event:#x} of {self.device.name}{' closed' if self.closed else ''}>"
+
+    cdef int require_open(self) except -1:
+        if self.closed:
+            raise EngineClosed(f"{self!r} cannot be used any more; create another with Event.create(device)")
+        return self.device.require_open()

@@ -1,0 +1,70 @@
+/* host_state.h: what the parts of the host driver share. Private to them.
+ *
+ * Locks: the contexts' mutex (host_device.c) is held over the end of a context and so over all others; apart from that
+ * no two locks of the host driver are ever held together. */
+#ifndef KVORTEX_HOST_STATE_H
+#define KVORTEX_HOST_STATE_H
+
+#include "host_stream.h"
+
+/* Row numbers, and one function per row of the table. */
+enum {
+#define KV_ROW_NUMBER(field, symbol, version, parameters) KV_ROW_##field,
+    KV_DRIVER_ROWS(KV_ROW_NUMBER)
+#undef KV_ROW_NUMBER
+};
+#define KV_ROW_FUNCTION(field, symbol, version, parameters) kv_result kv_host_##field parameters;
+KV_DRIVER_ROWS(KV_ROW_FUNCTION)
+#undef KV_ROW_FUNCTION
+
+enum { KV_HOST_MAX_PITCH = 0x7fffffff };
+
+/* host_device.c */
+typedef struct kv_host_device {
+    _Atomic uint64_t context; /* handle while retained, else 0 */
+    uint64_t generation;
+    int num_retained;
+    _Atomic int sticky; /* the code a dead device answers */
+} kv_host_device;
+extern kv_host_device kv_host_devices[KV_HOST_MAX_DEVICES];
+extern _Atomic int kv_host_initialized, kv_host_num_devices;
+kv_host_device *kv_host_current_device(void); /* of the thread's current context; NULL without one */
+
+/* host_driver.c */
+kv_result kv_host_find_stream(void *handle, kv_stream **stream);
+size_t kv_host_events_live(void);
+void kv_host_reap(int ordinal); /* the end of a context: its work is dropped, its objects go with it */
+extern _Atomic size_t kv_host_num_reaped;
+
+/* host_control.c: what is out of the ordinary. Zero in production, so that each call pays one relaxed load for it all. */
+enum {
+    KV_HOST_FORKED = 1,
+    KV_HOST_COUNTING = 2,
+    KV_HOST_FAILING = 4,
+    KV_HOST_CAPTURING = 8,
+    KV_HOST_DEAD = 16
+};
+extern _Atomic unsigned int kv_host_unusual;
+void kv_host_set_unusual(unsigned int bits, int on);
+kv_result kv_host_begin_unusual(int row, unsigned int bits);
+
+/* Every row begins with this. */
+#define KV_HOST_BEGIN(field) \
+    do { \
+        unsigned int bits_ = atomic_load_explicit(&kv_host_unusual, memory_order_relaxed); \
+        kv_result code_ = bits_ ? kv_host_begin_unusual(KV_ROW_##field, bits_) : KV_CUDA_SUCCESS; \
+        if (code_) \
+            return code_; \
+        if (KV_ROW_##field >= KV_ROW_device_get_count && \
+            !atomic_load_explicit(&kv_host_initialized, memory_order_relaxed)) \
+            return KV_CUDA_NOT_INITIALIZED; \
+    } while (0)
+
+/* Captures: before work goes to a stream (*captured: it went into a capture and is not to be executed), before a wait
+ * for it, and whether its being the legacy stream drags in a capturing one (`spoil` invalidates that capture). */
+int kv_host_capture_status(const kv_stream *stream);
+kv_result kv_host_admit(kv_stream *stream, int *captured);
+kv_result kv_host_refuse_wait(kv_stream *stream);
+int kv_host_is_implicit(const kv_stream *legacy, int spoil);
+
+#endif

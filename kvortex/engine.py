@@ -1,0 +1,125 @@
+"""KVortexEngine: the one module that joins the parts, and the promise made to users."""
+
+import atexit
+import weakref
+from contextlib import ExitStack
+
+from kvortex._engine import EngineCore
+from kvortex.config import KVortexConfig
+from kvortex.driver import Device
+from kvortex.errors import ConfigError
+from kvortex.index import BlockIndex
+from kvortex.memory import PinnedPool
+from kvortex.transfer import JobSignals, TransferQueue
+
+_engines = weakref.WeakSet()
+
+
+class KVortexEngine(EngineCore):
+    """Keep KV blocks in pinned host memory and bring them back on a prefix hit.
+
+    Made by `create`. Every verb may be called from any thread and releases the GIL; see their own docstrings:
+    `save_blocks`, `load_blocks`, `check_blocks`, `touch_blocks`, `discard_blocks`, `clear`, `get_stats`.
+
+    Attributes
+    ----------
+    device : Device
+    pool : PinnedPool
+    index : BlockIndex
+    layout : KVLayout or None
+    config : KVortexConfig
+    """
+
+    @classmethod
+    def create(cls, config, *, layout=None):
+        """Build an engine: pool, index, streams and the completion thread.
+
+        Parameters
+        ----------
+        config : KVortexConfig
+        layout : KVLayout, optional
+            The KV cache that `block_ids` name. Without one, verbs take `data_ptrs` and `sizes`, and
+            ``config.block_bytes`` gives the largest size. An engine only reads the layout's memory here (first and last
+            block, to find out whether strided copies are legal).
+
+        Returns
+        -------
+        KVortexEngine
+            Serving with the first chunk of the pool; the rest follows in the background (`wait_ready`).
+
+        Raises
+        ------
+        ConfigError
+            A setting does not fit: no block size, a pool smaller than one slot, blocks of the layout above block_bytes,
+            no such device.
+        PoolExhausted
+            The machine or its cgroup cannot hold the pool; asked before any page is touched.
+        DriverError
+            The driver refused. Whatever was made by then is given back.
+        """
+        if not isinstance(config, KVortexConfig):
+            raise ConfigError(f"config must be a KVortexConfig, got {type(config).__name__}")
+        block_bytes = config.block_bytes
+        if layout is not None:
+            block_bytes = layout.block_bytes if block_bytes is None else block_bytes
+            if layout.block_bytes > block_bytes:
+                raise ConfigError(
+                    f"block_bytes is {block_bytes}, but the layout's blocks have {layout.block_bytes}; leave block_bytes out"
+                )
+        if block_bytes is None:
+            raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
+        num_loaders = max(1, config.num_transfer_streams // 2)
+        num_savers = max(1, config.num_transfer_streams - num_loaders)
+        with ExitStack() as undo:
+            device = Device.open(config.device)
+            undo.callback(device.close)
+            pool = PinnedPool(
+                config.cpu_pool_size_bytes,
+                block_bytes,
+                device,
+                header_bytes=config.header_bytes,
+                first_chunk_bytes=config.pool_first_chunk_bytes,
+                chunk_bytes=config.pool_chunk_bytes,
+                driver_allocated=config.pool_driver_allocated,
+            )
+            undo.callback(pool.close)
+            index = BlockIndex(pool.num_slots)
+            signals = JobSignals()
+            savers, loaders = [], []
+            for queues, direction, count in ((savers, "D2H", num_savers), (loaders, "H2D", num_loaders)):
+                for _ in range(count):
+                    queue = TransferQueue(device, direction, max_jobs=config.max_jobs, signals=signals)
+                    undo.callback(queue.close)
+                    queues.append(queue)
+            if layout is not None:
+                savers[0].probe(layout)
+            engine = cls(device, pool, index, signals, savers, loaders, layout)
+            undo.pop_all()
+        engine.config = config
+        _engines.add(engine)
+        return engine
+
+    def wait_ready(self, timeout_ms=None):
+        """Block (GIL released) until the whole pool is registered; see `PinnedPool.wait_ready` for what is raised."""
+        self.pool.wait_ready(timeout_ms)
+
+    def shutdown(self):
+        """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
+
+        Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them; their
+        memory is then leaked on purpose, because a copy may still be running into it.
+        """
+        self._close(self.config.shutdown_timeout_ms)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.shutdown()
+
+
+@atexit.register
+def _shutdown_all():
+    """End the threads of engines nobody shut down while driver and interpreter are still there."""
+    for engine in list(_engines):
+        engine.shutdown()

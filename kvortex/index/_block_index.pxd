@@ -1,0 +1,70 @@
+"""BlockIndex: key -> slot, states, pins and recency. The map; the code is in _block_index.pyx, the table in table.h."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from kvortex._c cimport kv_entry, kv_table, pthread_mutex_t
+
+
+ctypedef struct IndexCounters:
+    # Since the index was made:
+    uint64_t reserved                 # slots handed out by reserve
+    uint64_t full                     # keys that reserve answered FULL
+    uint64_t evictions                # blocks dropped by reserve and evict, coldest first
+    uint64_t hits                     # keys that acquire pinned
+    uint64_t misses                   # keys of an acquire that its leading run did not reach
+    uint64_t length_mismatches        # acquires whose run a length ended, reserves that replaced one
+    uint64_t discards                 # blocks forgotten by discard and clear
+    # Now; num_free + num_writing + num_ready == slots_added:
+    uint32_t slots_added
+    uint32_t num_free
+    uint32_t num_writing              # with those discarded meanwhile
+    uint32_t num_ready                # with those discarded while pinned
+    uint32_t num_pinned               # of num_ready
+
+
+cdef class BlockIndex:
+    cdef kv_entry *entries            # num_slots, then the two sentinels, then the table's memory; one allocation, owned
+    cdef kv_table table
+    cdef pthread_mutex_t mutex        # held for memory loops only; lookup_keys never takes it
+    cdef uint32_t free_list           # sentinel; first = next to be handed out
+    cdef uint32_t lru_list            # sentinel; first = most recent, last = next victim
+    cdef IndexCounters count          # under the mutex
+    cdef readonly uint32_t num_slots  # capacity; slots 0 .. num_slots - 1
+    cdef readonly size_t memory_bytes
+
+    # The nogil batch verbs. `keys` is n * 32 bytes; `lengths` is read at i * length_step (0: one length for all).
+    # slots[i] is NO_SLOT where no slot was given, and is passed over where slots are handed back. None of them touches
+    # a device or Python; each takes the index's mutex once for the batch (lookup_keys takes none). A slot handed back
+    # in the wrong state aborts the process: going on would serve wrong bytes.
+    cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
+                             uint32_t *slots, uint8_t *statuses) noexcept nogil          # -> how many are NEW
+    # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not.
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*) noexcept nogil
+    cdef void abort_slots(self, const uint32_t *slots, size_t n) noexcept nogil
+    # lengths NULL: any length will do.
+    cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
+                             uint32_t *slots) noexcept nogil                              # -> leading run, pinned
+    cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
+    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil            # tail-first; -> how many are READY
+    cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil          # -> how many were there
+    cdef size_t evict_slots(self, size_t n) noexcept nogil                                # coldest n; -> how many went
+    cdef void clear_all(self) noexcept nogil
+    cdef void add_slot_range(self, uint32_t first, uint32_t count) noexcept nogil
+    cdef void read_counters(self, IndexCounters *target) noexcept nogil
+
+    # With the mutex held.
+    cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil
+    cdef uint64_t hash_of(self, uint32_t slot) noexcept nogil
+    cdef uint32_t find(self, const uint8_t *key, uint64_t hash) noexcept nogil
+    cdef uint32_t take_slot(self) noexcept nogil
+    cdef void free_slot(self, uint32_t slot) noexcept nogil
+    cdef void evict_last(self) noexcept nogil
+    cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
+    cdef void drop(self, uint32_t slot) noexcept nogil
+    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil
+    cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef void release_locked(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil
+    cdef size_t first_not_writing(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef size_t first_not_pinned(self, const uint32_t *slots, size_t n) noexcept nogil

@@ -1,0 +1,798 @@
+"""BlockIndex: which slot holds which block, in which state, and who may go when room is needed.
+
+The C headers know buckets, links and fields; here is what they mean: when a slot may be given, shown, taken back.
+"""
+
+import os
+from enum import IntEnum
+
+import numpy as np
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+from libc.string cimport memset
+from posix.stdlib cimport posix_memalign
+
+from kvortex cimport _c
+from kvortex.keys._arrays cimport as_keys
+
+cdef extern from "<sys/mman.h>" nogil:
+    const int MADV_HUGEPAGE
+    int madvise(void *address, size_t bytes, int advice)
+
+cdef enum:
+    CHUNK = 16       # keys hashed and prefetched together: enough to hide memory's latency, few enough for its queues
+    KEY_BYTES = 32
+    ENTRY_BYTES = 64
+    HUGE_PAGE_BYTES = 2 << 20
+
+NO_SLOT = _c.KV_NO_SLOT
+
+
+class ReserveStatus(IntEnum):
+    """What `BlockIndex.reserve` answers for a key."""
+
+    NEW = _c.KV_RESERVE_NEW          #: a slot was given: write it, then commit or abort
+    PRESENT = _c.KV_RESERVE_PRESENT  #: already there with this length: nothing to write
+    PENDING = _c.KV_RESERVE_PENDING  #: another writer has it, or readers pin it with another length
+    FULL = _c.KV_RESERVE_FULL        #: no free slot and nothing that may be evicted
+
+
+class CommitStatus(IntEnum):
+    """What `BlockIndex.commit` answers for a slot."""
+
+    READY = _c.KV_COMMIT_READY          #: visible from now on
+    DISCARDED = _c.KV_COMMIT_DISCARDED  #: forgotten while it was written: the slot is free again, pinned or not
+
+
+cdef class BlockIndex:
+    """Map keys to slots, and decide which block goes when room is needed (least recently used first).
+
+    The index knows keys and slot numbers, never memory or devices. A slot is written in two steps, ``reserve`` and
+    ``commit``, and is visible only after the second; it is read between ``acquire`` and ``release``, and cannot be
+    evicted in between. Every verb takes a batch, releases the GIL and may be called from any thread. ``lookup`` takes
+    no lock; the others take one mutex for the length of the batch and never wait for anything else.
+
+    Parameters
+    ----------
+    num_slots : int
+        Capacity. All memory (about 71 bytes a slot) is allocated and touched here. No slot can be handed out before
+        `add_slots` has named it.
+
+    Raises
+    ------
+    ValueError
+        If `num_slots` is not in 1 .. 2**32 - 4.
+    MemoryError
+        If there is no memory for the entries.
+
+    Notes
+    -----
+    Wherever keys are taken they are a C-contiguous ``(n, 32)`` uint8 array; slots come back as uint32, and are taken
+    as any one-dimensional array-like of integers. Bad arguments raise before anything is changed.
+    """
+
+    # --- Life ---------------------------------------------------------------------------------------------------
+
+    def __cinit__(self, object num_slots):
+        cdef object limit = 0xFFFFFFFF - 3
+        if not 1 <= num_slots <= limit:
+            raise ValueError(f"num_slots must be in 1 .. {limit}, got {num_slots}")
+        cdef bytes seed = os.urandom(KEY_BYTES)
+        self.num_slots = num_slots
+        self.free_list = self.num_slots
+        self.lru_list = self.num_slots + 1
+        cdef size_t entries_bytes = (<size_t>self.num_slots + 2) * ENTRY_BYTES
+        self.memory_bytes = entries_bytes + _c.kv_table_bytes(self.num_slots)
+        cdef void *memory = NULL
+        cdef size_t alignment = HUGE_PAGE_BYTES if self.memory_bytes >= HUGE_PAGE_BYTES else ENTRY_BYTES
+        if posix_memalign(&memory, alignment, self.memory_bytes) != 0:
+            raise MemoryError(f"an index of {num_slots} slots needs {self.memory_bytes} bytes")
+        if alignment == HUGE_PAGE_BYTES:  # random access over megabytes: a quarter more lookups/s
+            madvise(memory, self.memory_bytes, MADV_HUGEPAGE)
+        self.entries = <_c.kv_entry *>memory
+        with nogil:
+            memset(memory, 0, self.memory_bytes)  # touched now: no page fault later under the lock
+        _c.kv_table_init(&self.table, <uint8_t *>memory + entries_bytes, self.entries, self.num_slots, seed)
+        _c.kv_list_init(self.entries, self.free_list)
+        _c.kv_list_init(self.entries, self.lru_list)
+        _c.pthread_mutex_init(&self.mutex, NULL)
+
+    def __dealloc__(self):
+        if self.entries != NULL:  # takes no lock, so it is safe in a forked child
+            _c.pthread_mutex_destroy(&self.mutex)
+            free(self.entries)
+
+    def add_slots(self, first, count):
+        """Make the slots `first` .. ``first + count - 1`` available, to be handed out in ascending order.
+
+        Parameters
+        ----------
+        first, count : int
+            A range within ``num_slots`` of which no slot was added before. O(count).
+
+        Raises
+        ------
+        ValueError
+            If the range is not within the capacity, or one of its slots was added before.
+        """
+        if first < 0 or count < 0 or first + count > self.num_slots:
+            raise ValueError(f"slots {first} .. {first + count - 1} are not within the {self.num_slots} of this index")
+        cdef uint32_t slot, begin = first, end = first + count, taken = _c.KV_NO_SLOT
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            for slot in range(begin, end):
+                if _c.kv_entry_state(&self.entries[slot]) != _c.KV_ABSENT:
+                    taken = slot
+                    break
+            else:
+                self.add_locked(begin, end - begin)
+            _c.pthread_mutex_unlock(&self.mutex)
+        if taken != _c.KV_NO_SLOT:
+            raise ValueError(f"slot {taken} was added before; each slot is added once")
+
+    # --- Writing ------------------------------------------------------------------------------------------------
+
+    def reserve(self, keys, lengths):
+        """Ask for a slot for each key that is not there yet.
+
+        A free slot is taken, else the least recently used block that is not pinned is evicted; where there is none
+        the answer is FULL. A key that is PRESENT becomes the most recently used, so that the batch does not evict
+        what it just reported. A key that is READY with another length is discarded and reserved anew (its bytes would
+        serve nobody who asks for this length), or PENDING while it is pinned. A key that occurs twice in the batch is
+        PENDING the second time.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
+        lengths : int or (n,) array-like of int
+            Bytes that will be written, for all or each; `acquire` compares with it.
+
+        Returns
+        -------
+        slots : (n,) uint32 array
+            The caller owns these until `commit` or `abort`; `NO_SLOT` where the status is not NEW.
+        statuses : (n,) uint8 array
+            A `ReserveStatus` each.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], num_lengths
+        cdef const uint32_t[::1] length_view = as_lengths(lengths, n)
+        num_lengths = length_view.shape[0]
+        slots, statuses = np.empty(n, np.uint32), np.empty(n, np.uint8)
+        cdef uint32_t[::1] slot_view = slots
+        cdef uint8_t[::1] status_view = statuses
+        with nogil:
+            self.reserve_keys(&key_view[0, 0], &length_view[0], num_lengths > 1, n, &slot_view[0], &status_view[0])
+        return slots, statuses
+
+    def commit(self, slots, bint pin=False):
+        """Make written slots visible; the batch is linked tail-first, so that the first slot ends most recently used.
+
+        Parameters
+        ----------
+        slots : (n,) array-like of int
+            Slots from `reserve`, completely written.
+        pin : bool
+            Also pin them, in the same step, as `acquire` would: nothing can evict them in between.
+
+        Returns
+        -------
+        statuses : (n,) uint8 array
+            A `CommitStatus` each. A slot whose key was discarded while it was written is DISCARDED: it is free
+            already, and not pinned.
+
+        Raises
+        ------
+        ValueError
+            If a slot is not being written, or occurs twice. Then nothing has changed.
+        """
+        cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef size_t n = slot_view.shape[0], bad
+        statuses = np.empty(n, np.uint8)
+        cdef uint8_t[::1] status_view = statuses
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            bad = self.first_not_writing(&slot_view[0], n)
+            if bad == n:
+                self.commit_locked(&slot_view[0], n, pin, &status_view[0])
+            _c.pthread_mutex_unlock(&self.mutex)
+        if bad != n:
+            raise bad_slot("commit", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
+        return statuses
+
+    def abort(self, slots):
+        """Give back slots that were not written after all; their keys are as if never reserved.
+
+        Parameters
+        ----------
+        slots : (n,) array-like of int
+            Slots from `reserve`.
+
+        Raises
+        ------
+        ValueError
+            If a slot is not being written, or occurs twice. Then nothing has changed.
+        """
+        cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef size_t n = slot_view.shape[0], bad
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            bad = self.first_not_writing(&slot_view[0], n)
+            if bad == n:
+                self.abort_locked(&slot_view[0], n)
+            _c.pthread_mutex_unlock(&self.mutex)
+        if bad != n:
+            raise bad_slot("abort", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
+
+    # --- Reading ------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys):
+        """Tell which keys are READY. No side effects, no lock, no waiting.
+
+        Each key's answer was true at one moment during the call; only `acquire` makes it last.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
+
+        Returns
+        -------
+        mask : (n,) bool array
+        leading : int
+            How many keys from the first on are READY without a gap.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], leading
+        mask = np.empty(n, np.bool_)
+        cdef uint8_t[::1] mask_view = mask.view(np.uint8)
+        with nogil:
+            leading = self.lookup_keys(&key_view[0, 0], n, &mask_view[0])
+        return mask, leading
+
+    def acquire(self, keys, lengths=None):
+        """Pin the leading run: the keys before the first that is not READY, or has another length.
+
+        A pinned block keeps its slot and its bytes until `release`. Pins count: each acquire wants its own release.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
+        lengths : int or (n,) array-like of int, optional
+            Bytes the caller is going to read. A block with another length ends the run, and is counted. None takes
+            blocks of any length.
+
+        Returns
+        -------
+        slots : (run,) uint32 array
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], run, num_lengths = 0
+        cdef const uint32_t[::1] length_view
+        cdef const uint32_t *length_ptr = NULL
+        if lengths is not None:
+            length_view = as_lengths(lengths, n)
+            num_lengths = length_view.shape[0]
+            length_ptr = &length_view[0]
+        slots = np.empty(n, np.uint32)
+        cdef uint32_t[::1] slot_view = slots
+        with nogil:
+            run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, &slot_view[0])
+        return slots[:run]
+
+    def release(self, slots):
+        """Unpin; a block whose last pin goes becomes most recently used, the batch tail-first, or free if discarded.
+
+        Parameters
+        ----------
+        slots : (n,) array-like of int
+            Slots from `acquire` or ``commit(pin=True)``.
+
+        Raises
+        ------
+        ValueError
+            If a slot is given more often than it is pinned. Then nothing has changed.
+        """
+        cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef size_t n = slot_view.shape[0], bad
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            bad = self.first_not_pinned(&slot_view[0], n)
+            if bad == n:
+                self.release_locked(&slot_view[0], n)
+            _c.pthread_mutex_unlock(&self.mutex)
+        if bad != n:
+            raise bad_slot("release", slot_view[bad], bad, self.num_slots, "not pinned, or given more often than pinned")
+
+    def touch(self, keys):
+        """Mark blocks as used now, tail-first, so that ``keys[0]`` ends most recent; keys not READY are passed over.
+
+        Returns
+        -------
+        count : int
+            How many of the keys are READY.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], count
+        with nogil:
+            count = self.touch_keys(&key_view[0, 0], n)
+        return count
+
+    # --- Forgetting ---------------------------------------------------------------------------------------------
+
+    def evict(self, size_t n):
+        """Drop the `n` least recently used blocks, or as many as are not pinned.
+
+        Returns
+        -------
+        count : int
+            How many were dropped.
+        """
+        cdef size_t count
+        with nogil:
+            count = self.evict_slots(n)
+        return count
+
+    def discard(self, keys):
+        """Forget keys at once, whatever their state: from now on they answer as if never saved.
+
+        The slot of a pinned block is freed by its last release, that of one being written by its commit or abort.
+
+        Returns
+        -------
+        count : int
+            How many were there, READY or being written.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], count
+        with nogil:
+            count = self.discard_keys(&key_view[0, 0], n)
+        return count
+
+    def clear(self):
+        """Discard every key. O(num_slots), under the lock."""
+        with nogil:
+            self.clear_all()
+
+    # --- Numbers ------------------------------------------------------------------------------------------------
+
+    def counters(self):
+        """Return all counters, taken at one moment.
+
+        Returns
+        -------
+        counters : dict of str to int
+            Since creation: ``reserved``, ``full``, ``evictions``, ``hits`` (keys pinned by acquire), ``misses`` (keys
+            of an acquire behind its run), ``length_mismatches``, ``discards``. Now: ``slots_added``, ``num_free``,
+            ``num_writing``, ``num_ready`` (both with those discarded meanwhile), ``num_pinned``.
+        """
+        cdef IndexCounters now
+        with nogil:
+            self.read_counters(&now)
+        return now
+
+    @property
+    def slots_added(self):
+        """Slots that `add_slots` has made available."""
+        return self.counters()["slots_added"]
+
+    @property
+    def num_free(self):
+        """Slots without a tenant."""
+        return self.counters()["num_free"]
+
+    @property
+    def num_writing(self):
+        """Slots between reserve and commit or abort."""
+        return self.counters()["num_writing"]
+
+    @property
+    def num_ready(self):
+        """Slots with a block, pinned or not."""
+        return self.counters()["num_ready"]
+
+    @property
+    def num_pinned(self):
+        """Slots with a block that is pinned."""
+        return self.counters()["num_pinned"]
+
+    def slot_info(self, slot):
+        """Describe one slot, for tests and diagnosis.
+
+        Returns
+        -------
+        info : dict
+            ``state`` (``"absent"``, ``"free"``, ``"writing"`` or ``"ready"``), ``discarded``, ``generation`` (tenants
+            so far), ``length``, ``pins`` and ``key`` of the present or last tenant.
+        """
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot must be in 0 .. {self.num_slots - 1}, got {slot}")
+        cdef _c.kv_entry *entry = &self.entries[<uint32_t>slot]
+        cdef _c.kv_key key
+        cdef uint32_t state, generation, length, pins
+        cdef bint discarded
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            key = _c.kv_entry_key(entry)
+            state, discarded = _c.kv_entry_state(entry), _c.kv_entry_is_discarded(entry)
+            generation, length, pins = _c.kv_entry_generation(entry), entry.length, entry.pins
+            _c.pthread_mutex_unlock(&self.mutex)
+        return {
+            "state": ("absent", "free", "writing", "ready")[state],
+            "discarded": discarded,
+            "generation": generation,
+            "length": length,
+            "pins": pins,
+            "key": (<uint8_t *>&key)[:KEY_BYTES],
+        }
+
+    def probe_lengths(self):
+        """Tell how far searches go: groups of 16 buckets read to find a key that is there. O(num_slots), for tests.
+
+        Returns
+        -------
+        mean, longest : float, int
+            1.0 and 1 are the best; both 0 when no key is there.
+        """
+        cdef uint64_t total = 0
+        cdef uint32_t slot, state, probes, keys = 0, longest = 0
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            for slot in range(self.num_slots):
+                state = _c.kv_entry_state(&self.entries[slot])
+                if state >= _c.KV_WRITING and not _c.kv_entry_is_discarded(&self.entries[slot]):
+                    probes = _c.kv_table_probes(&self.table, self.hash_of(slot), slot)
+                    keys += 1
+                    total += probes
+                    longest = max(longest, probes)
+            _c.pthread_mutex_unlock(&self.mutex)
+        return <double>total / max(keys, 1), longest
+
+    # --- The verbs, for callers without the GIL -----------------------------------------------------------------
+
+    cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
+                             uint32_t *slots, uint8_t *statuses) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slot, length
+        cdef size_t i, num_new = 0
+        cdef _c.kv_entry *entry
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n):
+            if i % CHUNK == 0:
+                self.hash_chunk(keys, n, i, hashes)
+            length = lengths[i * length_step]
+            slots[i] = _c.KV_NO_SLOT
+            slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+            if slot != _c.KV_NO_SLOT:
+                entry = &self.entries[slot]
+                if _c.kv_entry_state(entry) == _c.KV_WRITING:
+                    statuses[i] = _c.KV_RESERVE_PENDING
+                    continue
+                if entry.length == length:
+                    statuses[i] = _c.KV_RESERVE_PRESENT
+                    if entry.pins == 0:
+                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
+                    continue
+                self.count.length_mismatches += 1
+                if entry.pins > 0:
+                    statuses[i] = _c.KV_RESERVE_PENDING
+                    continue
+                self.forget(slot, hashes[i % CHUNK])
+            slot = self.take_slot()
+            if slot == _c.KV_NO_SLOT:
+                statuses[i] = _c.KV_RESERVE_FULL
+                self.count.full += 1
+                continue
+            _c.kv_entry_begin(&self.entries[slot], _c.kv_key_load(keys + i * KEY_BYTES), length)
+            _c.kv_table_insert(&self.table, hashes[i % CHUNK], slot)
+            slots[i] = slot
+            statuses[i] = _c.KV_RESERVE_NEW
+            num_new += 1
+        self.count.num_writing += <uint32_t>num_new
+        self.count.reserved += num_new
+        _c.pthread_mutex_unlock(&self.mutex)
+        return num_new
+
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=NULL) noexcept nogil:
+        cdef size_t num_ready
+        _c.pthread_mutex_lock(&self.mutex)
+        num_ready = self.commit_locked(slots, n, pin, statuses)
+        _c.pthread_mutex_unlock(&self.mutex)
+        return num_ready
+
+    cdef void abort_slots(self, const uint32_t *slots, size_t n) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        self.abort_locked(slots, n)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
+                             uint32_t *slots) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slot
+        cdef size_t i, run = n
+        cdef _c.kv_entry *entry
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n):
+            if i % CHUNK == 0:
+                self.hash_chunk(keys, n, i, hashes)
+            slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+            if slot == _c.KV_NO_SLOT or _c.kv_entry_state(&self.entries[slot]) != _c.KV_READY:
+                run = i
+                break
+            entry = &self.entries[slot]
+            if lengths != NULL and entry.length != lengths[i * length_step]:
+                self.count.length_mismatches += 1
+                run = i
+                break
+            if entry.pins == 0:
+                _c.kv_list_unlink(self.entries, slot)
+                self.count.num_pinned += 1
+            entry.pins += 1
+            slots[i] = slot
+        self.count.hits += run
+        self.count.misses += n - run
+        _c.pthread_mutex_unlock(&self.mutex)
+        for i in range(run, n):
+            slots[i] = _c.KV_NO_SLOT
+        return run
+
+    cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        self.release_locked(slots, n)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef size_t i, leading = n
+        cdef _c.kv_key key
+        for i in range(n):
+            if i % CHUNK == 0:
+                self.hash_chunk(keys, n, i, hashes)
+            key = _c.kv_key_load(keys + i * KEY_BYTES)
+            mask[i] = _c.kv_table_has_ready(&self.table, &key, hashes[i % CHUNK])
+            if not mask[i] and leading == n:
+                leading = i
+        return leading
+
+    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slot
+        cdef size_t i, count = 0
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n, 0, -1):
+            if i == n or i % CHUNK == 0:
+                self.hash_chunk(keys, n, (i - 1) // CHUNK * CHUNK, hashes)
+            slot = self.find(keys + (i - 1) * KEY_BYTES, hashes[(i - 1) % CHUNK])
+            if slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) == _c.KV_READY:
+                count += 1
+                if self.entries[slot].pins == 0:
+                    _c.kv_list_move_first(self.entries, self.lru_list, slot)
+        _c.pthread_mutex_unlock(&self.mutex)
+        return count
+
+    cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slot
+        cdef size_t i, count = 0
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n):
+            if i % CHUNK == 0:
+                self.hash_chunk(keys, n, i, hashes)
+            slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+            if slot != _c.KV_NO_SLOT:
+                self.forget(slot, hashes[i % CHUNK])
+                count += 1
+        self.count.discards += count
+        _c.pthread_mutex_unlock(&self.mutex)
+        return count
+
+    cdef size_t evict_slots(self, size_t n) noexcept nogil:
+        cdef size_t count = 0
+        _c.pthread_mutex_lock(&self.mutex)
+        while count < n and not _c.kv_list_is_empty(self.entries, self.lru_list):
+            self.evict_last()
+            count += 1
+        _c.pthread_mutex_unlock(&self.mutex)
+        return count
+
+    cdef void clear_all(self) noexcept nogil:
+        cdef uint32_t slot, state
+        _c.pthread_mutex_lock(&self.mutex)
+        for slot in range(self.num_slots):
+            state = _c.kv_entry_state(&self.entries[slot])
+            if state >= _c.KV_WRITING and not _c.kv_entry_is_discarded(&self.entries[slot]):
+                self.drop(slot)
+                self.count.discards += 1
+        _c.kv_table_clear(&self.table)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef void add_slot_range(self, uint32_t first, uint32_t count) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        self.add_locked(first, count)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef void read_counters(self, IndexCounters *target) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        target[0] = self.count
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    # --- Steps, with the mutex held (hash_chunk needs none) -----------------------------------------------------
+
+    # Fills hashes for the chunk of keys that begins with the i-th, and prefetches what finding them reads.
+    cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil:
+        _c.kv_table_prefetch(&self.table, keys + i * KEY_BYTES, min(n - i, <size_t>CHUNK), hashes)
+
+    cdef uint64_t hash_of(self, uint32_t slot) noexcept nogil:
+        cdef _c.kv_key key = _c.kv_entry_key(&self.entries[slot])
+        return _c.kv_table_hash(&self.table, &key)
+
+    cdef uint32_t find(self, const uint8_t *key_bytes, uint64_t hash) noexcept nogil:
+        cdef _c.kv_key key = _c.kv_key_load(key_bytes)
+        return _c.kv_table_find(&self.table, &key, hash)
+
+    # A slot off the free list, after an eviction if need be; NO_SLOT if everything is pinned or being written.
+    cdef uint32_t take_slot(self) noexcept nogil:
+        cdef uint32_t slot
+        if _c.kv_list_is_empty(self.entries, self.free_list):
+            if _c.kv_list_is_empty(self.entries, self.lru_list):
+                return _c.KV_NO_SLOT
+            self.evict_last()
+        slot = _c.kv_list_first(self.entries, self.free_list)
+        _c.kv_list_unlink(self.entries, slot)
+        self.count.num_free -= 1
+        return slot
+
+    cdef void evict_last(self) noexcept nogil:
+        cdef uint32_t slot = _c.kv_list_last(self.entries, self.lru_list)
+        self.forget(slot, self.hash_of(slot))
+        self.count.evictions += 1
+
+    # Unlinks the key at once, whatever its state.
+    cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil:
+        _c.kv_table_erase(&self.table, hash, slot)
+        self.drop(slot)
+
+    # The part of forget after the table: the slot is freed now, or by whoever holds it.
+    cdef void drop(self, uint32_t slot) noexcept nogil:
+        cdef _c.kv_entry *entry = &self.entries[slot]
+        if _c.kv_entry_state(entry) == _c.KV_WRITING or entry.pins > 0:
+            _c.kv_entry_set_discarded(entry)
+        else:
+            _c.kv_list_unlink(self.entries, slot)
+            self.count.num_ready -= 1
+            self.free_slot(slot)
+
+    cdef void free_slot(self, uint32_t slot) noexcept nogil:
+        _c.kv_entry_set_state(&self.entries[slot], _c.KV_FREE)
+        _c.kv_list_push_first(self.entries, self.free_list, slot)
+        self.count.num_free += 1
+
+    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil:
+        cdef uint32_t slot
+        cdef size_t i, num_ready = 0
+        cdef bint discarded
+        for i in range(n, 0, -1):
+            slot = slots[i - 1]
+            if slot == _c.KV_NO_SLOT:
+                continue
+            _c.KV_ASSERT(slot < self.num_slots and _c.kv_entry_state(&self.entries[slot]) == _c.KV_WRITING)
+            self.count.num_writing -= 1
+            discarded = _c.kv_entry_is_discarded(&self.entries[slot])
+            if statuses != NULL:
+                statuses[i - 1] = _c.KV_COMMIT_DISCARDED if discarded else _c.KV_COMMIT_READY
+            if discarded:
+                self.free_slot(slot)
+                continue
+            num_ready += 1
+            self.count.num_ready += 1
+            if pin:
+                self.entries[slot].pins = 1
+                self.count.num_pinned += 1
+            else:
+                _c.kv_list_push_first(self.entries, self.lru_list, slot)
+            _c.kv_entry_set_state(&self.entries[slot], _c.KV_READY)
+        return num_ready
+
+    cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil:
+        cdef uint32_t slot
+        cdef size_t i
+        for i in range(n, 0, -1):  # backwards, so that the free list hands them out in this order again
+            slot = slots[i - 1]
+            if slot == _c.KV_NO_SLOT:
+                continue
+            _c.KV_ASSERT(slot < self.num_slots and _c.kv_entry_state(&self.entries[slot]) == _c.KV_WRITING)
+            if not _c.kv_entry_is_discarded(&self.entries[slot]):
+                _c.kv_table_erase(&self.table, self.hash_of(slot), slot)
+            self.count.num_writing -= 1
+            self.free_slot(slot)
+
+    cdef void release_locked(self, const uint32_t *slots, size_t n) noexcept nogil:
+        cdef uint32_t slot
+        cdef size_t i
+        cdef _c.kv_entry *entry
+        for i in range(n, 0, -1):
+            slot = slots[i - 1]
+            if slot == _c.KV_NO_SLOT:
+                continue
+            _c.KV_ASSERT(slot < self.num_slots and _c.kv_entry_state(&self.entries[slot]) == _c.KV_READY)
+            entry = &self.entries[slot]
+            _c.KV_ASSERT(entry.pins > 0)
+            entry.pins -= 1
+            if entry.pins > 0:
+                continue
+            self.count.num_pinned -= 1
+            if _c.kv_entry_is_discarded(entry):
+                self.count.num_ready -= 1
+                self.free_slot(slot)
+            else:
+                _c.kv_list_push_first(self.entries, self.lru_list, slot)
+
+    cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil:
+        cdef uint32_t slot
+        _c.KV_ASSERT(first <= self.num_slots and count <= self.num_slots - first)
+        for slot in range(first, first + count):
+            _c.KV_ASSERT(_c.kv_entry_state(&self.entries[slot]) == _c.KV_ABSENT)
+            _c.kv_entry_set_state(&self.entries[slot], _c.KV_FREE)
+            _c.kv_list_push_last(self.entries, self.free_list, slot)
+        self.count.num_free += count
+        self.count.slots_added += count
+
+    # The index in `slots` of the first that is not WRITING or was met before; n if all are well.
+    cdef size_t first_not_writing(self, const uint32_t *slots, size_t n) noexcept nogil:
+        cdef size_t i, bad = n
+        for i in range(n):
+            if (slots[i] >= self.num_slots or _c.kv_entry_state(&self.entries[slots[i]]) != _c.KV_WRITING
+                    or self.entries[slots[i]].mark):
+                bad = i
+                break
+            self.entries[slots[i]].mark = 1
+        for i in range(bad):
+            self.entries[slots[i]].mark = 0
+        return bad
+
+    # The index in `slots` of the first that is not pinned so often; n if all are well. Counts down, then up again.
+    cdef size_t first_not_pinned(self, const uint32_t *slots, size_t n) noexcept nogil:
+        cdef size_t i, bad = n
+        for i in range(n):
+            if (slots[i] >= self.num_slots or _c.kv_entry_state(&self.entries[slots[i]]) != _c.KV_READY
+                    or self.entries[slots[i]].pins == 0):
+                bad = i
+                break
+            self.entries[slots[i]].pins -= 1
+        for i in range(bad):
+            self.entries[slots[i]].pins += 1
+        return bad
+
+
+cdef object as_uint32(object values, str name):
+    array = np.asarray(values)
+    if array.size == 0:
+        return np.empty(array.shape, np.uint32)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    low, high = array.min(), array.max()
+    if low < 0 or high > 0xFFFFFFFF:
+        raise ValueError(f"{name} must be in 0 .. {0xFFFFFFFF}, got {low if low < 0 else high}")
+    return np.asarray(array, np.uint32, order="C")
+
+
+cdef object as_lengths(object lengths, size_t n):
+    array = as_uint32(lengths, "lengths")
+    if array.ndim == 0:
+        return array.reshape(1)
+    if array.ndim != 1 or array.shape[0] != n:
+        raise ValueError(f"lengths must be one int or {n}, one a key; got shape {array.shape}")
+    return array
+
+
+cdef object as_slots(object slots):
+    array = as_uint32(slots, "slots")
+    if array.ndim != 1:
+        raise ValueError(f"slots must be one-dimensional, got shape {array.shape}")
+    return array
+
+
+cdef object bad_slot(str verb, uint32_t slot, size_t position, uint32_t num_slots, str reason):
+    if slot >= num_slots:
+        reason = f"not within the {num_slots} slots of this index"
+    return ValueError(f"{verb}: slots[{position}] = {slot} is {reason}; nothing was changed")

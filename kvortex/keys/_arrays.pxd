@@ -1,0 +1,23 @@
+"""What callers pass as keys, checked once at the door. Inline, so that every module that cimports it has its own copy."""
+
+from libc.stdint cimport uint8_t
+
+from kvortex._c cimport KV_KEY_BYTES
+
+
+cdef inline const uint8_t[:, ::1] as_keys(object keys):
+    """View `keys` as C-contiguous (n, 32) uint8; TypeError if it is no uint8 array, ValueError if the shape is wrong."""
+    cdef const uint8_t[:, ::1] view
+    shape, dtype = getattr(keys, "shape", None), getattr(keys, "dtype", None)
+    if shape is None or dtype is None:
+        raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array, got {type(keys).__name__}; "
+                        "kvortex.block_keys makes one")
+    if dtype != "uint8":
+        raise TypeError(f"keys must have dtype uint8, got {dtype}")
+    if len(shape) != 2 or shape[1] != KV_KEY_BYTES:
+        raise ValueError(f"keys must have shape (n, {KV_KEY_BYTES}), got {tuple(shape)}")
+    try:
+        view = keys
+    except ValueError:
+        raise ValueError("keys must be C-contiguous; pass numpy.ascontiguousarray(keys)") from None
+    return view

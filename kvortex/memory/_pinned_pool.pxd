@@ -1,0 +1,35 @@
+"""PinnedPool: pinned host memory cut into slots. The map; the code is in _pinned_pool.pyx."""
+
+from libc.stdint cimport uint32_t
+
+from kvortex._c cimport kv_monitor, kv_slots, pthread_t
+from kvortex.driver._device cimport Device
+
+# Told of slots that have become usable. Runs without the GIL, on the registering thread, under the pool's monitor.
+ctypedef void (*slots_ready_hook)(void *owner, uint32_t first, uint32_t count) noexcept nogil
+
+
+cdef class PinnedPool:
+    cdef readonly Device device     # kept open for as long as memory is registered with it
+    cdef kv_slots slots             # addresses; fixed from creation
+    cdef char *mapping              # what munmap gets back: slots.base is aligned inside it
+    cdef size_t mapping_bytes
+    cdef bint driver_allocated      # cuMemHostAlloc instead of mmap + register
+    cdef kv_monitor monitor         # guards everything below
+    cdef bint monitor_ready
+    cdef uint32_t num_ready         # slots [0, num_ready) are registered
+    cdef int failure                # CUresult that ended the registering, or 0
+    cdef bint stopping
+    cdef bint registering           # the background thread runs and must be joined
+    cdef bint closed
+    cdef Py_ssize_t exports         # buffers handed out; the mapping outlives them
+    cdef pthread_t thread
+    cdef slots_ready_hook hook
+    cdef void *hook_owner           # borrowed: the engine keeps the owner until close() has joined the thread
+
+    cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
+    cdef int register_chunk(self, uint32_t chunk) noexcept nogil
+    cdef void register_rest(self) noexcept nogil
+    cdef void join(self) noexcept nogil
+    cdef void abandon(self) noexcept
+    cdef void unmap(self) noexcept

@@ -1,0 +1,382 @@
+"""The pinned pool: address space at once, memory in chunks, slots that straddle no chunk."""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, check
+
+from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
+from kvortex.memory.limits import require_memory
+
+
+cdef extern from "<sys/mman.h>" nogil:
+    void *mmap(void *address, size_t length, int protection, int flags, int file, long offset)
+    int munmap(void *address, size_t length)
+    int madvise(void *address, size_t length, int advice)
+    const int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    const int MADV_HUGEPAGE, MADV_DONTFORK
+
+cdef extern from *:
+    """
+    #include <errno.h>
+    /* Fills the pages of a range; -1 when memory is short. Kernels before 5.14 only know how to be touched. */
+    #ifndef MADV_POPULATE_WRITE
+    #define MADV_POPULATE_WRITE 23
+    #endif
+    static int kv_populate(char *address, size_t bytes)
+    {
+        if (madvise(address, bytes, MADV_POPULATE_WRITE) == 0)
+            return 0;
+        if (errno != EINVAL)
+            return -1;
+        for (size_t offset = 0; offset < bytes; offset += 4096)
+            ((volatile char *)address)[offset] = 0;
+        return 0;
+    }
+    static inline void *kv_map_failed(void) { return MAP_FAILED; }
+    """
+    int kv_populate(char *address, size_t nbytes) nogil
+    void *kv_map_failed() nogil
+
+cdef size_t PAGE_BYTES = 4096
+cdef size_t HUGE_PAGE_BYTES = 2 << 20
+
+
+cdef class PinnedPool:
+    """Reserve, touch and pin host memory, cut into slots of equal stride.
+
+    The address space of the whole pool is reserved at once. Memory is touched and registered with the driver chunk by
+    chunk: the first chunk inside the constructor, so that its slots serve at once; the rest on a background thread
+    that never takes the GIL. A chunk holds whole slots only, because a copy across two registrations is refused.
+
+    Parameters
+    ----------
+    pool_bytes : int
+        Size of the pool; exactly ``pool_bytes // stride_bytes`` slots are made, nothing is rounded up.
+    payload_bytes : int
+        Bytes of one block, 1 to 2^32 - 1.
+    device : Device or str, default "auto"
+        With which driver the memory is registered.
+    header_bytes : {0, 4096}, default 0
+        Room before the payload in each slot; 4096 when lower tiers are configured.
+    first_chunk_bytes, chunk_bytes : int
+        Sizes of the first and of every later registration, rounded down to whole slots (at least one).
+    driver_allocated : bool, default False
+        Plain mode: one `cuMemHostAlloc` for everything, inside the constructor. Seconds per 16 GiB.
+
+    Raises
+    ------
+    ConfigError
+        A size that gives no slot, or a header that is neither 0 nor 4096.
+    PoolExhausted
+        The machine or the cgroup cannot hold the pool (asked before any page is touched), or the driver refused.
+    DriverError
+        The driver refused for another reason.
+
+    Notes
+    -----
+    The constructor blocks for the first chunk (GIL released). Memory is `MADV_DONTFORK`: a forked child has no pool.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        self.slots.base = NULL
+        self.closed = True
+        if _c.kv_monitor_init(&self.monitor):
+            raise MemoryError("pthread_mutex_init failed")
+        self.monitor_ready = True
+
+    def __init__(self, size_t pool_bytes, size_t payload_bytes, device="auto", *, size_t header_bytes=0,
+                 size_t first_chunk_bytes=128 << 20, size_t chunk_bytes=1 << 30, bint driver_allocated=False):
+        if self.slots.base is not NULL:
+            raise RuntimeError("PinnedPool.__init__ may be called once")
+        if not 0 < payload_bytes < 1 << 32:
+            raise ConfigError(f"payload_bytes must be 1 to 2^32 - 1, got {payload_bytes}")
+        if header_bytes not in (0, 4096):
+            raise ConfigError(f"header_bytes must be 0 or 4096, got {header_bytes}")
+        cdef size_t stride = (header_bytes + payload_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+        cdef size_t num_slots = pool_bytes // stride
+        if not 0 < num_slots < 0xFFFFFFFF:
+            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and must hold 1 to "
+                              f"2^32 - 2; set cpu_pool_size_bytes to at least {stride}")
+        if first_chunk_bytes == 0 or chunk_bytes == 0:
+            raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
+        require_memory(num_slots * stride)
+        self.device = device if isinstance(device, Device) else Device.open(device)
+        self.device.require_open()
+        self.slots.stride_bytes = stride
+        self.slots.header_bytes = header_bytes
+        self.slots.payload_bytes = payload_bytes
+        self.slots.num_slots = <uint32_t>num_slots
+        self.slots.first_chunk_slots = <uint32_t>min(num_slots, max(<size_t>1, first_chunk_bytes // stride))
+        self.slots.chunk_slots = <uint32_t>min(num_slots, max(<size_t>1, chunk_bytes // stride))
+        self.driver_allocated = driver_allocated
+        if driver_allocated:
+            self.slots.first_chunk_slots = <uint32_t>num_slots
+            self._allocate_by_driver(num_slots * stride)
+        else:
+            self._map(num_slots * stride)
+        self.closed = False
+        if self.num_ready < num_slots:
+            self.registering = True
+            if _c.pthread_create(&self.thread, NULL, register_main, <void *>self):
+                self.registering = False
+                self.close()
+                raise MemoryError("no thread for registering the pool could be started")
+
+    def _allocate_by_driver(self, size_t nbytes):
+        cdef int mode = 0, code
+        cdef void *address = NULL
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.mem_host_alloc(&address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
+                self.device.leave(mode)
+        self._raise_refused(code, b"cuMemHostAlloc", nbytes)
+        self.slots.base = <char *>address
+        self.num_ready = self.slots.num_slots
+
+    def _map(self, size_t nbytes):
+        # Two megabytes more, so that the pool starts on a huge page.
+        cdef size_t mapped = nbytes + HUGE_PAGE_BYTES
+        cdef int mode = 0, code
+        cdef void *address = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if address == kv_map_failed():
+            raise PoolExhausted(f"no address space for a pool of {nbytes} bytes; check ulimit -v or lower the pool size")
+        self.mapping = <char *>address
+        self.mapping_bytes = mapped
+        self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
+        madvise(self.slots.base, nbytes, MADV_HUGEPAGE)  # advice: a kernel without huge pages serves all the same
+        if madvise(self.slots.base, nbytes, MADV_DONTFORK):
+            self.unmap()
+            raise PoolExhausted("the kernel refused MADV_DONTFORK, without which a fork would copy pinned pages")
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.register_chunk(0)
+                self.device.leave(mode)
+        if code:
+            self.unmap()
+            self._raise_refused(code, b"cuMemHostRegister", self.slots.first_chunk_slots * self.slots.stride_bytes)
+        self.num_ready = self.slots.first_chunk_slots
+
+    def _raise_refused(self, int code, bytes call, size_t nbytes):
+        if code == _c.KV_CUDA_OUT_OF_MEMORY:
+            raise PoolExhausted(f"{call.decode()} of {nbytes} bytes answered out of memory; candidates are RLIMIT_MEMLOCK "
+                                f"(ulimit -l), the cgroup's memory limit and free memory")
+        check(self.device, code, call)
+
+    # ---- registering ------------------------------------------------------------------------------------------------
+
+    cdef int register_chunk(self, uint32_t chunk) noexcept nogil:
+        """Touch and register one chunk on a thread whose context is current. A CUresult."""
+        cdef char *address = self.slots.base + _c.kv_slots_chunk_first(&self.slots, chunk) * self.slots.stride_bytes
+        cdef size_t nbytes = _c.kv_slots_chunk_count(&self.slots, chunk) * self.slots.stride_bytes
+        if kv_populate(address, nbytes):
+            return _c.KV_CUDA_OUT_OF_MEMORY
+        return self.device.drv.mem_host_register(address, nbytes, _c.KV_HOST_REGISTER_PORTABLE)
+
+    cdef void register_rest(self) noexcept nogil:
+        cdef uint32_t chunk, first, count
+        cdef int code = self.device.bind_thread()
+        while True:
+            _c.kv_monitor_lock(&self.monitor)
+            if code:
+                self.failure = code
+            first = self.num_ready
+            if self.failure or self.stopping or first == self.slots.num_slots:
+                _c.kv_monitor_broadcast(&self.monitor)
+                _c.kv_monitor_unlock(&self.monitor)
+                return
+            _c.kv_monitor_unlock(&self.monitor)
+            chunk = _c.kv_slots_chunk(&self.slots, first)
+            count = _c.kv_slots_chunk_count(&self.slots, chunk)
+            code = self.register_chunk(chunk)
+            if code == 0:
+                _c.kv_monitor_lock(&self.monitor)
+                self.num_ready = first + count
+                if self.hook is not NULL:
+                    self.hook(self.hook_owner, first, count)
+                _c.kv_monitor_broadcast(&self.monitor)
+                _c.kv_monitor_unlock(&self.monitor)
+
+    cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil:
+        """Tell `hook` of every slot that is ready now, at once, and of each later chunk as it comes."""
+        _c.kv_monitor_lock(&self.monitor)
+        self.hook = hook
+        self.hook_owner = owner
+        hook(owner, 0, self.num_ready)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    def wait_ready(self, timeout_ms=None):
+        """Block (GIL released) until every slot is registered.
+
+        Raises
+        ------
+        TimeoutError
+            `timeout_ms` passed first.
+        PoolExhausted, DriverError
+            Registering failed; what is ready by then goes on serving.
+        EngineClosed
+            The pool was closed.
+        """
+        cdef uint64_t deadline
+        cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
+        cdef bint ready, timed_out = False
+        self._require_open()
+        with nogil:
+            deadline = _c.kv_deadline_ns(limit)
+            _c.kv_monitor_lock(&self.monitor)
+            while self.num_ready < self.slots.num_slots and not self.failure and not self.stopping and not timed_out:
+                timed_out = _c.kv_monitor_wait(&self.monitor, deadline) != 0
+            ready = self.num_ready == self.slots.num_slots
+            _c.kv_monitor_unlock(&self.monitor)
+        if ready:
+            return
+        if self.failure:
+            self._raise_refused(self.failure, b"cuMemHostRegister", self.slots.chunk_slots * self.slots.stride_bytes)
+        if self.stopping:
+            raise EngineClosed("the pool was closed while it was being registered")
+        raise TimeoutError(f"{self.num_ready} of {self.slots.num_slots} slots are registered after {timeout_ms} ms")
+
+    # ---- use --------------------------------------------------------------------------------------------------------
+
+    def _require_open(self):
+        if self.device is None or self.device.pid != getpid():
+            raise EngineClosed("this pool belongs to the parent process; create one after the fork")
+        if self.closed:
+            raise EngineClosed("the pool is closed")
+
+    def _require_slot(self, slot):
+        if not 0 <= slot < self.slots.num_slots:
+            raise ValueError(f"slot must be 0 to {self.slots.num_slots - 1}, got {slot}")
+
+    def address(self, slot):
+        """The host address of a slot's payload."""
+        self._require_open()
+        self._require_slot(slot)
+        return <uintptr_t>_c.kv_slots_payload(&self.slots, slot)
+
+    def view(self, slot):
+        """A writable memoryview of a slot's payload; it keeps the mapping alive, not the slot's content."""
+        self._require_open()
+        self._require_slot(slot)
+        if slot >= self.num_ready:
+            raise ValueError(f"slot {slot} is not registered yet ({self.num_ready} are); call wait_ready()")
+        start = slot * self.slots.stride_bytes + self.slots.header_bytes
+        return memoryview(self)[start:start + self.slots.payload_bytes]
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self._require_open()
+        PyBuffer_FillInfo(buffer, self, self.slots.base, <Py_ssize_t>self.nbytes, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.exports -= 1
+        if self.closed and self.exports == 0:
+            self.unmap()
+
+    @property
+    def num_slots(self):
+        """How many slots the pool has when all of it is registered."""
+        return self.slots.num_slots
+
+    @property
+    def slots_ready(self):
+        """How many slots are registered: slots 0 to slots_ready - 1 may be used."""
+        return self.num_ready
+
+    @property
+    def nbytes(self):
+        """Bytes of the whole pool."""
+        return <size_t>self.slots.num_slots * self.slots.stride_bytes
+
+    @property
+    def bytes_ready(self):
+        """Bytes registered so far."""
+        return <size_t>self.num_ready * self.slots.stride_bytes
+
+    @property
+    def stride_bytes(self):
+        """Distance from one slot to the next."""
+        return self.slots.stride_bytes
+
+    @property
+    def payload_bytes(self):
+        """Bytes of one block."""
+        return self.slots.payload_bytes
+
+    @property
+    def header_bytes(self):
+        """Room before the payload in each slot."""
+        return self.slots.header_bytes
+
+    # ---- end --------------------------------------------------------------------------------------------------------
+
+    cdef void join(self) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.stopping = True
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        if self.registering:
+            _c.pthread_join(self.thread, NULL)
+            self.registering = False
+
+    def close(self):
+        """Stop registering, unregister and unmap. Idempotent; blocks for the chunk being registered (GIL released).
+
+        No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
+        unregistered now and unmapped when the last of them is released.
+        """
+        cdef uint32_t chunk, first
+        cdef int mode = 0
+        if self.closed or self.device.pid != getpid():
+            return
+        self.closed = True
+        with nogil:
+            self.join()
+            if self.device.enter(&mode) == 0:
+                if self.driver_allocated:
+                    self.device.drv.mem_free_host(self.slots.base)
+                else:
+                    # A refusal here means a dead context: the pages stay pinned until the process ends.
+                    first = 0
+                    while first < self.num_ready:
+                        chunk = _c.kv_slots_chunk(&self.slots, first)
+                        self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
+                        first += _c.kv_slots_chunk_count(&self.slots, chunk)
+                self.device.leave(mode)
+        if self.exports == 0:
+            self.unmap()
+
+    cdef void abandon(self) noexcept:
+        """Close without giving memory back: after a sticky error a copy may still be running into it."""
+        self.closed = True
+        with nogil:
+            self.join()
+        self.mapping = NULL
+
+    cdef void unmap(self) noexcept:
+        if self.mapping is not NULL:
+            munmap(self.mapping, self.mapping_bytes)
+            self.mapping = NULL
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __dealloc__(self):
+        if self.device is not None and self.device.pid != getpid():
+            return  # a forked child has neither the mapping nor the thread
+        if not self.closed:
+            self.close()
+        if self.monitor_ready:
+            _c.kv_monitor_destroy(&self.monitor)
+
+
+cdef void *register_main(void *pool) noexcept nogil:
+    (<PinnedPool>pool).register_rest()
+    return NULL

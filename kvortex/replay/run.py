@@ -1,0 +1,327 @@
+"""Drives an engine with a trace as a serving engine would: check, load the prefix, compute and save the rest, touch."""
+
+import contextlib
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import kvortex
+from kvortex.replay.cache import ModelCache
+from kvortex.replay.oracle import STAMP_BYTES, Oracle, key_words
+
+PAGE_BYTES = 4096  # slots are aligned to it, so a pool of n blocks needs n strides of whole pages
+
+
+@dataclass(frozen=True)
+class ReplayOptions:
+    """What to replay with.
+
+    Attributes
+    ----------
+    block_bytes : int
+        Bytes of one block, a multiple of 16 times the number of pieces.
+    num_pieces : int, optional
+        Pieces of a block, an even number (K and V of half as many layers). By default pieces of 64 KiB, at least 8.
+    pool_blocks, pool_bytes : int, optional
+        Size of the pool, one of the two; 1024 blocks by default.
+    device : str
+        As in `kvortex.KVortexConfig`.
+    inflight : int
+        Requests whose transfers may overlap.
+    verify : bool
+        Fill what is saved and compare what is loaded. Without it no byte is written or looked at.
+    corrupt_slots : int
+        Flip one byte in so many slots, each just before it is loaded.
+    """
+
+    block_bytes: int = 256 << 10
+    num_pieces: int | None = None
+    pool_blocks: int | None = None
+    pool_bytes: int | None = None
+    device: str = "auto"
+    inflight: int = 1
+    verify: bool = True
+    corrupt_slots: int = 0
+
+    def __post_init__(self):
+        if self.num_pieces is None:
+            object.__setattr__(self, "num_pieces", max(8, self.block_bytes // (64 << 10) & ~1))
+        for name, least in (
+            ("block_bytes", 1),
+            ("num_pieces", 2),
+            ("inflight", 1),
+            ("corrupt_slots", 0),
+            ("pool_blocks", 1),
+            ("pool_bytes", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise kvortex.ConfigError(f"{name} must be {least} or more, got {value}")
+        if self.num_pieces % 2:
+            raise kvortex.ConfigError(f"num_pieces must be even (K and V of each layer), got {self.num_pieces}")
+        unit = STAMP_BYTES * self.num_pieces
+        if self.block_bytes % unit:
+            raise kvortex.ConfigError(
+                f"block_bytes must be a multiple of {unit} ({self.num_pieces} pieces of whole {STAMP_BYTES} bytes), "
+                f"got {self.block_bytes}; the nearest are {self.block_bytes // unit * unit} and "
+                f"{(self.block_bytes // unit + 1) * unit}"
+            )
+        if self.pool_blocks is not None and self.pool_bytes is not None:
+            raise kvortex.ConfigError("give pool_blocks or pool_bytes, not both")
+        if self.corrupt_slots and not self.verify:
+            raise kvortex.ConfigError("corrupt slots can only be seen with verification on")
+
+    @property
+    def cpu_pool_size_bytes(self):
+        """Exact bytes of the pool."""
+        if self.pool_bytes is not None:
+            return self.pool_bytes
+        stride = -(-self.block_bytes // PAGE_BYTES) * PAGE_BYTES
+        return (1024 if self.pool_blocks is None else self.pool_blocks) * stride
+
+
+@dataclass
+class ReplayResult:
+    """What a replay did.
+
+    Attributes
+    ----------
+    blocks_loaded : int
+        Sum of `Job.num_blocks` over the loads: the leading runs as really transferred.
+    wrong_blocks : int
+        Targets whose bytes were not those of the block asked for, or that a load touched beyond its run.
+    save_busy_s, load_busy_s : float
+        Time in which at least one save (load) was between its call and its end.
+    corrupted_slots : int
+        Slots in which a byte was flipped on purpose.
+    stats : object
+        The engine's last `get_stats()`.
+    samples : list of tuple
+        After each request: ``(seconds, blocks_touched, blocks_loaded, blocks_saved, load_busy_s, save_busy_s)``, all
+        cumulative.
+    """
+
+    device: str
+    block_bytes: int
+    device_description: str = ""
+    pool_blocks: int = 0
+    requests: int = 0
+    blocks_touched: int = 0
+    blocks_loaded: int = 0
+    blocks_saved: int = 0
+    blocks_evicted: int = 0
+    tokens: int = 0
+    tokens_loaded: int = 0
+    wrong_blocks: int = 0
+    corrupted_slots: int = 0
+    save_busy_s: float = 0.0
+    load_busy_s: float = 0.0
+    seconds: float = 0.0
+    ready_seconds: float = 0.0
+    stats: object = None
+    samples: list = field(default_factory=list)
+
+
+def replay(requests, options, progress=None):
+    """Replay `requests` through an engine of its own and return a `ReplayResult`.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+    options : ReplayOptions
+    progress : callable, optional
+        Called with the result so far after each request.
+
+    Raises
+    ------
+    kvortex.KVortexError
+        The device, the pool or the pretended model's cache cannot be had, or a transfer failed.
+    """
+    most_blocks = max((len(request.hash_ids) for request in requests), default=0) or 1
+    oracle = Oracle(options.block_bytes // options.num_pieces)
+    with contextlib.ExitStack() as stack:  # unwinds in reverse: the engine ends before the memory it copies to goes
+        device = stack.enter_context(kvortex.Device.open(options.device))
+        cache = ModelCache(device, most_blocks * options.inflight, options.num_pieces, oracle, most_blocks)
+        stack.callback(cache.close)
+        lanes = [_Lane(device, index * most_blocks, most_blocks) for index in range(options.inflight)]
+        for lane in lanes:
+            stack.callback(lane.stream.close)
+        config = kvortex.KVortexConfig(cpu_pool_size_bytes=options.cpu_pool_size_bytes, device=device.name)
+        engine = stack.enter_context(kvortex.KVortexEngine.create(config, layout=cache.layout))
+        started = time.perf_counter()
+        engine.wait_ready()
+        result = ReplayResult(
+            device.name,
+            options.block_bytes,
+            device_description=device.description,
+            ready_seconds=time.perf_counter() - started,
+        )
+        _Replay(engine, cache, options, len(requests), result, progress).run(requests, lanes)
+    return result
+
+
+class _Lane:
+    """Device blocks and a stream of their own for one request in flight."""
+
+    def __init__(self, device, first, count):
+        self.first = first
+        self.block_ids = np.arange(first, first + count, dtype=np.int64)
+        self.stream = kvortex.Stream.create(device)
+
+
+class _BusyTime:
+    """Time in which at least one job of a kind was in flight, so that overlapping jobs are not counted twice."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self._in_flight = 0
+        self._since = 0.0
+
+    def begin(self):
+        if self._in_flight == 0:
+            self._since = time.perf_counter()
+        self._in_flight += 1
+
+    def end(self):
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self.seconds += time.perf_counter() - self._since
+
+
+class _Replay:
+    def __init__(self, engine, cache, options, num_requests, result, progress):
+        self._engine = engine
+        self._cache = cache
+        self._verify = options.verify
+        self._result = result
+        self._progress = progress
+        self._loads = _BusyTime()
+        self._saves = _BusyTime()
+        # Key word -> how often the key was saved as NEW. READY bytes are those of the last NEW save, so this is what
+        # a load must find, also for a key that was evicted and saved again.
+        self._generations = {}
+        # How many requests must be done before each corruption is due; the first is due at once, so that any trace
+        # with a hit sees at least one.
+        count = options.corrupt_slots
+        self._corruptions_due = deque(index * num_requests // count for index in range(count))
+        self._corrupted_stamps = set()
+        self._last_byte = options.block_bytes - 1
+
+    def run(self, requests, lanes):
+        """Keep one request in flight on each lane until all are done."""
+        result, engine = self._result, self._engine
+        waiting = iter(requests)
+        active = []
+        started = time.perf_counter()
+        while True:
+            while lanes and (request := next(waiting, None)) is not None:
+                lane = lanes.pop()
+                active.append([self._steps(request, lane), None, lane, request])
+            if not active:
+                break
+            moved = False
+            for entry in list(active):
+                steps, job, lane, request = entry
+                if job is not None and not job.done():
+                    continue
+                moved = True
+                entry[1] = next(steps, None)
+                if entry[1] is None:
+                    active.remove(entry)
+                    lanes.append(lane)
+                    self._finish(request, time.perf_counter() - started)
+            if not moved:
+                active[0][1].wait()
+        result.seconds = time.perf_counter() - started
+        result.stats = stats = engine.get_stats()
+        result.blocks_evicted = stats.blocks_evicted
+        result.pool_blocks = stats.pool_blocks
+
+    def _steps(self, request, lane):
+        """One request; yields each job that must be done before the next step."""
+        num_blocks = len(request.hash_ids)
+        if num_blocks == 0:
+            return
+        engine, result = self._engine, self._result
+        keys = kvortex.block_keys(request.hash_ids, block_size=1)
+        words = key_words(keys)
+        block_ids = lane.block_ids[:num_blocks]
+
+        loaded = 0
+        leading = engine.check_blocks(keys).leading
+        if leading:
+            if self._verify:
+                self._cache.poison(lane.first, leading, lane.stream)
+                generations = self._generations_of(words[:leading])
+                self._corrupt(words[:leading], generations)
+            self._loads.begin()
+            job = engine.load_blocks(keys[:leading], block_ids[:leading], stream=lane.stream)
+            yield job
+            job.wait()
+            self._loads.end()
+            loaded = job.num_blocks
+            if self._verify:
+                lane.stream.synchronize()  # a load of 0 blocks did not wait for the poison
+                result.wrong_blocks += self._cache.count_wrong(lane.first, words[:leading], generations, loaded)
+
+        if loaded < num_blocks:
+            if self._verify:
+                generations = self._generations_of(words[loaded:]) + 1
+                self._cache.write(lane.first + loaded, words[loaded:], generations)
+            self._saves.begin()
+            job = engine.save_blocks(keys[loaded:], block_ids[loaded:], stream=lane.stream)
+            if self._verify:
+                new = job.statuses == kvortex.ReserveStatus.NEW
+                self._generations.update(zip(words[loaded:][new].tolist(), generations[new].tolist(), strict=True))
+            yield job
+            job.wait()
+            self._saves.end()
+            result.blocks_saved += job.num_blocks
+
+        engine.touch_blocks(keys)
+        result.blocks_loaded += loaded
+        result.tokens_loaded += request.tokens(loaded)
+
+    def _finish(self, request, seconds):
+        result = self._result
+        result.requests += 1
+        result.blocks_touched += len(request.hash_ids)
+        result.tokens += request.input_length
+        result.seconds = seconds
+        result.load_busy_s = self._loads.seconds
+        result.save_busy_s = self._saves.seconds
+        result.samples.append(
+            (
+                seconds,
+                result.blocks_touched,
+                result.blocks_loaded,
+                result.blocks_saved,
+                result.load_busy_s,
+                result.save_busy_s,
+            )
+        )
+        if self._progress is not None:
+            self._progress(result)
+
+    def _generations_of(self, words):
+        known = self._generations
+        return np.array([known.get(word, 0) for word in words.tolist()], dtype=np.uint32)
+
+    def _corrupt(self, words, generations):
+        """Flip a byte in the slot of one block about to be loaded, for each corruption that is due."""
+        pool, due = self._engine.pool, self._corruptions_due
+        for stamp in Oracle.stamps(words, generations, 0):
+            if not due or due[0] > self._result.requests:
+                return
+            stamp = stamp.tobytes()
+            if stamp in self._corrupted_stamps:
+                continue
+            for block in map(pool.view, range(pool.num_slots)):
+                if block[:STAMP_BYTES] == stamp:
+                    block[self._last_byte] ^= 0xFF
+                    due.popleft()
+                    self._corrupted_stamps.add(stamp)
+                    self._result.corrupted_slots += 1
+                    break

@@ -1,0 +1,46 @@
+"""The snapshot that `get_stats()` returns; the counters themselves are C fields of the engine and the index."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was created, taken at one moment.
+
+    Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
+    released. Latencies are in microseconds from the call to the retired job (lookups: to the answer), each at most 25 %
+    above the true percentile, 0 without samples.
+    """
+
+    blocks_checked: int
+    blocks_hit: int
+    blocks_saved: int
+    blocks_loaded: int
+    blocks_present: int
+    blocks_pending: int
+    blocks_refused: int
+    blocks_evicted: int
+    blocks_discarded: int
+    length_mismatches: int
+    bytes_saved: int
+    bytes_loaded: int
+    jobs_failed: int
+    jobs_in_flight: int
+    pool_blocks: int
+    pool_blocks_used: int
+    pool_bytes: int
+    pool_bytes_ready: int
+    strided: bool
+    device: str
+    failed: bool
+    lookup_latency_us_p50: float
+    lookup_latency_us_p99: float
+    save_latency_us_p50: float
+    save_latency_us_p99: float
+    load_latency_us_p50: float
+    load_latency_us_p99: float
+
+    @property
+    def cache_hit_rate(self):
+        """Blocks of leading runs that `check_blocks` found, over all blocks it was asked for; 0.0 before the first."""
+        return self.blocks_hit / self.blocks_checked if self.blocks_checked else 0.0

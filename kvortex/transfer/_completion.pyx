@@ -1,0 +1,74 @@
+"""The one thread that retires jobs as they end. It never takes the GIL and never blocks on one event."""
+
+from libc.stdint cimport uint64_t
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device
+from kvortex.transfer._signals cimport JobSignals
+from kvortex.transfer._transfer_queue cimport TransferQueue
+
+cdef uint64_t SHORTEST_NAP_NS = 20_000
+cdef uint64_t LONGEST_NAP_NS = 50_000
+
+
+cdef class CompletionThread:
+    """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep while all are empty."""
+
+    def __init__(self, Device device not None, JobSignals signals not None, queues):
+        if len(queues) > MAX_QUEUES:
+            raise ValueError(f"at most {MAX_QUEUES} queues, got {len(queues)}")
+        self.device = device
+        self.signals = signals
+        self.queues = tuple(queues)
+        for queue in self.queues:
+            self.polled[self.num_queues] = <void *>(<TransferQueue?>queue)
+            self.num_queues += 1
+        if _c.pthread_create(&self.thread, NULL, completion_main, <void *>self):
+            raise MemoryError("no completion thread could be started")
+        self.running = True
+
+    cdef void run(self) noexcept nogil:
+        cdef uint64_t seen, nap_ns = SHORTEST_NAP_NS
+        cdef bint busy, progressed
+        cdef int index, answer
+        self.device.bind_thread()  # a failure shows in the first query, as the error that it is
+        while True:
+            _c.kv_monitor_lock(&self.signals.monitor)
+            if self.signals.stopping:
+                _c.kv_monitor_unlock(&self.signals.monitor)
+                return
+            seen = self.signals.num_submitted
+            _c.kv_monitor_unlock(&self.signals.monitor)
+            busy = progressed = False
+            for index in range(self.num_queues):
+                answer = (<TransferQueue>self.polled[index]).poll_once()
+                busy |= answer >= 0
+                progressed |= answer == 1
+            if progressed:
+                nap_ns = SHORTEST_NAP_NS
+            elif busy:
+                _c.kv_nap_ns(nap_ns)
+                nap_ns = min(nap_ns + 5_000, LONGEST_NAP_NS)
+            else:
+                nap_ns = SHORTEST_NAP_NS
+                _c.kv_monitor_lock(&self.signals.monitor)
+                while seen == self.signals.num_submitted and not self.signals.stopping:
+                    _c.kv_monitor_wait(&self.signals.monitor, <uint64_t>-1)
+                _c.kv_monitor_unlock(&self.signals.monitor)
+
+    cdef void stop(self) noexcept nogil:
+        """End the thread and wait for it; jobs still in flight stay unretired."""
+        if self.running:
+            self.signals.stop()
+            _c.pthread_join(self.thread, NULL)
+            self.running = False
+
+    def __dealloc__(self):
+        if self.running and self.device.pid == getpid():
+            self.stop()
+
+
+cdef void *completion_main(void *thread) noexcept nogil:
+    (<CompletionThread>thread).run()
+    return NULL

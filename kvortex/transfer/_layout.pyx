@@ -1,0 +1,276 @@
+# cython: wraparound=True
+"""KVLayout: runs, constructors over them, and the groups that strided copies can move."""
+
+from libc.stdint cimport int64_t, uint32_t, uintptr_t
+from libc.stdlib cimport calloc, free
+
+cimport kvortex._c as _c
+from kvortex.memory._pinned_pool cimport PinnedPool
+
+import numpy as np
+
+from kvortex.transfer.tensors import address_of, describe
+
+cdef uint32_t MAX_PERIOD = 4  # runs that repeat with a longer period than K, V (and two scales) are moved piece by piece
+
+
+cdef class KVLayout:
+    """Describe a paged KV cache as opaque bytes: a list of runs.
+
+    A run is ``(base, block_stride, piece_bytes)``: the piece of block ``b`` lies at ``base + b * block_stride``. A block is
+    the concatenation of its pieces in the order of the runs; that order is the block's format in host memory, so use
+    the logical one: layer after layer, K before V.
+
+    Parameters
+    ----------
+    runs : sequence of (int, int, int)
+        Base address, bytes from block to block, bytes of a piece.
+    num_blocks : int
+        Device blocks, valid ids are 0 to num_blocks - 1.
+    block_size : int, default 0
+        Tokens of one block; only `slot_mapping` needs it.
+    owners : iterable, optional
+        Objects to keep alive as long as the layout.
+
+    Raises
+    ------
+    ValueError
+        A null base, a piece of zero bytes, a piece longer than its stride, blocks of 2^32 bytes and more.
+
+    Notes
+    -----
+    The memory is not touched here. A layout may be shared by threads; it never changes after an engine has probed it.
+    """
+
+    def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
+        if self.groups is not NULL:
+            raise RuntimeError("KVLayout.__init__ may be called once")
+        runs = [(int(base), int(stride), int(piece)) for base, stride, piece in runs]
+        if not runs:
+            raise ValueError("a layout needs at least one run, got none")
+        if num_blocks < 1:
+            raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
+        if block_size < 0:
+            raise ValueError(f"block_size must not be negative, got {block_size}")
+        for number, (base, stride, piece) in enumerate(runs):
+            if base < 4096:
+                raise ValueError(f"run {number}: base address must not be null, got {base:#x}")
+            if piece < 1 or (num_blocks > 1 and piece > stride):
+                raise ValueError(f"run {number}: piece_bytes must be 1 to block_stride ({stride}), got {piece}")
+        runs = merge_touching(runs, num_blocks)
+        block_bytes = sum(piece for _, _, piece in runs)
+        if block_bytes >= 1 << 32:
+            raise ValueError(f"a block must be smaller than 2^32 bytes, got {block_bytes}")
+        groups = group_evenly_spaced(runs)
+        self.groups = <_c.kv_group *>calloc(len(groups), sizeof(_c.kv_group))
+        if self.groups is NULL:
+            raise MemoryError("no memory for the groups of the layout")
+        self.num_groups = len(groups)
+        for index, group in enumerate(groups):
+            (self.groups[index].base, self.groups[index].block_stride, self.groups[index].slot_offset,
+             self.groups[index].row_bytes, self.groups[index].device_pitch, self.groups[index].slot_pitch,
+             self.groups[index].rows) = group
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self.block_size = block_size
+        self.runs = tuple(runs)
+        self.max_pieces = len(runs)
+        self.owners = tuple(owners)
+
+    def __dealloc__(self):
+        free(self.groups)
+
+    @property
+    def piece_bytes(self):
+        """Bytes of the largest contiguous part of a block."""
+        return max(piece for _, _, piece in self.runs)
+
+    @property
+    def pieces_per_block(self):
+        """Contiguous parts of one block on the device."""
+        return len(self.runs)
+
+    @property
+    def strided_legal(self):
+        """Whether a probe found one copy for many evenly spaced pieces to be legal here."""
+        return self.strided
+
+    # ---- constructors -----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize):
+        """One allocation of shape ``(kv, num_layers, num_blocks, block_size, num_heads, head_dim)``.
+
+        `base` is an address or any object with one (see `from_tensors`); `itemsize` is in bytes.
+        """
+        piece = block_size * num_heads * head_dim * itemsize
+        start = address_of(base)
+        runs = [(start + (part * num_layers + layer) * num_blocks * piece, piece, piece)
+                for layer in range(num_layers) for part in range(kv)]
+        return cls(runs, num_blocks, block_size=block_size, owners=[] if isinstance(base, int) else [base])
+
+    @classmethod
+    def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize):
+        """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``, as multi-head latent attention has."""
+        piece = block_size * latent_dim * itemsize
+        return cls([(address_of(base), piece, piece) for base in bases], num_blocks, block_size=block_size,
+                   owners=[base for base in bases if not isinstance(base, int)])
+
+    @classmethod
+    def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0):
+        """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``."""
+        return cls([(address_of(base), block_bytes, block_bytes)], num_blocks, block_size=block_size,
+                   owners=[] if isinstance(base, int) else [base])
+
+    @classmethod
+    def from_tensors(cls, tensors, block_dim=0, *, block_size=0):
+        """Read the runs from the strides of tensors, in the order of the tensors.
+
+        Parameters
+        ----------
+        tensors : sequence
+            One tensor a layer (or any split): objects with `__cuda_array_interface__`, `__array_interface__`, or
+            `data_ptr()`, `shape`, `stride()` and `element_size()` as torch has. Held as long as the layout.
+        block_dim : int, default 0
+            Which dimension counts blocks.
+
+        Raises
+        ------
+        ValueError
+            A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
+            interleave. Moving it would move foreign bytes.
+        """
+        runs, num_blocks = [], None
+        for number, tensor in enumerate(tensors):
+            tensor_runs, count = runs_of_tensor(tensor, block_dim, f"tensor {number}")
+            if num_blocks not in (None, count):
+                raise ValueError(f"tensor {number} has {count} blocks, the others {num_blocks}; check block_dim")
+            num_blocks = count
+            runs += tensor_runs
+        return cls(runs, num_blocks or 0, block_size=block_size, owners=tensors)
+
+    # ---- use --------------------------------------------------------------------------------------------------------
+
+    def slot_mapping(self, block_ids, num_tokens=None):
+        """Token slots of a sequence: ``block_id * block_size + offset``, int64, one a token.
+
+        `num_tokens` defaults to all tokens of the blocks.
+        """
+        if not self.block_size:
+            raise ValueError("block_size of this layout is unknown; pass it to the constructor")
+        ids = np.asarray(block_ids, dtype=np.int64)
+        limit = ids.size * self.block_size
+        if num_tokens is None:
+            num_tokens = limit
+        if not 0 <= num_tokens <= limit:
+            raise ValueError(f"num_tokens must be 0 to {limit} for {ids.size} blocks, got {num_tokens}")
+        return (ids[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[:num_tokens]
+
+    def __repr__(self):
+        return (f"KVLayout({self.num_blocks} blocks of {self.block_bytes} bytes, {len(self.runs)} pieces each, "
+                f"{self.num_groups} groups)")
+
+
+def runs_of_tensor(tensor, block_dim, what):
+    """The runs of one tensor, outer dimensions in their order, and its number of blocks."""
+    address, shape, strides, itemsize = describe(tensor)
+    if not -len(shape) <= block_dim < len(shape):
+        raise ValueError(f"{what}: block_dim {block_dim} is outside its {len(shape)} dimensions")
+    block_dim %= len(shape)
+    num_blocks, block_stride = shape[block_dim], strides[block_dim]
+    if 0 in shape or any(stride < 0 for stride in strides):
+        raise ValueError(f"{what}: shape {shape} with strides {strides} has no elements or runs backwards")
+    inner, outer = [], []
+    for dim, (count, stride) in enumerate(zip(shape, strides)):
+        if dim == block_dim or count == 1:
+            continue
+        (outer if num_blocks > 1 and stride > block_stride else inner).append((stride, count))
+    piece = itemsize
+    for stride, count in sorted(inner):
+        if stride != piece:
+            raise ValueError(f"{what} is not block-contiguous: shape {shape}, strides {strides} bytes, block dimension "
+                             f"{block_dim}; register it in a layout whose blocks are dense")
+        piece *= count
+    if num_blocks > 1 and piece > block_stride:
+        raise ValueError(f"{what}: blocks of {piece} bytes overlap at a stride of {block_stride}")
+    starts = [address]
+    for stride, count in outer:
+        if stride < block_stride * (num_blocks - 1) + piece:
+            raise ValueError(f"{what} is not block-contiguous: blocks interleave (shape {shape}, strides {strides} bytes)")
+        starts = [start + stride * index for start in starts for index in range(count)]
+    return [(start, block_stride, piece) for start in starts], num_blocks
+
+
+def merge_touching(runs, num_blocks):
+    """Join runs whose pieces touch in every block. With two blocks and more they interleave: one allocation for sure."""
+    merged = [runs[0]]
+    for base, stride, piece in runs[1:]:
+        last_base, last_stride, last_piece = merged[-1]
+        if (num_blocks > 1 and base == last_base + last_piece and stride == last_stride
+                and last_piece + piece <= stride):
+            merged[-1] = (last_base, stride, last_piece + piece)
+        else:
+            merged.append((base, stride, piece))
+    return merged
+
+
+def group_evenly_spaced(runs):
+    """Groups of runs that are evenly spaced on both sides, as tuples in the order of `kv_group`.
+
+    Runs of K and V alternate (period 2), so every period up to MAX_PERIOD is tried and the one with the fewest groups
+    taken; within a period, even stretches are taken greedily.
+    """
+    offsets = np.concatenate([[0], np.cumsum([piece for _, _, piece in runs])]).tolist()
+    best = None
+    for period in range(1, MAX_PERIOD + 1):
+        groups = []
+        for phase in range(min(period, len(runs))):
+            members = range(phase, len(runs), period)
+            groups += even_stretches([(*runs[index], offsets[index]) for index in members])
+        if best is None or len(groups) < len(best):
+            best = groups
+    return sorted(best, key=lambda group: group[2])
+
+
+def even_stretches(rows):
+    """Cut (base, block_stride, piece, offset) rows into stretches of equal pieces at equal, ascending distances."""
+    stretches, start = [], 0
+    while start < len(rows):
+        base, stride, piece, offset = rows[start]
+        end, pitch, slot_pitch = start + 1, piece, piece
+        if end < len(rows):
+            pitch, slot_pitch = rows[end][0] - base, rows[end][3] - offset
+        if pitch < piece:
+            pitch = slot_pitch = piece
+        else:
+            while (end < len(rows) and rows[end][1:3] == (stride, piece)
+                   and rows[end][0] - rows[end - 1][0] == pitch and rows[end][3] - rows[end - 1][3] == slot_pitch):
+                end += 1
+        if end == start + 1:
+            pitch = slot_pitch = piece
+        stretches.append((base, stride, offset, piece, pitch, slot_pitch, end - start))
+        start = end
+    return stretches
+
+
+def plan_copies(KVLayout layout, block_ids, slot_ids, PinnedPool pool, strided=None):
+    """The copies a transfer of these blocks would run, for tests and for the curious.
+
+    Returns
+    -------
+    list of dict
+        ``device, host`` (addresses), ``row_bytes, device_pitch, host_pitch, rows``, in the order of the plan.
+    """
+    cdef const int64_t[::1] ids = np.ascontiguousarray(block_ids, dtype=np.int64)
+    cdef const uint32_t[::1] slots = np.ascontiguousarray(slot_ids, dtype=np.uint32)
+    cdef _c.kv_copy copies[16]
+    cdef _c.kv_plan plan = _c.kv_plan_of_blocks(
+        layout.groups, layout.num_groups, layout.strided if strided is None else strided, &ids[0], &pool.slots,
+        &slots[0], ids.shape[0])
+    found = []
+    while count := _c.kv_plan_next(&plan, copies, 16):
+        for index in range(count):
+            found.append({"device": copies[index].device, "host": <uintptr_t>copies[index].host,
+                          "row_bytes": copies[index].row_bytes, "device_pitch": copies[index].device_pitch,
+                          "host_pitch": copies[index].host_pitch, "rows": copies[index].rows})
+    return found

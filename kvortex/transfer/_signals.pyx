@@ -1,0 +1,63 @@
+"""Wakes the completion thread when a job is submitted, and event loops when one is retired."""
+
+cimport kvortex._c as _c
+
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int file, const void *data, size_t nbytes)
+
+
+cdef class JobSignals:
+    """The wake-ups shared by the queues of one engine; nothing here takes the GIL."""
+
+    def __cinit__(self):
+        if _c.kv_monitor_init(&self.monitor):
+            raise MemoryError("pthread_mutex_init failed")
+        self.monitor_ready = True
+
+    def __dealloc__(self):
+        if self.monitor_ready:
+            _c.kv_monitor_destroy(&self.monitor)
+
+    cdef void submitted(self) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.num_submitted += 1
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef void retired(self) noexcept nogil:
+        # The eventfds are non-blocking and written under the lock, so that none is closed in between.
+        cdef uint64_t one = 1
+        cdef int index
+        _c.kv_monitor_lock(&self.monitor)
+        for index in range(self.num_listeners):
+            write(self.listeners[index], &one, sizeof(one))  # full means that the loop is awake anyway
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef void stop(self) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.stopping = True
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    def add_listener(self, int eventfd):
+        """Write to `eventfd` (non-blocking) whenever a job is retired."""
+        _c.kv_monitor_lock(&self.monitor)
+        added = self.num_listeners < MAX_LISTENERS
+        if added:
+            self.listeners[self.num_listeners] = eventfd
+            self.num_listeners += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        if not added:
+            raise RuntimeError(f"{MAX_LISTENERS} event loops await jobs of this engine already; share a loop")
+
+    def remove_listener(self, int eventfd):
+        """Stop writing to `eventfd`; after this call it may be closed."""
+        cdef int index
+        _c.kv_monitor_lock(&self.monitor)
+        for index in range(self.num_listeners):
+            if self.listeners[index] == eventfd:
+                self.num_listeners -= 1
+                self.listeners[index] = self.listeners[self.num_listeners]
+                break
+        _c.kv_monitor_unlock(&self.monitor)

@@ -1,0 +1,99 @@
+"""TransferQueue and Job: one stream, one direction, FIFO. The map; the code is in _transfer_queue.pyx."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from kvortex._c cimport kv_copy, kv_devptr, kv_monitor, kv_plan
+from kvortex.driver._device cimport Device
+from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._signals cimport JobSignals
+
+cdef enum Direction:
+    D2H = 0
+    H2D = 1
+
+cdef enum JobState:
+    JOB_FREE       # on the free list
+    JOB_CLAIMED    # its copies are being submitted
+    JOB_SUBMITTED  # every copy and then its event are on the stream; in the FIFO
+    JOB_RETIRING   # one party found the event complete and runs the hook
+    JOB_RETIRED    # over, but somebody is inside a driver call on its event
+
+cdef enum OutcomeState:
+    OUTCOME_PENDING
+    OUTCOME_DONE
+    OUTCOME_FAILED
+
+cdef struct JobOutcome:                # lives in the Python handle
+    OutcomeState state
+    int code                           # CUresult when failed
+
+cdef struct JobRecord:
+    void *done_event                   # complete when every copy is; the record's for life
+    void *source_event                 # the caller's stream as it stood at the call
+    JobState state
+    uint32_t generation                # of the job; a handle with another one asks for a job long retired
+    uint32_t holds                     # callers inside a driver call on done_event: it is not re-recorded meanwhile
+    uint32_t next                      # FIFO or free list
+    uint64_t sequence                  # place in the FIFO order of the stream
+    JobOutcome *outcome                # NULL once the handle is gone
+    uint32_t *slots                    # what the hook commits or releases; capacity kept from job to job
+    size_t num_slots, slots_capacity
+    uint64_t nbytes, start_ns
+
+# Called once a job, by the party that retires it, before anyone sees it done. Runs without the GIL.
+ctypedef void (*retire_hook)(void *owner, Direction direction, const JobRecord *record, int code) noexcept nogil
+
+
+cdef class TransferQueue:
+    cdef readonly Device device
+    cdef readonly JobSignals signals
+    cdef void *stream                  # ours, non-blocking
+    cdef readonly Direction direction_
+    cdef JobRecord *records
+    cdef readonly uint32_t max_jobs
+    cdef kv_monitor monitor            # guards records, lists and outcomes; broadcast when a job is submitted or retired
+    cdef kv_monitor submitting         # serialises submitters: a stream is FIFO. A leaf: the completion thread never takes it
+    cdef bint monitors_ready
+    cdef uint32_t free_head, fifo_head, fifo_tail
+    cdef uint64_t num_submitted
+    cdef readonly uint32_t jobs_in_flight   # claimed and not yet free
+    cdef int failure                   # sticky CUresult: the context is dead
+    cdef bint closed
+    cdef retire_hook hook
+    cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
+    # Scratch of the one submitter.
+    cdef kv_copy copies[128]
+    cdef kv_devptr targets[128]
+    cdef kv_devptr sources[128]
+    cdef size_t sizes[128]
+
+    cdef uint32_t claim(self, size_t num_slots) noexcept nogil
+    cdef void unclaim(self, uint32_t record) noexcept nogil
+    cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
+                         void **waits, size_t num_waits, const char **call) noexcept nogil
+    cdef int copy_plan(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
+    cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
+    cdef int copy_batch(self, size_t count) noexcept nogil
+    cdef int poll_once(self) noexcept nogil
+    cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
+    cdef void drop_hold(self, uint32_t record) noexcept nogil
+    cdef void recycle(self, uint32_t record) noexcept nogil
+    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil
+    cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil
+    cdef void fail_all(self, int code) noexcept nogil
+    cdef Job handle(self, uint32_t record, size_t num_blocks, object statuses, object owner)
+
+
+cdef class Job:
+    cdef TransferQueue queue           # kept alive; NULL-like (None) for a job that moved nothing
+    cdef object owner                  # the engine, kept alive while its job is
+    cdef JobOutcome outcome
+    cdef uint32_t record, generation
+    cdef size_t count
+    cdef readonly object statuses
+
+    cdef OutcomeState _state(self) noexcept nogil
+
+
+cdef Job finished_job(size_t num_blocks, object statuses)
+cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *

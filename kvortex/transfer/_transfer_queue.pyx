@@ -1,0 +1,756 @@
+"""One stream, one direction, FIFO: claims records, orders and issues copies, retires jobs in order."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, check
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._signals cimport JobSignals
+
+import numpy as np
+
+from kvortex.errors import EngineClosed
+from kvortex.transfer.awaiting import wait_in_loop
+
+cdef uint32_t NO_RECORD = 0xFFFFFFFF
+cdef uint64_t POLL_NS = 50_000  # a waiter polls as well, so that it depends on no other thread
+
+DIRECTIONS = {"D2H": D2H, "H2D": H2D}
+
+
+cdef class TransferQueue:
+    """Move blocks between a device and pinned slots on a stream of its own, in one direction, first in first out.
+
+    Usable without an engine: `submit`, then `poll` from time to time (or `Job.wait`), and look at the jobs.
+
+    Parameters
+    ----------
+    device : Device
+        Held for the queue's life.
+    direction : {"D2H", "H2D"}
+        D2H saves, H2D loads.
+    max_jobs : int, default 256
+        Jobs in flight; one more is refused with `None`.
+    signals : JobSignals, optional
+        Wake-ups shared with other queues.
+
+    Raises
+    ------
+    DriverError
+        The stream or an event could not be created; nothing is left behind.
+
+    Notes
+    -----
+    Thread-safe; every call releases the GIL around driver calls.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        self.closed = True
+        self.free_head = self.fifo_head = self.fifo_tail = NO_RECORD
+        if _c.kv_monitor_init(&self.monitor):
+            raise MemoryError("pthread_mutex_init failed")
+        if _c.kv_monitor_init(&self.submitting):
+            _c.kv_monitor_destroy(&self.monitor)
+            raise MemoryError("pthread_mutex_init failed")
+        self.monitors_ready = True
+
+    def __init__(self, Device device not None, direction, *, max_jobs=256, JobSignals signals=None):
+        cdef uint32_t index
+        cdef int mode = 0, code
+        if self.records is not NULL:
+            raise RuntimeError("TransferQueue.__init__ may be called once")
+        if direction not in DIRECTIONS:
+            raise ValueError(f"direction must be 'D2H' or 'H2D', got {direction!r}")
+        if not 1 <= max_jobs <= 1 << 20:
+            raise ValueError(f"max_jobs must be 1 to {1 << 20}, got {max_jobs}")
+        device.require_open()
+        self.device = device
+        self.direction_ = DIRECTIONS[direction]
+        self.signals = signals if signals is not None else JobSignals()
+        self.records = <JobRecord *>calloc(max_jobs, sizeof(JobRecord))
+        if self.records is NULL:
+            raise MemoryError(f"no memory for {max_jobs} job records")
+        self.max_jobs = max_jobs
+        self.closed = False
+        with nogil:
+            code = device.enter(&mode)
+            if code == 0:
+                code = device.drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+                for index in range(self.max_jobs):
+                    if code == 0:
+                        code = device.drv.event_create(&self.records[index].done_event, _c.KV_EVENT_DISABLE_TIMING)
+                    if code == 0:
+                        code = device.drv.event_create(&self.records[index].source_event, _c.KV_EVENT_DISABLE_TIMING)
+                    self.records[index].next = index + 1 if index + 1 < self.max_jobs else NO_RECORD
+                device.leave(mode)
+        self.free_head = 0
+        if code:
+            self.close()
+            check(device, code, b"creating a transfer queue")
+
+    # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
+
+    cdef uint32_t claim(self, size_t num_slots) noexcept nogil:
+        """A record for a job over `num_slots` slots, or NO_RECORD when `max_jobs` are in flight (or memory is out)."""
+        cdef uint32_t record
+        cdef uint32_t *slots
+        cdef JobRecord *job
+        _c.kv_monitor_lock(&self.monitor)
+        record = self.free_head
+        if record == NO_RECORD or self.failure:
+            _c.kv_monitor_unlock(&self.monitor)
+            return NO_RECORD
+        job = &self.records[record]
+        self.free_head = job.next
+        job.state = JOB_CLAIMED
+        job.generation += 1
+        job.outcome = NULL
+        self.jobs_in_flight += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        if job.slots_capacity < num_slots:
+            slots = <uint32_t *>realloc(job.slots, num_slots * sizeof(uint32_t))
+            if slots is NULL:
+                self.unclaim(record)
+                return NO_RECORD
+            job.slots = slots
+            job.slots_capacity = num_slots
+        job.num_slots = 0
+        job.start_ns = _c.kv_now_ns()
+        return record
+
+    cdef void unclaim(self, uint32_t record) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.recycle(record)
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef void recycle(self, uint32_t record) noexcept nogil:
+        """Back to the free list, or as far as somebody's hold allows. The monitor is held."""
+        cdef JobRecord *job = &self.records[record]
+        if job.holds:
+            job.state = JOB_RETIRED
+            return
+        job.state = JOB_FREE
+        job.outcome = NULL
+        job.next = self.free_head
+        self.free_head = record
+        self.jobs_in_flight -= 1
+
+    cdef int submit_plan(self, uint32_t record, _c.kv_plan *plan, KVLayout layout, void *caller, bint ordered,
+                         void **waits, size_t num_waits, const char **call) noexcept nogil:
+        """Put the copies of a claimed job on the stream, after the caller's stream and after `waits`. A CUresult.
+
+        When it fails, no copy is in flight any more, or the context is dead (`failure` is set). The record stays
+        claimed: its owner gives the slots back and then calls `unclaim`.
+        """
+        cdef JobRecord *job = &self.records[record]
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef int mode = 0, finished = 0
+        cdef size_t index
+        cdef int code = self.device.enter(&mode)
+        call[0] = b"cuCtxPushCurrent"
+        if code == 0 and ordered:
+            call[0] = b"cuEventRecord"
+            code = drv.event_record(job.source_event, caller)
+        _c.kv_monitor_lock(&self.submitting)
+        if code == 0 and ordered:
+            call[0] = b"cuStreamWaitEvent"
+            code = drv.stream_wait_event(self.stream, job.source_event, 0)
+        for index in range(num_waits):
+            if code == 0:
+                call[0] = b"cuStreamWaitEvent"
+                code = drv.stream_wait_event(self.stream, waits[index], 0)
+        if code == 0:
+            code = self.copy_plan(plan, layout, call)
+        if code == 0:
+            call[0] = b"cuEventRecord"
+            code = drv.event_record(job.done_event, self.stream)
+        if code:
+            # Copies may be running: the slots are the caller's again only when they are known to be over. And whoever
+            # meets this job in the engine's words, instead of the jobs it met itself, must find those over too.
+            finished = drv.stream_synchronize(self.stream)
+            for index in range(num_waits):
+                if finished == 0:
+                    finished = drv.event_synchronize(waits[index])
+            if finished:
+                code = finished
+        _c.kv_monitor_lock(&self.monitor)
+        if code == 0:
+            job.state = JOB_SUBMITTED
+            job.sequence = self.num_submitted
+            self.num_submitted += 1
+            job.next = NO_RECORD
+            if self.fifo_tail == NO_RECORD:
+                self.fifo_head = record
+            else:
+                self.records[self.fifo_tail].next = record
+            self.fifo_tail = record
+        elif finished:
+            self.failure = code
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        _c.kv_monitor_unlock(&self.submitting)
+        self.device.leave(mode)
+        if code == 0:
+            self.signals.submitted()
+        return code
+
+    cdef int poll_once(self) noexcept nogil:
+        """Retire the oldest job if its copies are over: 1 retired, 0 not yet, -1 none in flight.
+
+        The context is current. Any number of threads may call it; the record's state decides who retires.
+        """
+        cdef uint32_t record
+        cdef JobRecord *job
+        cdef int code
+        _c.kv_monitor_lock(&self.monitor)
+        record = self.fifo_head
+        if record == NO_RECORD:
+            _c.kv_monitor_unlock(&self.monitor)
+            return -1
+        job = &self.records[record]
+        job.holds += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        code = self.device.drv.event_query(job.done_event)
+        if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):
+            # The query failed, not the copies: find out about them the slow way before any slot is freed.
+            code = self.device.drv.stream_synchronize(self.stream)
+        _c.kv_monitor_lock(&self.monitor)
+        job.holds -= 1
+        if job.state == JOB_RETIRED:  # another party retired it meanwhile
+            self.recycle(record)
+        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SUBMITTED:
+            _c.kv_monitor_unlock(&self.monitor)
+            return 0
+        job.state = JOB_RETIRING
+        self.fifo_head = job.next
+        if self.fifo_head == NO_RECORD:
+            self.fifo_tail = NO_RECORD
+        if code:
+            self.failure = code
+        _c.kv_monitor_unlock(&self.monitor)
+        if self.hook is not NULL:
+            self.hook(self.hook_owner, self.direction_, job, code)
+        _c.kv_monitor_lock(&self.monitor)
+        if job.outcome is not NULL:
+            job.outcome.code = code
+            job.outcome.state = OUTCOME_FAILED if code else OUTCOME_DONE
+            job.outcome = NULL
+        self.recycle(record)
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        self.signals.retired()
+        return 1
+
+    cdef void fail_all(self, int code) noexcept nogil:
+        """Wake every waiter with an error. Slots and events stay as they are: copies may still be running."""
+        cdef uint32_t record
+        cdef JobRecord *job
+        _c.kv_monitor_lock(&self.monitor)
+        self.failure = code
+        for record in range(self.max_jobs):
+            job = &self.records[record]
+            if job.outcome is not NULL:
+                job.outcome.code = code
+                job.outcome.state = OUTCOME_FAILED
+                job.outcome = NULL
+        self.fifo_head = self.fifo_tail = NO_RECORD
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        self.signals.retired()
+
+    cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil:
+        """Hold a job's event if its copies may still be in flight; blocks while the job is being submitted."""
+        cdef JobRecord *job = &self.records[record]
+        cdef bint held
+        _c.kv_monitor_lock(&self.monitor)
+        while job.generation == generation and job.state == JOB_CLAIMED:
+            _c.kv_monitor_wait(&self.monitor, <uint64_t>-1)
+        held = job.generation == generation and job.state == JOB_SUBMITTED
+        if held:
+            job.holds += 1
+            sequence[0] = job.sequence
+        _c.kv_monitor_unlock(&self.monitor)
+        return held
+
+    cdef void drop_hold(self, uint32_t record) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.records[record].holds -= 1
+        if self.records[record].state == JOB_RETIRED:
+            self.recycle(record)
+            _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil:
+        """Wait for a job's end, polling as well. OUTCOME_PENDING means that the deadline passed."""
+        cdef OutcomeState state
+        cdef uint64_t now = 0, until
+        while True:
+            self.poll_once()
+            _c.kv_monitor_lock(&self.monitor)
+            state = outcome.state
+            if state == OUTCOME_PENDING:
+                now = _c.kv_now_ns()
+                if now < deadline_ns:
+                    until = now + POLL_NS
+                    _c.kv_monitor_wait(&self.monitor, until if until < deadline_ns else deadline_ns)
+                    state = outcome.state
+            _c.kv_monitor_unlock(&self.monitor)
+            if state != OUTCOME_PENDING or now >= deadline_ns:
+                return state
+
+    cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil:
+        """Retire until no job is in flight. 0, or -1 when the deadline passed first."""
+        cdef bint empty
+        while True:
+            self.poll_once()
+            _c.kv_monitor_lock(&self.monitor)
+            empty = self.jobs_in_flight == 0
+            _c.kv_monitor_unlock(&self.monitor)
+            if empty:
+                return 0
+            if _c.kv_now_ns() >= deadline_ns:
+                return -1
+            _c.kv_nap_ns(POLL_NS)
+
+    # ---- copies -----------------------------------------------------------------------------------------------------
+
+    cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
+        """Issue every copy of the plan: strided ones as they come, plain ones in batches."""
+        cdef size_t count, index, row, batched
+        cdef _c.kv_copy *copy
+        cdef int code = 0
+        while code == 0:
+            count = _c.kv_plan_next(plan, self.copies, 128)
+            if count == 0:
+                break
+            batched = 0
+            for index in range(count):
+                copy = &self.copies[index]
+                if copy.rows > 1 and plan.strided:
+                    call[0] = b"cuMemcpy2DAsync"
+                    code = self.copy_strided(copy)
+                    if code == 0:
+                        continue
+                    if code != _c.KV_CUDA_INVALID_VALUE:
+                        return code
+                    # The rows lie in several allocations after all: piece by piece from here on.
+                    plan.strided = layout.strided = False
+                call[0] = b"cuMemcpyBatchAsync"
+                for row in range(copy.rows):
+                    self.sizes[batched] = copy.row_bytes
+                    if self.direction_ == D2H:
+                        self.sources[batched] = copy.device + row * copy.device_pitch
+                        self.targets[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
+                    else:
+                        self.sources[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
+                        self.targets[batched] = copy.device + row * copy.device_pitch
+                    batched += 1
+                    if batched == 128:
+                        code = self.copy_batch(batched)
+                        if code:
+                            return code
+                        batched = 0
+            code = self.copy_batch(batched)
+        return code
+
+    cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
+        cdef _c.kv_memcpy_2d copy_2d
+        memset(&copy_2d, 0, sizeof(copy_2d))
+        copy_2d.width_bytes = copy.row_bytes
+        copy_2d.height = copy.rows
+        if self.direction_ == D2H:
+            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_DEVICE
+            copy_2d.source_device = copy.device
+            copy_2d.source_pitch = copy.device_pitch
+            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_HOST
+            copy_2d.target_host = copy.host
+            copy_2d.target_pitch = copy.host_pitch
+        else:
+            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_HOST
+            copy_2d.source_host = copy.host
+            copy_2d.source_pitch = copy.host_pitch
+            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_DEVICE
+            copy_2d.target_device = copy.device
+            copy_2d.target_pitch = copy.device_pitch
+        return self.device.drv.memcpy_2d_async(&copy_2d, self.stream)
+
+    cdef int copy_batch(self, size_t count) noexcept nogil:
+        """The first `count` of sources, targets and sizes in one call; one by one where the driver knows no batches."""
+        cdef _c.kv_memcpy_attributes attributes
+        cdef size_t index, attribute_index = 0, fail_index = 0
+        cdef int code = _c.KV_CUDA_NOT_SUPPORTED
+        if count == 0:
+            return 0
+        if count > 1:
+            memset(&attributes, 0, sizeof(attributes))
+            attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
+            code = self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
+                                                      &attribute_index, 1, &fail_index, self.stream)
+        if code == _c.KV_CUDA_NOT_SUPPORTED:
+            code = 0
+            for index in range(count):
+                if code == 0 and self.direction_ == D2H:
+                    code = self.device.drv.memcpy_dtoh_async(<void *>self.targets[index], self.sources[index],
+                                                             self.sizes[index], self.stream)
+                elif code == 0:
+                    code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
+                                                             self.sizes[index], self.stream)
+        return code
+
+    # ---- use without an engine --------------------------------------------------------------------------------------
+
+    def submit(self, KVLayout layout not None, block_ids, PinnedPool pool not None, slot_ids, *, stream):
+        """Move blocks between the device and slots; returns at once.
+
+        Parameters
+        ----------
+        layout : KVLayout
+        block_ids : int64 array (n,)
+            Device blocks, 0 to ``layout.num_blocks - 1``.
+        pool : PinnedPool
+        slot_ids : uint32 array (n,)
+            Slots of the pool, registered ones.
+        stream : int or stream object
+            The copies wait for its work so far; 0 is the legacy default stream.
+
+        Returns
+        -------
+        Job or None
+            None when `max_jobs` are in flight: poll, or try later.
+
+        Raises
+        ------
+        ValueError
+            Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream.
+        DriverError
+            The driver refused; no copy is in flight.
+        """
+        cdef int64_t[::1] ids = as_block_ids(block_ids, layout)
+        cdef uint32_t[::1] slots = np.array(slot_ids, dtype=np.uint32, order="C", ndmin=1)
+        cdef size_t n = ids.shape[0], index
+        cdef const char *call = NULL
+        cdef _c.kv_plan plan
+        cdef uint32_t record
+        cdef int code
+        self._require_open()
+        if slots.shape[0] != <Py_ssize_t>n:
+            raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
+        if layout.block_bytes > pool.slots.payload_bytes:
+            raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot ({pool.payload_bytes})")
+        for index in range(n):
+            if slots[index] >= pool.num_ready:
+                raise ValueError(f"slot_ids[{index}] is {slots[index]}, and {pool.num_ready} slots are registered")
+        cdef void *caller = self.device.borrow_stream(stream)
+        if n == 0:
+            return finished_job(0, None)
+        with nogil:
+            record = self.claim(n)
+            if record != NO_RECORD:
+                memcpy(self.records[record].slots, &slots[0], n * sizeof(uint32_t))
+                self.records[record].num_slots = n
+                self.records[record].nbytes = n * layout.block_bytes
+        if record == NO_RECORD:
+            check(self.device, self.failure, b"an earlier transfer")
+            return None
+        job = self.handle(record, n, None, (pool, layout))
+        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided, &ids[0], &pool.slots,
+                                    self.records[record].slots, n)
+        with nogil:
+            code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, &call)
+            if code:
+                self.unclaim(record)
+        check(self.device, code, call)
+        return job
+
+    cdef Job handle(self, uint32_t record, size_t num_blocks, object statuses, object owner):
+        """The Python handle of a claimed record; made before the copies are submitted, so that it misses no outcome."""
+        cdef Job job = Job.__new__(Job)
+        job.queue = self
+        job.owner = owner
+        job.record = record
+        job.generation = self.records[record].generation
+        job.count = num_blocks
+        job.statuses = statuses
+        self.records[record].outcome = &job.outcome
+        return job
+
+    def poll(self):
+        """Retire the jobs whose copies are over; returns how many. Never blocks on one."""
+        cdef int mode = 0, retired = 0, code
+        self._require_open()
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                while self.poll_once() == 1:
+                    retired += 1
+                self.device.leave(mode)
+        check(self.device, code, b"cuCtxPushCurrent")
+        return retired
+
+    def probe(self, KVLayout layout not None):
+        """Find out whether one strided copy may span the layout's evenly spaced pieces, and remember it in the layout.
+
+        Only reads the registered cache: the first and the last block, strided and piece by piece, into scratch
+        memory, compared. Blocks for two blocks' time (GIL released). Nobody may write those blocks meanwhile; a
+        mismatch counts as illegal, so that the worst outcome is slower copies.
+        """
+        cdef int64_t ids[2]
+        cdef uint32_t slots[2]
+        cdef _c.kv_slots space
+        cdef _c.kv_plan plan
+        cdef void *scratch = NULL
+        cdef const char *call = b"cuMemHostAlloc"
+        cdef int mode = 0, code
+        cdef uint32_t group
+        cdef size_t nbytes = 2 * layout.block_bytes
+        cdef bint legal = False
+        if self.direction_ != D2H:
+            raise ValueError("probe reads the cache; call it on a D2H queue")
+        self._require_open()
+        for group in range(layout.num_groups):
+            legal |= _c.kv_group_is_strided(&layout.groups[group])
+        if not legal:
+            layout.strided = False
+            return False
+        ids[0], ids[1] = 0, layout.num_blocks - 1
+        slots[0], slots[1] = 0, 1
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.device.drv.mem_host_alloc(&scratch, 2 * nbytes, _c.KV_HOST_ALLOC_PORTABLE)
+            if code == 0:
+                memset(scratch, 0x5A, nbytes)
+                memset(<char *>scratch + nbytes, 0xA5, nbytes)
+                space.stride_bytes = space.payload_bytes = layout.block_bytes
+                space.header_bytes = 0
+                space.num_slots = space.first_chunk_slots = space.chunk_slots = 2
+                _c.kv_monitor_lock(&self.submitting)
+                layout.strided = True
+                space.base = <char *>scratch
+                plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, True, ids, &space, slots, 2)
+                code = self.copy_plan(&plan, layout, &call)  # an INVALID_VALUE sets layout.strided back
+                space.base = <char *>scratch + nbytes
+                plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, False, ids, &space, slots, 2)
+                if code == 0:
+                    code = self.copy_plan(&plan, layout, &call)
+                _c.kv_monitor_unlock(&self.submitting)
+                if self.device.drv.stream_synchronize(self.stream) == 0 and code == 0:
+                    if memcmp(scratch, <char *>scratch + nbytes, nbytes):
+                        layout.strided = False
+                self.device.drv.mem_free_host(scratch)
+            self.device.leave(mode)
+        if code:
+            layout.strided = False
+        check(self.device, code, call)
+        return layout.strided
+
+    @property
+    def direction(self):
+        """"D2H" or "H2D"."""
+        return "D2H" if self.direction_ == D2H else "H2D"
+
+    def _require_open(self):
+        self.device.require_open()
+        if self.closed:
+            raise EngineClosed("the transfer queue is closed")
+
+    def close(self, timeout_ms=5000):
+        """Wait for the jobs in flight, then destroy the stream and the events. Idempotent; releases the GIL.
+
+        Jobs that do not end within `timeout_ms` are failed and their stream and events leaked: a copy that is still
+        running must find them.
+        """
+        cdef uint32_t index
+        cdef int mode = 0, code
+        cdef int64_t limit = timeout_ms
+        cdef const _c.kv_driver *drv
+        if self.closed or self.device.pid != getpid():
+            return
+        self.closed = True
+        drv = self.device.drv
+        with nogil:
+            code = self.device.enter(&mode)
+            if code or self.wait_empty(_c.kv_deadline_ns(limit)) or self.failure:  # a dead context empties itself
+                self.fail_all(code or self.failure or _c.KV_CUDA_DEINITIALIZED)
+            else:
+                for index in range(self.max_jobs):
+                    if self.records[index].done_event is not NULL:
+                        drv.event_destroy(self.records[index].done_event)
+                    if self.records[index].source_event is not NULL:
+                        drv.event_destroy(self.records[index].source_event)
+                if self.stream is not NULL:
+                    drv.stream_destroy(self.stream)
+            if code == 0:
+                self.device.leave(mode)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __dealloc__(self):
+        cdef uint32_t index
+        if self.device is not None and self.device.pid != getpid():
+            return
+        if not self.closed:
+            self.close()
+        for index in range(self.max_jobs):
+            free(self.records[index].slots)
+        free(self.records)
+        if self.monitors_ready:
+            _c.kv_monitor_destroy(&self.submitting)
+            _c.kv_monitor_destroy(&self.monitor)
+
+
+cdef class Job:
+    """What a save or a load did, and when it is over.
+
+    Made by `save_blocks`, `load_blocks` and `TransferQueue.submit`. Dropping it neither stops nor waits for the copies.
+    """
+
+    @property
+    def num_blocks(self):
+        """Blocks moved. Load: the leading run really transferred; targets beyond it are untouched. Save: the NEW ones.
+
+        Raises `DriverError` when the job failed.
+        """
+        self._raise_failed()
+        return self.count
+
+    @property
+    def submitted(self):
+        """True when every copy is on its stream, so that `wait_on` will not block the host."""
+        return True
+
+    def done(self):
+        """Whether the job is over, well or badly. Never blocks on the device."""
+        cdef int mode = 0
+        if self.queue is None:
+            return True
+        with nogil:
+            if self._state() == OUTCOME_PENDING and self.queue.device.enter(&mode) == 0:
+                self.queue.poll_once()
+                self.queue.device.leave(mode)
+        return self._state() != OUTCOME_PENDING
+
+    def wait(self, timeout_ms=None):
+        """Block the calling thread (GIL released) until the copies are complete and their slots committed or released.
+
+        Raises
+        ------
+        TimeoutError
+            `timeout_ms` passed first; the job goes on.
+        DriverError
+            The job failed.
+        """
+        cdef int mode = 0, code
+        cdef OutcomeState state = OUTCOME_DONE
+        cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
+        if self.queue is None:
+            return
+        self._require_owner_process()
+        if self._state() == OUTCOME_PENDING:
+            with nogil:
+                code = self.queue.device.enter(&mode)
+                if code == 0:
+                    state = self.queue.wait_outcome(&self.outcome, _c.kv_deadline_ns(limit))
+                    self.queue.device.leave(mode)
+            check(self.queue.device, code, b"cuCtxPushCurrent")
+        if state == OUTCOME_PENDING:
+            raise TimeoutError(f"the job is not done after {timeout_ms} ms")
+        self._raise_failed()
+
+    def wait_on(self, stream):
+        """Make later work on `stream` wait for this job, on the device; the host does not block.
+
+        Parameters
+        ----------
+        stream : int or stream object
+            Of the same device and not capturing; 0 is the legacy default stream.
+
+        Raises
+        ------
+        ValueError
+            The stream is missing, capturing, or another device's.
+        DriverError
+            The job failed, or the driver refused.
+        """
+        cdef TransferQueue queue = self.queue
+        cdef void *caller
+        cdef uint64_t sequence = 0
+        cdef int mode = 0, code = 0
+        if queue is None:
+            return
+        self._require_owner_process()
+        caller = queue.device.borrow_stream(stream)
+        with nogil:
+            if queue.hold_submitted(self.record, self.generation, &sequence):
+                code = queue.device.enter(&mode)
+                if code == 0:
+                    code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
+                    queue.device.leave(mode)
+                queue.drop_hold(self.record)
+        check(queue.device, code, b"cuStreamWaitEvent")
+        self._raise_failed()
+
+    def __await__(self):
+        """Wait in an asyncio event loop; the result is the job. Cancelling stops the waiting, never the copies."""
+        if not self.done():
+            yield from wait_in_loop(self, self.queue.signals).__await__()
+        self._raise_failed()
+        return self
+
+    cdef OutcomeState _state(self) noexcept nogil:
+        cdef OutcomeState state
+        _c.kv_monitor_lock(&self.queue.monitor)
+        state = self.outcome.state
+        _c.kv_monitor_unlock(&self.queue.monitor)
+        return state
+
+    def _require_owner_process(self):
+        if self.queue.device.pid != getpid():
+            raise EngineClosed("this job belongs to the parent process")
+
+    def _raise_failed(self):
+        if self.queue is not None and self._state() == OUTCOME_FAILED:
+            check(self.queue.device, self.outcome.code, b"a transfer")
+
+    def __dealloc__(self):
+        cdef JobRecord *job
+        if self.queue is None or self.queue.device.pid != getpid():
+            return
+        _c.kv_monitor_lock(&self.queue.monitor)
+        job = &self.queue.records[self.record]
+        if job.outcome == &self.outcome:
+            job.outcome = NULL
+        _c.kv_monitor_unlock(&self.queue.monitor)
+
+
+cdef Job finished_job(size_t num_blocks, object statuses):
+    """A job that moved nothing: done from the start."""
+    cdef Job job = Job.__new__(Job)
+    job.outcome.state = OUTCOME_DONE
+    job.count = num_blocks
+    job.statuses = statuses
+    return job
+
+
+cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
+    """Device block ids as an int64 array, each checked against the layout."""
+    array = np.asarray(block_ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"block_ids must be a one-dimensional array of integers, got shape {array.shape}, "
+                         f"dtype {array.dtype}")
+    cdef int64_t[::1] ids = np.array(array, dtype=np.int64, order="C")
+    cdef Py_ssize_t index
+    cdef int64_t limit = layout.num_blocks
+    for index in range(ids.shape[0]):
+        if not 0 <= ids[index] < limit:
+            raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {limit - 1}")
+    return ids

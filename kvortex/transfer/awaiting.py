@@ -1,0 +1,59 @@
+"""`await job`: one eventfd a loop, written by whoever retires a job, without the GIL."""
+
+import asyncio
+import os
+import weakref
+
+# loop -> {signals: _LoopListener}; a loop that is gone takes its listeners along.
+_listeners = weakref.WeakKeyDictionary()
+
+
+class _LoopListener:
+    """The jobs of one engine that one event loop waits for."""
+
+    def __init__(self, loop, signals):
+        self.loop = loop
+        self.signals = signals
+        self.waiting = {}  # future -> job
+        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        loop.add_reader(self.eventfd, self._on_retired)
+        signals.add_listener(self.eventfd)
+
+    def _on_retired(self):
+        try:
+            os.eventfd_read(self.eventfd)
+        except BlockingIOError:
+            return
+        for future, job in list(self.waiting.items()):
+            if not future.done() and job.done():
+                future.set_result(None)
+
+    def close(self):
+        if self.eventfd >= 0:
+            self.signals.remove_listener(self.eventfd)
+            if not self.loop.is_closed():
+                self.loop.remove_reader(self.eventfd)
+            os.close(self.eventfd)
+            self.eventfd = -1
+
+    __del__ = close
+
+
+async def wait_in_loop(job, signals):
+    """Return when `job` is done. Cancelling leaves the job alone."""
+    loop = asyncio.get_running_loop()
+    of_loop = _listeners.setdefault(loop, {})
+    listener = of_loop.get(signals)
+    if listener is None:
+        listener = of_loop[signals] = _LoopListener(loop, signals)
+    future = loop.create_future()
+    listener.waiting[future] = job
+    try:
+        # Retired between the caller's look and the listener's start: nobody would tell.
+        if not job.done():
+            await future
+    finally:
+        del listener.waiting[future]
+        if not listener.waiting:
+            of_loop.pop(signals, None)
+            listener.close()

@@ -1,0 +1,80 @@
+"""Builds one extension module per kvortex/**/_*.pyx; everything else about the package is in pyproject.toml.
+
+Settings come from the environment: KVORTEX_WERROR=1 (warnings are errors; CI sets it), KVORTEX_CFLAGS and
+KVORTEX_LDFLAGS (debug and sanitizer builds), KVORTEX_COVERAGE=1 (line tracing), KVORTEX_ANNOTATE=1 (yellow HTML) and
+KVORTEX_ONLY=NAME (only modules whose dotted name contains NAME).
+"""
+
+import os
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).parent.resolve()
+os.chdir(ROOT)
+
+# C sources a module is built from besides its own .pyx.
+EXTRA_SOURCES = {
+    "kvortex.driver._host": [
+        f"kvortex/driver/host_{part}.c" for part in ("driver", "device", "stream", "memory", "control")
+    ],
+}
+
+coverage = os.environ.get("KVORTEX_COVERAGE") == "1"
+annotate = os.environ.get("KVORTEX_ANNOTATE") == "1"
+only = os.environ.get("KVORTEX_ONLY", "")
+
+# -g0: debug information would carry the build machine's paths into the wheel; KVORTEX_CFLAGS comes later and wins.
+compile_args = ["-std=gnu11", "-O2", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+compile_args += ["-pthread", *os.environ.get("KVORTEX_CFLAGS", "").split()]
+link_args = ["-pthread", *os.environ.get("KVORTEX_LDFLAGS", "").split()]
+macros = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if coverage else []
+
+
+def flags_stamp():
+    """Return a file that changes when the flags do, so that a build with other flags compiles everything again."""
+    stamp, text = Path("build/flags"), repr((compile_args, link_args, macros))
+    if not stamp.exists() or stamp.read_text() != text:
+        stamp.parent.mkdir(exist_ok=True)
+        stamp.write_text(text)
+    return str(stamp)
+
+
+def extensions():
+    # Every module cimports kvortex/_c.pxd, which names every header, so every module really includes all of them.
+    depends = [str(header) for folder in ("include", "kvortex") for header in sorted(Path(folder).rglob("*.h"))]
+    flags = flags_stamp()
+    werror = ["-Werror"] if os.environ.get("KVORTEX_WERROR") == "1" else []
+    for source in sorted(Path("kvortex").rglob("_*.pyx")):
+        name = ".".join(source.with_suffix("").parts)
+        if only in name:
+            yield Extension(
+                name,
+                [str(source), *EXTRA_SOURCES.get(name, [])],
+                include_dirs=["include"],
+                depends=[*depends, flags],
+                define_macros=macros,
+                extra_compile_args=compile_args + werror,
+                extra_link_args=link_args,
+            )
+
+
+setup(
+    options={"build_ext": {"parallel": os.cpu_count()}},
+    ext_modules=cythonize(
+        list(extensions()),
+        # The coverage plugin looks for the C beside the .pyx; it is built in a tree of its own (make coverage).
+        build_dir=None if coverage else "build/annotate" if annotate else "build/cython",
+        annotate=annotate,
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "initializedcheck": False,
+            "cdivision": True,
+            "embedsignature": True,
+            "linetrace": coverage,
+        },
+    ),
+)

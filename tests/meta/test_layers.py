@@ -1,0 +1,153 @@
+"""Imports go only downward: every `import` and `cimport` line of the package, held against the table of layers."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+BASE = {"_c", "errors", "config", "stats"}
+TOP = {"__init__", "__main__", "cli", "replay", "integrations"}
+MAY_IMPORT = {  # part of kvortex: the other parts it may name
+    "_c": set(),
+    "errors": BASE,
+    "config": BASE | {"keys"},
+    "stats": BASE | {"keys"},
+    "keys": BASE,
+    "driver": BASE,
+    "index": BASE | {"keys"},
+    "codec": BASE | {"keys"},
+    "memory": BASE | {"driver"},
+    "transfer": BASE | {"keys", "driver", "memory"},
+    "tiers": BASE | {"keys", "index", "memory", "codec"},
+    "engine": BASE | {"keys", "driver", "index", "codec", "memory", "transfer", "tiers"},
+}
+ALONE = {  # foreign package: the parts that may name it
+    "cuda": {"driver"},
+    "torch": {"integrations"},
+    "vllm": {"integrations"},
+    "transformers": {"integrations"},
+    "matplotlib": {"replay"},
+    "pytest": set(),
+}
+IMPORT = re.compile(
+    r"^[ \t]*(?:from[ \t]+(?P<source>[\w.]+)[ \t]+c?import[ \t]+(?P<names>\([^)]*\)|[^\n]*)"
+    r"|c?import[ \t]+(?P<modules>[\w., \t]+))"
+    r"|import_module\([\"'](?P<late>[\w.]+)",
+    re.M,
+)
+
+
+def imports(path, root):
+    """Yield the dotted name of everything that a .py, .pyx or .pxd file imports."""
+    text = re.sub(r'"""(?:.|\n)*?"""', "", path.read_text())
+    text = re.sub(r"#.*", "", text)
+    package = ["kvortex", *path.relative_to(root / "kvortex").parent.parts]
+    for match in IMPORT.finditer(text):
+        if match["late"]:
+            yield match["late"]
+        elif match["modules"]:
+            yield from (part.split()[0] for part in match["modules"].split(",") if part.strip())
+        else:
+            source = match["source"]
+            if source.startswith("."):
+                dots = len(source) - len(source.lstrip("."))
+                source = ".".join([*package[: len(package) - dots + 1], *filter(None, [source.lstrip(".")])])
+            for name in match["names"].strip("()").split(","):
+                if name.strip():
+                    yield f"{source}.{name.split()[0]}"
+
+
+def part_of(name):
+    """Return the part that the first name below kvortex belongs to: `engine` and its compiled `_engine` are one."""
+    return name if name == "_c" or name.startswith("__") else name.lstrip("_")
+
+
+def violations(root):
+    """Return a line for every import under `root`/kvortex that goes up, sideways or abroad."""
+    found = []
+    package = root / "kvortex"
+    for path in sorted(path for path in package.rglob("*") if path.suffix in {".py", ".pyx", ".pxd"}):
+        part = part_of(path.relative_to(package).parts[0].split(".")[0])
+        where = path.relative_to(root)
+        if part not in MAY_IMPORT and part not in TOP:
+            found.append(f"{where}: part {part!r} has no place in the table of layers")
+            continue
+        for name in imports(path, root):
+            first, *rest = name.split(".")
+            if first != "kvortex":
+                if part not in ALONE.get(first, {part}):
+                    found.append(f"{where}: only {sorted(ALONE[first])} may name {first}, not {part}")
+                continue
+            other = part_of(rest[0]) if rest else part
+            if other == part or re.fullmatch(r"__\w+__", other):  # __version__ and the like
+                continue
+            if part not in TOP and other not in MAY_IMPORT[part]:
+                found.append(f"{where}: {part} must not know {other} ({name})")
+            elif part in TOP and any(word.startswith("_") for word in rest):
+                found.append(f"{where}: {name} is private to {other}")
+    for header in sorted((root / "include/kvortex").glob("*.h")):
+        for name in re.findall(r"#\s*include\s*[<\"]([^>\"]+)", header.read_text()):
+            if name == "Python.h" or name.startswith("cuda"):
+                found.append(f"{header.relative_to(root)}: a header of the C core must not include {name}")
+    return found
+
+
+def test_imports_go_only_downward():
+    assert violations(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "path, line, complaint",
+    [
+        ("kvortex/index/_x.pyx", "from kvortex.driver._device cimport Device", "index must not know driver"),
+        ("kvortex/index/_x.pxd", "cimport kvortex.memory._pinned_pool as pool", "index must not know memory"),
+        ("kvortex/index/x.py", "from kvortex import engine", "index must not know engine"),
+        ("kvortex/index/x.py", "from ..driver import Device", "index must not know driver"),
+        ("kvortex/driver/x.py", "import numpy, kvortex.keys", "driver must not know keys"),
+        ("kvortex/memory/x.py", "from kvortex.index import BlockIndex", "memory must not know index"),
+        ("kvortex/transfer/x.py", "    from kvortex.index import BlockIndex", "transfer must not know index"),
+        ("kvortex/tiers/x.py", "import kvortex.transfer", "tiers must not know transfer"),
+        ("kvortex/errors.py", "from kvortex import keys", "errors must not know keys"),
+        ("kvortex/memory/x.py", "from cuda.bindings import driver", "only ['driver'] may name cuda"),
+        ("kvortex/memory/x.py", 'importlib.import_module("cuda.bindings.driver")', "only ['driver'] may name cuda"),
+        ("kvortex/engine.py", "import torch", "only ['integrations'] may name torch"),
+        ("kvortex/cli.py", "import vllm.config", "only ['integrations'] may name vllm"),
+        ("kvortex/cli.py", "from kvortex.index._block_index import BlockIndex", "is private to index"),
+        (
+            "kvortex/replay/x.py",
+            "from kvortex.transfer import (\n    KVLayout,\n    _layout,\n)",
+            "private to transfer",
+        ),
+        ("kvortex/wild/x.py", "", "'wild' has no place"),
+        ("include/kvortex/x.h", "#include <cuda.h>", "must not include cuda.h"),
+        ("include/kvortex/x.h", '#  include "Python.h"', "must not include Python.h"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path, path, line, complaint):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(line + "\n")
+    found = violations(tmp_path)
+    assert len(found) == 1 and complaint in found[0], found
+
+
+@pytest.mark.parametrize(
+    "path, line",
+    [
+        ("kvortex/memory/_x.pyx", "from kvortex.driver._device cimport Device, check"),
+        ("kvortex/engine.py", "from kvortex.index._block_index cimport BlockIndex"),
+        ("kvortex/cli.py", "from kvortex.replay import replay"),
+        ("kvortex/cli.py", "from kvortex import __version__"),
+        ("kvortex/driver/x.py", "from cuda.bindings import driver"),
+        ("kvortex/integrations/vllm/x.py", "import torch"),
+        ("kvortex/index/x.py", '"""\nimport torch\n"""'),
+        ("kvortex/index/x.py", "# import torch"),
+    ],
+)
+def test_what_the_table_allows_is_let_through(tmp_path, path, line):
+    file = tmp_path / path
+    file.parent.mkdir(parents=True)
+    file.write_text(line + "\n")
+    assert violations(tmp_path) == []
