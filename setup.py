@@ -6,6 +6,8 @@ KVORTEX_ONLY=NAME (only modules whose dotted name contains NAME).
 """
 
 import os
+import re
+import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
@@ -29,6 +31,9 @@ only = os.environ.get("KVORTEX_ONLY", "")
 compile_args = ["-std=gnu11", "-O2", "-g0", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 compile_args += ["-pthread", *os.environ.get("KVORTEX_CFLAGS", "").split()]
 link_args = ["-pthread", *os.environ.get("KVORTEX_LDFLAGS", "").split()]
+# Some Pythons put their own library folder into every module's RUNPATH; ours need none, and it names the machine.
+if "CC" not in os.environ:
+    os.environ.setdefault("LDSHARED", re.sub(r"-Wl,-rpath,\S+", "", sysconfig.get_config_var("LDSHARED")))
 macros = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if coverage else []
 
 

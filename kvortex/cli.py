@@ -12,6 +12,13 @@ from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, 
 
 OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
+_REPLAY_DESCRIPTION = """\
+Replay a request trace (Mooncake format, .jsonl or .jsonl.gz) through a real
+engine: for each request check, load the leading run, save the rest, touch.
+Every loaded block is compared byte by byte where it was loaded to. Requests
+follow one another as fast as they go; time stamps are not waited for.
+"""
+
 _REPLAY_EXAMPLES = """\
 examples:
   python -m kvortex replay                                  the bundled sample trace, on the GPU if there is one
@@ -93,9 +100,7 @@ def _parser():
     command = commands.add_parser(
         "replay",
         help="replay a request trace through a real engine and check every loaded byte",
-        description="Replay a request trace (Mooncake format, .jsonl or .jsonl.gz) through a real engine: for each "
-        "request check, load the leading run, save the rest, touch. Every loaded block is compared byte by byte where "
-        "it was loaded to. Requests follow one another as fast as they go; time stamps are not waited for.",
+        description=_REPLAY_DESCRIPTION,
         epilog=_REPLAY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -120,7 +125,11 @@ def _parser():
     command.add_argument("--device", type=_device, default="auto", metavar="auto|host|cuda[:i]", help="default auto")
     command.add_argument("--limit", type=_count, metavar="N", help="replay only the first N requests")
     command.add_argument(
-        "--inflight", type=_count, default=1, metavar="N", help="let the transfers of N requests overlap (default 1)"
+        "--inflight",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="let N requests overlap (default 1); rates then include the replay's own work",
     )
     command.add_argument(
         "--verify",

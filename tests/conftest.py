@@ -7,6 +7,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+import kvortex
+from kvortex.driver import _host as host_control
+
 ROOT = Path(__file__).resolve().parents[1]
 SEED = int(os.environ.get("KVORTEX_SEED") or random.SystemRandom().randrange(1 << 32))
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
@@ -58,3 +61,24 @@ def pytest_runtest_makereport(item, call):
 def seed():
     """The session's seed, for tests that draw their own random numbers."""
     return SEED
+
+
+@pytest.fixture
+def device():
+    """The device under test, open for one test."""
+    with kvortex.Device.open(DEVICE) as opened:
+        yield opened
+
+
+@pytest.fixture
+def stream(device):
+    """A stream of the caller, as an engine's compute stream."""
+    with kvortex.Stream.create(device) as created:
+        yield created
+
+
+@pytest.fixture
+def host():
+    """The controls of the host driver, put back after the test."""
+    yield host_control
+    host_control.reset()

@@ -8,9 +8,8 @@ from kvortex.driver._stream cimport Stream
 cdef class DeviceBuffer:
     cdef readonly Device device
     cdef readonly size_t nbytes
-    cdef readonly bint closed
     cdef bint owns_device             # opened here from its name, so closed here
-    cdef kv_devptr start
+    cdef kv_devptr start              # 0: closed
     cdef Stream stream                # our own, for the calls without a stream
     cdef object __weakref__
 

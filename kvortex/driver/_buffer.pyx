@@ -41,9 +41,6 @@ cdef class DeviceBuffer:
         E.g. CUDA_ERROR_OUT_OF_MEMORY.
     """
 
-    def __cinit__(self):
-        self.closed = True
-
     def __init__(self, nbytes, device="auto"):
         if self.device is not None:
             raise TypeError("a DeviceBuffer cannot be initialised twice")
@@ -66,7 +63,11 @@ cdef class DeviceBuffer:
         self.stream = stream
         self.start = start
         self.nbytes = size
-        self.closed = False
+
+    @property
+    def closed(self):
+        """True after `close`."""
+        return self.start == 0
 
     @property
     def address(self):
@@ -177,10 +178,9 @@ cdef class DeviceBuffer:
 
     def close(self):
         """Free the memory, after all work of the device that may still use it. Idempotent."""
-        if not self.closed:
-            self.closed = True
+        if self.start != 0:
             self.release()
-
+            self.start = 0
             self.stream.close()
             if self.owns_device:
                 self.device.close()
@@ -194,7 +194,7 @@ cdef class DeviceBuffer:
                     self.device.leave(mode)
 
     def __dealloc__(self):
-        if not self.closed:
+        if self.start != 0:
             self.release()  # stream and device, if nobody else holds them, go with their own objects
 
     def __enter__(self):
@@ -204,12 +204,12 @@ cdef class DeviceBuffer:
         self.close()
 
     def __repr__(self):
-        if self.device is None or self.closed:
+        if self.start == 0:
             return "<DeviceBuffer closed>"
         return f"<DeviceBuffer {self.nbytes} bytes at {self.start:#x} of {self.device.name}>"
 
     cdef int require_open(self) except -1:
-        if self.closed:
+        if self.start == 0:
             raise EngineClosed("this DeviceBuffer is closed; allocate another")
         return self.device.require_open()
 

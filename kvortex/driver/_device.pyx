@@ -243,8 +243,8 @@ cdef object refuse_stream(Device device, object stream, int code):
         )
     if code == KV_CUDA_STREAM_CAPTURE_IMPLICIT:
         raise ValueError(
-            f"stream {stream!r} is the legacy default stream while a blocking stream captures a graph, which would pull "
-            "it into the capture; call outside of the capture, or pass another stream"
+            f"stream {stream!r} is the legacy default stream while a blocking stream captures a graph, which would "
+            "pull it into the capture; call outside of the capture, or pass another stream"
         )
     if code == KV_CUDA_INVALID_DEVICE:
         raise ValueError(f"stream {stream!r} belongs to another device than {device.name}; pass a stream of this one")
@@ -292,6 +292,14 @@ def driver_rows():
     ]
 
 
+def entry_points(Device device not None):
+    """Return the address of every entry point that serves the device, by field; for tests and tools."""
+    return {
+        kv_driver_rows[i].field.decode(): (<size_t *>(<char *>device.drv + kv_driver_rows[i].offset))[0]
+        for i in range(KV_DRIVER_NUM_ROWS)
+    }
+
+
 cdef int count_devices(bint is_host) except -1:
     cdef const kv_driver *table = load_table(is_host)
     cdef int count = 0
@@ -314,7 +322,9 @@ cdef const kv_driver *load_table(bint is_host) except NULL:
     if is_host:
         code = host_table().init(0)
         if code != 0:
-            raise DriverError(code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit", "the host driver cannot serve a forked child")
+            raise DriverError(
+                code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit", "the host driver cannot serve a forked child"
+            )
         return host_table()
     with cuda_lock:
         if cuda_table == NULL:

@@ -149,7 +149,7 @@ kv_result kv_host_event_create(void **handle, unsigned int flags)
     kv_host_device *dev = kv_host_current_device();
     if (!dev)
         return KV_CUDA_INVALID_CONTEXT;
-    if (!handle)
+    if (!handle || flags > 7)
         return KV_CUDA_INVALID_VALUE;
     pthread_mutex_lock(&events_mutex);
     event *created = free_events;

@@ -36,7 +36,7 @@ size_t kv_host_events_live(void);
 void kv_host_reap(int ordinal); /* the end of a context: its work is dropped, its objects go with it */
 extern _Atomic size_t kv_host_num_reaped;
 
-/* host_control.c: what is out of the ordinary. Zero in production, so that each call pays one relaxed load for it all. */
+/* host_control.c: what is out of the ordinary. Zero in production, so that a call pays one relaxed load for it all. */
 enum {
     KV_HOST_FORKED = 1,
     KV_HOST_COUNTING = 2,

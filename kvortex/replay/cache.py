@@ -15,7 +15,7 @@ import kvortex
 from kvortex.memory.limits import require_memory
 from kvortex.replay.oracle import POISON, rows_differ
 
-_MAX_COPY_THREADS = 4  # staged copies to and from a GPU; more than this and the memory bus is the limit
+_MAX_COPY_THREADS = 8  # staged copies to and from a GPU; more than this and the memory bus is the limit
 
 
 class ModelCache:
@@ -30,7 +30,9 @@ class ModelCache:
         `num_pieces` is even: K and V of half as many layers.
     oracle : Oracle
     max_rows : int
-        Most blocks one call will write, poison or check.
+        Most blocks one call will write or check.
+    direct : bool, optional
+        Reach the memory through a view of it instead of copies: what the host device allows, and its default.
 
     Raises
     ------
@@ -38,7 +40,7 @@ class ModelCache:
         The device cannot hold it.
     """
 
-    def __init__(self, device, num_blocks, num_pieces, oracle, max_rows):
+    def __init__(self, device, num_blocks, num_pieces, oracle, max_rows, direct=None):
         self.num_pieces = num_pieces
         self.piece_bytes = oracle.piece_bytes
         self._num_blocks = num_blocks
@@ -57,7 +59,7 @@ class ModelCache:
         )
         self._threads = self._view = None
         workers = 1
-        if device.is_host:
+        if device.is_host if direct is None else direct:
             memory = (ctypes.c_uint8 * num_bytes).from_address(self._buffer.address)
             self._view = np.frombuffer(memory, dtype=np.uint8).reshape(num_pieces, num_blocks, self.piece_bytes)
         else:

@@ -93,7 +93,8 @@ class ReplayResult:
     wrong_blocks : int
         Targets whose bytes were not those of the block asked for, or that a load touched beyond its run.
     save_busy_s, load_busy_s : float
-        Time in which at least one save (load) was between its call and its end.
+        Time in which at least one save (load) was between its call and the moment its end was noticed: at once with one
+        request in flight, only after other requests' filling and comparing with more.
     corrupted_slots : int
         Slots in which a byte was flipped on purpose.
     stats : object
@@ -254,6 +255,7 @@ class _Replay:
         if leading:
             if self._verify:
                 self._cache.poison(lane.first, leading, lane.stream)
+                lane.stream.synchronize()  # so that the load's time is its own
                 generations = self._generations_of(words[:leading])
                 self._corrupt(words[:leading], generations)
             self._loads.begin()
@@ -263,7 +265,6 @@ class _Replay:
             self._loads.end()
             loaded = job.num_blocks
             if self._verify:
-                lane.stream.synchronize()  # a load of 0 blocks did not wait for the poison
                 result.wrong_blocks += self._cache.count_wrong(lane.first, words[:leading], generations, loaded)
 
         if loaded < num_blocks:

@@ -633,6 +633,7 @@ cdef class Job:
         cdef int mode = 0
         if self.queue is None:
             return True
+        self._require_owner_process()
         with nogil:
             if self._state() == OUTCOME_PENDING and self.queue.device.enter(&mode) == 0:
                 self.queue.poll_once()
@@ -718,8 +719,10 @@ cdef class Job:
             raise EngineClosed("this job belongs to the parent process")
 
     def _raise_failed(self):
-        if self.queue is not None and self._state() == OUTCOME_FAILED:
-            check(self.queue.device, self.outcome.code, b"a transfer")
+        if self.queue is not None:
+            self._require_owner_process()
+            if self._state() == OUTCOME_FAILED:
+                check(self.queue.device, self.outcome.code, b"a transfer")
 
     def __dealloc__(self):
         cdef JobRecord *job

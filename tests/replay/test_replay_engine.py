@@ -63,6 +63,13 @@ def test_counts_agree_with_the_engines_own():
     )
 
 
+def test_latencies_spread_as_the_requests_do():
+    stats = run(sample()[:500], pool_blocks=256).stats
+    for name in ("lookup", "save", "load"):
+        p50, p99 = (getattr(stats, f"{name}_latency_us_{percentile}") for percentile in ("p50", "p99"))
+        assert 0.1 < p50 < p99 < 1e6, name  # requests of 1 to 78 blocks: no two percentiles are alike
+
+
 @pytest.mark.parametrize("inflight", [2, 8])
 def test_overlapping_requests_load_no_wrong_block(inflight):
     result = run(sample(), pool_blocks=512, inflight=inflight)
@@ -153,6 +160,20 @@ def test_a_corrupted_target_is_counted_even_if_the_pool_is_right(monkeypatch):
     monkeypatch.setattr(ModelCache, "count_wrong", tampered)
     result = run(sample()[:100], pool_blocks=512)
     assert result.wrong_blocks > 0
+
+
+def test_a_key_saved_again_after_its_eviction_has_new_bytes(monkeypatch):
+    """Otherwise a slot still holding what was there before the eviction would pass for the new block."""
+    write, written = ModelCache.write, []
+
+    def recorded(cache, first, words, generations):
+        written.append(generations.tolist())
+        return write(cache, first, words, generations)
+
+    monkeypatch.setattr(ModelCache, "write", recorded)
+    result = run([request(1), request(2), request(1), request(1)], pool_blocks=1)
+    assert written == [[1], [1], [2]]
+    assert (result.blocks_loaded, result.wrong_blocks) == (1, 0)
 
 
 def test_options_are_frozen():

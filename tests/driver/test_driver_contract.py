@@ -1,0 +1,236 @@
+"""The contract of a driver table, row by row. It holds for CUDA and for the host driver."""
+
+import ctypes
+import random
+
+import pytest
+from driver_calls import (
+    ALREADY_REGISTERED,
+    INVALID_CONTEXT,
+    INVALID_HANDLE,
+    INVALID_VALUE,
+    KIND,
+    NOT_REGISTERED,
+    Attributes,
+)
+
+from kvortex.driver import Stream
+
+PIECE = 512
+
+
+def pattern(nbytes, seed):
+    return random.Random(seed).randbytes(nbytes)
+
+
+def pinned_bytes(calls, content):
+    address = calls.host_alloc(len(content))
+    ctypes.memmove(address, content, len(content))
+    return address
+
+
+def test_bytes_survive_the_way_to_the_device_and_back(calls, stream, seed):
+    content = pattern(1 << 20, seed)
+    host, device = pinned_bytes(calls, content), calls.alloc(1 << 20)
+    calls.ok("memcpy_htod_async", device, host, 1 << 20, stream.handle)
+    assert calls.bytes_of(device, 1 << 20, stream.handle) == content
+
+
+def test_copies_of_one_stream_run_in_order(calls, stream, seed):
+    first, second = calls.alloc(PIECE), calls.alloc(PIECE)
+    for step in range(20):
+        content = pattern(PIECE, seed + step)
+        host = pinned_bytes(calls, content)
+        calls.ok("memcpy_htod_async", first, host, PIECE, stream.handle)
+        calls.ok("memcpy_dtod_async", second, first, PIECE, stream.handle)
+        calls.ok("memset_d8_async", first, 0, PIECE, stream.handle)
+        assert calls.bytes_of(second, PIECE, stream.handle) == content
+        assert calls.bytes_of(first, PIECE, stream.handle) == bytes(PIECE)
+
+
+def test_pageable_source_may_be_overwritten_after_the_call(calls, stream, seed):
+    content = pattern(PIECE, seed)
+    source, device = ctypes.create_string_buffer(content, PIECE), calls.alloc(PIECE)
+    calls.ok("memcpy_htod_async", device, source, PIECE, stream.handle)
+    ctypes.memset(source, 0, PIECE)
+    assert calls.bytes_of(device, PIECE, stream.handle) == content
+
+
+def test_pageable_target_is_filled_when_the_call_returns(calls, stream, seed):
+    content = pattern(PIECE, seed)
+    device, target = calls.alloc(PIECE), ctypes.create_string_buffer(PIECE)
+    calls.ok("memcpy_htod_async", device, pinned_bytes(calls, content), PIECE, stream.handle)
+    calls.ok("memcpy_dtoh_async", target, device, PIECE, stream.handle)
+    assert target.raw == content
+
+
+def test_strided_copy_moves_each_row_and_nothing_between(calls, stream, seed):
+    rows, source_pitch, target_pitch = 7, 3 * PIECE, PIECE
+    content = pattern(rows * source_pitch, seed)
+    source, target = calls.alloc(rows * source_pitch), calls.alloc(rows * target_pitch)
+    calls.ok("memcpy_htod_async", source, pinned_bytes(calls, content), len(content), stream.handle)
+    assert calls.copy_2d(stream.handle, source, source_pitch, target, target_pitch, PIECE, rows) == 0
+    expected = b"".join(content[row * source_pitch :][:PIECE] for row in range(rows))
+    assert calls.bytes_of(target, rows * target_pitch, stream.handle) == expected
+    calls.ok("memset_d8_async", source, 0, len(content), stream.handle)
+    assert calls.copy_2d(stream.handle, target, target_pitch, source, source_pitch, PIECE, rows) == 0
+    expected = b"".join(content[row * source_pitch :][:PIECE] + bytes(2 * PIECE) for row in range(rows))
+    assert calls.bytes_of(source, len(content), stream.handle) == expected
+
+
+def test_batch_copy_moves_every_piece(calls, stream, seed):
+    n = 300
+    content = pattern(n * PIECE, seed)
+    source, target = calls.alloc(n * PIECE), calls.alloc(n * PIECE)
+    order = random.Random(seed).sample(range(n), n)
+    calls.ok("memcpy_htod_async", source, pinned_bytes(calls, content), len(content), stream.handle)
+    targets, sources = [target + i * PIECE for i in range(n)], [source + i * PIECE for i in order]
+    assert calls.copy_batch(stream.handle, targets, sources, [PIECE] * n)[0] == 0
+    expected = b"".join(content[i * PIECE :][:PIECE] for i in order)
+    assert calls.bytes_of(target, n * PIECE, stream.handle) == expected
+
+
+@pytest.mark.parametrize("handle", [0, 1])
+def test_batch_copy_on_the_legacy_stream_is_refused(calls, handle):
+    source, target = calls.alloc(PIECE), calls.alloc(PIECE)
+    assert calls.copy_batch(handle, [target], [source], [PIECE])[0] == INVALID_VALUE
+
+
+def test_batch_copy_without_an_access_order_is_refused(calls, stream):
+    source, target = calls.alloc(PIECE), calls.alloc(PIECE)
+    assert calls.copy_batch(stream.handle, [target], [source], [PIECE], Attributes())[0] == INVALID_VALUE
+
+
+def test_copy_past_the_end_of_an_allocation_is_refused(calls, stream):
+    nbytes = 4 << 20  # large, so that CUDA gives it pages of its own
+    device, host = calls.alloc(nbytes), calls.host_alloc(2 * nbytes)
+    assert calls.memcpy_htod_async(device + PIECE, host, nbytes, stream.handle) == INVALID_VALUE
+    assert calls.memcpy_dtoh_async(host, device + PIECE, nbytes, stream.handle) == INVALID_VALUE
+    assert calls.memset_d8_async(device + PIECE, 0, nbytes, stream.handle) == INVALID_VALUE
+
+
+def test_strided_copy_across_two_allocations_is_refused(calls, stream):
+    nbytes = 4 << 20
+    low, high = sorted(calls.alloc(nbytes) for _ in range(2))
+    target = calls.alloc(PIECE * 2)
+    assert calls.copy_2d(stream.handle, low, high - low, target, PIECE, PIECE, 2) == INVALID_VALUE
+    assert calls.copy_2d(stream.handle, target, PIECE, low, high - low, PIECE, 2) == INVALID_VALUE
+
+
+def test_copy_across_two_registrations_is_refused(calls, stream):
+    page, nbytes = 4096, 1 << 20
+    buffer = ctypes.create_string_buffer(2 * nbytes + page)
+    start = -(-ctypes.addressof(buffer) // page) * page
+    device = calls.alloc(2 * nbytes)
+    calls.ok("mem_host_register", start, nbytes, 1)
+    calls.ok("mem_host_register", start + nbytes, nbytes, 1)
+    assert calls.memcpy_htod_async(device, start, 2 * nbytes, stream.handle) == INVALID_VALUE
+    assert calls.memcpy_dtoh_async(start + nbytes - PIECE, device, 2 * PIECE, stream.handle) == INVALID_VALUE
+    calls.ok("memcpy_htod_async", device, start + nbytes, nbytes, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)
+    calls.ok("mem_host_unregister", start)
+    calls.ok("mem_host_unregister", start + nbytes)
+
+
+def test_memory_is_registered_once(calls):
+    page = 4096
+    buffer = ctypes.create_string_buffer(5 * page)
+    start = -(-ctypes.addressof(buffer) // page) * page
+    calls.ok("mem_host_register", start, 2 * page, 1)
+    assert calls.mem_host_register(start, 2 * page, 1) == ALREADY_REGISTERED
+    assert calls.mem_host_register(start + page, 2 * page, 1) == ALREADY_REGISTERED
+    calls.ok("mem_host_unregister", start)
+    assert calls.mem_host_unregister(start) == NOT_REGISTERED
+
+
+@pytest.mark.parametrize(("pitch", "width"), [(PIECE - 1, PIECE), (1 << 31, PIECE)])
+def test_pitch_below_the_width_or_above_the_limit_is_refused(calls, stream, pitch, width):
+    source, target = calls.alloc(8 * PIECE), calls.alloc(8 * PIECE)
+    assert calls.copy_2d(stream.handle, source, pitch, target, PIECE, width, 2) == INVALID_VALUE
+    assert calls.copy_2d(stream.handle, source, PIECE, target, pitch, width, 2) == INVALID_VALUE
+
+
+def test_null_pointers_are_refused(calls, stream):
+    device, host = calls.alloc(PIECE), calls.host_alloc(PIECE)
+    assert calls.memcpy_htod_async(0, host, PIECE, stream.handle) == INVALID_VALUE
+    assert calls.memcpy_htod_async(device, None, PIECE, stream.handle) == INVALID_VALUE
+    assert calls.mem_alloc(None, PIECE) == INVALID_VALUE
+
+
+def test_allocating_no_bytes_is_refused(calls):
+    assert calls.mem_alloc(ctypes.byref(ctypes.c_uint64()), 0) == INVALID_VALUE
+
+
+def test_work_without_a_current_context_is_refused(calls, stream):
+    device, host = calls.alloc(PIECE), calls.host_alloc(PIECE)
+    context = calls.out("ctx_pop_current", ctypes.c_void_p)
+    assert calls.out("ctx_get_current", ctypes.c_void_p) is None
+    assert calls.mem_alloc(ctypes.byref(ctypes.c_uint64()), PIECE) == INVALID_CONTEXT
+    assert calls.stream_create(ctypes.byref(ctypes.c_void_p()), 1) == INVALID_CONTEXT
+    assert calls.memcpy_htod_async(device, host, PIECE, None) == INVALID_CONTEXT
+    calls.ok("ctx_push_current", context)
+
+
+def test_unrecorded_event_counts_as_complete(calls, stream):
+    event = calls.out("event_create", ctypes.c_void_p, 2)
+    calls.ok("event_query", event)
+    calls.ok("event_synchronize", event)
+    calls.ok("stream_wait_event", stream.handle, event, 0)
+    calls.ok("stream_synchronize", stream.handle)
+    calls.ok("event_destroy", event)
+
+
+def test_pointer_attributes_name_the_allocation(calls):
+    device, host = calls.alloc(10 * PIECE), calls.host_alloc(3 * 4096)
+    inside = device + 5 * PIECE
+    assert calls.out("pointer_get_attribute", ctypes.c_uint, 2, inside) == 2
+    assert calls.out("pointer_get_attribute", ctypes.c_int, 9, inside) == 0
+    assert calls.out("pointer_get_attribute", ctypes.c_uint64, 11, inside) == device
+    assert calls.out("pointer_get_attribute", ctypes.c_size_t, 12, inside) == 10 * PIECE
+    assert calls.out("pointer_get_attribute", ctypes.c_uint, 2, host + 4096) == 1
+
+
+def test_unknown_pointer_has_no_attributes(calls):
+    unknown = ctypes.create_string_buffer(64)
+    answer = ctypes.c_uint64()
+    code = calls.pointer_get_attribute(ctypes.byref(answer), 11, ctypes.addressof(unknown))
+    assert code == INVALID_VALUE
+
+
+def test_memory_that_does_not_exist_is_not_allocated(calls):
+    assert calls.mem_alloc(ctypes.byref(ctypes.c_uint64()), 1 << 46) == 2
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    calls.ok("mem_get_info", ctypes.byref(free), ctypes.byref(total))
+    assert 0 < free.value <= total.value
+
+
+def test_freed_memory_cannot_be_freed_again(calls):
+    address = calls.alloc(PIECE)
+    calls.ok("mem_free", address)
+    assert calls.mem_free(address) == INVALID_VALUE
+
+
+def test_largest_pitch_is_what_the_planner_assumes(calls):
+    assert calls.out("device_get_attribute", ctypes.c_int, 11, 0) == (1 << 31) - 1
+
+
+def test_error_names_are_those_of_cuda(calls):
+    for code, name in [(0, b"CUDA_SUCCESS"), (1, b"CUDA_ERROR_INVALID_VALUE"), (700, b"CUDA_ERROR_ILLEGAL_ADDRESS")]:
+        answer = ctypes.c_char_p()
+        calls.ok("get_error_name", code, ctypes.byref(answer))
+        assert answer.value == name
+
+
+@pytest.mark.host
+def test_stream_that_was_destroyed_is_refused(calls, device):
+    """CUDA leaves this undefined; the host driver makes the mistake show."""
+    stream = Stream.create(device)
+    handle = stream.handle
+    stream.close()
+    assert calls.stream_query(handle) == INVALID_HANDLE
+    assert calls.event_record(calls.out("event_create", ctypes.c_void_p, 2), handle) == INVALID_HANDLE
+    assert calls.stream_destroy(handle) == INVALID_HANDLE
+
+
+def test_the_table_under_test_is_that_of_the_device_asked_for(device):
+    assert device.is_host == (KIND == "host")

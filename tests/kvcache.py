@@ -1,0 +1,120 @@
+"""A KV cache on the device in the shapes that engines use, written and read by plain copies, one a piece.
+
+The oracle of every correctness test: it knows where the pieces of a block lie from its own arithmetic, and goes neither
+through the planner nor through a layout.
+"""
+
+import struct
+
+import numpy as np
+
+import kvortex
+
+_NOISE = np.random.default_rng(20).bytes(1 << 20)
+
+SHAPES = ("one_allocation", "separate_allocations", "uneven", "cross_layer", "mla")
+
+
+def content(key_id, generation, nbytes):
+    """Random-looking bytes that name their key and generation and differ at every offset."""
+    start = (key_id * 7919 + generation * 104729) % (len(_NOISE) - nbytes)
+    return (struct.pack("<QQ", key_id, generation) + _NOISE[start : start + nbytes])[:nbytes]
+
+
+def keys_of(key_ids):
+    """A (n, 32) uint8 array: one arbitrary key for each number."""
+    keys = np.zeros((len(key_ids), 32), dtype=np.uint8)
+    keys[:, :8] = np.asarray(key_ids, dtype=np.uint64)[:, None].view(np.uint8).reshape(-1, 8)
+    keys[:, 31] = 1
+    return keys
+
+
+class DeviceCache:
+    """`num_blocks` blocks of `num_layers` layers, each a K and a V piece of `piece_bytes`."""
+
+    def __init__(self, device, shape="one_allocation", num_blocks=32, num_layers=4, piece_bytes=256):
+        self.device, self.shape, self.num_blocks = device, shape, num_blocks
+        layer_bytes = num_blocks * piece_bytes
+        if shape == "one_allocation":  # (kv, layers, blocks, piece)
+            buffers = [kvortex.DeviceBuffer(2 * num_layers * layer_bytes, device)]
+            places = [
+                (0, (part * num_layers + layer) * layer_bytes, piece_bytes, piece_bytes)
+                for layer in range(num_layers)
+                for part in range(2)
+            ]
+            self.layout = kvortex.KVLayout.contiguous(
+                buffers[0].address,
+                num_layers=num_layers,
+                num_blocks=num_blocks,
+                block_size=piece_bytes // 16,
+                num_heads=1,
+                head_dim=8,
+                itemsize=2,
+            )
+        elif shape == "separate_allocations":  # as vLLM: one tensor a layer, K and V packed in each block
+            buffers = [kvortex.DeviceBuffer(2 * layer_bytes, device) for _ in range(num_layers)]
+            places = [(layer, 0, 2 * piece_bytes, 2 * piece_bytes) for layer in range(num_layers)]
+        elif shape == "uneven":  # one allocation, layers at uneven distances
+            gaps = np.cumsum([0] + [256 * (1 + layer % 3) for layer in range(2 * num_layers)])
+            buffers = [kvortex.DeviceBuffer(2 * num_layers * layer_bytes + int(gaps[-1]), device)]
+            places = [
+                (0, run * layer_bytes + int(gaps[run]), piece_bytes, piece_bytes) for run in range(2 * num_layers)
+            ]
+        elif shape == "cross_layer":
+            buffers = [kvortex.DeviceBuffer(2 * num_layers * layer_bytes, device)]
+            places = [(0, 0, 2 * num_layers * piece_bytes, 2 * num_layers * piece_bytes)]
+        elif shape == "mla":  # one latent a layer, pieces of an odd size
+            piece_bytes = piece_bytes + 64
+            buffers = [kvortex.DeviceBuffer(num_blocks * piece_bytes, device) for _ in range(num_layers)]
+            places = [(layer, 0, piece_bytes, piece_bytes) for layer in range(num_layers)]
+        self.buffers, self.places = buffers, places
+        if shape != "one_allocation":
+            self.layout = kvortex.KVLayout(
+                [(buffers[buffer].address + start, stride, size) for buffer, start, stride, size in places], num_blocks
+            )
+        self.block_bytes = sum(size for _, _, _, size in places)
+        self.fill(0xEE)
+
+    def write(self, block, data):
+        """Put the bytes of a block record into its pieces; complete on return."""
+        assert len(data) == self.block_bytes
+        done = 0
+        for buffer, start, stride, size in self.places:
+            self.buffers[buffer].copy_from(data[done : done + size], start + block * stride)
+            done += size
+
+    def read(self, block, stream=None):
+        """The bytes of a block record, read on `stream` after the work that is on it."""
+        data, done = np.empty(self.block_bytes, dtype=np.uint8), 0
+        for buffer, start, stride, size in self.places:
+            self.buffers[buffer].copy_to(data[done : done + size], start + block * stride, stream)
+            done += size
+        if stream is not None:
+            stream.synchronize()
+        return data.tobytes()
+
+    def scribble(self, block, byte, stream):
+        """Overwrite a block on `stream`, without waiting."""
+        for buffer, start, stride, size in self.places:
+            self.buffers[buffer].fill(byte, start + block * stride, size, stream)
+
+    def fill(self, byte):
+        """Overwrite all of the cache; complete on return."""
+        for buffer in self.buffers:
+            buffer.fill(byte)
+
+    def close(self):
+        for buffer in self.buffers:
+            buffer.close()
+
+
+def make_engine(cache, num_slots, **settings):
+    """An engine over `cache` with exactly `num_slots` slots, all of them registered."""
+    stride = -(-(cache.block_bytes + settings.get("header_bytes", 0)) // 4096) * 4096
+    config = kvortex.KVortexConfig(
+        cpu_pool_size_bytes=num_slots * stride, device=cache.device.name, **{"shutdown_timeout_ms": 20_000, **settings}
+    )
+    engine = kvortex.KVortexEngine.create(config, layout=cache.layout)
+    if settings.get("pool_chunk_bytes") is None:
+        engine.wait_ready(60_000)
+    return engine
