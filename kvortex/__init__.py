@@ -1,9 +1,8 @@
 """KVortex keeps the KV cache of LLM inference engines in pinned host memory and brings it back on a prefix hit."""
 
-from kvortex._engine import BlockHits
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device, DeviceBuffer, Event, Stream
-from kvortex.engine import KVortexEngine
+from kvortex.engine import BlockHits, KVortexEngine
 from kvortex.errors import (
     ConfigError,
     CorruptBlock,

@@ -4,13 +4,15 @@ import atexit
 import weakref
 from contextlib import ExitStack
 
-from kvortex._engine import EngineCore
+from kvortex._engine import BlockHits, EngineCore
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device
 from kvortex.errors import ConfigError
 from kvortex.index import BlockIndex
 from kvortex.memory import PinnedPool
 from kvortex.transfer import JobSignals, TransferQueue
+
+__all__ = ["BlockHits", "KVortexEngine"]
 
 _engines = weakref.WeakSet()
 

@@ -286,8 +286,12 @@ kv_result kv_host_control_end_capture(void *handle, size_t *num_captured)
 {
     kv_stream *stream;
     kv_result code = kv_host_find_stream(handle, &stream);
-    if (code)
-        return code;
+    return code ? code : kv_host_end_capture(stream, num_captured);
+}
+
+kv_result kv_host_end_capture(kv_stream *stream, size_t *num_captured)
+{
+    kv_result code = KV_CUDA_SUCCESS;
     pthread_mutex_lock(&control_mutex);
     *num_captured = stream->num_captured;
     int status = atomic_exchange(&stream->capture_status, KV_CAPTURE_STATUS_NONE);

@@ -72,10 +72,20 @@ kv_result kv_host_stream_create(void **stream, unsigned int flags)
     return KV_CUDA_SUCCESS;
 }
 
+/* A capture ends with its stream. */
+static int close_stream(uint64_t handle)
+{
+    size_t num_captured;
+    kv_stream *stream = kv_stream_of(handle);
+    if (stream && kv_host_capture_status(stream) != KV_CAPTURE_STATUS_NONE)
+        kv_host_end_capture(stream, &num_captured);
+    return kv_stream_close(handle);
+}
+
 kv_result kv_host_stream_destroy(void *stream)
 {
     KV_HOST_BEGIN(stream_destroy);
-    return kv_stream_close((uintptr_t)stream) ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_HANDLE;
+    return close_stream((uintptr_t)stream) ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_HANDLE;
 }
 
 kv_result kv_host_stream_query(void *handle)
@@ -623,16 +633,19 @@ kv_result kv_host_memset_d8_async(kv_devptr target, unsigned char value, size_t 
 void kv_host_reap(int ordinal)
 {
     kv_stream *stream;
+    pthread_mutex_lock(&events_mutex);
+    size_t num_events = num_events_used;
+    pthread_mutex_unlock(&events_mutex);
     kv_streams_drop(ordinal, 1);
     for (size_t i = 0; (stream = kv_stream_at(i)); i++) {
         uint64_t handle = atomic_load_explicit(&stream->handle, memory_order_acquire);
         if (handle && stream->ordinal != ordinal)
             continue;
         if (handle)
-            kv_host_num_reaped += kv_stream_close(handle);
+            kv_host_num_reaped += close_stream(handle);
         kv_stream_drain(stream);
     }
-    for (size_t i = 0; i < MAX_EVENTS; i++) {
+    for (size_t i = 0; i < num_events; i++) {
         uint64_t handle = atomic_load_explicit(&events[i].handle, memory_order_acquire);
         if (handle && events[i].ordinal == ordinal)
             kv_host_num_reaped += event_close((void *)(uintptr_t)handle);

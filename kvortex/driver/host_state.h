@@ -65,6 +65,7 @@ kv_result kv_host_begin_unusual(int row, unsigned int bits);
 int kv_host_capture_status(const kv_stream *stream);
 kv_result kv_host_admit(kv_stream *stream, int *captured);
 kv_result kv_host_refuse_wait(kv_stream *stream);
+kv_result kv_host_end_capture(kv_stream *stream, size_t *num_captured);
 int kv_host_is_implicit(const kv_stream *legacy, int spoil);
 
 #endif

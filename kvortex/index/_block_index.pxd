@@ -23,7 +23,7 @@ ctypedef struct IndexCounters:
 
 
 cdef class BlockIndex:
-    cdef kv_entry *entries            # num_slots, then the two sentinels, then the table's memory; one allocation, owned
+    cdef kv_entry *entries            # num_slots, two sentinels, the table's memory: one allocation, ours
     cdef kv_table table
     cdef pthread_mutex_t mutex        # held for memory loops only; lookup_keys never takes it
     cdef uint32_t free_list           # sentinel; first = next to be handed out
@@ -46,8 +46,8 @@ cdef class BlockIndex:
                              uint32_t *slots) noexcept nogil                              # -> leading run, pinned
     cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
-    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil            # tail-first; -> how many are READY
-    cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil          # -> how many were there
+    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil     # tail-first; -> how many are READY
+    cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil   # -> how many were there
     cdef size_t evict_slots(self, size_t n) noexcept nogil                                # coldest n; -> how many went
     cdef void clear_all(self) noexcept nogil
     cdef void add_slot_range(self, uint32_t first, uint32_t count) noexcept nogil

@@ -302,10 +302,14 @@ cdef class BlockIndex:
                 self.release_locked(&slot_view[0], n)
             _c.pthread_mutex_unlock(&self.mutex)
         if bad != n:
-            raise bad_slot("release", slot_view[bad], bad, self.num_slots, "not pinned, or given more often than pinned")
+            raise bad_slot("release", slot_view[bad], bad, self.num_slots, "not pinned, or not so often")
 
     def touch(self, keys):
         """Mark blocks as used now, tail-first, so that ``keys[0]`` ends most recent; keys not READY are passed over.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
 
         Returns
         -------
@@ -323,6 +327,10 @@ cdef class BlockIndex:
     def evict(self, size_t n):
         """Drop the `n` least recently used blocks, or as many as are not pinned.
 
+        Parameters
+        ----------
+        n : int
+
         Returns
         -------
         count : int
@@ -337,6 +345,10 @@ cdef class BlockIndex:
         """Forget keys at once, whatever their state: from now on they answer as if never saved.
 
         The slot of a pinned block is freed by its last release, that of one being written by its commit or abort.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
 
         Returns
         -------

@@ -1,4 +1,4 @@
-"""What callers pass as keys, checked once at the door. Inline, so that every module that cimports it has its own copy."""
+"""What callers pass as keys, checked once at the door. Inline: every module that cimports it has its own copy."""
 
 from libc.stdint cimport uint8_t
 
@@ -6,7 +6,7 @@ from kvortex._c cimport KV_KEY_BYTES
 
 
 cdef inline const uint8_t[:, ::1] as_keys(object keys):
-    """View `keys` as C-contiguous (n, 32) uint8; TypeError if it is no uint8 array, ValueError if the shape is wrong."""
+    """View `keys` as C-contiguous (n, 32) uint8; TypeError if it is no uint8 array, ValueError for another shape."""
     cdef const uint8_t[:, ::1] view
     shape, dtype = getattr(keys, "shape", None), getattr(keys, "dtype", None)
     if shape is None or dtype is None:

@@ -137,7 +137,8 @@ cdef object as_tokens(object token_ids, str name):
     """Return them as a contiguous int32, uint32 or int64 array; the same array where it is one already."""
     tokens = np.asarray(token_ids)
     if tokens.ndim != 1:
-        raise ValueError(f"{name} must be one-dimensional, got shape {tokens.shape}; block_keys_many takes several prompts")
+        raise ValueError(f"{name} must be one-dimensional, got shape {tokens.shape}; "
+                         "block_keys_many takes several prompts")
     if tokens.size == 0:
         return np.empty(0, np.int32)
     if tokens.dtype.kind not in "iuO":
@@ -206,4 +207,4 @@ cdef void hash_block(const uint8_t *parent, const token_t *tokens, size_t num_to
 
 
 cdef object bad_token(str name, object position, object value):
-    return ValueError(f"{name}[{position}] = {value} is not in 0 .. {MAX_TOKEN}; a token id is an unsigned 32-bit number")
+    return ValueError(f"{name}[{position}] = {value} is not in 0 .. {MAX_TOKEN}; a token id is an unsigned 32-bit one")

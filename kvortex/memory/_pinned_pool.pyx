@@ -97,9 +97,12 @@ cdef class PinnedPool:
             raise ConfigError(f"header_bytes must be 0 or 4096, got {header_bytes}")
         cdef size_t stride = (header_bytes + payload_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
         cdef size_t num_slots = pool_bytes // stride
-        if not 0 < num_slots < 0xFFFFFFFF:
-            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and must hold 1 to "
-                              f"2^32 - 2; set cpu_pool_size_bytes to at least {stride}")
+        if num_slots == 0:
+            raise ConfigError(f"a pool of {pool_bytes} bytes holds no slot of {stride} bytes; set cpu_pool_size_bytes to at "
+                              f"least {stride}")
+        if num_slots >= 0xFFFFFFFF:
+            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and may hold 2^32 - 2; "
+                              f"use larger blocks or a smaller pool")
         if first_chunk_bytes == 0 or chunk_bytes == 0:
             raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
         require_memory(num_slots * stride)

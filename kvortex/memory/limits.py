@@ -4,6 +4,8 @@ from pathlib import Path
 
 from kvortex.errors import PoolExhausted
 
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
 
 def _read_int(path):
     try:
@@ -12,23 +14,18 @@ def _read_int(path):
         return None
 
 
-def _cgroup_free_bytes():
-    """The smallest distance to a limit on the way from this process's cgroup to the root, or None without a limit."""
+def cgroup_free_bytes(lines):
+    """The smallest distance to a memory limit on the way from a cgroup to the root, or None without a limit.
+
+    `lines` are those of `/proc/self/cgroup`: ``id:controllers:path``, of cgroup v1 or v2.
+    """
     free = []
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
     for line in lines:
         _, controllers, name = line.split(":", 2)
         if controllers == "":
-            root, limit_file, usage_file = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            root, limit_file, usage_file = CGROUP_ROOT, "memory.max", "memory.current"
         elif "memory" in controllers.split(","):
-            root, limit_file, usage_file = (
-                Path("/sys/fs/cgroup/memory"),
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
+            root, limit_file, usage_file = CGROUP_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
         else:
             continue
         group = root / name.lstrip("/")
@@ -41,8 +38,15 @@ def _cgroup_free_bytes():
     return min(free, default=None)
 
 
+def _read_lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
 def _available_bytes():
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
@@ -65,7 +69,11 @@ def require_memory(nbytes):
     -----
     Reads `/proc/meminfo` and the cgroup files (v1 and v2); a limit that cannot be read is taken as absent.
     """
-    for what, free in (("available memory", _available_bytes()), ("the cgroup's memory limit", _cgroup_free_bytes())):
+    limits = {
+        "available memory": _available_bytes(),
+        "the cgroup's memory limit": cgroup_free_bytes(_read_lines("/proc/self/cgroup")),
+    }
+    for what, free in limits.items():
         if free is not None and nbytes > free:
             raise PoolExhausted(
                 f"a pool of {nbytes} bytes exceeds what {what} leaves ({free} bytes); "

@@ -3,8 +3,13 @@
 cimport kvortex._c as _c
 
 
-cdef extern from "<unistd.h>" nogil:
-    ssize_t write(int file, const void *data, size_t nbytes)
+cdef extern from *:
+    """
+    #include <sys/eventfd.h>
+    /* A full counter is the only way to fail, and then the loop is awake anyway. */
+    static inline void kv_wake(int file) { (void)!eventfd_write(file, 1); }
+    """
+    void wake "kv_wake"(int file) nogil
 
 
 cdef class JobSignals:
@@ -27,11 +32,10 @@ cdef class JobSignals:
 
     cdef void retired(self) noexcept nogil:
         # The eventfds are non-blocking and written under the lock, so that none is closed in between.
-        cdef uint64_t one = 1
         cdef int index
         _c.kv_monitor_lock(&self.monitor)
         for index in range(self.num_listeners):
-            write(self.listeners[index], &one, sizeof(one))  # full means that the loop is awake anyway
+            wake(self.listeners[index])
         _c.kv_monitor_unlock(&self.monitor)
 
     cdef void stop(self) noexcept nogil:

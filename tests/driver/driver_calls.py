@@ -3,6 +3,7 @@
 import ctypes
 import os
 
+from kvortex.driver import _host
 from kvortex.driver._device import driver_rows, entry_points
 
 KIND = os.environ.get("KVORTEX_TEST_DEVICE", "host").partition(":")[0]
@@ -58,6 +59,34 @@ class Attributes(ctypes.Structure):
         ("hints", ctypes.c_int * 4),
         ("flags", ctypes.c_uint),
     ]
+
+
+def begin_capture(handle):
+    """Let a stream capture a graph in GLOBAL mode, so that unsafe calls of other threads spoil it too."""
+    if KIND == "host":
+        assert _host.begin_capture(handle) == 0
+        return
+    from cuda.bindings import driver
+
+    (code,) = driver.cuStreamBeginCapture(
+        driver.CUstream(handle), driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_GLOBAL
+    )
+    assert code == 0
+
+
+def end_capture(handle):
+    """End the capture, which must be valid still; how many operations were captured."""
+    if KIND == "host":
+        code, num_captured = _host.end_capture(handle)
+        assert code == 0
+        return num_captured
+    from cuda.bindings import driver
+
+    code, graph = driver.cuStreamEndCapture(driver.CUstream(handle))
+    assert code == 0
+    code, _, num_nodes = driver.cuGraphGetNodes(graph, 0)
+    assert code == 0 and driver.cuGraphDestroy(graph)[0] == 0
+    return num_nodes
 
 
 class Calls:

@@ -8,7 +8,7 @@ import re
 import threading
 
 import pytest
-from driver_calls import ILLEGAL_ADDRESS, KIND, Calls
+from driver_calls import ILLEGAL_ADDRESS, KIND, Calls, begin_capture, end_capture
 
 from kvortex.driver import Device, DeviceBuffer, Event, Stream, _host, list_devices
 from kvortex.errors import ConfigError, DriverError, EngineClosed
@@ -144,6 +144,31 @@ def test_stream_of_another_device_is_refused(event):
         pytest.raises(ValueError, match="another device than host:0"),
     ):
         event.record(stream)
+
+
+def test_capturing_stream_is_refused_before_anything_is_recorded(device, stream, event):
+    with DeviceBuffer(64, device) as buffer:
+        begin_capture(stream.handle)
+        for use in (
+            lambda: event.record(stream),
+            lambda: stream.wait_event(event),
+            lambda: buffer.fill(1, stream=stream),
+            lambda: Stream.borrow(device, stream.handle),
+        ):
+            with pytest.raises(ValueError, match="capturing a graph"):
+                use()
+        assert end_capture(stream.handle) == 0  # captured operations; and it was not invalidated
+
+
+def test_our_own_calls_never_spoil_the_capture_of_others(device, event):
+    with Stream.create(device) as capturing, Stream.create(device) as ours:
+        begin_capture(capturing.handle)
+        with DeviceBuffer(64, device) as buffer:
+            buffer.fill(1)
+            event.record(ours)
+            event.synchronize()
+            assert event.query() and ours.query()
+        assert end_capture(capturing.handle) == 0
 
 
 @pytest.mark.host

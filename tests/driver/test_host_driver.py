@@ -51,16 +51,18 @@ def test_nothing_runs_while_the_gate_is_held(calls, stream, event, pinned):
 
 
 def test_wait_holds_back_another_stream_until_the_event(calls, device, stream, event, pinned):
+    """Each operation takes a while, and the other stream has many: without the wait the copy would overtake them."""
     source, host = pinned
-    _host.set_delay_us(2000, 4000, 1)
+    _host.set_delay_us(200, 400, 1)
     with Stream.create(device) as late:
-        for value in range(2, 12):
-            calls.ok("memset_d8_async", source, value, PIECE, late.handle)
+        for last in (20, 40, 60):
+            for value in range(last - 19, last + 1):
+                calls.ok("memset_d8_async", source, value, PIECE, late.handle)
             event.record(late)
             stream.wait_event(event)
             calls.ok("memcpy_dtoh_async", host, source, PIECE, stream.handle)
             stream.synchronize()
-            assert ctypes.string_at(host, PIECE) == bytes([value]) * PIECE
+            assert ctypes.string_at(host, PIECE) == bytes([last]) * PIECE
 
 
 def test_earlier_wait_does_not_follow_a_later_record(calls, device, stream, event):
@@ -314,29 +316,13 @@ def test_legacy_stream_beside_a_blocking_capture_is_implicit(calls, device, even
     calls.ok("stream_destroy", capturing)
 
 
-def test_capturing_stream_is_refused_before_anything_is_recorded(device, stream, event):
-    with DeviceBuffer(64, device) as buffer:
-        assert _host.begin_capture(stream.handle) == 0
-        for use in (
-            lambda: event.record(stream),
-            lambda: stream.wait_event(event),
-            lambda: buffer.fill(1, stream=stream),
-            lambda: Stream.borrow(device, stream.handle),
-        ):
-            with pytest.raises(ValueError, match="capturing a graph"):
-                use()
-        assert _host.end_capture(stream.handle) == (0, 0)
-
-
-def test_our_own_calls_never_spoil_the_capture_of_others(device, event):
-    with Stream.create(device) as capturing, Stream.create(device) as ours:
-        assert _host.begin_capture(capturing.handle) == 0
-        with DeviceBuffer(64, device) as buffer:
-            buffer.fill(1)
-            event.record(ours)
-            event.synchronize()
-            assert event.query() and ours.query()
-        assert _host.end_capture(capturing.handle) == (0, 0)
+def test_capture_ends_with_its_stream(device, event):
+    stream = Stream.create(device)
+    assert _host.begin_capture(stream.handle) == 0
+    stream.close()
+    with Stream.create(device) as successor:
+        event.record(successor)
+        event.synchronize()
 
 
 def test_interpreter_exits_with_work_in_flight():

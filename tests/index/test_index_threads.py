@@ -83,6 +83,23 @@ def test_eight_threads_never_share_a_slot_and_leave_the_counters_whole(make_inde
     assert index.num_free == NUM_SLOTS
 
 
+def test_pins_of_eight_threads_add_up(make_index, make_keys, run_threads):
+    index, keys = make_index(512), make_keys(*range(512))
+    index.commit(index.reserve(keys, 100)[0])
+
+    def work(number):
+        for _ in range(1000):
+            slots = index.acquire(keys)
+            assert len(slots) == 512
+            index.release(slots)
+            index.touch(keys)
+
+    run_threads(work)
+    assert index.num_pinned == 0
+    assert index.evict(1000) == 512
+    assert index.counters()["hits"] == THREADS * 1000 * 512
+
+
 def test_a_reader_never_misses_a_resident_key_nor_finds_an_uncommitted_one(make_index, make_keys, run_threads):
     index = make_index(32)
     resident, never = make_keys(*range(8)), make_keys(*range(1000, 1024))

@@ -7,7 +7,7 @@ import pytest
 
 from kvortex.keys._block_keys import sha256
 
-# FIPS 180-4 examples, and from the CAVP files SHA256ShortMsg.rsp and SHA256LongMsg.rsp.
+# The examples of FIPS 180-4, the short messages of CAVP, and NIST's additional vectors for SHA-256.
 VECTORS = [
     (b"", "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"),
     (b"abc", "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),

@@ -1,0 +1,57 @@
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvortex.driver import Device
+from kvortex.index import BlockIndex
+from kvortex.memory import PinnedPool
+from kvortex.stats import EngineStats
+from kvortex.transfer import Job, JobSignals, KVLayout, TransferQueue
+
+class BlockHits(NamedTuple):
+    leading: int
+    mask: NDArray[np.bool_]
+
+class EngineCore:
+    device: Device
+    pool: PinnedPool
+    index: BlockIndex
+    layout: KVLayout | None
+    queues: tuple[TransferQueue, ...]
+    def __init__(
+        self,
+        device: Device,
+        pool: PinnedPool,
+        index: BlockIndex,
+        signals: JobSignals,
+        savers: Sequence[TransferQueue],
+        loaders: Sequence[TransferQueue],
+        layout: KVLayout | None = None,
+    ) -> None: ...
+    def save_blocks(
+        self,
+        keys: NDArray[np.uint8],
+        block_ids: ArrayLike | None = None,
+        *,
+        data_ptrs: ArrayLike | None = None,
+        sizes: ArrayLike | None = None,
+        stream: Any = None,
+    ) -> Job: ...
+    def load_blocks(
+        self,
+        keys: NDArray[np.uint8],
+        block_ids: ArrayLike | None = None,
+        *,
+        data_ptrs: ArrayLike | None = None,
+        sizes: ArrayLike | None = None,
+        stream: Any = None,
+    ) -> Job: ...
+    def check_blocks(self, keys: NDArray[np.uint8]) -> BlockHits: ...
+    def touch_blocks(self, keys: NDArray[np.uint8]) -> int: ...
+    def discard_blocks(self, keys: NDArray[np.uint8]) -> int: ...
+    def clear(self) -> None: ...
+    def get_stats(self) -> EngineStats: ...
+    @property
+    def failed(self) -> bool: ...

@@ -1,0 +1,55 @@
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvortex.memory import PinnedPool
+
+class KVLayout:
+    num_groups: int
+    num_blocks: int
+    block_bytes: int
+    block_size: int
+    runs: tuple[tuple[int, int, int], ...]
+    owners: tuple[Any, ...]
+    def __init__(
+        self,
+        runs: Iterable[tuple[int, int, int]],
+        num_blocks: int,
+        *,
+        block_size: int = 0,
+        owners: Iterable[Any] = (),
+    ) -> None: ...
+    @property
+    def piece_bytes(self) -> int: ...
+    @property
+    def pieces_per_block(self) -> int: ...
+    @property
+    def strided_legal(self) -> bool: ...
+    @classmethod
+    def contiguous(
+        cls,
+        base: Any,
+        *,
+        kv: int = 2,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_heads: int,
+        head_dim: int,
+        itemsize: int,
+    ) -> Self: ...
+    @classmethod
+    def mla(
+        cls, bases: Sequence[Any], *, num_blocks: int, block_size: int, latent_dim: int, itemsize: int
+    ) -> Self: ...
+    @classmethod
+    def cross_layer(cls, base: Any, *, num_blocks: int, block_bytes: int, block_size: int = 0) -> Self: ...
+    @classmethod
+    def from_tensors(cls, tensors: Sequence[Any], block_dim: int = 0, *, block_size: int = 0) -> Self: ...
+    def slot_mapping(self, block_ids: ArrayLike, num_tokens: int | None = None) -> NDArray[np.int64]: ...
+
+def plan_copies(
+    layout: KVLayout, block_ids: ArrayLike, slot_ids: ArrayLike, pool: PinnedPool, strided: bool | None = None
+) -> list[dict[str, int]]: ...

@@ -1,0 +1,46 @@
+from collections.abc import Generator
+from typing import Any, Literal, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kvortex.driver import Device
+from kvortex.memory import PinnedPool
+from kvortex.transfer._layout import KVLayout
+from kvortex.transfer._signals import JobSignals
+
+class TransferQueue:
+    device: Device
+    signals: JobSignals
+    direction_: int
+    max_jobs: int
+    jobs_in_flight: int
+    def __init__(
+        self,
+        device: Device,
+        direction: Literal["D2H", "H2D"],
+        *,
+        max_jobs: int = 256,
+        signals: JobSignals | None = None,
+    ) -> None: ...
+    def submit(
+        self, layout: KVLayout, block_ids: ArrayLike, pool: PinnedPool, slot_ids: ArrayLike, *, stream: Any
+    ) -> Job | None: ...
+    def poll(self) -> int: ...
+    def probe(self, layout: KVLayout) -> bool: ...
+    @property
+    def direction(self) -> Literal["D2H", "H2D"]: ...
+    def close(self, timeout_ms: int = 5000) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *exception: Any) -> None: ...
+
+class Job:
+    statuses: NDArray[np.uint8] | None
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def submitted(self) -> bool: ...
+    def done(self) -> bool: ...
+    def wait(self, timeout_ms: int | None = None) -> None: ...
+    def wait_on(self, stream: Any) -> None: ...
+    def __await__(self) -> Generator[Any, None, Self]: ...
