@@ -193,8 +193,8 @@ cdef class Device:
         return code
 
     cdef void *borrow_stream(self, object stream) except? NULL:
-        cdef void *handle = <void *><size_t>stream_handle(stream)
         self.require_open()
+        cdef void *handle = <void *><size_t>stream_handle(stream)
         cdef int code
         with nogil:
             code = self.check_stream(handle)

@@ -60,13 +60,17 @@ def parameters_of_object(function):
 
 
 def parameters_of_constructor(source_text, class_name):
-    """Read the parameters of `__cinit__` or `__init__` from the text of a .pyx; None where there is neither."""
+    """Read the parameters of a class from the text of a .pyx; None where it has no constructor.
+
+    Both methods get the same arguments, and `__init__`, where there is one, is the one that names them.
+    """
     body = re.search(rf"^(?:cdef )?class {class_name}\b.*?(?=^\S|\Z)", source_text, re.M | re.S)
-    head = body and re.search(r"^ +def __c?init__\(((?:[^()]|\([^()]*\))*)\)", body[0], re.M)
-    if not head:
+    heads = dict(re.findall(r"^ +def (__c?init__)\(((?:[^()]|\([^()]*\))*)\)", body[0], re.M)) if body else {}
+    head = heads.get("__init__", heads.get("__cinit__"))
+    if head is None:
         return None
     listed, kind = [], ""
-    for text in re.split(r",(?![^(\[]*[)\]])", re.sub(r"#.*", "", head[1])):
+    for text in re.split(r",(?![^(\[]*[)\]])", re.sub(r"#.*", "", head)):
         declared, _, default = text.partition("=")
         name = re.sub(r"\[[^]]*\]| not None| or None", "", declared).partition(":")[0].split()
         if name in (["self"], []):
@@ -177,7 +181,10 @@ cdef class Other:
 cdef class Sample:
     cdef int x
 
-    def __cinit__(self, const unsigned char[:, ::1] first not None, *, object second=None):
+    def __cinit__(self, *args, **kwargs):
+        pass
+
+    def __init__(self, const unsigned char[:, ::1] first not None, *, object second=None):
         pass
 """
 STUB = """
