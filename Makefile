@@ -15,9 +15,11 @@ export PYTHONPATH := $(CURDIR)
 
 ifeq ($(VENV),none)
 PY := $(PYTHON)
+BIN :=
 READY :=
 else
-PY := $(VENV)/bin/python
+BIN := $(abspath $(VENV))/bin/
+PY := $(BIN)python
 READY := $(VENV)/.kvortex-ready
 endif
 
@@ -74,14 +76,14 @@ bench-gpu: build  ## the same on an NVIDIA GPU
 lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(VENV)/bin/cython-lint kvortex
+	$(BIN)cython-lint kvortex
 	PY=$(PY) .ci/c-warnings
 
 sanitize: $(READY)  ## ASan and UBSan on the compiled core, TSan on the C parts, in build/sanitize
-	PY=$(abspath $(PY)) .ci/sanitize
+	PY=$(PY) .ci/sanitize
 
 coverage: $(READY)  ## line coverage of Python and Cython, in build/coverage
-	PY=$(abspath $(PY)) .ci/coverage
+	PY=$(PY) .ci/coverage
 
 annotate: $(READY)  ## HTML of where Cython talks to Python, in build/annotate
 	KVORTEX_ANNOTATE=1 $(PY) setup.py -q --name >/dev/null

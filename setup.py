@@ -1,8 +1,8 @@
 """Builds one extension module per kvortex/**/_*.pyx; everything else about the package is in pyproject.toml.
 
 Settings come from the environment: KVORTEX_WERROR=1 (warnings are errors; CI sets it), KVORTEX_CFLAGS and
-KVORTEX_LDFLAGS (debug and sanitizer builds), KVORTEX_COVERAGE=1 (line tracing), KVORTEX_ANNOTATE=1 (yellow HTML) and
-KVORTEX_ONLY=NAME (only modules whose dotted name contains NAME).
+KVORTEX_LDFLAGS (debug, sanitizer and coverage builds), KVORTEX_ANNOTATE=1 (yellow HTML) and KVORTEX_ONLY=NAME (only
+modules whose dotted name contains NAME).
 """
 
 import os
@@ -23,7 +23,6 @@ EXTRA_SOURCES = {
     ],
 }
 
-coverage = os.environ.get("KVORTEX_COVERAGE") == "1"
 annotate = os.environ.get("KVORTEX_ANNOTATE") == "1"
 only = os.environ.get("KVORTEX_ONLY", "")
 
@@ -34,12 +33,11 @@ link_args = ["-pthread", *os.environ.get("KVORTEX_LDFLAGS", "").split()]
 # Some Pythons put their own library folder into every module's RUNPATH; ours need none, and it names the machine.
 if "CC" not in os.environ:
     os.environ.setdefault("LDSHARED", re.sub(r"-Wl,-rpath,\S+", "", sysconfig.get_config_var("LDSHARED")))
-macros = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if coverage else []
 
 
 def flags_stamp():
     """Return a file that changes when the flags do, so that a build with other flags compiles everything again."""
-    stamp, text = Path("build/flags"), repr((compile_args, link_args, macros))
+    stamp, text = Path("build/flags"), repr((compile_args, link_args))
     if not stamp.exists() or stamp.read_text() != text:
         stamp.parent.mkdir(exist_ok=True)
         stamp.write_text(text)
@@ -59,7 +57,6 @@ def extensions():
                 [str(source), *EXTRA_SOURCES.get(name, [])],
                 include_dirs=["include"],
                 depends=[*depends, flags],
-                define_macros=macros,
                 extra_compile_args=compile_args + werror,
                 extra_link_args=link_args,
             )
@@ -69,8 +66,7 @@ setup(
     options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         list(extensions()),
-        # The coverage plugin looks for the C beside the .pyx; it is built in a tree of its own (make coverage).
-        build_dir=None if coverage else "build/annotate" if annotate else "build/cython",
+        build_dir="build/annotate" if annotate else "build/cython",
         annotate=annotate,
         compiler_directives={
             "language_level": 3,
@@ -79,7 +75,6 @@ setup(
             "initializedcheck": False,
             "cdivision": True,
             "embedsignature": True,
-            "linetrace": coverage,
         },
     ),
 )

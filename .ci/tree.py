@@ -19,7 +19,7 @@ def is_source(path):
     """Tell whether `path`, relative to the tree, was written by hand."""
     if SKIPPED_FOLDERS & set(path.parts) or path.suffix in {".so", ".html", ".pyc", ".o"}:
         return False
-    return not (path.parts[0] == "kvortex" and path.match("_*.c"))  # what Cython writes for a coverage build
+    return not (path.parts[0] == "kvortex" and path.match("_*.c"))  # not ours: Cython's
 
 
 def sources(root):

@@ -57,6 +57,27 @@ static kv_result wait_ticket(uint64_t ticket, int ordinal)
     return atomic_load(&kv_host_devices[ordinal].sticky);
 }
 
+/* Hands an operation to its stream, and waits for it if `synchronous`. Takes it over, also when it fails; NULL is an
+ * answer of kv_op_new. */
+static kv_result submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket)
+{
+    int captured;
+    if (!op)
+        return KV_CUDA_OUT_OF_MEMORY;
+    kv_result code = kv_host_admit(stream, &captured);
+    if (code || captured) {
+        free(op);
+        if (ticket)
+            *ticket = CAPTURED_TICKET;
+        return code;
+    }
+    uint64_t own_ticket;
+    code = kv_stream_push(stream, op, &own_ticket);
+    if (ticket)
+        *ticket = own_ticket;
+    return code || !synchronous ? code : wait_ticket(own_ticket, stream->ordinal);
+}
+
 kv_result kv_host_stream_create(void **stream, unsigned int flags)
 {
     KV_HOST_BEGIN(stream_create);
@@ -208,8 +229,6 @@ kv_result kv_host_event_destroy(void *handle)
     return event_close(handle) ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_HANDLE;
 }
 
-static kv_result submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket);
-
 kv_result kv_host_event_record(void *handle, void *stream_handle)
 {
     KV_HOST_BEGIN(event_record);
@@ -282,12 +301,14 @@ kv_result kv_host_event_synchronize(void *handle)
 
 /* Memory ----------------------------------------------------------------------------------------------------------- */
 
-/* Frees and unregistrations wait for what may still use the range: everything queued anywhere, as the driver does. */
-static void wait_for_all_streams(void)
+/* Frees and unregistrations wait for what may still use the range, as CUDA does: for device memory everything queued on
+ * that device, for host memory everything queued anywhere. */
+static void wait_for_streams(kv_range_kind kind, int ordinal)
 {
     kv_stream *stream;
     for (size_t i = 0; (stream = kv_stream_at(i)); i++)
-        kv_ticket_wait(kv_stream_last_ticket(stream), -1);
+        if (kind != KV_RANGE_DEVICE || stream->ordinal == ordinal)
+            kv_ticket_wait(kv_stream_last_ticket(stream), -1);
 }
 
 kv_result kv_host_mem_get_info(size_t *free_bytes, size_t *total_bytes)
@@ -325,9 +346,10 @@ static kv_result allocate(size_t bytes, size_t alignment, kv_range_kind kind, ui
 static kv_result deallocate(uintptr_t address, kv_range_kind kind, kv_result unknown)
 {
     kv_range range;
-    if (!kv_host_current_device())
+    kv_host_device *dev = kv_host_current_device();
+    if (!dev)
         return KV_CUDA_INVALID_CONTEXT;
-    wait_for_all_streams();
+    wait_for_streams(kind, (int)(dev - kv_host_devices));
     if (!kv_ranges_remove(address, kind, &range))
         return unknown;
     if (kind != KV_RANGE_REGISTERED)
@@ -435,26 +457,6 @@ static kv_result check_side(const void *start, size_t bytes, int side, size_t *h
     default:
         return KV_CUDA_SUCCESS;
     }
-}
-
-/* Takes the operation over, also when it fails. */
-static kv_result submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket)
-{
-    int captured;
-    if (!op)
-        return KV_CUDA_OUT_OF_MEMORY;
-    kv_result code = kv_host_admit(stream, &captured);
-    if (code || captured) {
-        free(op);
-        if (ticket)
-            *ticket = CAPTURED_TICKET;
-        return code;
-    }
-    uint64_t own_ticket;
-    code = kv_stream_push(stream, op, &own_ticket);
-    if (ticket)
-        *ticket = own_ticket;
-    return code || !synchronous ? code : wait_ticket(own_ticket, stream->ordinal);
 }
 
 static kv_result copy(const void *target, int target_side, const void *source, int source_side, size_t bytes,
@@ -639,10 +641,9 @@ void kv_host_reap(int ordinal)
     kv_streams_drop(ordinal, 1);
     for (size_t i = 0; (stream = kv_stream_at(i)); i++) {
         uint64_t handle = atomic_load_explicit(&stream->handle, memory_order_acquire);
-        if (handle && stream->ordinal != ordinal)
+        if (stream->ordinal != ordinal)
             continue;
-        if (handle)
-            kv_host_num_reaped += close_stream(handle);
+        kv_host_num_reaped += close_stream(handle);
         kv_stream_drain(stream);
     }
     for (size_t i = 0; i < num_events; i++) {

@@ -39,8 +39,8 @@ typedef struct kv_op {
 
 typedef struct kv_stream {
     _Atomic uint64_t handle; /* 0: no stream lives here. Written last on creation, first on destruction. */
-    int ordinal;
-    unsigned int flags; /* of stream_create */
+    _Atomic int ordinal;     /* kept after destruction, until the slot is used again */
+    unsigned int flags;      /* of stream_create */
     uint64_t generation;
     struct kv_stream *next_free;
 

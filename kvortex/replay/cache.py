@@ -15,7 +15,7 @@ import kvortex
 from kvortex.memory.limits import require_memory
 from kvortex.replay.oracle import POISON, rows_differ
 
-_MAX_COPY_THREADS = 8  # staged copies to and from a GPU; more than this and the memory bus is the limit
+_MAX_COPY_THREADS = 8  # copies to and from a GPU; more than this and the memory bus is the limit
 
 
 class ModelCache:
@@ -57,7 +57,7 @@ class ModelCache:
             head_dim=self.piece_bytes,
             itemsize=1,
         )
-        self._threads = self._view = None
+        self._threads = self._view = self._pinned = None
         workers = 1
         if device.is_host if direct is None else direct:
             memory = (ctypes.c_uint8 * num_bytes).from_address(self._buffer.address)
@@ -65,10 +65,18 @@ class ModelCache:
         else:
             workers = min(_MAX_COPY_THREADS, os.cpu_count(), num_pieces)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="kvortex-replay")
+            scratch_bytes = 2 * max_rows * self.piece_bytes
+            stride = -(-scratch_bytes // 4096) * 4096
+            self._pinned = kvortex.PinnedPool(workers * stride, scratch_bytes, device)  # pageable copies are 5x slower
+            self._pinned.wait_ready()
         self._workers = workers
         self._scratch = queue.SimpleQueue()  # a pair of row buffers for each worker
-        for _ in range(workers):
-            self._scratch.put(np.zeros((2, max_rows, self.piece_bytes), dtype=np.uint8))
+        for worker in range(workers):
+            shape = (2, max_rows, self.piece_bytes)
+            if self._pinned is None:
+                self._scratch.put(np.zeros(shape, dtype=np.uint8))
+            else:
+                self._scratch.put(np.frombuffer(self._pinned.view(worker), dtype=np.uint8).reshape(shape))
 
     def close(self):
         """Free the device memory. No job may still use it."""
@@ -76,6 +84,8 @@ class ModelCache:
             self._threads.shutdown()
         self._view = None
         self._buffer.close()
+        if self._pinned is not None:
+            self._pinned.close()
 
     def write(self, first, words, generations):
         """Give the blocks from `first` on the content that belongs to `words` and `generations`."""

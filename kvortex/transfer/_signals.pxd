@@ -10,7 +10,7 @@ cdef enum:
 
 cdef class JobSignals:
     cdef kv_monitor monitor          # guards everything below
-    cdef bint monitor_ready
+    cdef int pid                     # process that created it, 0 when the monitor could not be made
     cdef uint64_t num_submitted      # the completion thread sleeps until it changes
     cdef bint stopping
     cdef int listeners[MAX_LISTENERS]   # eventfds of event loops that await a job; borrowed

@@ -1,5 +1,7 @@
 """Wakes the completion thread when a job is submitted, and event loops when one is retired."""
 
+from posix.unistd cimport getpid
+
 cimport kvortex._c as _c
 
 
@@ -18,10 +20,11 @@ cdef class JobSignals:
     def __cinit__(self):
         if _c.kv_monitor_init(&self.monitor):
             raise MemoryError("pthread_mutex_init failed")
-        self.monitor_ready = True
+        self.pid = getpid()
 
     def __dealloc__(self):
-        if self.monitor_ready:
+        # In a forked child the completion thread still counts as waiting, and destroying would wait for it for ever.
+        if self.pid == getpid():
             _c.kv_monitor_destroy(&self.monitor)
 
     cdef void submitted(self) noexcept nogil:

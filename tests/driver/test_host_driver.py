@@ -222,6 +222,17 @@ def test_last_release_of_the_context_takes_its_objects_along():
         assert Calls(device).stream_query(objects[0].handle) == INVALID_HANDLE
 
 
+def test_end_of_a_context_does_not_wait_for_other_devices(device, stream):
+    with Stream.create(device) as destroyed:
+        _host.hold()
+        Event.create(device).record(stream)
+        Event.create(device).record(destroyed)
+    with DeviceBuffer(64, "host:1") as buffer:
+        assert buffer.address
+    _host.release()
+    stream.synchronize()
+
+
 def test_closing_returns_every_object(device):
     before = _host.live_objects()
     for _ in range(3):

@@ -133,8 +133,10 @@ def test_forked_child_finds_the_engine_closed_and_the_parent_goes_on(device):
     done = run_python(
         PROLOGUE
         + """
-import gc
+import gc, time
 job = engine.save_blocks(keys_of([1]), [0], stream=stream)
+job.wait()
+time.sleep(0.2)  # long enough for the completion thread to fall asleep in its condition variable
 pid = os.fork()
 if pid == 0:
     refused = 0

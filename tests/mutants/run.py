@@ -138,7 +138,8 @@ def make_clean_tree(root, work):
 def build(tree):
     """Build in place; return the log if that fails."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    lenient = {**os.environ, "KVORTEX_WERROR": "0"}  # a variable that nothing uses any more is no reason to stop
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=lenient)
     return None if done.returncode == 0 else done.stdout + done.stderr
 
 

@@ -1,0 +1,61 @@
+"""Transfer: 64 MiB in blocks of 1 MiB, one job, through every shape of cache; random bytes, shuffled ids and slots."""
+
+import numpy as np
+import pytest
+from kvcache import SHAPES, DeviceCache
+
+from kvortex import PinnedPool, TransferQueue
+
+NBYTES = 64 << 20
+PIECE_BYTES = 32 << 10
+ROUNDS = {"rounds": 10, "warmup_rounds": 1}
+
+
+class Paired:
+    """A cache, a pool with a slot for each of its blocks, and a shuffled pairing of the two."""
+
+    def __init__(self, device, shape):
+        layers = 32 if shape == "mla" else 16  # which has one piece a layer, not two
+        self.cache = DeviceCache(device, shape, NBYTES >> 20, layers, PIECE_BYTES)
+        self.num_blocks = self.cache.num_blocks
+        self.pool = PinnedPool(self.num_blocks * (self.cache.block_bytes + 4096), self.cache.block_bytes, device)
+        self.pool.wait_ready(60_000)
+        rng = np.random.default_rng(5)
+        self.blocks, self.slots = rng.permutation(self.num_blocks), rng.permutation(self.num_blocks)
+        self.records = [rng.bytes(self.cache.block_bytes) for _ in range(self.num_blocks)]
+
+    def submit(self, queue, stream):
+        job = queue.submit(self.cache.layout, self.blocks, self.pool, self.slots, stream=stream)
+        job.wait(60_000)
+        return job.num_blocks
+
+    def close(self):
+        self.pool.close()
+        self.cache.close()
+
+
+@pytest.fixture(params=SHAPES)
+def paired(request, device):
+    made = Paired(device, request.param)
+    yield made
+    made.close()
+
+
+def test_d2h(benchmark, device, stream, paired):
+    for block, record in zip(paired.blocks, paired.records, strict=True):
+        paired.cache.write(block, record)
+    with TransferQueue(device, "D2H") as queue:
+        queue.probe(paired.cache.layout)
+        assert benchmark.pedantic(paired.submit, args=(queue, stream), **ROUNDS) == paired.num_blocks
+    for slot, record in zip(paired.slots, paired.records, strict=True):
+        assert paired.pool.view(slot) == record
+
+
+def test_h2d(benchmark, device, stream, paired):
+    for slot, record in zip(paired.slots, paired.records, strict=True):
+        paired.pool.view(slot)[:] = record
+    with TransferQueue(device, "H2D") as queue, TransferQueue(device, "D2H") as prober:
+        prober.probe(paired.cache.layout)
+        assert benchmark.pedantic(paired.submit, args=(queue, stream), **ROUNDS) == paired.num_blocks
+    for block, record in zip(paired.blocks, paired.records, strict=True):
+        assert paired.cache.read(block) == record
