@@ -408,13 +408,19 @@ cdef class EngineCore:
         cdef uint64_t *met = NULL
         cdef uint64_t sequence = 0
         cdef uint32_t other
-        cdef int other_queue, code
+        cdef int other_queue, mode = 0
         cdef _c.kv_plan plan
+        # Before the blocks are claimed: from then on a failure has to be waited out, which needs the context.
+        cdef int code = self.device.enter(&mode)
+        if code:
+            call[0] = b"cuCtxPushCurrent"
+            return code
         for other_queue in range(self.num_queues):
             held[other_queue] = NO_RECORD
         if source.by_block:
             met = <uint64_t *>malloc(n * sizeof(uint64_t))
             if met is NULL:
+                self.device.leave(mode)
                 call[0] = b"malloc"
                 return _c.KV_CUDA_OUT_OF_MEMORY
             num_met = self.claim_blocks(&source.block_ids[0], n, job_word(number, record, job.generation), met)
@@ -444,6 +450,7 @@ cdef class EngineCore:
         for other_queue in range(self.num_queues):
             if held[other_queue] != NO_RECORD:
                 (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
+        self.device.leave(mode)
         return code
 
     cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil:

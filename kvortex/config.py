@@ -20,7 +20,8 @@ class KVortexConfig:
     num_transfer_streams : int, default 3
         Streams of the engine, 1 to 32; at least two are made, since loads and saves never share one.
     device : str, default "auto"
-        ``"cuda"``, ``"cuda:1"``, ``"host"``, ``"host:1"``, or ``"auto"``: CUDA where there is a GPU, else the host driver.
+        ``"cuda"``, ``"cuda:1"``, ``"host"``, ``"host:1"``, or ``"auto"``: CUDA where there is a GPU, else the host
+        driver.
     block_bytes : int, optional
         Largest block. Taken from the layout when there is one; required for engines that use raw pointers only.
     header_bytes : {0, 4096}, default 0

@@ -66,7 +66,8 @@ class KVortexEngine(EngineCore):
             block_bytes = layout.block_bytes if block_bytes is None else block_bytes
             if layout.block_bytes > block_bytes:
                 raise ConfigError(
-                    f"block_bytes is {block_bytes}, but the layout's blocks have {layout.block_bytes}; leave block_bytes out"
+                    f"block_bytes is {block_bytes}, but the layout's blocks have {layout.block_bytes}; "
+                    f"leave block_bytes out"
                 )
         if block_bytes is None:
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
@@ -108,8 +109,8 @@ class KVortexEngine(EngineCore):
     def shutdown(self):
         """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
 
-        Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them; their
-        memory is then leaked on purpose, because a copy may still be running into it.
+        Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
+        their memory is then leaked on purpose, because a copy may still be running into it.
         """
         self._close(self.config.shutdown_timeout_ms)
 

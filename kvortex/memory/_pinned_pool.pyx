@@ -332,25 +332,25 @@ cdef class PinnedPool:
         No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
         unregistered now and unmapped when the last of them is released.
         """
-        cdef uint32_t chunk, first
-        cdef int mode = 0
+        cdef uint32_t chunk, first = 0
+        cdef int mode = 0, entered, refused = 0
         if self.closed or self.device.pid != getpid():
             return
         self.closed = True
         with nogil:
             self.join()
-            if self.device.enter(&mode) == 0:
+            entered = self.device.enter(&mode)
+            if entered == 0:
                 if self.driver_allocated:
                     self.device.drv.mem_free_host(self.slots.base)
-                else:
-                    # A refusal here means a dead context: the pages stay pinned until the process ends.
-                    first = 0
-                    while first < self.num_ready:
-                        chunk = _c.kv_slots_chunk(&self.slots, first)
-                        self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
-                        first += _c.kv_slots_chunk_count(&self.slots, chunk)
+                while first < self.num_ready and not self.driver_allocated:
+                    chunk = _c.kv_slots_chunk(&self.slots, first)
+                    refused |= self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
+                    first += _c.kv_slots_chunk_count(&self.slots, chunk)
                 self.device.leave(mode)
-        if self.exports == 0:
+        if entered or refused:
+            self.mapping = NULL  # a dead context: the driver still knows these pages, so they are never given back
+        elif self.exports == 0:
             self.unmap()
 
     cdef void abandon(self) noexcept:

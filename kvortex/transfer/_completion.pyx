@@ -26,7 +26,7 @@ cdef class CompletionThread:
             self.num_queues += 1
         if _c.pthread_create(&self.thread, NULL, completion_main, <void *>self):
             raise MemoryError("no completion thread could be started")
-        self.running = True
+        self.running = signals.served = True
 
     cdef void run(self) noexcept nogil:
         cdef uint64_t seen, nap_ns = SHORTEST_NAP_NS

@@ -159,6 +159,8 @@ cdef class KVLayout:
         if not self.block_size:
             raise ValueError("block_size of this layout is unknown; pass it to the constructor")
         ids = np.asarray(block_ids, dtype=np.int64)
+        for index in np.flatnonzero((ids < 0) | (ids >= self.num_blocks))[:1]:
+            raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {self.num_blocks - 1}")
         limit = ids.size * self.block_size
         if num_tokens is None:
             num_tokens = limit

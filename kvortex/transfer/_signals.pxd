@@ -13,6 +13,7 @@ cdef class JobSignals:
     cdef int pid                     # process that created it, 0 when the monitor could not be made
     cdef uint64_t num_submitted      # the completion thread sleeps until it changes
     cdef bint stopping
+    cdef readonly bint served        # a completion thread retires the jobs
     cdef int listeners[MAX_LISTENERS]   # eventfds of event loops that await a job; borrowed
     cdef int num_listeners
 

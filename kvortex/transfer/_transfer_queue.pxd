@@ -74,6 +74,7 @@ cdef class TransferQueue:
     cdef int copy_plan(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
     cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
     cdef int copy_batch(self, size_t count) noexcept nogil
+    cdef int compare(self, KVLayout layout, char *scratch, const char **call) noexcept nogil
     cdef int poll_once(self) noexcept nogil
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
     cdef void drop_hold(self, uint32_t record) noexcept nogil

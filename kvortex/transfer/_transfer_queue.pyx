@@ -144,16 +144,14 @@ cdef class TransferQueue:
                          void **waits, size_t num_waits, const char **call) noexcept nogil:
         """Put the copies of a claimed job on the stream, after the caller's stream and after `waits`. A CUresult.
 
-        When it fails, no copy is in flight any more, or the context is dead (`failure` is set). The record stays
+        The context is current. When it fails, no copy is in flight any more, or the context is dead (`failure` is set). The record stays
         claimed: its owner gives the slots back and then calls `unclaim`.
         """
         cdef JobRecord *job = &self.records[record]
         cdef const _c.kv_driver *drv = self.device.drv
-        cdef int mode = 0, finished = 0
+        cdef int code = 0, finished = 0
         cdef size_t index
-        cdef int code = self.device.enter(&mode)
-        call[0] = b"cuCtxPushCurrent"
-        if code == 0 and ordered:
+        if ordered:
             call[0] = b"cuEventRecord"
             code = drv.event_record(job.source_event, caller)
         _c.kv_monitor_lock(&self.submitting)
@@ -194,7 +192,6 @@ cdef class TransferQueue:
         _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
         _c.kv_monitor_unlock(&self.submitting)
-        self.device.leave(mode)
         if code == 0:
             self.signals.submitted()
         return code
@@ -414,7 +411,7 @@ cdef class TransferQueue:
             Device blocks, 0 to ``layout.num_blocks - 1``.
         pool : PinnedPool
         slot_ids : uint32 array (n,)
-            Slots of the pool, registered ones.
+            Slots of the pool, registered ones. A target (slot or block) named twice ends up with a mix of both.
         stream : int or stream object
             The copies wait for its work so far; 0 is the legacy default stream.
 
@@ -431,20 +428,18 @@ cdef class TransferQueue:
             The driver refused; no copy is in flight.
         """
         cdef int64_t[::1] ids = as_block_ids(block_ids, layout)
-        cdef uint32_t[::1] slots = np.array(slot_ids, dtype=np.uint32, order="C", ndmin=1)
-        cdef size_t n = ids.shape[0], index
+        cdef uint32_t[::1] slots = as_slot_ids(slot_ids, pool)
+        cdef size_t n = ids.shape[0]
         cdef const char *call = NULL
         cdef _c.kv_plan plan
         cdef uint32_t record
-        cdef int code
+        cdef int mode = 0, code
         self._require_open()
+        pool._require_open()
         if slots.shape[0] != <Py_ssize_t>n:
             raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
         if layout.block_bytes > pool.slots.payload_bytes:
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot ({pool.payload_bytes})")
-        for index in range(n):
-            if slots[index] >= pool.num_ready:
-                raise ValueError(f"slot_ids[{index}] is {slots[index]}, and {pool.num_ready} slots are registered")
         cdef void *caller = self.device.borrow_stream(stream)
         if n == 0:
             return finished_job(0, None)
@@ -461,7 +456,11 @@ cdef class TransferQueue:
         plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided, &ids[0], &pool.slots,
                                     self.records[record].slots, n)
         with nogil:
-            code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, &call)
+            call = b"cuCtxPushCurrent"
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, &call)
+                self.device.leave(mode)
             if code:
                 self.unclaim(record)
         check(self.device, code, call)
@@ -499,10 +498,6 @@ cdef class TransferQueue:
         memory, compared. Blocks for two blocks' time (GIL released). Nobody may write those blocks meanwhile; a
         mismatch counts as illegal, so that the worst outcome is slower copies.
         """
-        cdef int64_t ids[2]
-        cdef uint32_t slots[2]
-        cdef _c.kv_slots space
-        cdef _c.kv_plan plan
         cdef void *scratch = NULL
         cdef const char *call = b"cuMemHostAlloc"
         cdef int mode = 0, code
@@ -517,37 +512,50 @@ cdef class TransferQueue:
         if not legal:
             layout.strided = False
             return False
-        ids[0], ids[1] = 0, layout.num_blocks - 1
-        slots[0], slots[1] = 0, 1
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = self.device.drv.mem_host_alloc(&scratch, 2 * nbytes, _c.KV_HOST_ALLOC_PORTABLE)
-            if code == 0:
-                memset(scratch, 0x5A, nbytes)
-                memset(<char *>scratch + nbytes, 0xA5, nbytes)
-                space.stride_bytes = space.payload_bytes = layout.block_bytes
-                space.header_bytes = 0
-                space.num_slots = space.first_chunk_slots = space.chunk_slots = 2
-                _c.kv_monitor_lock(&self.submitting)
-                layout.strided = True
-                space.base = <char *>scratch
-                plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, True, ids, &space, slots, 2)
-                code = self.copy_plan(&plan, layout, &call)  # an INVALID_VALUE sets layout.strided back
-                space.base = <char *>scratch + nbytes
-                plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, False, ids, &space, slots, 2)
                 if code == 0:
-                    code = self.copy_plan(&plan, layout, &call)
-                _c.kv_monitor_unlock(&self.submitting)
-                if self.device.drv.stream_synchronize(self.stream) == 0 and code == 0:
-                    if memcmp(scratch, <char *>scratch + nbytes, nbytes):
-                        layout.strided = False
-                self.device.drv.mem_free_host(scratch)
-            self.device.leave(mode)
+                    code = self.compare(layout, <char *>scratch, &call)
+                    self.device.drv.mem_free_host(scratch)
+                self.device.leave(mode)
         if code:
             layout.strided = False
         check(self.device, code, call)
         return layout.strided
+
+    cdef int compare(self, KVLayout layout, char *scratch, const char **call) noexcept nogil:
+        """Copy two blocks strided and piece by piece, and set `layout.strided` if both went well and agree. A CUresult."""
+        cdef int64_t ids[2]
+        cdef uint32_t slots[2]
+        cdef _c.kv_slots space
+        cdef _c.kv_plan plan
+        cdef int code, finished
+        cdef size_t nbytes = 2 * layout.block_bytes
+        ids[0], ids[1] = 0, layout.num_blocks - 1
+        slots[0], slots[1] = 0, 1
+        memset(&space, 0, sizeof(space))
+        space.stride_bytes = space.payload_bytes = layout.block_bytes
+        space.num_slots = space.first_chunk_slots = space.chunk_slots = 2
+        memset(scratch, 0x5A, nbytes)
+        memset(scratch + nbytes, 0xA5, nbytes)
+        _c.kv_monitor_lock(&self.submitting)
+        layout.strided = True
+        space.base = scratch
+        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, True, ids, &space, slots, 2)
+        code = self.copy_plan(&plan, layout, call)  # an INVALID_VALUE sets layout.strided back
+        space.base = scratch + nbytes
+        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, False, ids, &space, slots, 2)
+        if code == 0:
+            code = self.copy_plan(&plan, layout, call)
+        _c.kv_monitor_unlock(&self.submitting)
+        finished = self.device.drv.stream_synchronize(self.stream)
+        if code == 0:
+            code = finished
+        if code or memcmp(scratch, scratch + nbytes, nbytes):
+            layout.strided = False
+        return code
 
     @property
     def direction(self):
@@ -757,3 +765,14 @@ cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
         if not 0 <= ids[index] < limit:
             raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {limit - 1}")
     return ids
+
+
+cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *:
+    """Slots of a pool as a uint32 array, each of them registered."""
+    array = np.asarray(slot_ids)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"slot_ids must be a one-dimensional array of integers, got shape {array.shape}, "
+                         f"dtype {array.dtype}")
+    for index in np.flatnonzero((array < 0) | (array >= pool.num_ready))[:1]:
+        raise ValueError(f"slot_ids[{index}] is {array[index]}, and {pool.num_ready} slots are registered")
+    return np.array(array, dtype=np.uint32, order="C")

@@ -4,6 +4,8 @@ import asyncio
 import os
 import weakref
 
+POLL_S = 0.0005
+
 # loop -> {signals: _LoopListener}; a loop that is gone takes its listeners along.
 _listeners = weakref.WeakKeyDictionary()
 
@@ -41,6 +43,10 @@ class _LoopListener:
 
 async def wait_in_loop(job, signals):
     """Return when `job` is done. Cancelling leaves the job alone."""
+    if not signals.served:  # a queue without an engine: nobody else retires its jobs
+        while not job.done():
+            await asyncio.sleep(POLL_S)
+        return
     loop = asyncio.get_running_loop()
     of_loop = _listeners.setdefault(loop, {})
     listener = of_loop.get(signals)

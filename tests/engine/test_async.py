@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+from kvcache import DeviceCache
 
 import kvortex
 
@@ -111,3 +112,13 @@ def test_await_of_a_failed_job_raises(bench, host):
         await job
 
     asyncio.run(wait_for())
+
+
+def test_await_works_on_a_queue_without_an_engine(device, stream):
+    cache = DeviceCache(device)
+    with kvortex.PinnedPool(1 << 20, cache.block_bytes, device) as pool, kvortex.TransferQueue(device, "D2H") as queue:
+
+        async def save():
+            return await queue.submit(cache.layout, [0, 1], pool, [3, 4], stream=stream)
+
+        assert asyncio.run(save()).num_blocks == 2
