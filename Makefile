@@ -76,7 +76,7 @@ bench-gpu: build  ## the same on an NVIDIA GPU
 lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(BIN)cython-lint kvortex
+	PATH="$(BIN):$$PATH" cython-lint kvortex
 	PY=$(PY) .ci/c-warnings
 
 sanitize: $(READY)  ## ASan and UBSan on the compiled core, TSan on the C parts, in build/sanitize

@@ -22,7 +22,7 @@ cdef struct Counters:
 
 
 cdef class Source:
-    """What one call moves: block ids of the layout, or addresses with a size each. Private copies of the caller's arrays."""
+    """What one call moves: block ids of the layout, or addresses with a size each; copies of the caller's arrays."""
     cdef bint by_block
     cdef int64_t[::1] block_ids          # by_block
     cdef uint64_t[::1] addresses         # otherwise

@@ -103,7 +103,8 @@ cdef class EngineCore:
         data_ptrs : integer array (n,), sizes : int or integer array (n,)
             Device addresses and bytes, 1 to the slot's payload each; the caller orders its own jobs on them.
         stream : int or stream object
-            Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and ready.
+            Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and is
+            ready.
 
         Returns
         -------
@@ -387,9 +388,9 @@ cdef class EngineCore:
         """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full."""
         cdef int first = 0 if direction == D2H else self.num_savers
         cdef int count = self.num_savers if direction == D2H else self.num_queues - self.num_savers
-        cdef int attempt
+        cdef int _attempt
         cdef uint32_t record = NO_RECORD
-        for attempt in range(count):
+        for _attempt in range(count):
             number[0] = first + <int>(self.next_queue % <uint32_t>count)
             self.next_queue += 1
             record = (<TransferQueue>self.queue[number[0]]).claim(n)
@@ -399,7 +400,10 @@ cdef class EngineCore:
 
     cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
                     const char **call) noexcept nogil:
-        """Submit after the jobs in flight on the same device blocks; one event a queue says it all, queues being FIFO."""
+        """Submit after the jobs in flight on the same device blocks: one event a queue says it all, as queues are FIFO.
+
+        A CUresult, as of `TransferQueue.submit_plan`.
+        """
         cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
         cdef size_t n = job.num_slots, index, num_met = 0, num_waits = 0
         cdef void *waits[MAX_STREAMS]
@@ -582,8 +586,8 @@ cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
         raise ValueError(f"data_ptrs must be a one-dimensional array of integers, got shape {array.shape}, "
                          f"dtype {array.dtype}")
     for index in np.flatnonzero((array < 4096) | (array % 4 != 0))[:1]:
-        raise ValueError(f"data_ptrs[{index}] is {int(array[index]):#x}; addresses must not be null and must be multiples "
-                         f"of 4")
+        raise ValueError(f"data_ptrs[{index}] is {int(array[index]):#x}; addresses must not be null and must be "
+                         f"multiples of 4")
     return np.array(array, dtype=np.uint64, order="C")
 
 
@@ -595,8 +599,8 @@ cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *
     if array.shape != (n,) or (n and array.dtype.kind not in "iu"):
         raise ValueError(f"sizes must be an int or {n} integers, got shape {array.shape}, dtype {array.dtype}")
     for index in np.flatnonzero((array < 1) | (array > limit))[:1]:
-        raise ValueError(f"sizes[{index}] is {array[index]}; it must be 1 to {limit}, the payload of a slot (block_bytes of "
-                         f"the config)")
+        raise ValueError(f"sizes[{index}] is {array[index]}; it must be 1 to {limit}, the payload of a slot "
+                         f"(block_bytes of the config)")
     return np.array(array, dtype=np.uint32, order="C")
 
 
@@ -605,8 +609,8 @@ def require_disjoint(addresses, lengths):
     order = np.argsort(addresses)
     starts, ends = addresses[order], addresses[order] + lengths[order]
     for index in np.flatnonzero(starts[1:] < ends[:len(ends) - 1])[:1]:
-        raise ValueError(f"data_ptrs[{order[index]}] and data_ptrs[{order[index + 1]}] overlap; each target of a load must "
-                         f"be its own memory")
+        raise ValueError(f"data_ptrs[{order[index]}] and data_ptrs[{order[index + 1]}] overlap; each target of a load "
+                         f"must be its own memory")
 
 
 cdef dict latencies(str what, const _c.kv_histogram *histogram):

@@ -1,8 +1,8 @@
-"""The race oracle: threads save, load, evict and forget blocks of known content, and every load is compared at its target.
+"""The race oracle: threads save, load, evict and forget blocks of known content; every load is compared at its target.
 
 Sources are overwritten on the caller's stream right after `save_blocks` + `wait_on`; targets are poisoned on it right
-before `load_blocks`, and read on it right after `wait_on`. A missing order on either side of either direction shows as a
-wrong block. The number to report is `wrong_blocks`: zero.
+before `load_blocks`, and read on it right after `wait_on`. A missing order on either side of either direction shows as
+a wrong block. The number to report is `wrong_blocks`: zero.
 """
 
 import asyncio
@@ -128,11 +128,12 @@ class _Worker:
         asyncio.run(give_up())
 
 
-def run_stress(engines_and_caches, *, num_threads=8, operations=10_000, num_chains=40, seed=0, on_stream=lambda stream: None):
+def run_stress(engines_and_caches, *, num_threads=8, operations=10_000, num_chains=40, seed=0, on_stream=None):
     """Run `operations` in all, split over threads, which take the (engine, cache) pairs in turn; returns a `Report`.
 
     Each cache needs CHAIN_BLOCKS blocks a thread. `on_stream` puts extra work in front of every save and load.
     """
+    on_stream = on_stream or (lambda stream: None)
     workers = []
     for number in range(num_threads):
         engine, cache = engines_and_caches[number % len(engines_and_caches)]

@@ -7,6 +7,7 @@
 #include "host_state.h"
 
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 enum { MAX_EVENTS = 1 << 16, LOWEST_ADDRESS = 4096 };
@@ -556,6 +557,35 @@ kv_result kv_host_memcpy_2d_async(const kv_memcpy_2d *copy, void *stream_handle)
     return submit(stream, op, pageable, NULL);
 }
 
+/* Any order but that of the stream lets the source be read during the call already, so here it always is. */
+static int reads_early(const kv_memcpy_attributes *attributes, size_t num_attributes)
+{
+    for (size_t i = 0; i < num_attributes; i++)
+        if (attributes[i].source_access_order != KV_SRC_ACCESS_ORDER_STREAM)
+            return 1;
+    return 0;
+}
+
+/* `op` with a copy of what its pieces would read behind them. Frees `op`; NULL: out of memory. */
+static kv_op *read_now(kv_op *op)
+{
+    size_t bytes = 0;
+    for (size_t i = 0; i < op->count; i++)
+        bytes += op->pieces[i].bytes;
+    kv_op *early = kv_op_new(KV_OP_COPY, op->count + bytes / sizeof *op->pieces + 1);
+    if (early) {
+        char *data = (char *)(early->pieces + op->count);
+        early->count = op->count;
+        for (size_t i = 0; i < op->count; i++) {
+            early->pieces[i] = (kv_piece){op->pieces[i].target, data, op->pieces[i].bytes};
+            memcpy(data, op->pieces[i].source, op->pieces[i].bytes);
+            data += op->pieces[i].bytes;
+        }
+    }
+    free(op);
+    return early;
+}
+
 static int are_attributes_legal(const kv_memcpy_attributes *attributes, const size_t *indices, size_t num_attributes,
                                 size_t count)
 {
@@ -604,6 +634,8 @@ kv_result kv_host_memcpy_batch_async(kv_devptr *targets, kv_devptr *sources, siz
         free(op);
         return code;
     }
+    if (reads_early(attributes, num_attributes))
+        op = read_now(op);
     return submit(stream, op, pageable, NULL);
 }
 

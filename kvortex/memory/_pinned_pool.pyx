@@ -98,11 +98,11 @@ cdef class PinnedPool:
         cdef size_t stride = (header_bytes + payload_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
         cdef size_t num_slots = pool_bytes // stride
         if num_slots == 0:
-            raise ConfigError(f"a pool of {pool_bytes} bytes holds no slot of {stride} bytes; set cpu_pool_size_bytes to at "
-                              f"least {stride}")
+            raise ConfigError(f"a pool of {pool_bytes} bytes holds no slot of {stride} bytes; set cpu_pool_size_bytes "
+                              f"to at least {stride}")
         if num_slots >= 0xFFFFFFFF:
-            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and may hold 2^32 - 2; "
-                              f"use larger blocks or a smaller pool")
+            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and may hold "
+                              f"2^32 - 2; use larger blocks or a smaller pool")
         if first_chunk_bytes == 0 or chunk_bytes == 0:
             raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
         require_memory(num_slots * stride)
@@ -144,9 +144,10 @@ cdef class PinnedPool:
         # Two megabytes more, so that the pool starts on a huge page.
         cdef size_t mapped = nbytes + HUGE_PAGE_BYTES
         cdef int mode = 0, code
-        cdef void *address = mmap(NULL, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        cdef void *address = mmap(NULL, mapped, PROT_READ | PROT_WRITE,
+                                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if address == kv_map_failed():
-            raise PoolExhausted(f"no address space for a pool of {nbytes} bytes; check ulimit -v or lower the pool size")
+            raise PoolExhausted(f"no address space for a pool of {nbytes} bytes; check ulimit -v or use a smaller pool")
         self.mapping = <char *>address
         self.mapping_bytes = mapped
         self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
@@ -166,8 +167,8 @@ cdef class PinnedPool:
 
     def _raise_refused(self, int code, bytes call, size_t nbytes):
         if code == _c.KV_CUDA_OUT_OF_MEMORY:
-            raise PoolExhausted(f"{call.decode()} of {nbytes} bytes answered out of memory; candidates are RLIMIT_MEMLOCK "
-                                f"(ulimit -l), the cgroup's memory limit and free memory")
+            raise PoolExhausted(f"{call.decode()} of {nbytes} bytes answered out of memory; candidates are "
+                                f"RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
         check(self.device, code, call)
 
     # ---- registering ------------------------------------------------------------------------------------------------

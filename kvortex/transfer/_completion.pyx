@@ -13,7 +13,7 @@ cdef uint64_t LONGEST_NAP_NS = 50_000
 
 
 cdef class CompletionThread:
-    """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep while all are empty."""
+    """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep when none has any."""
 
     def __init__(self, Device device not None, JobSignals signals not None, queues):
         if len(queues) > MAX_QUEUES:

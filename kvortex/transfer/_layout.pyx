@@ -11,15 +11,15 @@ import numpy as np
 
 from kvortex.transfer.tensors import address_of, describe
 
-cdef uint32_t MAX_PERIOD = 4  # runs that repeat with a longer period than K, V (and two scales) are moved piece by piece
+cdef uint32_t MAX_PERIOD = 4  # K and V, and a scale for each; what repeats with a longer period moves piece by piece
 
 
 cdef class KVLayout:
     """Describe a paged KV cache as opaque bytes: a list of runs.
 
-    A run is ``(base, block_stride, piece_bytes)``: the piece of block ``b`` lies at ``base + b * block_stride``. A block is
-    the concatenation of its pieces in the order of the runs; that order is the block's format in host memory, so use
-    the logical one: layer after layer, K before V.
+    A run is ``(base, block_stride, piece_bytes)``: the piece of block ``b`` lies at ``base + b * block_stride``. A
+    block is the concatenation of its pieces in the order of the runs; that order is the block's format in host memory,
+    so use the logical one: layer after layer, K before V.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ cdef class KVLayout:
 
     @classmethod
     def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize):
-        """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``, as multi-head latent attention has."""
+        """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention."""
         piece = block_size * latent_dim * itemsize
         return cls([(address_of(base), piece, piece) for base in bases], num_blocks, block_size=block_size,
                    owners=[base for base in bases if not isinstance(base, int)])
@@ -198,13 +198,14 @@ def runs_of_tensor(tensor, block_dim, what):
     starts = [address]
     for stride, count in outer:
         if stride < block_stride * (num_blocks - 1) + piece:
-            raise ValueError(f"{what} is not block-contiguous: blocks interleave (shape {shape}, strides {strides} bytes)")
+            raise ValueError(f"{what} is not block-contiguous: blocks interleave (shape {shape}, strides {strides} "
+                             f"bytes)")
         starts = [start + stride * index for start in starts for index in range(count)]
     return [(start, block_stride, piece) for start in starts], num_blocks
 
 
 def merge_touching(runs, num_blocks):
-    """Join runs whose pieces touch in every block. With two blocks and more they interleave: one allocation for sure."""
+    """Join runs whose pieces touch in every block. With two blocks or more they interleave: surely one allocation."""
     merged = [runs[0]]
     for base, stride, piece in runs[1:]:
         last_base, last_stride, last_piece = merged[-1]

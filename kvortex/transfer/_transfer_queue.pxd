@@ -51,8 +51,10 @@ cdef class TransferQueue:
     cdef readonly Direction direction_
     cdef JobRecord *records
     cdef readonly uint32_t max_jobs
-    cdef kv_monitor monitor            # guards records, lists and outcomes; broadcast when a job is submitted or retired
-    cdef kv_monitor submitting         # serialises submitters: a stream is FIFO. A leaf: the completion thread never takes it
+    cdef kv_monitor monitor            # guards records, lists, outcomes; broadcast when a job is submitted or retired
+    # Serialises submitters, since a stream is FIFO: the one lock that is held over driver calls. A leaf; neither the
+    # completion thread nor a holder of the GIL ever waits for it.
+    cdef kv_monitor submitting
     cdef bint monitors_ready
     cdef uint32_t free_head, fifo_head, fifo_tail
     cdef uint64_t num_submitted

@@ -1,7 +1,7 @@
 """One stream, one direction, FIFO: claims records, orders and issues copies, retires jobs in order."""
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
 from posix.unistd cimport getpid
 
@@ -144,8 +144,8 @@ cdef class TransferQueue:
                          void **waits, size_t num_waits, const char **call) noexcept nogil:
         """Put the copies of a claimed job on the stream, after the caller's stream and after `waits`. A CUresult.
 
-        The context is current. When it fails, no copy is in flight any more, or the context is dead (`failure` is set). The record stays
-        claimed: its owner gives the slots back and then calls `unclaim`.
+        The context is current. When it fails, no copy is in flight any more, or the context is dead (`failure` is set).
+        The record stays claimed: its owner gives the slots back and then calls `unclaim`.
         """
         cdef JobRecord *job = &self.records[record]
         cdef const _c.kv_driver *drv = self.device.drv
@@ -439,7 +439,8 @@ cdef class TransferQueue:
         if slots.shape[0] != <Py_ssize_t>n:
             raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
         if layout.block_bytes > pool.slots.payload_bytes:
-            raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot ({pool.payload_bytes})")
+            raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
+                             f"({pool.payload_bytes})")
         cdef void *caller = self.device.borrow_stream(stream)
         if n == 0:
             return finished_job(0, None)
@@ -526,7 +527,7 @@ cdef class TransferQueue:
         return layout.strided
 
     cdef int compare(self, KVLayout layout, char *scratch, const char **call) noexcept nogil:
-        """Copy two blocks strided and piece by piece, and set `layout.strided` if both went well and agree. A CUresult."""
+        """Copy two blocks strided and piece by piece; `layout.strided` if both went well and agree. A CUresult."""
         cdef int64_t ids[2]
         cdef uint32_t slots[2]
         cdef _c.kv_slots space

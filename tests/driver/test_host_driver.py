@@ -16,6 +16,7 @@ from driver_calls import (
     ILLEGAL_ADDRESS,
     INVALID_HANDLE,
     INVALID_VALUE,
+    Attributes,
     Calls,
 )
 
@@ -100,6 +101,22 @@ def test_batch_names_the_piece_that_is_wrong(calls, stream, pinned):
     assert (code, failed) == (INVALID_VALUE, 1)
     code, failed = calls.copy_batch(stream.handle, [device], [host], [PIECE])
     assert code == 0
+
+
+@pytest.mark.parametrize(("order", "found"), [(1, 7), (2, 1), (3, 1)])
+def test_batch_reads_in_stream_order_only_if_that_is_asked_for(calls, stream, pinned, order, found):
+    """CUDA's other orders (during the call, any) allow an early read; here it always comes."""
+    device, host = pinned
+    calls.ok("memcpy_htod_async", device, host, 4 * PIECE, stream.handle)
+    stream.synchronize()
+    _host.hold()
+    calls.ok("memset_d8_async", device, 7, 2 * PIECE, stream.handle)
+    targets, sources = [device + 2 * PIECE, device + 3 * PIECE], [device, device + PIECE]
+    attributes = Attributes(source_access_order=order)
+    assert calls.copy_batch(stream.handle, targets, sources, [PIECE] * 2, attributes)[0] == 0
+    _host.release()
+    stream.synchronize()
+    assert calls.bytes_of(device + 2 * PIECE, 2 * PIECE, stream.handle) == bytes([found]) * 2 * PIECE
 
 
 def test_memory_that_no_driver_call_gave_serves_as_device_memory(calls, stream, pinned):

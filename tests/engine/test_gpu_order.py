@@ -1,5 +1,7 @@
-"""The promises of order on a real GPU: long kernels in front of every save and load, a graph being captured, a pool that
-is still being registered. `make test-gpu` runs them; torch brings the kernels."""
+"""The promises of order on a real GPU: behind long kernels, while a graph is captured, while the pool is registered.
+
+`make test-gpu` runs them; torch brings the kernels.
+"""
 
 import threading
 from contextlib import ExitStack
@@ -99,7 +101,7 @@ def test_eight_threads_behind_long_kernels_get_no_wrong_block(device, torch, see
 
 @pytest.mark.timeout(600)
 def test_capture_on_another_stream_and_registering_disturb_nobody(device, torch, seed):
-    """Graphs are captured in global mode again and again while blocks move and the pool is registered chunk by chunk."""
+    """Graphs are captured in global mode all the while, as blocks move and the pool is registered chunk by chunk."""
     with ExitStack() as stack:
         cache = DeviceCache(device, "separate_allocations", num_blocks=8 * CHAIN_BLOCKS, num_layers=4, piece_bytes=4096)
         stack.callback(cache.close)
@@ -174,7 +176,8 @@ def test_pieces_at_even_distances_in_separate_allocations_are_not_copied_strided
     size, count = 2 << 20, 8
     buffers = [kvortex.DeviceBuffer(size, device) for _ in range(64)]
     bases = sorted(buffer.address for buffer in buffers)
-    starts = [index for index in range(len(bases) - count) if bases[index + count - 1] - bases[index] == size * (count - 1)]
+    spans = [last - first for first, last in zip(bases, bases[count - 1 :], strict=False)]
+    starts = [index for index, span in enumerate(spans) if span == size * (count - 1)]
     assert starts, "no run of allocations side by side; allocate more"
     run = bases[starts[0] : starts[0] + count]
     layout = kvortex.KVLayout([(base, 4096, 4096) for base in run], size // 4096)
