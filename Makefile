@@ -68,10 +68,11 @@ soak: build  ## the tests at full counts (hours)
 	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)
 
 bench: build  ## one benchmark a part, on the host device
-	$(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+	KVORTEX_BENCH_DEVICE=host $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
 
-bench-gpu: build  ## the same on an NVIDIA GPU
-	KVORTEX_TEST_DEVICE=cuda $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+bench-gpu: build  ## the same on an NVIDIA GPU, then the ratios to the link's limit; fails where there is none
+	KVORTEX_BENCH_DEVICE=cuda $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+	$(PY) bench/gpu_ratios.py --device cuda
 
 lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
 	$(PY) -m ruff check .
