@@ -32,8 +32,6 @@ from kvortex.errors import EngineClosed
 from kvortex.stats import EngineStats
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
-cdef uint32_t NO_SLOT = 0xFFFFFFFF
-cdef uint8_t FULL = 3  # the status of every key when no job record is free
 
 
 class BlockHits(NamedTuple):
@@ -132,7 +130,7 @@ cdef class EngineCore:
         self.enter_call()
         try:
             source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
-            return self.run(D2H, rows, source, stream, np.full(rows.shape[0], FULL, dtype=np.uint8))
+            return self.run(D2H, rows, source, stream, np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8))
         finally:
             self.calls -= 1
 
@@ -339,14 +337,14 @@ cdef class EngineCore:
         if n == 0:
             return finished_job(0, statuses)
         check(self.device, self.failure, b"an earlier job of this engine")
+        if direction == D2H:
+            status = statuses
         with nogil:
             record = self.claim_job(direction, n, &number)
         if record == NO_RECORD:
-            return finished_job(0, statuses)
+            return finished_job(0, statuses)  # every status says FULL from the start
         job = (<TransferQueue>self.queue[number]).handle(record, 0, statuses, self)
         record_of_job = &(<TransferQueue>self.queue[number]).records[record]
-        if direction == D2H:
-            status = statuses
         with nogil:
             if direction == D2H:
                 moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
@@ -374,9 +372,9 @@ cdef class EngineCore:
             self.count.jobs_failed += code != 0
             if direction == D2H:
                 for index in range(n):
-                    self.count.blocks_present += status[index] == 1
-                    self.count.blocks_pending += status[index] == 2
-                    self.count.blocks_refused += status[index] == FULL
+                    self.count.blocks_present += status[index] == _c.KV_RESERVE_PRESENT
+                    self.count.blocks_pending += status[index] == _c.KV_RESERVE_PENDING
+                    self.count.blocks_refused += status[index] == _c.KV_RESERVE_FULL
             _c.kv_monitor_unlock(&self.counting)
         check(self.device, code, call)
         if not moved:
@@ -560,7 +558,7 @@ cdef class Source:
         """Close the gaps where no slot was given, in `slots` and here alike."""
         cdef size_t index, kept = 0
         for index in range(n):
-            if slots[index] == NO_SLOT:
+            if slots[index] == _c.KV_NO_SLOT:
                 continue
             slots[kept] = slots[index]
             if self.by_block:

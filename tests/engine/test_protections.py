@@ -1,6 +1,6 @@
-"""Schedules in which the absence of one protection shows on every run: what is slow is made slow, what is first is first.
+"""Schedules in which the absence of one protection shows on every run: what is slow is made slow, step by step.
 
-tests/engine/test_invariants.py draws schedules; here each is arranged step by step. tests/mutants takes the protections
+tests/engine/test_invariants.py draws schedules; here each one is arranged. tests/mutants takes the protections
 out one by one and names these tests.
 """
 
