@@ -40,7 +40,7 @@ cdef class EngineCore:
     cdef readonly tuple queues           # D2H ones, then H2D ones; a job's words name them by position
     cdef int num_queues, num_savers
     cdef void *queue[MAX_STREAMS]        # the same, borrowed, for use without the GIL
-    cdef uint32_t next_queue             # round robin; a lost update only changes the balance
+    cdef uint32_t next_queue[2]          # by direction, round robin; a lost update only changes the balance
     cdef JobSignals signals
     cdef CompletionThread thread
     cdef bint device_memory              # the layout lies in device memory, so a stream is required
@@ -56,6 +56,7 @@ cdef class EngineCore:
     cdef int calls                       # Python threads inside a verb; changed under the GIL
     cdef bint closing
 
+    cdef int require_open(self) except -1
     cdef int enter_call(self) except -1
     cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes)
     cdef bint lies_on_device(self, uint64_t address) noexcept nogil

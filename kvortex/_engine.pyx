@@ -21,7 +21,6 @@ from kvortex.transfer._transfer_queue cimport (
     JobRecord,
     TransferQueue,
     as_block_ids,
-    finished_job,
 )
 
 from typing import NamedTuple
@@ -127,10 +126,13 @@ cdef class EngineCore:
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        # What runs Python code comes before the call is counted: a signal handler in it may shut the engine down.
+        self.require_open()
+        source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+        statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
         self.enter_call()
         try:
-            source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
-            return self.run(D2H, rows, source, stream, np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8))
+            return self.run(D2H, rows, source, stream, statuses)
         finally:
             self.calls -= 1
 
@@ -159,12 +161,13 @@ cdef class EngineCore:
         cdef Source source
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef bint twice
+        self.require_open()
+        source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+        if not source.by_block:
+            require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
         self.enter_call()
         try:
-            source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
-            if not source.by_block:
-                require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
-            elif rows.shape[0]:
+            if source.by_block and rows.shape[0]:
                 with nogil:
                     twice = self.names_block_twice(&source.block_ids[0], rows.shape[0])
                 if twice:
@@ -248,6 +251,8 @@ cdef class EngineCore:
         if count is NULL:
             raise MemoryError("no memory for a snapshot of the counters")
         try:
+            if self.device is None:
+                raise EngineClosed("this engine was never created; use KVortexEngine.create")
             self.device.require_open()
             _c.kv_monitor_lock(&self.counting)
             count[0] = self.count
@@ -277,10 +282,13 @@ cdef class EngineCore:
 
     # ---- one job ----------------------------------------------------------------------------------------------------
 
-    cdef int enter_call(self) except -1:
-        self.device.require_open()
+    cdef int require_open(self) except -1:
         if self.closing:
             raise EngineClosed("the engine is shut down; create another one")
+        return self.device.require_open()
+
+    cdef int enter_call(self) except -1:
+        self.require_open()
         self.calls += 1
         return 0
 
@@ -328,22 +336,28 @@ cdef class EngineCore:
         cdef bint ordered = stream is not None or self.device_memory
         cdef uint32_t record
         cdef int number = 0, code = 0
-        cdef Job job
+        cdef Job job = Job.__new__(Job)  # done from the start, until it is attached to a record
+        job.statuses = statuses
         if not ordered and not source.by_block:
             for index in range(n):
                 ordered |= self.lies_on_device(source.addresses[index])
         if ordered:
             caller = self.device.borrow_stream(stream)
         if n == 0:
-            return finished_job(0, statuses)
+            return job
         check(self.device, self.failure, b"an earlier job of this engine")
         if direction == D2H:
             status = statuses
+            keys = keys.copy()  # the index reads a key twice, and nobody may change it in between
         with nogil:
             record = self.claim_job(direction, n, &number)
         if record == NO_RECORD:
-            return finished_job(0, statuses)  # every status says FULL from the start
-        job = (<TransferQueue>self.queue[number]).handle(record, 0, statuses, self)
+            _c.kv_monitor_lock(&self.counting)
+            self.count.blocks_refused += n if direction == D2H else 0
+            _c.kv_monitor_unlock(&self.counting)
+            return job  # every status says FULL from the start
+        # From here to the end of the nogil block nothing raises and no Python code runs.
+        (<TransferQueue>self.queue[number]).attach(job, record, self)
         record_of_job = &(<TransferQueue>self.queue[number]).records[record]
         with nogil:
             if direction == D2H:
@@ -377,9 +391,9 @@ cdef class EngineCore:
                     self.count.blocks_refused += status[index] == _c.KV_RESERVE_FULL
             _c.kv_monitor_unlock(&self.counting)
         check(self.device, code, call)
-        if not moved:
-            return finished_job(0, statuses)
         job.count = moved
+        if not moved:
+            job.queue = None
         return job
 
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
@@ -389,8 +403,8 @@ cdef class EngineCore:
         cdef int _attempt
         cdef uint32_t record = NO_RECORD
         for _attempt in range(count):
-            number[0] = first + <int>(self.next_queue % <uint32_t>count)
-            self.next_queue += 1
+            number[0] = first + <int>(self.next_queue[<int>direction] % <uint32_t>count)
+            self.next_queue[<int>direction] += 1
             record = (<TransferQueue>self.queue[number[0]]).claim(n)
             if record != NO_RECORD:
                 break
@@ -525,11 +539,17 @@ cdef class EngineCore:
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
         cdef uint64_t now
         cdef bint dead = False
-        while self.calls:
+        while self.calls and _c.kv_now_ns() < deadline:
             with nogil:
                 _c.kv_nap_ns(100_000)
         with nogil:
             self.thread.stop()
+        if self.calls:
+            # A call does not come to its end: a signal handler inside of it is what shuts us down. Leave it its parts.
+            for queue in self.queues:
+                (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
+            self.pool.abandon()
+            return
         for queue in self.queues:
             now = _c.kv_now_ns()
             (<TransferQueue>queue).close((deadline - now) // 1_000_000 if deadline > now else 0)
@@ -546,6 +566,8 @@ cdef class EngineCore:
         if not self.closing:
             self.closing = True
             self.close_parts(1000)
+        for queue in self.queues or ():
+            (<TransferQueue>queue).hook = NULL  # what a queue left open still retires, it retires without us
         free(self.last_job)
         free(self.stamps)
         if self.monitors_ready:
@@ -579,7 +601,7 @@ cdef void add_ready_slots(void *index, uint32_t first, uint32_t count) noexcept 
 
 cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
     """Raw addresses, none of them null or unaligned."""
-    array = np.asarray(data_ptrs)
+    array = np.array(data_ptrs)  # a copy, so that nobody changes it after the check
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"data_ptrs must be a one-dimensional array of integers, got shape {array.shape}, "
                          f"dtype {array.dtype}")
@@ -591,7 +613,7 @@ cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
 
 cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *:
     """One size a block, each within the payload of a slot."""
-    array = np.asarray(sizes)
+    array = np.array(sizes)  # a copy, so that nobody changes it after the check
     if array.ndim == 0:
         array = np.broadcast_to(array, (n,))
     if array.shape != (n,) or (n and array.dtype.kind not in "iu"):

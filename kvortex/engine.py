@@ -1,6 +1,8 @@
 """KVortexEngine: the one module that joins the parts, and the promise made to users."""
 
 import atexit
+import os
+import threading
 import weakref
 from contextlib import ExitStack
 
@@ -99,6 +101,7 @@ class KVortexEngine(EngineCore):
             engine = cls(device, pool, index, signals, savers, loaders, layout)
             undo.pop_all()
         engine.config = config
+        engine._shutting_down = threading.RLock()
         _engines.add(engine)
         return engine
 
@@ -112,7 +115,10 @@ class KVortexEngine(EngineCore):
         Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
         their memory is then leaked on purpose, because a copy may still be running into it.
         """
-        self._close(self.config.shutdown_timeout_ms)
+        if self.device.pid != os.getpid():
+            return  # the engine is the parent's, and so is whoever holds the lock
+        with self._shutting_down:  # a second caller returns when the first has finished
+            self._close(self.config.shutdown_timeout_ms)
 
     def __enter__(self):
         return self

@@ -28,10 +28,12 @@ static inline uint64_t kv_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-/* The deadline `timeout_ms` from now; a negative timeout never ends. */
+/* The deadline `timeout_ms` from now; a negative timeout never ends, nor does one of more than 100 years. */
 static inline uint64_t kv_deadline_ns(int64_t timeout_ms)
 {
-    return timeout_ms < 0 ? KV_NEVER_NS : kv_now_ns() + (uint64_t)timeout_ms * 1000000u;
+    if (timeout_ms < 0 || timeout_ms > INT64_C(3200000000000))
+        return KV_NEVER_NS;
+    return kv_now_ns() + (uint64_t)timeout_ms * 1000000u;
 }
 
 static inline void kv_nap_ns(uint64_t nanoseconds)

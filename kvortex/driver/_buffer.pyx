@@ -1,7 +1,7 @@
 """DeviceBuffer: memory of a device, for callers without a framework."""
 
 from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from cython cimport no_gc_clear
+from cython cimport auto_pickle, no_gc_clear
 from posix.unistd cimport getpid
 
 from kvortex._c cimport kv_devptr
@@ -11,6 +11,7 @@ from kvortex.driver._stream cimport Stream
 from kvortex.errors import ConfigError, EngineClosed
 
 
+@auto_pickle(False)  # copy.copy would make a second owner of the memory
 @no_gc_clear  # __dealloc__ needs the device, which the collector would clear before it
 cdef class DeviceBuffer:
     """Memory allocated on a device, not initialised.

@@ -199,6 +199,7 @@ cdef class Device:
         with nogil:
             code = self.check_stream(handle)
         if code != 0:
+            self.require_open()  # closed meanwhile by another thread: that is what the error should say
             refuse_stream(self, stream, code)
         return handle
 

@@ -137,10 +137,10 @@ cdef class BlockIndex:
         """Ask for a slot for each key that is not there yet.
 
         A free slot is taken, else the least recently used block that is not pinned is evicted; where there is none
-        the answer is FULL. A key that is PRESENT becomes the most recently used, so that the batch does not evict
-        what it just reported. A key that is READY with another length is discarded and reserved anew (its bytes would
-        serve nobody who asks for this length), or PENDING while it is pinned. A key that occurs twice in the batch is
-        PENDING the second time.
+        the answer is FULL. A key that is PRESENT becomes the most recently used; a batch that needs every slot there is
+        may still evict it later on. A key that is READY with another length is discarded and reserved anew (its bytes
+        would serve nobody who asks for this length), or PENDING while it is pinned. A key that occurs twice in the
+        batch is PENDING the second time.
 
         Parameters
         ----------
@@ -157,6 +157,8 @@ cdef class BlockIndex:
         """
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
         cdef size_t n = key_view.shape[0], num_lengths
+        if n:  # each key is read twice: one that another thread changed in between would break the table
+            key_view = key_view.copy()
         cdef const uint32_t[::1] length_view = as_lengths(lengths, n)
         num_lengths = length_view.shape[0]
         slots, statuses = np.empty(n, np.uint32), np.empty(n, np.uint8)
@@ -801,7 +803,7 @@ cdef object as_slots(object slots):
     array = as_uint32(slots, "slots")
     if array.ndim != 1:
         raise ValueError(f"slots must be one-dimensional, got shape {array.shape}")
-    return array
+    return array.copy()  # so that nobody changes it between the check and the use
 
 
 cdef object bad_slot(str verb, uint32_t slot, size_t position, uint32_t num_slots, str reason):

@@ -20,4 +20,6 @@ cdef inline const uint8_t[:, ::1] as_keys(object keys):
         view = keys
     except ValueError:
         raise ValueError("keys must be C-contiguous; pass numpy.ascontiguousarray(keys)") from None
+    if view.shape[1] != KV_KEY_BYTES:  # a subclass may say one shape and hold another
+        raise ValueError(f"keys must have shape (n, {KV_KEY_BYTES}), got a buffer of {view.shape[0]} x {view.shape[1]}")
     return view

@@ -15,6 +15,7 @@ cdef class PinnedPool:
     cdef char *mapping              # what munmap gets back: slots.base is aligned inside it
     cdef size_t mapping_bytes
     cdef bint driver_allocated      # cuMemHostAlloc instead of mmap + register
+    cdef void *allocation           # what it answered, until it is given back
     cdef kv_monitor monitor         # guards everything below
     cdef bint monitor_ready
     cdef uint32_t num_ready         # slots [0, num_ready) are registered
@@ -26,6 +27,7 @@ cdef class PinnedPool:
     cdef pthread_t thread
     cdef slots_ready_hook hook
     cdef void *hook_owner           # borrowed: the engine keeps the owner until close() has joined the thread
+    cdef object __weakref__
 
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil

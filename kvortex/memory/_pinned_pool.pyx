@@ -1,5 +1,6 @@
 """The pinned pool: address space at once, memory in chunks, slots that straddle no chunk."""
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from posix.unistd cimport getpid
@@ -44,6 +45,7 @@ cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 
 
+@cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
 cdef class PinnedPool:
     """Reserve, touch and pin host memory, cut into slots of equal stride.
 
@@ -137,6 +139,7 @@ cdef class PinnedPool:
                 code = self.device.drv.mem_host_alloc(&address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
                 self.device.leave(mode)
         self._raise_refused(code, b"cuMemHostAlloc", nbytes)
+        self.allocation = address
         self.slots.base = <char *>address
         self.num_ready = self.slots.num_slots
 
@@ -342,15 +345,13 @@ cdef class PinnedPool:
             self.join()
             entered = self.device.enter(&mode)
             if entered == 0:
-                if self.driver_allocated:
-                    self.device.drv.mem_free_host(self.slots.base)
                 while first < self.num_ready and not self.driver_allocated:
                     chunk = _c.kv_slots_chunk(&self.slots, first)
                     refused |= self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
                     first += _c.kv_slots_chunk_count(&self.slots, chunk)
                 self.device.leave(mode)
         if entered or refused:
-            self.mapping = NULL  # a dead context: the driver still knows these pages, so they are never given back
+            self.mapping = self.allocation = NULL  # a dead context: the driver still knows these pages
         elif self.exports == 0:
             self.unmap()
 
@@ -359,12 +360,17 @@ cdef class PinnedPool:
         self.closed = True
         with nogil:
             self.join()
-        self.mapping = NULL
+        self.mapping = self.allocation = NULL
 
     cdef void unmap(self) noexcept:
+        cdef int mode = 0
         if self.mapping is not NULL:
             munmap(self.mapping, self.mapping_bytes)
             self.mapping = NULL
+        if self.allocation is not NULL and self.device.enter(&mode) == 0:
+            self.device.drv.mem_free_host(self.allocation)
+            self.device.leave(mode)
+            self.allocation = NULL
 
     def __enter__(self):
         return self

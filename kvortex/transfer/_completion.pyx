@@ -1,5 +1,6 @@
 """The one thread that retires jobs as they end. It never takes the GIL and never blocks on one event."""
 
+cimport cython
 from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
@@ -12,6 +13,7 @@ cdef uint64_t SHORTEST_NAP_NS = 20_000
 cdef uint64_t LONGEST_NAP_NS = 50_000
 
 
+@cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
 cdef class CompletionThread:
     """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep when none has any."""
 

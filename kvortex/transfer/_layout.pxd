@@ -14,4 +14,4 @@ cdef class KVLayout:
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
     cdef bint strided                  # one copy for a whole group is legal; set by TransferQueue.probe
-    cdef size_t max_pieces             # rows of all groups: pieces of one block
+    cdef object __weakref__

@@ -1,6 +1,7 @@
 # cython: wraparound=True
 """KVLayout: runs, constructors over them, and the groups that strided copies can move."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
@@ -14,6 +15,7 @@ from kvortex.transfer.tensors import address_of, describe
 cdef uint32_t MAX_PERIOD = 4  # K and V, and a scale for each; what repeats with a longer period moves piece by piece
 
 
+@cython.no_gc_clear  # in a garbage cycle the owners must outlive the engine that ends its copies
 cdef class KVLayout:
     """Describe a paged KV cache as opaque bytes: a list of runs.
 
@@ -74,7 +76,6 @@ cdef class KVLayout:
         self.block_bytes = block_bytes
         self.block_size = block_size
         self.runs = tuple(runs)
-        self.max_pieces = len(runs)
         self.owners = tuple(owners)
 
     def __dealloc__(self):

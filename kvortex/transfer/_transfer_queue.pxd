@@ -61,6 +61,7 @@ cdef class TransferQueue:
     cdef readonly uint32_t jobs_in_flight   # claimed and not yet free
     cdef int failure                   # sticky CUresult: the context is dead
     cdef bint closed
+    cdef set used                      # pools and layouts that jobs were submitted with; kept until close
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
     # Scratch of the one submitter.
@@ -84,11 +85,11 @@ cdef class TransferQueue:
     cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil
     cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil
     cdef void fail_all(self, int code) noexcept nogil
-    cdef Job handle(self, uint32_t record, size_t num_blocks, object statuses, object owner)
+    cdef void attach(self, Job job, uint32_t record, object owner)
 
 
 cdef class Job:
-    cdef TransferQueue queue           # kept alive; NULL-like (None) for a job that moved nothing
+    cdef TransferQueue queue           # kept alive; None for a job that moved nothing: it is done from the start
     cdef object owner                  # the engine, kept alive while its job is
     cdef JobOutcome outcome
     cdef uint32_t record, generation
@@ -98,5 +99,4 @@ cdef class Job:
     cdef OutcomeState _state(self) noexcept nogil
 
 
-cdef Job finished_job(size_t num_blocks, object statuses)
 cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *

@@ -1,5 +1,7 @@
 """One stream, one direction, FIFO: claims records, orders and issues copies, retires jobs in order."""
 
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy, memset
@@ -18,10 +20,12 @@ from kvortex.transfer.awaiting import wait_in_loop
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
 cdef uint64_t POLL_NS = 50_000  # a waiter polls as well, so that it depends on no other thread
+cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 DIRECTIONS = {"D2H": D2H, "H2D": H2D}
 
 
+@cython.no_gc_clear  # __dealloc__ waits for copies, which need all that the collector would clear before
 cdef class TransferQueue:
     """Move blocks between a device and pinned slots on a stream of its own, in one direction, first in first out.
 
@@ -71,6 +75,7 @@ cdef class TransferQueue:
         self.device = device
         self.direction_ = DIRECTIONS[direction]
         self.signals = signals if signals is not None else JobSignals()
+        self.used = set()
         self.records = <JobRecord *>calloc(max_jobs, sizeof(JobRecord))
         if self.records is NULL:
             raise MemoryError(f"no memory for {max_jobs} job records")
@@ -95,13 +100,13 @@ cdef class TransferQueue:
     # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
 
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil:
-        """A record for a job over `num_slots` slots, or NO_RECORD when `max_jobs` are in flight (or memory is out)."""
+        """A record for a job over `num_slots` slots, or NO_RECORD: all are in flight, no memory, closed, dead."""
         cdef uint32_t record
         cdef uint32_t *slots
         cdef JobRecord *job
         _c.kv_monitor_lock(&self.monitor)
         record = self.free_head
-        if record == NO_RECORD or self.failure:
+        if record == NO_RECORD or self.failure or self.closed:
             _c.kv_monitor_unlock(&self.monitor)
             return NO_RECORD
         job = &self.records[record]
@@ -304,7 +309,8 @@ cdef class TransferQueue:
         """Retire until no job is in flight. 0, or -1 when the deadline passed first."""
         cdef bint empty
         while True:
-            self.poll_once()
+            while self.poll_once() == 1:
+                pass
             _c.kv_monitor_lock(&self.monitor)
             empty = self.jobs_in_flight == 0
             _c.kv_monitor_unlock(&self.monitor)
@@ -442,8 +448,10 @@ cdef class TransferQueue:
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
                              f"({pool.payload_bytes})")
         cdef void *caller = self.device.borrow_stream(stream)
+        cdef Job job = Job.__new__(Job)
         if n == 0:
-            return finished_job(0, None)
+            return job
+        self.used.update((pool, layout))
         with nogil:
             record = self.claim(n)
             if record != NO_RECORD:
@@ -451,9 +459,11 @@ cdef class TransferQueue:
                 self.records[record].num_slots = n
                 self.records[record].nbytes = n * layout.block_bytes
         if record == NO_RECORD:
+            self._require_open()
             check(self.device, self.failure, b"an earlier transfer")
             return None
-        job = self.handle(record, n, None, (pool, layout))
+        self.attach(job, record, self)
+        job.count = n
         plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided, &ids[0], &pool.slots,
                                     self.records[record].slots, n)
         with nogil:
@@ -467,17 +477,17 @@ cdef class TransferQueue:
         check(self.device, code, call)
         return job
 
-    cdef Job handle(self, uint32_t record, size_t num_blocks, object statuses, object owner):
-        """The Python handle of a claimed record; made before the copies are submitted, so that it misses no outcome."""
-        cdef Job job = Job.__new__(Job)
+    cdef void attach(self, Job job, uint32_t record, object owner):
+        """Let `job` be the handle of a claimed record; before the copies are submitted, so that it misses no outcome.
+
+        Raises nothing and runs no Python code: from the claim on, somebody must submit or unclaim.
+        """
         job.queue = self
         job.owner = owner
         job.record = record
         job.generation = self.records[record].generation
-        job.count = num_blocks
-        job.statuses = statuses
+        job.outcome.state = OUTCOME_PENDING
         self.records[record].outcome = &job.outcome
-        return job
 
     def poll(self):
         """Retire the jobs whose copies are over; returns how many. Never blocks on one."""
@@ -564,9 +574,9 @@ cdef class TransferQueue:
         return "D2H" if self.direction_ == D2H else "H2D"
 
     def _require_open(self):
-        self.device.require_open()
         if self.closed:
             raise EngineClosed("the transfer queue is closed")
+        self.device.require_open()
 
     def close(self, timeout_ms=5000):
         """Wait for the jobs in flight, then destroy the stream and the events. Idempotent; releases the GIL.
@@ -580,9 +590,11 @@ cdef class TransferQueue:
         cdef const _c.kv_driver *drv
         if self.closed or self.device.pid != getpid():
             return
-        self.closed = True
         drv = self.device.drv
         with nogil:
+            _c.kv_monitor_lock(&self.monitor)
+            self.closed = True  # nothing is claimed from here on
+            _c.kv_monitor_unlock(&self.monitor)
             code = self.device.enter(&mode)
             if code or self.wait_empty(_c.kv_deadline_ns(limit)) or self.failure:  # a dead context empties itself
                 self.fail_all(code or self.failure or _c.KV_CUDA_DEINITIALIZED)
@@ -596,6 +608,7 @@ cdef class TransferQueue:
                     drv.stream_destroy(self.stream)
             if code == 0:
                 self.device.leave(mode)
+        self.used.clear()
 
     def __enter__(self):
         return self
@@ -617,6 +630,7 @@ cdef class TransferQueue:
             _c.kv_monitor_destroy(&self.monitor)
 
 
+@cython.no_gc_clear  # __dealloc__ takes the pointer to `outcome` back from the queue
 cdef class Job:
     """What a save or a load did, and when it is over.
 
@@ -660,20 +674,24 @@ cdef class Job:
             The job failed.
         """
         cdef int mode = 0, code
-        cdef OutcomeState state = OUTCOME_DONE
+        cdef OutcomeState state
         cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
+        cdef uint64_t deadline = _c.kv_deadline_ns(limit), pause
         if self.queue is None:
             return
         self._require_owner_process()
-        if self._state() == OUTCOME_PENDING:
+        state = self._state()
+        while state == OUTCOME_PENDING:
             with nogil:
                 code = self.queue.device.enter(&mode)
                 if code == 0:
-                    state = self.queue.wait_outcome(&self.outcome, _c.kv_deadline_ns(limit))
+                    pause = _c.kv_now_ns() + SIGNALS_NS
+                    state = self.queue.wait_outcome(&self.outcome, pause if pause < deadline else deadline)
                     self.queue.device.leave(mode)
             check(self.queue.device, code, b"cuCtxPushCurrent")
-        if state == OUTCOME_PENDING:
-            raise TimeoutError(f"the job is not done after {timeout_ms} ms")
+            PyErr_CheckSignals()
+            if state == OUTCOME_PENDING and _c.kv_now_ns() >= deadline:
+                raise TimeoutError(f"the job is not done after {timeout_ms} ms")
         self._raise_failed()
 
     def wait_on(self, stream):
@@ -744,15 +762,6 @@ cdef class Job:
         _c.kv_monitor_unlock(&self.queue.monitor)
 
 
-cdef Job finished_job(size_t num_blocks, object statuses):
-    """A job that moved nothing: done from the start."""
-    cdef Job job = Job.__new__(Job)
-    job.outcome.state = OUTCOME_DONE
-    job.count = num_blocks
-    job.statuses = statuses
-    return job
-
-
 cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
     """Device block ids as an int64 array, each checked against the layout."""
     array = np.asarray(block_ids)
@@ -770,7 +779,7 @@ cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
 
 cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *:
     """Slots of a pool as a uint32 array, each of them registered."""
-    array = np.asarray(slot_ids)
+    array = np.array(slot_ids)  # a copy, so that nobody changes it after the check
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise ValueError(f"slot_ids must be a one-dimensional array of integers, got shape {array.shape}, "
                          f"dtype {array.dtype}")

@@ -6,7 +6,8 @@ import weakref
 
 POLL_S = 0.0005
 
-# loop -> {signals: _LoopListener}; a loop that is gone takes its listeners along.
+# loop -> {signals: _LoopListener}. Weak on both sides: the coroutines that wait keep their listener, and a loop that is
+# dropped with coroutines still waiting takes them along.
 _listeners = weakref.WeakKeyDictionary()
 
 
@@ -18,8 +19,8 @@ class _LoopListener:
         self.signals = signals
         self.waiting = {}  # future -> job
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        loop.add_reader(self.eventfd, self._on_retired)
         signals.add_listener(self.eventfd)
+        loop.add_reader(self.eventfd, self._on_retired)
 
     def _on_retired(self):
         try:
@@ -48,7 +49,7 @@ async def wait_in_loop(job, signals):
             await asyncio.sleep(POLL_S)
         return
     loop = asyncio.get_running_loop()
-    of_loop = _listeners.setdefault(loop, {})
+    of_loop = _listeners.setdefault(loop, weakref.WeakValueDictionary())
     listener = of_loop.get(signals)
     if listener is None:
         listener = of_loop[signals] = _LoopListener(loop, signals)

@@ -1,5 +1,6 @@
 """Stream, Event and DeviceBuffer as users see them."""
 
+import copy
 import gc
 import random
 import weakref
@@ -153,3 +154,8 @@ def test_objects_in_a_cycle_are_collected(device):
 
 def test_stream_speaks_the_stream_protocol(stream):
     assert stream.__cuda_stream__() == (0, stream.handle)
+
+
+def test_buffer_is_not_copied_by_python(device):
+    with DeviceBuffer(64, device) as buffer, pytest.raises(TypeError, match="pickle"):
+        copy.copy(buffer)

@@ -1,6 +1,8 @@
 """`await job`: many at once, cancelled, in several loops, and with the loop gone early."""
 
 import asyncio
+import gc
+import os
 import threading
 
 import pytest
@@ -122,3 +124,25 @@ def test_await_works_on_a_queue_without_an_engine(device, stream):
             return await queue.submit(cache.layout, [0, 1], pool, [3, 4], stream=stream)
 
         assert asyncio.run(save()).num_blocks == 2
+
+
+@pytest.mark.host
+def test_loops_dropped_while_jobs_are_awaited_leave_no_file_descriptor(bench, host):
+    bench.saved([1])
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def wait_for(job):
+        await job
+
+    for _ in range(70):  # more than the listeners an engine has room for
+        host.hold()
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(wait_for(bench.load([1], [8])))
+        loop.run_until_complete(asyncio.sleep(0))
+        loop.close()
+        task._log_destroy_pending = False
+        del task, loop
+        host.release()
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) <= before
+    asyncio.run(wait_for(bench.load([1], [8])))

@@ -247,3 +247,20 @@ def test_engine_serves_while_its_pool_is_still_being_registered(device, stream):
     engine.wait_ready(60_000)
     assert engine.index.counters()["slots_added"] == engine.pool.num_slots == 2000
     engine.shutdown()
+
+
+def test_keys_that_say_one_shape_and_hold_another(bench):
+    class Lying(np.ndarray):
+        @property
+        def shape(self):
+            return (super().shape[0], 32)
+
+    with pytest.raises(ValueError, match="keys"):
+        bench.engine.check_blocks(np.zeros((4, 8), np.uint8).view(Lying))
+
+
+@pytest.mark.parametrize("timeout_ms", [2**63 - 1, 2**62, 10**15])
+def test_absurd_timeouts_wait_for_the_job(bench, timeout_ms):
+    job = bench.save([1])
+    job.wait(timeout_ms)
+    assert job.done()

@@ -377,3 +377,25 @@ def test_two_layouts_of_sizes_that_differ_per_block(make_bench):
     bench.cache.buffers[0].copy_to(back, 8192)
     for start, size in zip(sources - address, sizes, strict=True):
         assert (back[start : start + size] == data[start : start + size]).all()
+
+
+@pytest.mark.host
+def test_saves_and_loads_take_their_queues_in_turn(make_bench, host):
+    bench = make_bench(16, num_transfer_streams=4)
+    bench.saved([100])
+    host.hold()
+    for number in range(6):
+        bench.engine.save_blocks(keys_of([number]), [number], stream=bench.stream)
+        bench.load([100], [10 + number])
+    assert [queue.jobs_in_flight for queue in bench.engine.queues] == [3, 3, 3, 3]
+    host.release()
+
+
+@pytest.mark.host
+def test_keys_refused_by_full_queues_are_counted(make_bench, host):
+    bench = make_bench(8, max_jobs=1, num_transfer_streams=2)
+    host.hold()
+    for number in range(3):
+        bench.engine.save_blocks(keys_of([number]), [0], stream=bench.stream)
+    assert bench.engine.get_stats().blocks_refused == 2
+    host.release()

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import weakref
 
@@ -213,3 +215,132 @@ def test_many_engines_leave_nothing_open(device, stream):
     deadline = time.monotonic() + 20
     while open_now() > before:  # a joined thread leaves /proc a moment later
         assert time.monotonic() < deadline, f"{before} file descriptors and threads became {open_now()}"
+
+
+@pytest.mark.host
+def test_job_in_a_garbage_cycle_takes_its_outcome_back(bench, host):
+    """Otherwise retiring it writes into memory that has long been something else."""
+
+    class Holder:
+        pass
+
+    host.hold()
+    for number in range(20):
+        holder = Holder()
+        holder.itself = holder
+        holder.job = bench.engine.save_blocks(keys_of([number]), [0], stream=bench.stream)
+        del holder
+    gc.collect()
+    size = kvortex.Job.__basicsize__ + 16  # what the collector adds in front
+    pattern = b"\x41"
+    reused = [pattern * (size - 33 - smaller) for _ in range(400) for smaller in (0, 1, 8, 16)]
+    host.release()
+    while bench.engine.get_stats().jobs_in_flight:
+        pass
+    assert not [data for data in reused if data.strip(pattern)]
+
+
+@pytest.mark.host
+def test_queue_keeps_pool_and_layout_of_dropped_jobs(device, stream, host):
+    cache = DeviceCache(device)
+    queue = kvortex.TransferQueue(device, "D2H")
+    pool = kvortex.PinnedPool(64 * 4096, cache.block_bytes, device)
+    layout = weakref.ref(cache.layout)
+    host.hold()
+    queue.submit(cache.layout, range(8), pool, range(8), stream=stream)
+    del pool, cache.layout
+    gc.collect()
+    assert layout() is not None
+    assert host.live_objects()["registrations"] == 1
+    host.release()
+    queue.close()
+    gc.collect()
+    assert layout() is None
+    assert host.live_objects()["registrations"] == 0
+
+
+@pytest.mark.host
+def test_second_shutdown_returns_when_the_first_has_finished(make_bench, host):
+    bench = make_bench(4)
+    host.hold()
+    job = bench.engine.save_blocks(keys_of([1]), [0], stream=bench.stream)
+    threads = [threading.Thread(target=bench.engine.shutdown) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert not job.done()
+    assert all(thread.is_alive() for thread in threads)
+    host.release()
+    for thread in threads:
+        thread.join(20)
+    assert job.done() and job.num_blocks == 1
+
+
+@pytest.mark.host
+def test_shutdown_from_within_a_call_ends_and_frees_nothing_under_it(make_bench):
+    """As a signal handler does it; here Python code inside the call is the attribute of a stream object."""
+    bench = make_bench(4, shutdown_timeout_ms=50)
+
+    class Stream:
+        @property
+        def cuda_stream(self):
+            bench.engine.shutdown()
+            return bench.stream.handle
+
+    job = bench.engine.save_blocks(keys_of([1]), [0], stream=Stream())
+    assert list(job.statuses) == [3], "a closed engine takes nothing"
+    with pytest.raises(kvortex.EngineClosed):
+        bench.engine.check_blocks(keys_of([1]))
+
+
+@pytest.mark.parametrize("driver_allocated", [False, True])
+def test_view_outlives_the_pool_however_it_was_allocated(device, driver_allocated):
+    pool = kvortex.PinnedPool(4 * 4096, 4096, device, driver_allocated=driver_allocated)
+    view = pool.view(1)
+    view[:] = b"\x07" * 4096
+    pool.close()
+    assert set(view) == {7}
+    view.release()
+
+
+def test_objects_that_were_never_created_refuse_every_call():
+    for call in (
+        lambda: kvortex.TransferQueue.__new__(kvortex.TransferQueue).poll(),
+        lambda: kvortex.KVortexEngine.__new__(kvortex.KVortexEngine).get_stats(),
+        lambda: kvortex.KVortexEngine.__new__(kvortex.KVortexEngine).clear(),
+        lambda: kvortex.PinnedPool.__new__(kvortex.PinnedPool).view(0),
+    ):
+        with pytest.raises(kvortex.EngineClosed):
+            call()
+
+
+@pytest.mark.host
+def test_closed_queue_fails_no_job_whose_copies_are_over(device, stream):
+    cache = DeviceCache(device)
+    with kvortex.PinnedPool(64 * 4096, cache.block_bytes, device) as pool, kvortex.Stream.create(device) as other:
+        queue = kvortex.TransferQueue(device, "D2H")
+        jobs = [queue.submit(cache.layout, [number], pool, [number], stream=stream) for number in range(5)]
+        for job in jobs:
+            job.wait_on(other)
+        other.synchronize()
+        queue.close(timeout_ms=0)
+        for job in jobs:
+            job.wait(0)
+
+
+@pytest.mark.host
+def test_signal_handlers_run_while_a_job_is_waited_for(bench, host):
+    host.hold()
+    job = bench.engine.save_blocks(keys_of([1]), [0], stream=bench.stream)
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]).start()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            job.wait(20_000)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    host.release()
+    job.wait(20_000)
