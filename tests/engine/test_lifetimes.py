@@ -226,10 +226,10 @@ def test_job_in_a_garbage_cycle_takes_its_outcome_back(bench, host):
 
     host.hold()
     for number in range(20):
-        holder = Holder()
-        holder.itself = holder
-        holder.job = bench.engine.save_blocks(keys_of([number]), [0], stream=bench.stream)
-        del holder
+        job = bench.engine.save_blocks(keys_of([number]), [0], stream=bench.stream)
+        holder = Holder()  # younger than the job, so that the collector clears the job first
+        holder.itself, holder.job = holder, job
+        del holder, job
     gc.collect()
     size = kvortex.Job.__basicsize__ + 16  # what the collector adds in front
     pattern = b"\x41"
