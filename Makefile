@@ -1,4 +1,4 @@
-# KVortex: one word per job. Every target makes its own virtual environment and installs what it needs first.
+# KVortex: one word per job. Every target that runs code makes its own virtual environment and installs what it needs first.
 #
 #   PYTHON=python3.12   the interpreter to use                    (python3)
 #   VENV=none           use PYTHON as it is and install nothing   (.venv)

@@ -1,6 +1,6 @@
 """The C core as Cython sees it: one `cdef extern` section per header of include/kvortex, nothing else."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "kvortex/driver.h" nogil:
@@ -178,7 +178,8 @@ cdef extern from "kvortex/slots.h" nogil:
 
 
 cdef extern from "kvortex/copy_plan.h" nogil:
-    const int KV_BATCH_COPIES
+    enum:
+        KV_BATCH_COPIES
 
     ctypedef struct kv_group:
         uint64_t base, block_stride
@@ -236,7 +237,7 @@ cdef extern from "<pthread.h>" nogil:
 # kvortex/histogram.h (stats) ---------------------------------------------------------------------------------------
 cdef extern from "kvortex/histogram.h" nogil:
     ctypedef struct kv_histogram:
-        uint64_t count, sum
+        uint64_t count
 
     void kv_histogram_add(kv_histogram *histogram, uint64_t value)
     uint64_t kv_histogram_percentile(const kv_histogram *histogram, double fraction)

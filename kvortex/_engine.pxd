@@ -47,7 +47,7 @@ cdef class EngineCore:
 
     cdef kv_monitor hazards              # guards the next three
     cdef uint64_t *last_job              # per device block: the last job that reads or writes it, see job_word()
-    cdef uint32_t *stamps                # per device block: the last call that named it
+    cdef uint32_t *stamps                # per device block: the last load that named it
     cdef uint32_t stamp
     cdef kv_monitor counting             # guards the counters
     cdef Counters count

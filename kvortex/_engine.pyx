@@ -98,7 +98,8 @@ cdef class EngineCore:
         block_ids : integer array (n,)
             Blocks of the engine's layout; or instead of it:
         data_ptrs : integer array (n,), sizes : int or integer array (n,)
-            Device addresses and bytes, 1 to the slot's payload each; the caller orders its own jobs on them.
+            Device addresses (multiples of 4) and bytes, 1 to the slot's payload each; the caller orders its own jobs on
+            them.
         stream : int or stream object
             Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and is
             ready.
@@ -121,8 +122,8 @@ cdef class EngineCore:
 
         Notes
         -----
-        Thread-safe; the GIL is released. Takes no lock over a driver call; blocks only while a job on the same device
-        blocks is being submitted by another thread.
+        Thread-safe; the GIL is released. Blocks only while another thread submits on the same stream or on the same
+        device blocks, and, when the driver refused, until the copies already issued are over.
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
@@ -177,7 +178,9 @@ cdef class EngineCore:
             self.calls -= 1
 
     def check_blocks(self, keys):
-        """Which of the keys are in RAM, and how long the leading run is. No side effects, no lock, GIL released.
+        """Which of the keys are in RAM, and how long the leading run is.
+
+        Changes nothing in the cache and reads the index without a lock; the GIL is released.
 
         Returns
         -------
@@ -339,8 +342,11 @@ cdef class EngineCore:
         cdef Job job = Job.__new__(Job)  # done from the start, until it is attached to a record
         job.statuses = statuses
         if not ordered and not source.by_block:
-            for index in range(n):
-                ordered |= self.lies_on_device(source.addresses[index])
+            with nogil:
+                for index in range(n):
+                    if self.lies_on_device(source.addresses[index]):
+                        ordered = True
+                        break
         if ordered:
             caller = self.device.borrow_stream(stream)
         if n == 0:

@@ -22,8 +22,8 @@ _engines = weakref.WeakSet()
 class KVortexEngine(EngineCore):
     """Keep KV blocks in pinned host memory and bring them back on a prefix hit.
 
-    Made by `create`. Every verb may be called from any thread and releases the GIL; see their own docstrings:
-    `save_blocks`, `load_blocks`, `check_blocks`, `touch_blocks`, `discard_blocks`, `clear`, `get_stats`.
+    Made by `create`. Every verb may be called from any thread; all but `get_stats` release the GIL. What each one does
+    stands in its own docstring.
 
     Attributes
     ----------
@@ -73,8 +73,9 @@ class KVortexEngine(EngineCore):
                 )
         if block_bytes is None:
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
-        num_loaders = max(1, config.num_transfer_streams // 2)
-        num_savers = max(1, config.num_transfer_streams - num_loaders)
+        num_streams = max(2, config.num_transfer_streams)  # loads and saves never share one
+        num_loaders = num_streams // 2
+        num_savers = num_streams - num_loaders
         with ExitStack() as undo:
             device = Device.open(config.device)
             undo.callback(device.close)

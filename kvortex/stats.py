@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class EngineStats:
-    """Counters since the engine was created, taken at one moment.
+    """Counters since the engine was created; those of engine, index and pool are read one after the other.
 
     Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
-    released. Latencies are in microseconds from the call to the retired job (lookups: to the answer), each at most 25 %
-    above the true percentile, 0 without samples.
+    released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
+    at most 25 % above the true percentile, 0 without samples.
     """
 
     blocks_checked: int

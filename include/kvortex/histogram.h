@@ -15,7 +15,7 @@
 enum { KV_HISTOGRAM_BUCKETS = 256 };
 
 typedef struct kv_histogram {
-    uint64_t count, sum;
+    uint64_t count;
     uint64_t buckets[KV_HISTOGRAM_BUCKETS];
 } kv_histogram;
 
@@ -39,7 +39,6 @@ static inline uint64_t kv_histogram_upper_edge(unsigned bucket)
 static inline void kv_histogram_add(kv_histogram *histogram, uint64_t value)
 {
     histogram->count++;
-    histogram->sum += value;
     histogram->buckets[kv_histogram_bucket(value)]++;
 }
 

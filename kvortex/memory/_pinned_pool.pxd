@@ -5,7 +5,8 @@ from libc.stdint cimport uint32_t
 from kvortex._c cimport kv_monitor, kv_slots, pthread_t
 from kvortex.driver._device cimport Device
 
-# Told of slots that have become usable. Runs without the GIL, on the registering thread, under the pool's monitor.
+# Told of slots that have become usable. Needs no GIL; runs under the pool's monitor, on the thread that attaches or
+# registers.
 ctypedef void (*slots_ready_hook)(void *owner, uint32_t first, uint32_t count) noexcept nogil
 
 
@@ -16,13 +17,13 @@ cdef class PinnedPool:
     cdef size_t mapping_bytes
     cdef bint driver_allocated      # cuMemHostAlloc instead of mmap + register
     cdef void *allocation           # what it answered, until it is given back
-    cdef kv_monitor monitor         # guards everything below
+    cdef kv_monitor monitor         # guards num_ready, failure, stopping and the hook
     cdef bint monitor_ready
     cdef uint32_t num_ready         # slots [0, num_ready) are registered
     cdef int failure                # CUresult that ended the registering, or 0
     cdef bint stopping
     cdef bint registering           # the background thread runs and must be joined
-    cdef bint closed
+    cdef bint closed                # changed under the GIL, as are exports
     cdef Py_ssize_t exports         # buffers handed out; the mapping outlives them
     cdef pthread_t thread
     cdef slots_ready_hook hook

@@ -83,7 +83,6 @@ cdef class PinnedPool:
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.slots.base = NULL
         self.closed = True
         if _c.kv_monitor_init(&self.monitor):
             raise MemoryError("pthread_mutex_init failed")
@@ -170,8 +169,8 @@ cdef class PinnedPool:
 
     def _raise_refused(self, int code, bytes call, size_t nbytes):
         if code == _c.KV_CUDA_OUT_OF_MEMORY:
-            raise PoolExhausted(f"{call.decode()} of {nbytes} bytes answered out of memory; candidates are "
-                                f"RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
+            raise PoolExhausted(f"touching or pinning {nbytes} bytes ({call.decode()}) ran out of memory; candidates "
+                                f"are RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
         check(self.device, code, call)
 
     # ---- registering ------------------------------------------------------------------------------------------------
@@ -253,7 +252,7 @@ cdef class PinnedPool:
         if self.device is None or self.device.pid != getpid():
             raise EngineClosed("this pool belongs to the parent process; create one after the fork")
         if self.closed:
-            raise EngineClosed("the pool is closed")
+            raise EngineClosed("the pool is closed; create another one")
 
     def _require_slot(self, slot):
         if not 0 <= slot < self.slots.num_slots:
@@ -341,6 +340,7 @@ cdef class PinnedPool:
         if self.closed or self.device.pid != getpid():
             return
         self.closed = True
+        self.exports += 1  # ours: a view released meanwhile must not unmap what is still registered
         with nogil:
             self.join()
             entered = self.device.enter(&mode)
@@ -350,6 +350,7 @@ cdef class PinnedPool:
                     refused |= self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
                     first += _c.kv_slots_chunk_count(&self.slots, chunk)
                 self.device.leave(mode)
+        self.exports -= 1
         if entered or refused:
             self.mapping = self.allocation = NULL  # a dead context: the driver still knows these pages
         elif self.exports == 0:
@@ -358,19 +359,21 @@ cdef class PinnedPool:
     cdef void abandon(self) noexcept:
         """Close without giving memory back: after a sticky error a copy may still be running into it."""
         self.closed = True
+        self.mapping = self.allocation = NULL
         with nogil:
             self.join()
-        self.mapping = self.allocation = NULL
 
     cdef void unmap(self) noexcept:
+        cdef char *mapping = self.mapping
+        cdef void *allocation = self.allocation
         cdef int mode = 0
-        if self.mapping is not NULL:
-            munmap(self.mapping, self.mapping_bytes)
-            self.mapping = NULL
-        if self.allocation is not NULL and self.device.enter(&mode) == 0:
-            self.device.drv.mem_free_host(self.allocation)
-            self.device.leave(mode)
-            self.allocation = NULL
+        self.mapping = self.allocation = NULL  # taken under the GIL, so that nobody gives them back twice
+        with nogil:
+            if mapping is not NULL:
+                munmap(mapping, self.mapping_bytes)
+            if allocation is not NULL and self.device.enter(&mode) == 0:
+                self.device.drv.mem_free_host(allocation)
+                self.device.leave(mode)
 
     def __enter__(self):
         return self

@@ -1,7 +1,5 @@
 """CompletionThread: retires the jobs of an engine's queues. The map; the code is in _completion.pyx."""
 
-from libc.stdint cimport uint64_t
-
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device
 from kvortex.transfer._signals cimport JobSignals

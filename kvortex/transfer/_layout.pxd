@@ -13,5 +13,5 @@ cdef class KVLayout:
     cdef readonly size_t block_size    # tokens of one block, 0 when unknown
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
-    cdef bint strided                  # one copy for a whole group is legal; set by TransferQueue.probe
+    cdef bint strided                  # one copy for a whole group is legal: set by a probe, cleared by a refusal
     cdef object __weakref__

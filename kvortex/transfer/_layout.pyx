@@ -41,7 +41,8 @@ cdef class KVLayout:
 
     Notes
     -----
-    The memory is not touched here. A layout may be shared by threads; it never changes after an engine has probed it.
+    The memory is not touched here. A layout may be shared by threads; only whether strided copies are used changes: a
+    probe allows them, a refused one forbids them.
     """
 
     def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
@@ -90,11 +91,6 @@ cdef class KVLayout:
     def pieces_per_block(self):
         """Contiguous parts of one block on the device."""
         return len(self.runs)
-
-    @property
-    def strided_legal(self):
-        """Whether a probe found one copy for many evenly spaced pieces to be legal here."""
-        return self.strided
 
     # ---- constructors -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvortex._c cimport kv_copy, kv_devptr, kv_monitor, kv_plan
+from kvortex._c cimport KV_BATCH_COPIES, kv_copy, kv_devptr, kv_monitor, kv_plan
 from kvortex.driver._device cimport Device
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
@@ -48,12 +48,12 @@ cdef class TransferQueue:
     cdef readonly Device device
     cdef readonly JobSignals signals
     cdef void *stream                  # ours, non-blocking
-    cdef readonly Direction direction_
+    cdef Direction direction_
     cdef JobRecord *records
     cdef readonly uint32_t max_jobs
     cdef kv_monitor monitor            # guards records, lists, outcomes; broadcast when a job is submitted or retired
-    # Serialises submitters, since a stream is FIFO: the one lock that is held over driver calls. A leaf; neither the
-    # completion thread nor a holder of the GIL ever waits for it.
+    # Serialises submitters, since a stream is FIFO: the one lock that is held over driver calls. Only the monitor above
+    # is taken inside it; neither the completion thread nor a holder of the GIL ever waits for it.
     cdef kv_monitor submitting
     cdef bint monitors_ready
     cdef uint32_t free_head, fifo_head, fifo_tail
@@ -65,10 +65,10 @@ cdef class TransferQueue:
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
     # Scratch of the one submitter.
-    cdef kv_copy copies[128]
-    cdef kv_devptr targets[128]
-    cdef kv_devptr sources[128]
-    cdef size_t sizes[128]
+    cdef kv_copy copies[KV_BATCH_COPIES]
+    cdef kv_devptr targets[KV_BATCH_COPIES]
+    cdef kv_devptr sources[KV_BATCH_COPIES]
+    cdef size_t sizes[KV_BATCH_COPIES]
 
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
     cdef void unclaim(self, uint32_t record) noexcept nogil

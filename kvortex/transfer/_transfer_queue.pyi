@@ -12,7 +12,6 @@ from kvortex.transfer._signals import JobSignals
 class TransferQueue:
     device: Device
     signals: JobSignals
-    direction_: int
     max_jobs: int
     jobs_in_flight: int
     def __init__(

@@ -328,7 +328,7 @@ cdef class TransferQueue:
         cdef _c.kv_copy *copy
         cdef int code = 0
         while code == 0:
-            count = _c.kv_plan_next(plan, self.copies, 128)
+            count = _c.kv_plan_next(plan, self.copies, _c.KV_BATCH_COPIES)
             if count == 0:
                 break
             batched = 0
@@ -353,7 +353,7 @@ cdef class TransferQueue:
                         self.sources[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
                         self.targets[batched] = copy.device + row * copy.device_pitch
                     batched += 1
-                    if batched == 128:
+                    if batched == _c.KV_BATCH_COPIES:
                         code = self.copy_batch(batched)
                         if code:
                             return code
@@ -431,7 +431,7 @@ cdef class TransferQueue:
         ValueError
             Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream.
         DriverError
-            The driver refused; no copy is in flight.
+            The driver refused; no copy is in flight, unless the context is dead.
         """
         cdef int64_t[::1] ids = as_block_ids(block_ids, layout)
         cdef uint32_t[::1] slots = as_slot_ids(slot_ids, pool)
@@ -575,7 +575,7 @@ cdef class TransferQueue:
 
     def _require_open(self):
         if self.closed:
-            raise EngineClosed("the transfer queue is closed")
+            raise EngineClosed("the transfer queue is closed; create another one")
         self.device.require_open()
 
     def close(self, timeout_ms=5000):
