@@ -5,6 +5,7 @@ import pytest
 from kvcache import SHAPES, DeviceCache
 
 from kvortex import PinnedPool, TransferQueue
+from kvortex.transfer import probe_layout
 
 NBYTES = 64 << 20
 PIECE_BYTES = 32 << 10
@@ -45,7 +46,7 @@ def test_d2h(benchmark, device, stream, paired):
     for block, record in zip(paired.blocks, paired.records, strict=True):
         paired.cache.write(block, record)
     with TransferQueue(device, "D2H") as queue:
-        queue.probe(paired.cache.layout)
+        probe_layout(paired.cache.layout, queue)
         assert benchmark.pedantic(paired.submit, args=(queue, stream), **ROUNDS) == paired.num_blocks
     for slot, record in zip(paired.slots, paired.records, strict=True):
         assert paired.pool.view(slot) == record
@@ -55,7 +56,8 @@ def test_h2d(benchmark, device, stream, paired):
     for slot, record in zip(paired.slots, paired.records, strict=True):
         paired.pool.view(slot)[:] = record
     with TransferQueue(device, "H2D") as queue, TransferQueue(device, "D2H") as prober:
-        prober.probe(paired.cache.layout)
+        probe_layout(paired.cache.layout, prober)
+        probe_layout(paired.cache.layout, queue)
         assert benchmark.pedantic(paired.submit, args=(queue, stream), **ROUNDS) == paired.num_blocks
     for block, record in zip(paired.blocks, paired.records, strict=True):
         assert paired.cache.read(block) == record

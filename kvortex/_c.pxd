@@ -93,6 +93,13 @@ cdef extern from "kvortex/driver.h" nogil:
         int (*memcpy_batch_async)(kv_devptr *targets, kv_devptr *sources, size_t *sizes, size_t count,
                                   kv_memcpy_attributes *attributes, size_t *attribute_indices, size_t num_attributes,
                                   size_t *fail_index, void *stream) noexcept nogil
+        int (*module_load_data)(void **module, const void *image) noexcept nogil
+        int (*module_unload)(void *module) noexcept nogil
+        int (*module_get_function)(void **function, void *module, const char *name) noexcept nogil
+        int (*launch_kernel)(void *function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
+                             unsigned int block_x, unsigned int block_y, unsigned int block_z,
+                             unsigned int shared_bytes, void *stream, void **parameters,
+                             void **extra) noexcept nogil
         int (*memset_d8_async)(kv_devptr target, unsigned char value, size_t bytes, void *stream) noexcept nogil
 
     int kv_result_is_sticky(int code)
@@ -184,7 +191,7 @@ cdef extern from "kvortex/copy_plan.h" nogil:
     ctypedef struct kv_group:
         uint64_t base, block_stride
         size_t slot_offset, row_bytes, device_pitch, slot_pitch
-        uint32_t rows
+        uint32_t rows, strided
 
     ctypedef struct kv_copy:
         uint64_t device
@@ -193,14 +200,35 @@ cdef extern from "kvortex/copy_plan.h" nogil:
         uint32_t rows
 
     ctypedef struct kv_plan:
-        int strided
+        const kv_group *groups
+        uint32_t strided
+        const int64_t *block_ids
+        const kv_slots *slots
+        const uint32_t *slot_ids
+        size_t num_blocks
 
-    kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, int strided, const int64_t *block_ids,
+    kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, uint32_t strided, const int64_t *block_ids,
                               const kv_slots *slots, const uint32_t *slot_ids, size_t num_blocks)
     kv_plan kv_plan_of_addresses(const uint64_t *addresses, const uint32_t *sizes, const kv_slots *slots,
                                  const uint32_t *slot_ids, size_t num_blocks)
-    bint kv_group_is_strided(const kv_group *group)
+    bint kv_group_may_be_strided(const kv_group *group)
     size_t kv_plan_next(kv_plan *plan, kv_copy *copies, size_t capacity)
+
+
+# kvortex/gather.h (transfer) ---------------------------------------------------------------------------------------
+cdef extern from "kvortex/gather.h" nogil:
+    enum:
+        KV_GATHER_UNIT_BYTES
+        KV_GATHER_THREADS
+        KV_GATHER_BLOCKS
+
+    ctypedef struct kv_gather_run:
+        uint64_t base, block_stride, offset, bytes "bytes"
+
+    ctypedef struct kv_gather:
+        uint64_t runs, staging, block_bytes
+        uint32_t num_runs, num_blocks, to_staging
+        uint32_t block_ids[KV_GATHER_BLOCKS]
 
 
 # kvortex/sync.h ----------------------------------------------------------------------------------------------------

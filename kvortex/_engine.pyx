@@ -271,7 +271,8 @@ cdef class EngineCore:
                 jobs_in_flight=sum((<TransferQueue>queue).jobs_in_flight for queue in self.queues),
                 pool_blocks=self.pool.num_slots, pool_blocks_used=index["slots_added"] - index["num_free"],
                 pool_bytes=self.pool.nbytes, pool_bytes_ready=self.pool.bytes_ready,
-                strided=self.layout is not None and self.layout.strided, device=self.device.name,
+                strided=self.layout is not None and self.layout.strided,
+                planner=() if self.layout is None else self.layout.planner, device=self.device.name,
                 failed=self.failure != 0,
                 **latencies("lookup", &count.lookup_ns), **latencies("save", &count.save_ns),
                 **latencies("load", &count.load_ns))
@@ -463,7 +464,8 @@ cdef class EngineCore:
                 if held[other_queue] != NO_RECORD:
                     waits[num_waits] = (<TransferQueue>self.queue[other_queue]).records[held[other_queue]].done_event
                     num_waits += 1
-            plan = _c.kv_plan_of_blocks(self.layout.groups, self.layout.num_groups, self.layout.strided,
+            plan = _c.kv_plan_of_blocks(self.layout.groups, self.layout.num_groups,
+                                        self.layout.strided_bit((<TransferQueue>self.queue[number]).direction_),
                                         &source.block_ids[0], &self.pool.slots, job.slots, n)
         else:
             plan = _c.kv_plan_of_addresses(&source.addresses[0], &source.lengths[0], &self.pool.slots, job.slots, n)

@@ -34,6 +34,10 @@ class KVortexConfig:
         Sizes of the first registration (made before `create` returns) and of the later ones (in the background).
     pool_driver_allocated : bool, default False
         Take the pool with one `cuMemHostAlloc` instead: slower, blocking, for systems that refuse registering.
+    gather_ctas : int, default 0
+        Pieces below 32 KiB that strided copies cannot move are gathered on the device by a kernel of so many thread
+        blocks (0: never; 4 reach the link), each of which takes a streaming multiprocessor from the model while it
+        runs. Costs 8 MiB of device memory (or two blocks) a stream.
     enable_numa : bool, default True
         Reserved for binding the pool to the GPU's NUMA node; without effect so far.
 
@@ -53,6 +57,7 @@ class KVortexConfig:
     pool_first_chunk_bytes: int = 128 * MIB
     pool_chunk_bytes: int = GIB
     pool_driver_allocated: bool = False
+    gather_ctas: int = 0
     enable_numa: bool = True
 
     _LIMITS = {
@@ -61,6 +66,7 @@ class KVortexConfig:
         "block_bytes": (1, (1 << 32) - 1),
         "header_bytes": (0, 4096),
         "max_jobs": (1, 65536),
+        "gather_ctas": (0, 1024),
         "shutdown_timeout_ms": (0, 3_600_000),
         "pool_first_chunk_bytes": (1, 1 << 50),
         "pool_chunk_bytes": (1, 1 << 50),

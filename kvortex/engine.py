@@ -12,7 +12,7 @@ from kvortex.driver import Device
 from kvortex.errors import ConfigError
 from kvortex.index import BlockIndex
 from kvortex.memory import PinnedPool
-from kvortex.transfer import JobSignals, TransferQueue
+from kvortex.transfer import JobSignals, TransferQueue, gather_pays, probe_layout
 
 __all__ = ["BlockHits", "KVortexEngine"]
 
@@ -43,8 +43,8 @@ class KVortexEngine(EngineCore):
         config : KVortexConfig
         layout : KVLayout, optional
             The KV cache that `block_ids` name. Without one, verbs take `data_ptrs` and `sizes`, and
-            ``config.block_bytes`` gives the largest size. An engine only reads the layout's memory here (first and last
-            block, to find out whether strided copies are legal).
+            ``config.block_bytes`` gives the largest size. An engine only reads the layout's memory here (to
+            find out whether strided copies are legal and pay).
 
         Returns
         -------
@@ -98,7 +98,11 @@ class KVortexEngine(EngineCore):
                     undo.callback(queue.close)
                     queues.append(queue)
             if layout is not None:
-                savers[0].probe(layout)
+                probe_layout(layout, savers[0])
+                probe_layout(layout, loaders[0])
+                for queue in (*savers, *loaders):
+                    if config.gather_ctas and gather_pays(layout, queue.direction):
+                        queue.use_gather(layout, config.gather_ctas)
             engine = cls(device, pool, index, signals, savers, loaders, layout)
             undo.pop_all()
         engine.config = config

@@ -9,7 +9,8 @@ class EngineStats:
 
     Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
     released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
-    at most 25 % above the true percentile, 0 without samples.
+    at most 25 % above the true percentile, 0 without samples. `planner` has a `PlannerRow` for each direction and shape
+    of group: which back end moves it, and what the probe measured.
     """
 
     blocks_checked: int
@@ -31,6 +32,7 @@ class EngineStats:
     pool_bytes: int
     pool_bytes_ready: int
     strided: bool
+    planner: tuple
     device: str
     failed: bool
     lookup_latency_us_p50: float

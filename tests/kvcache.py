@@ -12,7 +12,8 @@ import kvortex
 
 _NOISE = np.random.default_rng(20).bytes(1 << 20)
 
-SHAPES = ("one_allocation", "separate_allocations", "uneven", "cross_layer", "mla")
+# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it.
+SHAPES = ("one_allocation", "separate_allocations", "gathered", "uneven", "cross_layer", "mla")
 
 
 def content(key_id, generation, nbytes):
@@ -51,7 +52,7 @@ class DeviceCache:
                 head_dim=8,
                 itemsize=2,
             )
-        elif shape == "separate_allocations":  # as vLLM: one tensor a layer, K and V packed in each block
+        elif shape in ("separate_allocations", "gathered"):  # as vLLM: one tensor a layer, K and V packed in each block
             buffers = [kvortex.DeviceBuffer(2 * layer_bytes, device) for _ in range(num_layers)]
             places = [(layer, 0, 2 * piece_bytes, 2 * piece_bytes) for layer in range(num_layers)]
         elif shape == "uneven":  # one allocation, layers at uneven distances
@@ -111,6 +112,7 @@ class DeviceCache:
 def make_engine(cache, num_slots, **settings):
     """An engine over `cache` with exactly `num_slots` slots, all of them registered."""
     stride = -(-(cache.block_bytes + settings.get("header_bytes", 0)) // 4096) * 4096
+    settings.setdefault("gather_ctas", 4 if cache.shape == "gathered" else 0)
     config = kvortex.KVortexConfig(
         cpu_pool_size_bytes=num_slots * stride, device=cache.device.name, **{"shutdown_timeout_ms": 20_000, **settings}
     )

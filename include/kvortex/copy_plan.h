@@ -19,11 +19,10 @@
 #include "kvortex/slots.h"
 
 enum {
-    KV_STRIDED_MIN_ROWS = 4,           /* strided operations pay only with many rows each */
-    KV_STRIDED_MAX_ROW_BYTES = 32768,  /* above, batch copies are as fast and disturb nothing (LIMITS: 64 KiB) */
-    KV_BATCH_COPIES = 128              /* copies in one batch call: thousands in one are slower than 128 at a time */
+    KV_STRIDED_MIN_ROWS = 4, /* strided operations pay only with many rows each */
+    KV_BATCH_COPIES = 256    /* copies in one batch call: thousands in one are slower, and so are a few dozen */
 };
-#define KV_STRIDED_MAX_PITCH ((size_t)0x7fffffff) /* CU_DEVICE_ATTRIBUTE_MAX_PITCH; beyond it the copy is refused or slow */
+#define KV_STRIDED_MAX_PITCH ((size_t)0x7fffffff) /* CU_DEVICE_ATTRIBUTE_MAX_PITCH: beyond it refused, or a third as fast */
 
 typedef struct kv_group {
     uint64_t base;         /* device address of row 0 of block 0 */
@@ -32,6 +31,7 @@ typedef struct kv_group {
     size_t row_bytes;
     size_t device_pitch, slot_pitch; /* from row to row */
     uint32_t rows;
+    uint32_t strided; /* directions in which a strided copy pays, a bit each; counts only where the layout allows any */
 } kv_group;
 
 typedef struct kv_copy { /* rows = 1 is a plain copy */
@@ -45,7 +45,7 @@ typedef struct kv_plan {
     /* What to move: either groups and block ids, or (groups NULL) raw addresses with a size each. */
     const kv_group *groups;
     uint32_t num_groups;
-    int strided; /* one copy a group; otherwise one a row */
+    uint32_t strided; /* bit of the direction: one copy for each group that has it, otherwise one a row. 0: none */
     const int64_t *block_ids;
     const uint64_t *addresses;
     const uint32_t *sizes;
@@ -59,7 +59,7 @@ typedef struct kv_plan {
 } kv_plan;
 
 /* A plan over blocks of a layout. */
-static inline kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, int strided,
+static inline kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, uint32_t strided,
                                         const int64_t *block_ids, const kv_slots *slots, const uint32_t *slot_ids,
                                         size_t num_blocks)
 {
@@ -75,10 +75,11 @@ static inline kv_plan kv_plan_of_addresses(const uint64_t *addresses, const uint
                      .num_blocks = num_blocks};
 }
 
-static inline int kv_group_is_strided(const kv_group *group)
+/* Whether the shape of a group admits a strided copy at all; a probe says whether it is legal and pays. */
+static inline int kv_group_may_be_strided(const kv_group *group)
 {
-    return group->rows >= KV_STRIDED_MIN_ROWS && group->row_bytes <= KV_STRIDED_MAX_ROW_BYTES &&
-           group->device_pitch <= KV_STRIDED_MAX_PITCH && group->slot_pitch <= KV_STRIDED_MAX_PITCH;
+    return group->rows >= KV_STRIDED_MIN_ROWS && group->device_pitch <= KV_STRIDED_MAX_PITCH &&
+           group->slot_pitch <= KV_STRIDED_MAX_PITCH;
 }
 
 /* Appends one plain copy, or lengthens the last one where both sides go on. Returns the new count. */
@@ -113,7 +114,7 @@ static inline size_t kv_plan_next(kv_plan *plan, kv_copy *copies, size_t capacit
         const kv_group *group = &plan->groups[plan->group];
         uint64_t device = group->base + (uint64_t)plan->block_ids[plan->block] * group->block_stride;
         char *host = payload + group->slot_offset;
-        if (plan->strided && plan->row == 0 && kv_group_is_strided(group)) {
+        if (plan->row == 0 && (group->strided & plan->strided)) {
             copies[count++] =
                 (kv_copy){device, host, group->row_bytes, group->device_pitch, group->slot_pitch, group->rows};
             plan->row = group->rows;

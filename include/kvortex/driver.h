@@ -139,6 +139,13 @@ typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
     X(memcpy_batch_async, cuMemcpyBatchAsync, 12080, \
       (kv_devptr *targets, kv_devptr *sources, size_t *sizes, size_t count, kv_memcpy_attributes *attributes, \
        size_t *attribute_indices, size_t num_attributes, size_t *fail_index, void *stream)) \
+    X(module_load_data, cuModuleLoadData, 2000, (void **module, const void *image)) \
+    X(module_unload, cuModuleUnload, 2000, (void *module)) \
+    X(module_get_function, cuModuleGetFunction, 2000, (void **function, void *module, const char *name)) \
+    X(launch_kernel, cuLaunchKernel, 4000, \
+      (void *function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z, unsigned int block_x, \
+       unsigned int block_y, unsigned int block_z, unsigned int shared_bytes, void *stream, void **parameters, \
+       void **extra)) \
     X(memset_d8_async, cuMemsetD8Async, 3020, (kv_devptr target, unsigned char value, size_t bytes, void *stream))
 
 typedef struct kv_driver {

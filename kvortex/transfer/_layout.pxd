@@ -13,5 +13,9 @@ cdef class KVLayout:
     cdef readonly size_t block_size    # tokens of one block, 0 when unknown
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
-    cdef bint strided                  # one copy for a whole group is legal: set by a probe, cleared by a refusal
+    cdef bint strided                  # strided copies are legal: set by a probe, cleared by a refusal
+    cdef readonly tuple planner        # what the probe found, for people: a PlannerRow for each shape of group
     cdef object __weakref__
+
+    # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
+    cdef uint32_t strided_bit(self, int direction) noexcept nogil

@@ -13,6 +13,7 @@ class KVLayout:
     block_size: int
     runs: tuple[tuple[int, int, int], ...]
     owners: tuple[Any, ...]
+    planner: tuple[Any, ...]
     def __init__(
         self,
         runs: Iterable[tuple[int, int, int]],

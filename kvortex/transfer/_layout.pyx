@@ -73,11 +73,16 @@ cdef class KVLayout:
             (self.groups[index].base, self.groups[index].block_stride, self.groups[index].slot_offset,
              self.groups[index].row_bytes, self.groups[index].device_pitch, self.groups[index].slot_pitch,
              self.groups[index].rows) = group
+            self.groups[index].strided = 3 if _c.kv_group_may_be_strided(&self.groups[index]) else 0
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.block_size = block_size
         self.runs = tuple(runs)
         self.owners = tuple(owners)
+        self.planner = ()
+
+    cdef uint32_t strided_bit(self, int direction) noexcept nogil:
+        return <uint32_t>1 << direction if self.strided else 0
 
     def __dealloc__(self):
         free(self.groups)
@@ -256,6 +261,9 @@ def even_stretches(rows):
 def plan_copies(KVLayout layout, block_ids, slot_ids, PinnedPool pool, strided=None):
     """The copies a transfer of these blocks would run, for tests and for the curious.
 
+    A group is strided here if it is in one of the directions; `strided` says that strided copies are legal, instead of
+    what the layout knows.
+
     Returns
     -------
     list of dict
@@ -264,9 +272,9 @@ def plan_copies(KVLayout layout, block_ids, slot_ids, PinnedPool pool, strided=N
     cdef const int64_t[::1] ids = np.ascontiguousarray(block_ids, dtype=np.int64)
     cdef const uint32_t[::1] slots = np.ascontiguousarray(slot_ids, dtype=np.uint32)
     cdef _c.kv_copy copies[16]
-    cdef _c.kv_plan plan = _c.kv_plan_of_blocks(
-        layout.groups, layout.num_groups, layout.strided if strided is None else strided, &ids[0], &pool.slots,
-        &slots[0], ids.shape[0])
+    cdef uint32_t directions = 3 if (layout.strided if strided is None else strided) else 0
+    cdef _c.kv_plan plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, directions, &ids[0], &pool.slots,
+                                                &slots[0], ids.shape[0])
     found = []
     while count := _c.kv_plan_next(&plan, copies, 16):
         for index in range(count):

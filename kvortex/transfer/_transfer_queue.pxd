@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from kvortex._c cimport KV_BATCH_COPIES, kv_copy, kv_devptr, kv_monitor, kv_plan
 from kvortex.driver._device cimport Device
+from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
 
@@ -64,6 +65,7 @@ cdef class TransferQueue:
     cdef set used                      # pools and layouts that jobs were submitted with; kept until close
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
+    cdef readonly Gather gather        # kernel for one layout's small pieces, opted in; None: copy engines only
     # Scratch of the one submitter.
     cdef kv_copy copies[KV_BATCH_COPIES]
     cdef kv_devptr targets[KV_BATCH_COPIES]
@@ -75,9 +77,9 @@ cdef class TransferQueue:
     cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
                          void **waits, size_t num_waits, const char **call) noexcept nogil
     cdef int copy_plan(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
+    cdef int copy_gathered(self, const kv_plan *plan, const char **call) noexcept nogil
     cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
     cdef int copy_batch(self, size_t count) noexcept nogil
-    cdef int compare(self, KVLayout layout, char *scratch, const char **call) noexcept nogil
     cdef int poll_once(self) noexcept nogil
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
     cdef void drop_hold(self, uint32_t record) noexcept nogil

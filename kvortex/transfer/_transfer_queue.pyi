@@ -6,6 +6,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvortex.driver import Device
 from kvortex.memory import PinnedPool
+from kvortex.transfer._gather import Gather
 from kvortex.transfer._layout import KVLayout
 from kvortex.transfer._signals import JobSignals
 
@@ -14,6 +15,7 @@ class TransferQueue:
     signals: JobSignals
     max_jobs: int
     jobs_in_flight: int
+    gather: Gather | None
     def __init__(
         self,
         device: Device,
@@ -26,7 +28,7 @@ class TransferQueue:
         self, layout: KVLayout, block_ids: ArrayLike, pool: PinnedPool, slot_ids: ArrayLike, *, stream: Any
     ) -> Job | None: ...
     def poll(self) -> int: ...
-    def probe(self, layout: KVLayout) -> bool: ...
+    def use_gather(self, layout: KVLayout, num_ctas: int) -> None: ...
     @property
     def direction(self) -> Literal["D2H", "H2D"]: ...
     def close(self, timeout_ms: int = 5000) -> None: ...

@@ -4,12 +4,13 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcpy, memset
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
 from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
 
@@ -18,8 +19,12 @@ import numpy as np
 from kvortex.errors import EngineClosed
 from kvortex.transfer.awaiting import wait_in_loop
 
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
-cdef uint64_t POLL_NS = 50_000  # a waiter polls as well, so that it depends on no other thread
+cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
+cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 DIRECTIONS = {"D2H": D2H, "H2D": H2D}
@@ -168,7 +173,10 @@ cdef class TransferQueue:
                 call[0] = b"cuStreamWaitEvent"
                 code = drv.stream_wait_event(self.stream, waits[index], 0)
         if code == 0:
-            code = self.copy_plan(plan, layout, call)
+            if self.gather is not None and plan.groups == self.gather.layout.groups:
+                code = self.copy_gathered(plan, call)
+            else:
+                code = self.copy_plan(plan, layout, call)
         if code == 0:
             call[0] = b"cuEventRecord"
             code = drv.event_record(job.done_event, self.stream)
@@ -176,6 +184,8 @@ cdef class TransferQueue:
             # Copies may be running: the slots are the caller's again only when they are known to be over. And whoever
             # meets this job in the engine's words, instead of the jobs it met itself, must find those over too.
             finished = drv.stream_synchronize(self.stream)
+            if finished == 0 and self.gather is not None:
+                finished = drv.stream_synchronize(self.gather.stream)
             for index in range(num_waits):
                 if finished == 0:
                     finished = drv.event_synchronize(waits[index])
@@ -290,20 +300,23 @@ cdef class TransferQueue:
     cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil:
         """Wait for a job's end, polling as well. OUTCOME_PENDING means that the deadline passed."""
         cdef OutcomeState state
-        cdef uint64_t now = 0, until
+        cdef uint64_t now = _c.kv_now_ns(), until
+        cdef uint64_t spin_until = now + SPIN_NS
         while True:
             self.poll_once()
             _c.kv_monitor_lock(&self.monitor)
             state = outcome.state
             if state == OUTCOME_PENDING:
                 now = _c.kv_now_ns()
-                if now < deadline_ns:
+                if spin_until <= now < deadline_ns:
                     until = now + POLL_NS
                     _c.kv_monitor_wait(&self.monitor, until if until < deadline_ns else deadline_ns)
                     state = outcome.state
             _c.kv_monitor_unlock(&self.monitor)
             if state != OUTCOME_PENDING or now >= deadline_ns:
                 return state
+            if now < spin_until:
+                sched_yield()  # whoever else wants this core has it; the copies need none
 
     cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil:
         """Retire until no job is in flight. 0, or -1 when the deadline passed first."""
@@ -342,7 +355,8 @@ cdef class TransferQueue:
                     if code != _c.KV_CUDA_INVALID_VALUE:
                         return code
                     # The rows lie in several allocations after all: piece by piece from here on.
-                    plan.strided = layout.strided = False
+                    layout.strided = False
+                    plan.strided = 0
                 call[0] = b"cuMemcpyBatchAsync"
                 for row in range(copy.rows):
                     self.sizes[batched] = copy.row_bytes
@@ -359,6 +373,55 @@ cdef class TransferQueue:
                             return code
                         batched = 0
             code = self.copy_batch(batched)
+        return code
+
+    cdef int copy_gathered(self, const _c.kv_plan *plan, const char **call) noexcept nogil:
+        """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
+
+        While one half of the staging goes through the second step, the other is in the first. What the job has to wait
+        for is on the queue's stream already, and what waits for the job will ask the queue's stream.
+        """
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef bint saving = self.direction_ == D2H
+        cdef void *first_stream = self.gather.stream if saving else self.stream
+        cdef void *second_stream = self.stream if saving else self.gather.stream
+        cdef size_t done = 0, count, index
+        cdef uint64_t staged
+        cdef int code = 0
+        call[0] = b"cuEventRecord or cuStreamWaitEvent"
+        if saving:
+            code = (drv.event_record(self.gather.began, self.stream)
+                    or drv.stream_wait_event(self.gather.stream, self.gather.began, 0))
+        while code == 0 and done < plan.num_blocks:
+            count = min(plan.num_blocks - done, self.gather.blocks_at_once)
+            for index in range(count):
+                staged = (self.gather.staging + self.gather.half * self.gather.half_bytes
+                          + index * self.gather.layout.block_bytes)
+                self.targets[index] = staged
+                self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[done + index])
+                if saving:
+                    self.targets[index], self.sources[index] = self.sources[index], staged
+                self.sizes[index] = self.gather.layout.block_bytes
+            code = drv.stream_wait_event(first_stream, self.gather.emptied[self.gather.half], 0)
+            if code == 0:
+                call[0] = b"cuLaunchKernel" if saving else b"cuMemcpyBatchAsync"
+                code = self.gather.launch(plan.block_ids + done, count, True) if saving else self.copy_batch(count)
+            if code == 0:
+                call[0] = b"cuEventRecord or cuStreamWaitEvent"
+                code = (drv.event_record(self.gather.filled[self.gather.half], first_stream)
+                        or drv.stream_wait_event(second_stream, self.gather.filled[self.gather.half], 0))
+            if code == 0:
+                call[0] = b"cuMemcpyBatchAsync" if saving else b"cuLaunchKernel"
+                code = self.copy_batch(count) if saving else self.gather.launch(plan.block_ids + done, count, False)
+            if code == 0:
+                call[0] = b"cuEventRecord or cuStreamWaitEvent"
+                code = drv.event_record(self.gather.emptied[self.gather.half], second_stream)
+            self.gather.half ^= 1
+            done += count
+        for index in range(2):
+            if code == 0 and not saving:  # the job is over when its last kernels are
+                call[0] = b"cuStreamWaitEvent"
+                code = drv.stream_wait_event(self.stream, self.gather.emptied[index], 0)
         return code
 
     cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
@@ -464,8 +527,8 @@ cdef class TransferQueue:
             return None
         self.attach(job, record, self)
         job.count = n
-        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided, &ids[0], &pool.slots,
-                                    self.records[record].slots, n)
+        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(self.direction_), &ids[0],
+                                    &pool.slots, self.records[record].slots, n)
         with nogil:
             call = b"cuCtxPushCurrent"
             code = self.device.enter(&mode)
@@ -476,6 +539,33 @@ cdef class TransferQueue:
                 self.unclaim(record)
         check(self.device, code, call)
         return job
+
+    def use_gather(self, KVLayout layout not None, num_ctas):
+        """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
+
+        For small pieces in separate allocations, where copy engines alone stay far below the link; it takes streaming
+        multiprocessors from whatever else runs on the device. `gather_pays` says what it is for.
+
+        Parameters
+        ----------
+        layout : KVLayout
+            Bases, strides and pieces in multiples of 16 bytes. One layout a queue.
+        num_ctas : int
+            Thread blocks of the kernel, 1 to 1024; four are enough for the link of an H200.
+
+        Raises
+        ------
+        ValueError
+            Numbers that do not fit, or the queue gathers already.
+        DriverError
+            The driver refused kernel, stream or memory (8 MiB, or two blocks); nothing has changed.
+        """
+        self._require_open()
+        if self.gather is not None:
+            raise ValueError("this queue gathers already; use one queue a layout")
+        self.gather = Gather(self.device, layout, num_ctas)
+        layout.planner = tuple([row._replace(backend="gather") if row.direction == self.direction else row
+                                for row in layout.planner])
 
     cdef void attach(self, Job job, uint32_t record, object owner):
         """Let `job` be the handle of a claimed record; before the copies are submitted, so that it misses no outcome.
@@ -501,72 +591,6 @@ cdef class TransferQueue:
                 self.device.leave(mode)
         check(self.device, code, b"cuCtxPushCurrent")
         return retired
-
-    def probe(self, KVLayout layout not None):
-        """Find out whether one strided copy may span the layout's evenly spaced pieces, and remember it in the layout.
-
-        Only reads the registered cache: the first and the last block, strided and piece by piece, into scratch
-        memory, compared. Blocks for two blocks' time (GIL released). Nobody may write those blocks meanwhile; a
-        mismatch counts as illegal, so that the worst outcome is slower copies.
-        """
-        cdef void *scratch = NULL
-        cdef const char *call = b"cuMemHostAlloc"
-        cdef int mode = 0, code
-        cdef uint32_t group
-        cdef size_t nbytes = 2 * layout.block_bytes
-        cdef bint legal = False
-        if self.direction_ != D2H:
-            raise ValueError("probe reads the cache; call it on a D2H queue")
-        self._require_open()
-        for group in range(layout.num_groups):
-            legal |= _c.kv_group_is_strided(&layout.groups[group])
-        if not legal:
-            layout.strided = False
-            return False
-        with nogil:
-            code = self.device.enter(&mode)
-            if code == 0:
-                code = self.device.drv.mem_host_alloc(&scratch, 2 * nbytes, _c.KV_HOST_ALLOC_PORTABLE)
-                if code == 0:
-                    code = self.compare(layout, <char *>scratch, &call)
-                    self.device.drv.mem_free_host(scratch)
-                self.device.leave(mode)
-        if code:
-            layout.strided = False
-        check(self.device, code, call)
-        return layout.strided
-
-    cdef int compare(self, KVLayout layout, char *scratch, const char **call) noexcept nogil:
-        """Copy two blocks strided and piece by piece; `layout.strided` if both went well and agree. A CUresult."""
-        cdef int64_t ids[2]
-        cdef uint32_t slots[2]
-        cdef _c.kv_slots space
-        cdef _c.kv_plan plan
-        cdef int code, finished
-        cdef size_t nbytes = 2 * layout.block_bytes
-        ids[0], ids[1] = 0, layout.num_blocks - 1
-        slots[0], slots[1] = 0, 1
-        memset(&space, 0, sizeof(space))
-        space.stride_bytes = space.payload_bytes = layout.block_bytes
-        space.num_slots = space.first_chunk_slots = space.chunk_slots = 2
-        memset(scratch, 0x5A, nbytes)
-        memset(scratch + nbytes, 0xA5, nbytes)
-        _c.kv_monitor_lock(&self.submitting)
-        layout.strided = True
-        space.base = scratch
-        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, True, ids, &space, slots, 2)
-        code = self.copy_plan(&plan, layout, call)  # an INVALID_VALUE sets layout.strided back
-        space.base = scratch + nbytes
-        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, False, ids, &space, slots, 2)
-        if code == 0:
-            code = self.copy_plan(&plan, layout, call)
-        _c.kv_monitor_unlock(&self.submitting)
-        finished = self.device.drv.stream_synchronize(self.stream)
-        if code == 0:
-            code = finished
-        if code or memcmp(scratch, scratch + nbytes, nbytes):
-            layout.strided = False
-        return code
 
     @property
     def direction(self):
@@ -604,6 +628,8 @@ cdef class TransferQueue:
                         drv.event_destroy(self.records[index].done_event)
                     if self.records[index].source_event is not NULL:
                         drv.event_destroy(self.records[index].source_event)
+                if self.gather is not None:
+                    self.gather.close()
                 if self.stream is not NULL:
                     drv.stream_destroy(self.stream)
             if code == 0:

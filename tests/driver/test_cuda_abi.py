@@ -25,6 +25,8 @@ OURS = {
     "CUcontext": "void *",
     "CUstream": "void *",
     "CUevent": "void *",
+    "CUmodule": "void *",
+    "CUfunction": "void *",
     "CUdeviceptr": "kv_devptr",
     "CUDA_MEMCPY2D": "kv_memcpy_2d",
     "CUmemcpyAttributes": "kv_memcpy_attributes",

@@ -22,9 +22,9 @@ def one_round(bench):
     return job.num_blocks
 
 
-@pytest.fixture
-def filled(make_bench):
-    bench = make_bench(4, max_jobs=4, num_transfer_streams=2)
+@pytest.fixture(params=["one_allocation", "gathered"])
+def filled(request, make_bench):
+    bench = make_bench(4, request.param, max_jobs=4, num_transfer_streams=2)
     for block, key_id in enumerate([1, 2]):
         bench.cache.write(block, content(key_id, 0, bench.cache.block_bytes))
     bench.stream.synchronize()
@@ -113,8 +113,9 @@ def test_shutdown_fails_jobs_that_do_not_end_and_leaks_their_memory(make_bench, 
     bench.stream.synchronize()
 
 
-def test_failed_creation_gives_everything_back(device, host):
-    cache = DeviceCache(device)
+@pytest.mark.parametrize("shape", ["one_allocation", "gathered"])
+def test_failed_creation_gives_everything_back(device, host, shape):
+    cache = DeviceCache(device, shape)
     before = host.live_objects()
     for n in range(1, 400):
         host.fail_call(n, OUT_OF_MEMORY)

@@ -166,7 +166,9 @@ def test_load_in_flight_keeps_the_content_it_found_when_the_key_is_saved_anew(ma
 
 @pytest.mark.host
 @pytest.mark.parametrize("round_", range(8))
-def test_save_copies_what_the_callers_stream_wrote_before_and_not_after(bench, host, round_):
+@pytest.mark.parametrize("shape", ["one_allocation", "gathered"])
+def test_save_copies_what_the_callers_stream_wrote_before_and_not_after(make_bench, host, shape, round_):
+    bench = make_bench(8, shape)
     host.set_delay_us(0, 1500, seed=round_)
     bench.cache.scribble(3, 0x11, bench.stream)
     job = bench.engine.save_blocks(keys_of([7]), [3], stream=bench.stream)
@@ -179,7 +181,9 @@ def test_save_copies_what_the_callers_stream_wrote_before_and_not_after(bench, h
 
 @pytest.mark.host
 @pytest.mark.parametrize("round_", range(8))
-def test_load_lands_after_earlier_work_and_before_later_work_of_the_callers_stream(bench, host, round_):
+@pytest.mark.parametrize("shape", ["one_allocation", "gathered"])
+def test_load_lands_after_earlier_work_and_before_later_work_of_the_callers_stream(make_bench, host, shape, round_):
+    bench = make_bench(8, shape)
     bench.saved([7])
     host.set_delay_us(0, 1500, seed=round_)
     bench.cache.scribble(9, 0x33, bench.stream)

@@ -10,9 +10,10 @@ from kvcache import SHAPES, DeviceCache, content
 
 import kvortex
 from kvortex import DriverError, EngineClosed, KVLayout, PinnedPool, PoolExhausted, TransferQueue
-from kvortex.transfer import JobSignals
+from kvortex.transfer import JobSignals, probe_layout
 
 TIMEOUT_MS = 20_000
+OUT_OF_MEMORY = 2
 NUM_BLOCKS = 8
 
 
@@ -72,7 +73,8 @@ def test_blocks_go_into_their_slots_and_come_back(device, stream, seed, shape, p
         moved.cache.write(block, moved.record(block))
     with TransferQueue(device, "D2H") as saves, TransferQueue(device, "H2D") as loads:
         if probed:
-            saves.probe(moved.cache.layout)
+            probe_layout(moved.cache.layout, saves)
+            probe_layout(moved.cache.layout, loads)
         job = moved.submit(saves, blocks, slots)
         job.wait(TIMEOUT_MS)
         assert job.num_blocks == NUM_BLOCKS and job.statuses is None
@@ -81,6 +83,118 @@ def test_blocks_go_into_their_slots_and_come_back(device, stream, seed, shape, p
         moved.submit(loads, targets, slots).wait(TIMEOUT_MS)
         assert [moved.cache.read(target) for target in targets] == [moved.record(block) for block in blocks]
     moved.close()
+
+
+GATHERED_BLOCKS = 23
+
+
+@pytest.fixture
+def gathered(device, stream):
+    """Blocks of 1 MiB, four of which fill half of the staging of a kernel that moves them; queues that use it."""
+    cache = DeviceCache(device, "separate_allocations", GATHERED_BLOCKS, num_layers=4, piece_bytes=128 << 10)
+    pool = PinnedPool(GATHERED_BLOCKS << 20, 1 << 20, device)
+    pool.wait_ready(TIMEOUT_MS)
+    with TransferQueue(device, "D2H") as saves, TransferQueue(device, "H2D") as loads:
+        for queue in (saves, loads):
+            queue.use_gather(cache.layout, 4)
+        yield cache, pool, saves, loads
+    pool.close()
+    cache.close()
+
+
+def move_gathered(gathered, stream, seed, late=lambda high_us: None):
+    cache, pool, saves, loads = gathered
+    rng = np.random.default_rng(seed)
+    for count in (1, 2, 3, 4, 9, GATHERED_BLOCKS):
+        blocks, slots, targets = (rng.permutation(GATHERED_BLOCKS)[:count] for _ in range(3))
+        records = [rng.bytes(1 << 20) for _ in range(count)]
+        for block, record in zip(blocks, records, strict=True):
+            cache.write(block, record)
+        late(3000)
+        saves.submit(cache.layout, blocks, pool, slots, stream=stream).wait(TIMEOUT_MS)
+        late(0)
+        assert [bytes(pool.view(slot)) == record for slot, record in zip(slots, records, strict=True)] == [True] * count
+        cache.fill(0xEE)
+        late(3000)
+        loads.submit(cache.layout, targets, pool, slots, stream=stream).wait(TIMEOUT_MS)
+        late(0)
+        assert [cache.read(target) == record for target, record in zip(targets, records, strict=True)] == [True] * count
+        untouched = set(range(GATHERED_BLOCKS)) - set(targets.tolist())
+        assert all(set(cache.read(block)) == {0xEE} for block in untouched)
+
+
+def test_gathered_blocks_go_through_the_staging_and_come_back(gathered, stream, seed):
+    move_gathered(gathered, stream, seed)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("round_", range(4))
+def test_gathered_blocks_survive_kernels_and_copies_that_run_late(gathered, stream, seed, host, round_):
+    move_gathered(gathered, stream, seed, lambda high_us: host.set_delay_us(0, high_us, seed + round_))
+
+
+def test_unfit_gathers_are_refused(device, moved, d2h):
+    for num_ctas in (0, 1025):
+        with pytest.raises(ValueError, match=f"num_ctas must be 1 to 1024, got {num_ctas}"):
+            d2h.use_gather(moved.cache.layout, num_ctas)
+    with pytest.raises(ValueError, match="not made of multiples of 16 bytes"):
+        d2h.use_gather(KVLayout([(1 << 20, 24, 24)], 2), 4)
+    d2h.use_gather(moved.cache.layout, 4)
+    with pytest.raises(ValueError, match="gathers already"):
+        d2h.use_gather(moved.cache.layout, 4)
+
+
+@pytest.mark.host
+def test_a_refused_gather_leaves_nothing_and_the_queue_as_it_was(device, moved, d2h, host):
+    before = host.live_objects()
+    for n in range(1, 30):
+        host.fail_call(n, OUT_OF_MEMORY)
+        try:
+            d2h.use_gather(moved.cache.layout, 4)
+        except DriverError:
+            assert host.live_objects() == before and d2h.gather is None, f"call {n}"
+            continue
+        break
+    assert 8 < n < 29
+    host.fail_call(0, 0)
+
+
+def test_the_probe_tells_what_moves_each_group_and_measures_it(device, moved, d2h, h2d):
+    layout = moved.cache.layout
+    assert layout.planner == ()
+    saves = probe_layout(layout, d2h, measure=True)
+    loads = probe_layout(layout, h2d, measure=True)
+    assert layout.planner == (*saves, *loads)
+    for direction, rows in (("D2H", saves), ("H2D", loads)):
+        [row] = rows
+        assert (row.direction, row.piece_bytes, row.rows, row.num_groups) == (direction, 256, 4, 2)
+        assert row.pitch_bytes == 256 * NUM_BLOCKS
+        assert row.strided_gbps > 0 and row.batch_gbps > 0
+        assert row.backend == ("strided" if row.strided_gbps * 1.15 >= row.batch_gbps else "batch") or row == loads[0]
+
+
+@pytest.mark.host
+def test_strided_copies_that_are_slow_are_not_used(device, moved, host):
+    """A delay before each operation makes a strided copy (4 rows) dearer than a batch (256 pieces)."""
+    with TransferQueue(device, "D2H") as saves, TransferQueue(device, "H2D") as loads:
+        for queue in (saves, loads):
+            [row] = probe_layout(moved.cache.layout, queue)
+            assert (row.backend, row.strided_gbps) == ("strided", None), "the host driver is not measured unless asked"
+        cache = DeviceCache(device, "one_allocation", num_blocks=4, num_layers=4, piece_bytes=64 << 10)
+        host.set_delay_us(300, 300)
+        for queue in (saves, loads):
+            [row] = probe_layout(cache.layout, queue, measure=True)
+            assert row.backend == "batch" and row.strided_gbps * 1.15 < row.batch_gbps
+        host.set_delay_us(0, 0)
+        with PinnedPool(4 << 20, cache.block_bytes, device) as pool:
+            for block in range(4):
+                cache.write(block, content(block, 0, cache.block_bytes))
+            host.count_calls()
+            for queue, blocks in ((saves, [0, 1]), (loads, [2, 3])):
+                queue.submit(cache.layout, blocks, pool, [0, 1], stream=moved.stream).wait(TIMEOUT_MS)
+            assert host.num_calls("memcpy_2d_async") == 0
+            assert [cache.read(2), cache.read(3)] == [cache.read(0), cache.read(1)]
+        cache.close()
 
 
 def test_only_the_named_blocks_and_slots_are_written(moved, d2h, h2d):
@@ -316,8 +430,6 @@ def test_unfit_queues_are_refused(device):
             TransferQueue(device, "D2H", max_jobs=max_jobs)
     with TransferQueue(device, "H2D") as queue:
         assert queue.direction == "H2D"
-        with pytest.raises(ValueError, match="call it on a D2H queue"):
-            queue.probe(KVLayout.cross_layer(1 << 20, num_blocks=2, block_bytes=64))
         with pytest.raises(RuntimeError, match="once"):
             queue.__init__(device, "H2D")
 
@@ -371,7 +483,7 @@ def test_a_closed_queue_refuses_work_and_close_is_idempotent(moved, d2h):
     d2h.close()
     assert job.done() and job.num_blocks == 1
     job.wait_on(moved.stream)
-    for call in (d2h.poll, lambda: d2h.probe(moved.cache.layout), lambda: moved.submit(d2h, [0], [0])):
+    for call in (d2h.poll, lambda: probe_layout(moved.cache.layout, d2h), lambda: moved.submit(d2h, [0], [0])):
         with pytest.raises(EngineClosed, match="closed"):
             call()
 

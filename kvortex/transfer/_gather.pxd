@@ -1,0 +1,27 @@
+"""Gather: kernel, staging and stream with which a queue moves small scattered pieces. The code is in _gather.pyx."""
+
+from libc.stdint cimport int64_t
+
+from kvortex._c cimport kv_devptr, kv_gather
+from kvortex.driver._device cimport Device
+from kvortex.transfer._layout cimport KVLayout
+
+
+cdef class Gather:
+    cdef Device device
+    cdef readonly KVLayout layout      # the one it moves; its runs are in device memory at `runs`
+    cdef readonly unsigned int num_ctas
+    cdef void *module
+    cdef void *function
+    cdef void *stream                  # of the kernels; the copies are on the queue's
+    cdef void *began                   # on the queue's stream: what the job has to wait for is over
+    cdef void *filled[2]               # of each half of the staging: the first step is done, the second may begin
+    cdef void *emptied[2]              # and the second step: the half may be filled again
+    cdef kv_devptr runs, staging       # device memory, ours
+    cdef size_t half_bytes, blocks_at_once
+    cdef int half                      # the next to be filled
+    cdef kv_gather told                # scratch of the queue's one submitter
+
+    cdef int launch(self, const int64_t *block_ids, size_t n, bint to_staging) noexcept nogil
+    cdef int build(self, const char *image, const void *table, size_t table_bytes, const char **call) noexcept nogil
+    cdef void close(self) noexcept nogil

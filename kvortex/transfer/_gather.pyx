@@ -1,0 +1,148 @@
+"""The opt-in way for small pieces in separate allocations: gathered on the device, moved as whole blocks.
+
+Copy engines need 0.4 us of CPU time and about as much of their own for each piece, whatever its size, so that 16 KiB
+pieces stay at two thirds of the link and smaller ones below that. A kernel of a few thread blocks gathers the pieces
+into staging memory on the device instead, while a copy engine moves what it gathered before.
+"""
+
+from libc.stdint cimport int64_t, uint32_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, check
+from kvortex.transfer._layout cimport KVLayout
+
+from importlib import resources
+
+cdef size_t HALF_BYTES = 4 << 20
+cdef size_t MAX_PIECE_BYTES = 32 << 10  # from here on copy engines are as fast
+
+
+def gather_pays(KVLayout layout not None, direction):
+    """Whether a layout's pieces are what the kernel is for: small, aligned, and moved by batches otherwise.
+
+    `direction` is "D2H" or "H2D"; the layout has been probed in it.
+    """
+    if any(row.direction == direction and row.backend == "strided" for row in layout.planner):
+        return False
+    return layout.piece_bytes < MAX_PIECE_BYTES and misfit(layout) is None
+
+
+def misfit(KVLayout layout):
+    """The first run that the kernel cannot move, or None."""
+    for run in layout.runs:
+        if any(number % _c.KV_GATHER_UNIT_BYTES for number in run):
+            return run
+    return None
+
+
+cdef class Gather:
+    """Made by `TransferQueue.use_gather`, used under its submitting lock, closed with it; it leaks with it, too."""
+
+    def __init__(self, Device device not None, KVLayout layout not None, num_ctas):
+        cdef _c.kv_gather_run *table
+        cdef uint32_t num_runs = len(layout.runs), index
+        cdef size_t offset = 0
+        cdef const char *call = NULL
+        cdef int mode = 0, code
+        cdef bytes image = (resources.files("kvortex.transfer") / "gather.ptx").read_bytes()
+        cdef const char *text = image
+        if not 1 <= num_ctas <= 1024:
+            raise ValueError(f"num_ctas must be 1 to 1024, got {num_ctas}")
+        run = misfit(layout)
+        if run is not None:
+            raise ValueError(f"run {run} (base, block_stride, piece_bytes) is not made of multiples of "
+                             f"{_c.KV_GATHER_UNIT_BYTES} bytes, so the gather kernel cannot move it")
+        if layout.num_blocks > 0xFFFFFFFF:
+            raise ValueError(f"the gather kernel counts blocks in 32 bits, the layout has {layout.num_blocks}")
+        self.device, self.layout, self.num_ctas = device, layout, num_ctas
+        self.half_bytes = max(HALF_BYTES, layout.block_bytes)
+        self.blocks_at_once = min(self.half_bytes // layout.block_bytes,
+                                  min(<size_t>_c.KV_GATHER_BLOCKS, <size_t>_c.KV_BATCH_COPIES))
+        table = <_c.kv_gather_run *>calloc(num_runs, sizeof(_c.kv_gather_run))
+        if table is NULL:
+            raise MemoryError(f"no memory for a table of {num_runs} runs")
+        for index, (base, stride, piece) in enumerate(layout.runs):
+            table[index].base, table[index].block_stride = base, stride
+            table[index].offset, table[index].bytes = offset, piece
+            offset += piece
+        memset(&self.told, 0, sizeof(self.told))
+        self.told.num_runs = num_runs
+        self.told.block_bytes = layout.block_bytes
+        with nogil:
+            call = b"cuCtxPushCurrent"
+            code = device.enter(&mode)
+            if code == 0:
+                code = self.build(text, table, num_runs * sizeof(_c.kv_gather_run), &call)
+                if code:
+                    self.close()
+                device.leave(mode)
+        free(table)
+        check(device, code, call)
+
+    cdef int build(self, const char *image, const void *table, size_t table_bytes, const char **call) noexcept nogil:
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef int code, index
+        call[0] = b"cuModuleLoadData"
+        code = drv.module_load_data(&self.module, image)
+        if code == 0:
+            call[0] = b"cuModuleGetFunction"
+            code = drv.module_get_function(&self.function, self.module, b"kv_gather_blocks")
+        if code == 0:
+            call[0] = b"cuStreamCreate"
+            code = drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+        if code == 0:
+            call[0] = b"cuEventCreate"
+            code = drv.event_create(&self.began, _c.KV_EVENT_DISABLE_TIMING)
+        for index in range(2):
+            if code == 0:
+                code = drv.event_create(&self.filled[index], _c.KV_EVENT_DISABLE_TIMING)
+            if code == 0:
+                code = drv.event_create(&self.emptied[index], _c.KV_EVENT_DISABLE_TIMING)
+        if code == 0:
+            call[0] = b"cuMemAlloc"
+            code = drv.mem_alloc(&self.runs, table_bytes)
+        if code == 0:
+            code = drv.mem_alloc(&self.staging, 2 * self.half_bytes)
+        if code == 0:
+            call[0] = b"cuMemcpyHtoDAsync"
+            code = drv.memcpy_htod_async(self.runs, table, table_bytes, self.stream)
+        if code == 0:
+            call[0] = b"cuStreamSynchronize"
+            code = drv.stream_synchronize(self.stream)
+        self.told.runs = self.runs
+        return code
+
+    cdef int launch(self, const int64_t *block_ids, size_t n, bint to_staging) noexcept nogil:
+        """Move the pieces of `n` blocks, at most `blocks_at_once`, into the half in turn or out of it. A CUresult."""
+        cdef void *parameters[1]
+        cdef size_t index
+        self.told.staging = self.staging + self.half * self.half_bytes
+        self.told.num_blocks = <uint32_t>n
+        self.told.to_staging = to_staging
+        for index in range(n):
+            self.told.block_ids[index] = <uint32_t>block_ids[index]
+        parameters[0] = &self.told
+        return self.device.drv.launch_kernel(self.function, self.num_ctas, 1, 1, _c.KV_GATHER_THREADS, 1, 1, 0,
+                                             self.stream, parameters, NULL)
+
+    cdef void close(self) noexcept nogil:
+        """Give everything back; no job is in flight, and the context is current."""
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef int index
+        if self.staging:
+            drv.mem_free(self.staging)
+        if self.runs:
+            drv.mem_free(self.runs)
+        for index in range(2):
+            if self.filled[index] is not NULL:
+                drv.event_destroy(self.filled[index])
+            if self.emptied[index] is not NULL:
+                drv.event_destroy(self.emptied[index])
+        if self.began is not NULL:
+            drv.event_destroy(self.began)
+        if self.stream is not NULL:
+            drv.stream_destroy(self.stream)
+        if self.module is not NULL:
+            drv.module_unload(self.module)

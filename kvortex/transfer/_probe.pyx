@@ -1,0 +1,248 @@
+"""Which back end moves which group of pieces: found out by trying, once a layout, in a fraction of 0.3 s.
+
+Whether strided copies are legal is up to the driver (rows in several allocations are refused), and whether they pay is
+up to the machine: the same copy is twice as fast as batches at 4 KiB, and a third as fast at a pitch of 2 GiB.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memset
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport check
+from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._transfer_queue cimport D2H, H2D, TransferQueue
+
+from typing import NamedTuple
+
+cdef size_t TRIAL_BYTES = 8 << 20   # moved in one trial: 0.2 ms at the rate of the link
+cdef int NUM_REPEATS = 3            # the fastest counts
+cdef int MAX_TRIALS = 16            # shapes tried in one layout; later ones go by their legality alone
+# Strided copies cost a thirtieth of the CPU time of batches, so they may be this much slower and are still preferred.
+cdef double STRIDED_HANDICAP = 1.15
+
+
+class PlannerRow(NamedTuple):
+    """How the groups of one shape move in one direction, and what the probe measured (None where it did not)."""
+
+    direction: str              # "D2H" saves, "H2D" loads
+    piece_bytes: int
+    rows: int                   # pieces of a block at even distances, which one strided copy can take
+    pitch_bytes: int            # that distance
+    num_groups: int
+    backend: str                # "strided" or "batch"
+    strided_gbps: float | None
+    batch_gbps: float | None
+
+
+def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, measure=None):
+    """Find out which groups of a layout a queue's direction had better move by strided copies; the layout remembers.
+
+    On a D2H queue: whether strided copies are legal (the first and the last block, strided and piece by piece, must
+    agree), then how fast they are, from the registered cache, which is only read. On an H2D queue, after that: how fast
+    they are towards scratch memory of the same shape but for the pitch; where saves had better use batches, so do
+    loads. Where there is no device memory for that, loads go as saves do.
+
+    Parameters
+    ----------
+    layout : KVLayout
+    queue : TransferQueue
+        Idle, best: others submit nothing to it meanwhile.
+    measure : bool, optional
+        Whether to time the copies; by default on CUDA only, because the host driver's times say nothing about a link.
+
+    Returns
+    -------
+    list of PlannerRow
+        This direction's rows, which `KVLayout.planner` has from now on.
+
+    Raises
+    ------
+    DriverError
+        The driver refused something else than a strided copy; strided copies count as illegal then.
+    EngineClosed
+        The queue is closed.
+
+    Notes
+    -----
+    Blocks for a few milliseconds a shape (GIL released). Nobody may write the first and the last block meanwhile; a
+    mismatch counts as illegal, so that the worst outcome is slower copies.
+    """
+    cdef uint32_t bit = 1 << <int>queue.direction_
+    cdef uint32_t index
+    cdef _c.kv_group *group
+    cdef double strided_ns, batch_ns
+    queue._require_open()
+    if measure is None:
+        measure = not queue.device.is_host
+    for index in range(layout.num_groups):
+        layout.groups[index].strided |= bit if _c.kv_group_may_be_strided(&layout.groups[index]) else 0
+    if queue.direction_ == D2H:
+        require_agreement(queue, layout)
+    tried, counts = {}, {}
+    for index in range(layout.num_groups):
+        group = &layout.groups[index]
+        shape = (group.row_bytes, group.rows, group.device_pitch, group.slot_pitch)
+        if shape not in tried:
+            strided_ns = batch_ns = 0
+            if layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS:
+                time_group(queue, layout, group, &strided_ns, &batch_ns)
+            tried[shape] = strided_ns, batch_ns
+        counts[shape] = counts.get(shape, 0) + 1
+        strided_ns, batch_ns = tried[shape]
+        if strided_ns > STRIDED_HANDICAP * batch_ns:
+            group.strided &= ~bit
+        elif queue.direction_ == H2D and not group.strided & (1 << <int>D2H):
+            group.strided &= ~bit
+    rows = []
+    for index in range(layout.num_groups):
+        group = &layout.groups[index]
+        shape = (group.row_bytes, group.rows, group.device_pitch, group.slot_pitch)
+        if shape in counts:
+            nbytes = trial_blocks(group) * group.rows * group.row_bytes
+            gbps = [nbytes / ns if ns else None for ns in tried[shape]]
+            backend = "strided" if layout.strided and group.strided & bit else "batch"
+            rows.append(PlannerRow(queue.direction, group.row_bytes, group.rows, group.device_pitch, counts.pop(shape),
+                                   backend, *gbps))
+    layout.planner = (*(row for row in layout.planner if row.direction != queue.direction), *rows)
+    return rows
+
+
+cdef size_t trial_blocks(const _c.kv_group *group) noexcept nogil:
+    return max(<size_t>1, TRIAL_BYTES // (group.rows * group.row_bytes))
+
+
+cdef int require_agreement(TransferQueue queue, KVLayout layout) except -1:
+    """Sets `layout.strided`."""
+    cdef const _c.kv_driver *drv = queue.device.drv
+    cdef const char *call = b"cuMemHostAlloc"
+    cdef void *scratch = NULL
+    cdef int mode = 0, code
+    cdef uint32_t index
+    layout.strided = False
+    for index in range(layout.num_groups):
+        layout.strided |= layout.groups[index].strided != 0
+    if not layout.strided:
+        return 0
+    with nogil:
+        code = queue.device.enter(&mode)
+        if code == 0:
+            code = drv.mem_host_alloc(&scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
+            if code == 0:
+                code = compare(queue, layout, <char *>scratch, &call)
+                drv.mem_free_host(scratch)
+            queue.device.leave(mode)
+    if code:
+        layout.strided = False
+    return check(queue.device, code, call)
+
+
+cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char **call) noexcept nogil:
+    """Copy two blocks strided and piece by piece; clears `layout.strided` unless both went well and agree. A CUresult.
+    """
+    cdef int64_t ids[2]
+    cdef uint32_t slots[2]
+    cdef _c.kv_slots space
+    cdef _c.kv_plan plan
+    cdef int code, finished
+    cdef size_t nbytes = 2 * layout.block_bytes
+    ids[0], ids[1] = 0, layout.num_blocks - 1
+    slots[0], slots[1] = 0, 1
+    space = scratch_slots(scratch, layout.block_bytes, 2)
+    memset(scratch, 0x5A, nbytes)
+    memset(scratch + nbytes, 0xA5, nbytes)
+    _c.kv_monitor_lock(&queue.submitting)
+    plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(D2H), ids, &space, slots, 2)
+    code = queue.copy_plan(&plan, layout, call)  # an INVALID_VALUE clears layout.strided
+    space.base = scratch + nbytes
+    plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, 0, ids, &space, slots, 2)
+    if code == 0:
+        code = queue.copy_plan(&plan, layout, call)
+    _c.kv_monitor_unlock(&queue.submitting)
+    finished = queue.device.drv.stream_synchronize(queue.stream)
+    if code == 0:
+        code = finished
+    if code or memcmp(scratch, scratch + nbytes, nbytes):
+        layout.strided = False
+    return code
+
+
+cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *group, double *strided_ns,
+                    double *batch_ns) except -1:
+    """Nanoseconds of moving `trial_blocks` blocks of one group either way; both 0 without memory for it."""
+    cdef const _c.kv_driver *drv = queue.device.drv
+    cdef const char *call = b"a trial copy"
+    cdef _c.kv_group trial = group[0]
+    cdef size_t n = trial_blocks(group), index
+    cdef size_t stride = (group.rows - 1) * group.slot_pitch + group.row_bytes
+    cdef void *host = NULL
+    cdef _c.kv_devptr scratch = 0
+    cdef int64_t *ids = <int64_t *>malloc(n * sizeof(int64_t))
+    cdef uint32_t *slots = <uint32_t *>malloc(n * sizeof(uint32_t))
+    cdef int mode = 0, code
+    if ids is NULL or slots is NULL:
+        free(ids)
+        free(slots)
+        raise MemoryError(f"no memory for a trial of {n} blocks")
+    with nogil:
+        code = queue.device.enter(&mode)
+        if code == 0:
+            code = drv.mem_host_alloc(&host, n * stride, _c.KV_HOST_ALLOC_PORTABLE)
+            if code == 0 and queue.direction_ == H2D:
+                code = drv.mem_alloc(&scratch, n * group.rows * group.row_bytes)
+            if code == 0:
+                trial.slot_offset = 0
+                trial.strided = 3
+                if queue.direction_ == H2D:  # dense: the registered cache is not written
+                    trial.base, trial.block_stride, trial.device_pitch = scratch, group.row_bytes, n * group.row_bytes
+                for index in range(n):
+                    ids[index] = index if queue.direction_ == H2D else index % layout.num_blocks
+                    slots[index] = <uint32_t>index
+                code = time_both(queue, layout, &trial, host, stride, ids, slots, n, strided_ns, batch_ns, &call)
+            elif code == _c.KV_CUDA_OUT_OF_MEMORY:
+                code = 0
+            if scratch:
+                drv.mem_free(scratch)
+            if host is not NULL:
+                drv.mem_free_host(host)
+            queue.device.leave(mode)
+    free(ids)
+    free(slots)
+    return check(queue.device, code, call)
+
+
+cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *trial, void *host, size_t stride,
+                   const int64_t *ids, const uint32_t *slots, size_t n, double *strided_ns, double *batch_ns,
+                   const char **call) noexcept nogil:
+    cdef _c.kv_slots space = scratch_slots(<char *>host, stride, <uint32_t>n)
+    cdef _c.kv_plan plan
+    cdef int code = 0, finished, repeat
+    cdef uint32_t strided
+    cdef uint64_t start
+    cdef double elapsed
+    cdef double *best
+    for repeat in range(2 * (NUM_REPEATS + 1)):  # in turn; the first of each warms up
+        strided = 3 * (repeat & 1)
+        best = strided_ns if strided else batch_ns
+        plan = _c.kv_plan_of_blocks(trial, 1, strided, ids, &space, slots, n)
+        start = _c.kv_now_ns()
+        _c.kv_monitor_lock(&queue.submitting)
+        code = queue.copy_plan(&plan, layout, call)
+        _c.kv_monitor_unlock(&queue.submitting)
+        finished = queue.device.drv.stream_synchronize(queue.stream)
+        code = code or finished
+        if code:
+            return code
+        elapsed = _c.kv_now_ns() - start
+        if repeat > 1 and (best[0] == 0 or elapsed < best[0]):
+            best[0] = elapsed
+    return 0
+
+
+cdef _c.kv_slots scratch_slots(char *base, size_t stride, uint32_t count) noexcept nogil:
+    cdef _c.kv_slots space
+    memset(&space, 0, sizeof(space))
+    space.base = base
+    space.stride_bytes = space.payload_bytes = stride
+    space.num_slots = space.first_chunk_slots = space.chunk_slots = count
+    return space
