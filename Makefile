@@ -72,7 +72,7 @@ bench: build  ## one benchmark a part, on the host device
 
 bench-gpu: build  ## the same on an NVIDIA GPU, then the ratios to the link's limit; fails where there is none
 	KVORTEX_BENCH_DEVICE=cuda $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
-	$(PY) bench/gpu_ratios.py --device cuda
+	$(PY) -m bench.gpu --json build/bench/gpu.json --plots build/bench
 
 lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
 	$(PY) -m ruff check .

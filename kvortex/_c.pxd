@@ -67,6 +67,7 @@ cdef extern from "kvortex/driver.h" nogil:
         int (*ctx_get_device)(int *device) noexcept nogil
         int (*thread_exchange_stream_capture_mode)(int *mode) noexcept nogil
         int (*stream_create)(void **stream, unsigned int flags) noexcept nogil
+        int (*stream_create_with_priority)(void **stream, unsigned int flags, int priority) noexcept nogil
         int (*stream_destroy)(void *stream) noexcept nogil
         int (*stream_query)(void *stream) noexcept nogil
         int (*stream_synchronize)(void *stream) noexcept nogil

@@ -37,7 +37,7 @@ class KVortexConfig:
     gather_ctas : int, default 0
         Pieces below 32 KiB that strided copies cannot move are gathered on the device by a kernel of so many thread
         blocks (0: never; 4 reach the link), each of which takes a streaming multiprocessor from the model while it
-        runs. Costs 8 MiB of device memory (or two blocks) a stream.
+        runs. Costs 16 MiB of device memory (or two blocks) a stream.
     enable_numa : bool, default True
         Reserved for binding the pool to the GPU's NUMA node; without effect so far.
 

@@ -113,6 +113,8 @@ typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
     X(ctx_get_device, cuCtxGetDevice, 2000, (int *device)) \
     X(thread_exchange_stream_capture_mode, cuThreadExchangeStreamCaptureMode, 10010, (int *mode)) \
     X(stream_create, cuStreamCreate, 2000, (void **stream, unsigned int flags)) \
+    X(stream_create_with_priority, cuStreamCreateWithPriority, 5050, \
+      (void **stream, unsigned int flags, int priority)) \
     X(stream_destroy, cuStreamDestroy, 4000, (void *stream)) \
     X(stream_query, cuStreamQuery, 2000, (void *stream)) \
     X(stream_synchronize, cuStreamSynchronize, 2000, (void *stream)) \

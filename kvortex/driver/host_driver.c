@@ -95,6 +95,12 @@ kv_result kv_host_stream_create(void **stream, unsigned int flags)
     return KV_CUDA_SUCCESS;
 }
 
+kv_result kv_host_stream_create_with_priority(void **stream, unsigned int flags, int priority)
+{
+    KV_HOST_BEGIN(stream_create_with_priority);
+    return kv_host_stream_create(stream, flags); /* any number will do, as with CUDA, which clamps it */
+}
+
 /* A capture ends with its stream. */
 static int close_stream(uint64_t handle)
 {

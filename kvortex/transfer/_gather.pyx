@@ -15,7 +15,10 @@ from kvortex.transfer._layout cimport KVLayout
 
 from importlib import resources
 
-cdef size_t HALF_BYTES = 4 << 20
+cdef size_t HALF_BYTES = 8 << 20
+# Clamped by the driver. Thread blocks of large kernels then make room as they end; otherwise a gather would wait for
+# the last of them to begin, a millisecond each time.
+cdef int HIGHEST_PRIORITY = -1000
 cdef size_t MAX_PIECE_BYTES = 32 << 10  # from here on copy engines are as fast
 
 
@@ -90,8 +93,8 @@ cdef class Gather:
             call[0] = b"cuModuleGetFunction"
             code = drv.module_get_function(&self.function, self.module, b"kv_gather_blocks")
         if code == 0:
-            call[0] = b"cuStreamCreate"
-            code = drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+            call[0] = b"cuStreamCreateWithPriority"
+            code = drv.stream_create_with_priority(&self.stream, _c.KV_STREAM_NON_BLOCKING, HIGHEST_PRIORITY)
         if code == 0:
             call[0] = b"cuEventCreate"
             code = drv.event_create(&self.began, _c.KV_EVENT_DISABLE_TIMING)

@@ -23,6 +23,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
+cdef size_t FIRST_BATCH_COPIES = 32
 cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
 cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
@@ -336,12 +337,16 @@ cdef class TransferQueue:
     # ---- copies -----------------------------------------------------------------------------------------------------
 
     cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
-        """Issue every copy of the plan: strided ones as they come, plain ones in batches."""
+        """Issue every copy of the plan: strided ones as they come, plain ones in batches.
+
+        A batch starts when all of it is issued, so the first ones are small: the device is not to wait for 0.2 ms.
+        """
         cdef size_t count, index, row, batched
+        cdef size_t full = FIRST_BATCH_COPIES
         cdef _c.kv_copy *copy
         cdef int code = 0
         while code == 0:
-            count = _c.kv_plan_next(plan, self.copies, _c.KV_BATCH_COPIES)
+            count = _c.kv_plan_next(plan, self.copies, full)
             if count == 0:
                 break
             batched = 0
@@ -367,12 +372,13 @@ cdef class TransferQueue:
                         self.sources[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
                         self.targets[batched] = copy.device + row * copy.device_pitch
                     batched += 1
-                    if batched == _c.KV_BATCH_COPIES:
+                    if batched == full:
                         code = self.copy_batch(batched)
                         if code:
                             return code
                         batched = 0
             code = self.copy_batch(batched)
+            full = min(2 * full, <size_t>_c.KV_BATCH_COPIES)
         return code
 
     cdef int copy_gathered(self, const _c.kv_plan *plan, const char **call) noexcept nogil:
@@ -558,7 +564,7 @@ cdef class TransferQueue:
         ValueError
             Numbers that do not fit, or the queue gathers already.
         DriverError
-            The driver refused kernel, stream or memory (8 MiB, or two blocks); nothing has changed.
+            The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
         """
         self._require_open()
         if self.gather is not None:

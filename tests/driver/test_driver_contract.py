@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+from importlib import resources
 
 import pytest
 from driver_calls import (
@@ -10,6 +11,7 @@ from driver_calls import (
     INVALID_HANDLE,
     INVALID_VALUE,
     KIND,
+    NOT_FOUND,
     NOT_REGISTERED,
     Attributes,
 )
@@ -234,3 +236,20 @@ def test_stream_that_was_destroyed_is_refused(calls, device):
 
 def test_the_table_under_test_is_that_of_the_device_asked_for(device):
     assert device.is_host == (KIND == "host")
+
+
+def test_the_gather_kernel_is_found_by_its_name_alone(calls):
+    image = (resources.files("kvortex.transfer") / "gather.ptx").read_bytes()
+    assert calls.module_load_data(ctypes.byref(ctypes.c_void_p()), b"no kernel at all") != 0
+    module = calls.out("module_load_data", ctypes.c_void_p, image)
+    calls.out("module_get_function", ctypes.c_void_p, module, b"kv_gather_blocks")
+    assert calls.module_get_function(ctypes.byref(ctypes.c_void_p()), module, b"kv_scatter_blocks") == NOT_FOUND
+    calls.ok("module_unload", module)
+
+
+def test_a_stream_of_any_priority_is_created(calls):
+    for priority in (0, -1000, 1000):
+        stream = calls.out("stream_create_with_priority", ctypes.c_void_p, 1, priority)
+        calls.ok("stream_synchronize", stream)
+        calls.ok("stream_destroy", stream)
+    assert calls.stream_create_with_priority(ctypes.byref(ctypes.c_void_p()), 64, 0) == INVALID_VALUE

@@ -90,7 +90,7 @@ GATHERED_BLOCKS = 23
 
 @pytest.fixture
 def gathered(device, stream):
-    """Blocks of 1 MiB, four of which fill half of the staging of a kernel that moves them; queues that use it."""
+    """Blocks of 1 MiB, eight of which fill half of the staging of a kernel that moves them; queues that use it."""
     cache = DeviceCache(device, "separate_allocations", GATHERED_BLOCKS, num_layers=4, piece_bytes=128 << 10)
     pool = PinnedPool(GATHERED_BLOCKS << 20, 1 << 20, device)
     pool.wait_ready(TIMEOUT_MS)
@@ -105,7 +105,7 @@ def gathered(device, stream):
 def move_gathered(gathered, stream, seed, late=lambda high_us: None):
     cache, pool, saves, loads = gathered
     rng = np.random.default_rng(seed)
-    for count in (1, 2, 3, 4, 9, GATHERED_BLOCKS):
+    for count in (1, 2, 3, 8, 17, GATHERED_BLOCKS):
         blocks, slots, targets = (rng.permutation(GATHERED_BLOCKS)[:count] for _ in range(3))
         records = [rng.bytes(1 << 20) for _ in range(count)]
         for block, record in zip(blocks, records, strict=True):
