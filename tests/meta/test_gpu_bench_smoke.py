@@ -1,4 +1,4 @@
-"""`python -m bench.gpu` runs on the host device and writes what it promises: a table, JSON, the picture of the sweep."""
+"""`python -m bench.gpu` runs on the host device and writes what it promises: a table, JSON, a picture of the sweep."""
 
 import json
 import subprocess
