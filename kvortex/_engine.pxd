@@ -7,9 +7,10 @@ from kvortex.driver._device cimport Device
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
+from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
-from kvortex.transfer._transfer_queue cimport Direction, Job, JobRecord
+from kvortex.transfer._transfer_queue cimport Job, JobRecord
 
 cdef enum:
     MAX_STREAMS = 32

@@ -11,12 +11,10 @@ from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
+from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport (
-    D2H,
-    H2D,
-    Direction,
     Job,
     JobRecord,
     TransferQueue,

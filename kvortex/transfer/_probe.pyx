@@ -10,8 +10,9 @@ from libc.string cimport memcmp, memset
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport check
+from kvortex.transfer._copier cimport D2H, H2D
 from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._transfer_queue cimport D2H, H2D, TransferQueue
+from kvortex.transfer._transfer_queue cimport TransferQueue
 
 from typing import NamedTuple
 
@@ -153,13 +154,13 @@ cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char
     memset(scratch + nbytes, 0xA5, nbytes)
     _c.kv_monitor_lock(&queue.submitting)
     plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(D2H), ids, &space, slots, 2)
-    code = queue.copy_plan(&plan, layout, call)  # an INVALID_VALUE clears layout.strided
+    code = queue.copier.copy_plan(&plan, layout, call)  # an INVALID_VALUE clears layout.strided
     space.base = scratch + nbytes
     plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, 0, ids, &space, slots, 2)
     if code == 0:
-        code = queue.copy_plan(&plan, layout, call)
+        code = queue.copier.copy_plan(&plan, layout, call)
     _c.kv_monitor_unlock(&queue.submitting)
-    finished = queue.device.drv.stream_synchronize(queue.stream)
+    finished = queue.copier.synchronize()
     if code == 0:
         code = finished
     if code or memcmp(scratch, scratch + nbytes, nbytes):
@@ -227,9 +228,9 @@ cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *tria
         plan = _c.kv_plan_of_blocks(trial, 1, strided, ids, &space, slots, n)
         start = _c.kv_now_ns()
         _c.kv_monitor_lock(&queue.submitting)
-        code = queue.copy_plan(&plan, layout, call)
+        code = queue.copier.copy_plan(&plan, layout, call)
         _c.kv_monitor_unlock(&queue.submitting)
-        finished = queue.device.drv.stream_synchronize(queue.stream)
+        finished = queue.copier.synchronize()
         code = code or finished
         if code:
             return code

@@ -2,15 +2,11 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvortex._c cimport KV_BATCH_COPIES, kv_copy, kv_devptr, kv_monitor, kv_plan
+from kvortex._c cimport kv_monitor, kv_plan
 from kvortex.driver._device cimport Device
-from kvortex.transfer._gather cimport Gather
+from kvortex.transfer._copier cimport Copier, Direction
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
-
-cdef enum Direction:
-    D2H = 0
-    H2D = 1
 
 cdef enum JobState:
     JOB_FREE       # on the free list
@@ -48,7 +44,7 @@ ctypedef void (*retire_hook)(void *owner, Direction direction, const JobRecord *
 cdef class TransferQueue:
     cdef readonly Device device
     cdef readonly JobSignals signals
-    cdef void *stream                  # ours, non-blocking
+    cdef Copier copier                 # the stream, and how copies get there; under `submitting`
     cdef Direction direction_
     cdef JobRecord *records
     cdef readonly uint32_t max_jobs
@@ -65,21 +61,11 @@ cdef class TransferQueue:
     cdef set used                      # pools and layouts that jobs were submitted with; kept until close
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
-    cdef readonly Gather gather        # kernel for one layout's small pieces, opted in; None: copy engines only
-    # Scratch of the one submitter.
-    cdef kv_copy copies[KV_BATCH_COPIES]
-    cdef kv_devptr targets[KV_BATCH_COPIES]
-    cdef kv_devptr sources[KV_BATCH_COPIES]
-    cdef size_t sizes[KV_BATCH_COPIES]
 
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
     cdef void unclaim(self, uint32_t record) noexcept nogil
     cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
                          void **waits, size_t num_waits, const char **call) noexcept nogil
-    cdef int copy_plan(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
-    cdef int copy_gathered(self, const kv_plan *plan, const char **call) noexcept nogil
-    cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
-    cdef int copy_batch(self, size_t count) noexcept nogil
     cdef int poll_once(self) noexcept nogil
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
     cdef void drop_hold(self, uint32_t record) noexcept nogil

@@ -1,15 +1,16 @@
-"""One stream, one direction, FIFO: claims records, orders and issues copies, retires jobs in order."""
+"""One stream, one direction, FIFO: claims records, orders jobs, retires them in order."""
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
 from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
@@ -23,7 +24,6 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
-cdef size_t FIRST_BATCH_COPIES = 32
 cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
 cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
@@ -80,6 +80,7 @@ cdef class TransferQueue:
         device.require_open()
         self.device = device
         self.direction_ = DIRECTIONS[direction]
+        self.copier = Copier(device, self.direction_)
         self.signals = signals if signals is not None else JobSignals()
         self.used = set()
         self.records = <JobRecord *>calloc(max_jobs, sizeof(JobRecord))
@@ -90,7 +91,7 @@ cdef class TransferQueue:
         with nogil:
             code = device.enter(&mode)
             if code == 0:
-                code = device.drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+                code = self.copier.open()
                 for index in range(self.max_jobs):
                     if code == 0:
                         code = device.drv.event_create(&self.records[index].done_event, _c.KV_EVENT_DISABLE_TIMING)
@@ -168,25 +169,20 @@ cdef class TransferQueue:
         _c.kv_monitor_lock(&self.submitting)
         if code == 0 and ordered:
             call[0] = b"cuStreamWaitEvent"
-            code = drv.stream_wait_event(self.stream, job.source_event, 0)
+            code = drv.stream_wait_event(self.copier.stream, job.source_event, 0)
         for index in range(num_waits):
             if code == 0:
                 call[0] = b"cuStreamWaitEvent"
-                code = drv.stream_wait_event(self.stream, waits[index], 0)
+                code = drv.stream_wait_event(self.copier.stream, waits[index], 0)
         if code == 0:
-            if self.gather is not None and plan.groups == self.gather.layout.groups:
-                code = self.copy_gathered(plan, call)
-            else:
-                code = self.copy_plan(plan, layout, call)
+            code = self.copier.copy(plan, layout, call)
         if code == 0:
             call[0] = b"cuEventRecord"
-            code = drv.event_record(job.done_event, self.stream)
+            code = drv.event_record(job.done_event, self.copier.stream)
         if code:
             # Copies may be running: the slots are the caller's again only when they are known to be over. And whoever
             # meets this job in the engine's words, instead of the jobs it met itself, must find those over too.
-            finished = drv.stream_synchronize(self.stream)
-            if finished == 0 and self.gather is not None:
-                finished = drv.stream_synchronize(self.gather.stream)
+            finished = self.copier.synchronize()
             for index in range(num_waits):
                 if finished == 0:
                     finished = drv.event_synchronize(waits[index])
@@ -231,7 +227,7 @@ cdef class TransferQueue:
         code = self.device.drv.event_query(job.done_event)
         if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):
             # The query failed, not the copies: find out about them the slow way before any slot is freed.
-            code = self.device.drv.stream_synchronize(self.stream)
+            code = self.copier.synchronize()
         _c.kv_monitor_lock(&self.monitor)
         job.holds -= 1
         if job.state == JOB_RETIRED:  # another party retired it meanwhile
@@ -334,146 +330,6 @@ cdef class TransferQueue:
                 return -1
             _c.kv_nap_ns(POLL_NS)
 
-    # ---- copies -----------------------------------------------------------------------------------------------------
-
-    cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
-        """Issue every copy of the plan: strided ones as they come, plain ones in batches.
-
-        A batch starts when all of it is issued, so the first ones are small: the device is not to wait for 0.2 ms.
-        """
-        cdef size_t count, index, row, batched
-        cdef size_t full = FIRST_BATCH_COPIES
-        cdef _c.kv_copy *copy
-        cdef int code = 0
-        while code == 0:
-            count = _c.kv_plan_next(plan, self.copies, full)
-            if count == 0:
-                break
-            batched = 0
-            for index in range(count):
-                copy = &self.copies[index]
-                if copy.rows > 1 and plan.strided:
-                    call[0] = b"cuMemcpy2DAsync"
-                    code = self.copy_strided(copy)
-                    if code == 0:
-                        continue
-                    if code != _c.KV_CUDA_INVALID_VALUE:
-                        return code
-                    # The rows lie in several allocations after all: piece by piece from here on.
-                    layout.strided = False
-                    plan.strided = 0
-                call[0] = b"cuMemcpyBatchAsync"
-                for row in range(copy.rows):
-                    self.sizes[batched] = copy.row_bytes
-                    if self.direction_ == D2H:
-                        self.sources[batched] = copy.device + row * copy.device_pitch
-                        self.targets[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
-                    else:
-                        self.sources[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
-                        self.targets[batched] = copy.device + row * copy.device_pitch
-                    batched += 1
-                    if batched == full:
-                        code = self.copy_batch(batched)
-                        if code:
-                            return code
-                        batched = 0
-            code = self.copy_batch(batched)
-            full = min(2 * full, <size_t>_c.KV_BATCH_COPIES)
-        return code
-
-    cdef int copy_gathered(self, const _c.kv_plan *plan, const char **call) noexcept nogil:
-        """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
-
-        While one half of the staging goes through the second step, the other is in the first. What the job has to wait
-        for is on the queue's stream already, and what waits for the job will ask the queue's stream.
-        """
-        cdef const _c.kv_driver *drv = self.device.drv
-        cdef bint saving = self.direction_ == D2H
-        cdef void *first_stream = self.gather.stream if saving else self.stream
-        cdef void *second_stream = self.stream if saving else self.gather.stream
-        cdef size_t done = 0, count, index
-        cdef uint64_t staged
-        cdef int code = 0
-        call[0] = b"cuEventRecord or cuStreamWaitEvent"
-        if saving:
-            code = (drv.event_record(self.gather.began, self.stream)
-                    or drv.stream_wait_event(self.gather.stream, self.gather.began, 0))
-        while code == 0 and done < plan.num_blocks:
-            count = min(plan.num_blocks - done, self.gather.blocks_at_once)
-            for index in range(count):
-                staged = (self.gather.staging + self.gather.half * self.gather.half_bytes
-                          + index * self.gather.layout.block_bytes)
-                self.targets[index] = staged
-                self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[done + index])
-                if saving:
-                    self.targets[index], self.sources[index] = self.sources[index], staged
-                self.sizes[index] = self.gather.layout.block_bytes
-            code = drv.stream_wait_event(first_stream, self.gather.emptied[self.gather.half], 0)
-            if code == 0:
-                call[0] = b"cuLaunchKernel" if saving else b"cuMemcpyBatchAsync"
-                code = self.gather.launch(plan.block_ids + done, count, True) if saving else self.copy_batch(count)
-            if code == 0:
-                call[0] = b"cuEventRecord or cuStreamWaitEvent"
-                code = (drv.event_record(self.gather.filled[self.gather.half], first_stream)
-                        or drv.stream_wait_event(second_stream, self.gather.filled[self.gather.half], 0))
-            if code == 0:
-                call[0] = b"cuMemcpyBatchAsync" if saving else b"cuLaunchKernel"
-                code = self.copy_batch(count) if saving else self.gather.launch(plan.block_ids + done, count, False)
-            if code == 0:
-                call[0] = b"cuEventRecord or cuStreamWaitEvent"
-                code = drv.event_record(self.gather.emptied[self.gather.half], second_stream)
-            self.gather.half ^= 1
-            done += count
-        for index in range(2):
-            if code == 0 and not saving:  # the job is over when its last kernels are
-                call[0] = b"cuStreamWaitEvent"
-                code = drv.stream_wait_event(self.stream, self.gather.emptied[index], 0)
-        return code
-
-    cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
-        cdef _c.kv_memcpy_2d copy_2d
-        memset(&copy_2d, 0, sizeof(copy_2d))
-        copy_2d.width_bytes = copy.row_bytes
-        copy_2d.height = copy.rows
-        if self.direction_ == D2H:
-            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_DEVICE
-            copy_2d.source_device = copy.device
-            copy_2d.source_pitch = copy.device_pitch
-            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_HOST
-            copy_2d.target_host = copy.host
-            copy_2d.target_pitch = copy.host_pitch
-        else:
-            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_HOST
-            copy_2d.source_host = copy.host
-            copy_2d.source_pitch = copy.host_pitch
-            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_DEVICE
-            copy_2d.target_device = copy.device
-            copy_2d.target_pitch = copy.device_pitch
-        return self.device.drv.memcpy_2d_async(&copy_2d, self.stream)
-
-    cdef int copy_batch(self, size_t count) noexcept nogil:
-        """The first `count` of sources, targets and sizes in one call; one by one where the driver knows no batches."""
-        cdef _c.kv_memcpy_attributes attributes
-        cdef size_t index, attribute_index = 0, fail_index = 0
-        cdef int code = _c.KV_CUDA_NOT_SUPPORTED
-        if count == 0:
-            return 0
-        if count > 1:
-            memset(&attributes, 0, sizeof(attributes))
-            attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
-            code = self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
-                                                      &attribute_index, 1, &fail_index, self.stream)
-        if code == _c.KV_CUDA_NOT_SUPPORTED:
-            code = 0
-            for index in range(count):
-                if code == 0 and self.direction_ == D2H:
-                    code = self.device.drv.memcpy_dtoh_async(<void *>self.targets[index], self.sources[index],
-                                                             self.sizes[index], self.stream)
-                elif code == 0:
-                    code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
-                                                             self.sizes[index], self.stream)
-        return code
-
     # ---- use without an engine --------------------------------------------------------------------------------------
 
     def submit(self, KVLayout layout not None, block_ids, PinnedPool pool not None, slot_ids, *, stream):
@@ -567,9 +423,9 @@ cdef class TransferQueue:
             The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
         """
         self._require_open()
-        if self.gather is not None:
+        if self.copier.gather is not None:
             raise ValueError("this queue gathers already; use one queue a layout")
-        self.gather = Gather(self.device, layout, num_ctas)
+        self.copier.gather = Gather(self.device, layout, num_ctas)
         layout.planner = tuple([row._replace(backend="gather") if row.direction == self.direction else row
                                 for row in layout.planner])
 
@@ -597,6 +453,11 @@ cdef class TransferQueue:
                 self.device.leave(mode)
         check(self.device, code, b"cuCtxPushCurrent")
         return retired
+
+    @property
+    def gather(self):
+        """The `Gather` of `use_gather`, or None."""
+        return self.copier.gather
 
     @property
     def direction(self):
@@ -634,10 +495,7 @@ cdef class TransferQueue:
                         drv.event_destroy(self.records[index].done_event)
                     if self.records[index].source_event is not NULL:
                         drv.event_destroy(self.records[index].source_event)
-                if self.gather is not None:
-                    self.gather.close()
-                if self.stream is not NULL:
-                    drv.stream_destroy(self.stream)
+                self.copier.close()
             if code == 0:
                 self.device.leave(mode)
         self.used.clear()

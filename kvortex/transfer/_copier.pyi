@@ -1,0 +1,4 @@
+from kvortex.driver import Device
+
+class Copier:
+    def __init__(self, device: Device, direction: int) -> None: ...

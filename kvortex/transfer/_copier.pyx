@@ -1,0 +1,182 @@
+"""The three back ends of a plan, and the opt-in fourth: batch copies, strided copies, plain ones, gathered ones."""
+
+cimport cython
+from libc.stdint cimport uint64_t
+from libc.string cimport memset
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device
+from kvortex.transfer._layout cimport KVLayout
+
+cdef size_t FIRST_BATCH_COPIES = 32
+
+
+@cython.no_gc_clear  # copies in flight need what the collector would clear before
+cdef class Copier:
+    """Issue copies on one stream, in one direction. One thread at a time: its owner has the lock."""
+
+    def __init__(self, Device device not None, Direction direction):
+        self.device = device
+        self.direction = direction
+
+    cdef int open(self) noexcept nogil:
+        """Create the stream. A CUresult."""
+        return self.device.drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+
+    cdef int synchronize(self) noexcept nogil:
+        """Block until everything issued is over. A CUresult."""
+        cdef int code = self.device.drv.stream_synchronize(self.stream)
+        if code == 0 and self.gather is not None:
+            code = self.device.drv.stream_synchronize(self.gather.stream)
+        return code
+
+    cdef void close(self) noexcept nogil:
+        """Give the stream and the gather back; nothing is in flight, and the context is current."""
+        if self.gather is not None:
+            self.gather.close()
+        if self.stream is not NULL:
+            self.device.drv.stream_destroy(self.stream)
+
+    cdef int copy(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
+        """Issue every copy of the plan by what moves its layout. A CUresult; `call` names the call that failed."""
+        if self.gather is not None and plan.groups == self.gather.layout.groups:
+            return self.copy_gathered(plan, call)
+        return self.copy_plan(plan, layout, call)
+
+    cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
+        """Issue every copy of the plan: strided ones as they come, plain ones in batches.
+
+        A batch starts when all of it is issued, so the first ones are small: the device is not to wait for 0.2 ms.
+        """
+        cdef size_t count, index, row, batched
+        cdef size_t full = FIRST_BATCH_COPIES
+        cdef _c.kv_copy *copy
+        cdef int code = 0
+        while code == 0:
+            count = _c.kv_plan_next(plan, self.copies, full)
+            if count == 0:
+                break
+            batched = 0
+            for index in range(count):
+                copy = &self.copies[index]
+                if copy.rows > 1 and plan.strided:
+                    call[0] = b"cuMemcpy2DAsync"
+                    code = self.copy_strided(copy)
+                    if code == 0:
+                        continue
+                    if code != _c.KV_CUDA_INVALID_VALUE:
+                        return code
+                    # The rows lie in several allocations after all: piece by piece from here on.
+                    layout.strided = False
+                    plan.strided = 0
+                call[0] = b"cuMemcpyBatchAsync"
+                for row in range(copy.rows):
+                    self.sizes[batched] = copy.row_bytes
+                    if self.direction == D2H:
+                        self.sources[batched] = copy.device + row * copy.device_pitch
+                        self.targets[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
+                    else:
+                        self.sources[batched] = <_c.kv_devptr>(copy.host + row * copy.host_pitch)
+                        self.targets[batched] = copy.device + row * copy.device_pitch
+                    batched += 1
+                    if batched == full:
+                        code = self.copy_batch(batched)
+                        if code:
+                            return code
+                        batched = 0
+            code = self.copy_batch(batched)
+            full = min(2 * full, <size_t>_c.KV_BATCH_COPIES)
+        return code
+
+    cdef int copy_gathered(self, const _c.kv_plan *plan, const char **call) noexcept nogil:
+        """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
+
+        While one half of the staging goes through the second step, the other is in the first. What the job has to wait
+        for is on the queue's stream already, and what waits for the job will ask the queue's stream.
+        """
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef bint saving = self.direction == D2H
+        cdef void *first_stream = self.gather.stream if saving else self.stream
+        cdef void *second_stream = self.stream if saving else self.gather.stream
+        cdef size_t done = 0, count, index
+        cdef uint64_t staged
+        cdef int code = 0
+        call[0] = b"cuEventRecord or cuStreamWaitEvent"
+        if saving:
+            code = (drv.event_record(self.gather.began, self.stream)
+                    or drv.stream_wait_event(self.gather.stream, self.gather.began, 0))
+        while code == 0 and done < plan.num_blocks:
+            count = min(plan.num_blocks - done, self.gather.blocks_at_once)
+            for index in range(count):
+                staged = (self.gather.staging + self.gather.half * self.gather.half_bytes
+                          + index * self.gather.layout.block_bytes)
+                self.targets[index] = staged
+                self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[done + index])
+                if saving:
+                    self.targets[index], self.sources[index] = self.sources[index], staged
+                self.sizes[index] = self.gather.layout.block_bytes
+            code = drv.stream_wait_event(first_stream, self.gather.emptied[self.gather.half], 0)
+            if code == 0:
+                call[0] = b"cuLaunchKernel" if saving else b"cuMemcpyBatchAsync"
+                code = self.gather.launch(plan.block_ids + done, count, True) if saving else self.copy_batch(count)
+            if code == 0:
+                call[0] = b"cuEventRecord or cuStreamWaitEvent"
+                code = (drv.event_record(self.gather.filled[self.gather.half], first_stream)
+                        or drv.stream_wait_event(second_stream, self.gather.filled[self.gather.half], 0))
+            if code == 0:
+                call[0] = b"cuMemcpyBatchAsync" if saving else b"cuLaunchKernel"
+                code = self.copy_batch(count) if saving else self.gather.launch(plan.block_ids + done, count, False)
+            if code == 0:
+                call[0] = b"cuEventRecord or cuStreamWaitEvent"
+                code = drv.event_record(self.gather.emptied[self.gather.half], second_stream)
+            self.gather.half ^= 1
+            done += count
+        for index in range(2):
+            if code == 0 and not saving:  # the job is over when its last kernels are
+                call[0] = b"cuStreamWaitEvent"
+                code = drv.stream_wait_event(self.stream, self.gather.emptied[index], 0)
+        return code
+
+    cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
+        cdef _c.kv_memcpy_2d copy_2d
+        memset(&copy_2d, 0, sizeof(copy_2d))
+        copy_2d.width_bytes = copy.row_bytes
+        copy_2d.height = copy.rows
+        if self.direction == D2H:
+            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_DEVICE
+            copy_2d.source_device = copy.device
+            copy_2d.source_pitch = copy.device_pitch
+            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_HOST
+            copy_2d.target_host = copy.host
+            copy_2d.target_pitch = copy.host_pitch
+        else:
+            copy_2d.source_memory_type = _c.KV_MEMORY_TYPE_HOST
+            copy_2d.source_host = copy.host
+            copy_2d.source_pitch = copy.host_pitch
+            copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_DEVICE
+            copy_2d.target_device = copy.device
+            copy_2d.target_pitch = copy.device_pitch
+        return self.device.drv.memcpy_2d_async(&copy_2d, self.stream)
+
+    cdef int copy_batch(self, size_t count) noexcept nogil:
+        """The first `count` of sources, targets and sizes in one call; one by one where the driver knows no batches."""
+        cdef _c.kv_memcpy_attributes attributes
+        cdef size_t index, attribute_index = 0, fail_index = 0
+        cdef int code = _c.KV_CUDA_NOT_SUPPORTED
+        if count == 0:
+            return 0
+        if count > 1:
+            memset(&attributes, 0, sizeof(attributes))
+            attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
+            code = self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
+                                                      &attribute_index, 1, &fail_index, self.stream)
+        if code == _c.KV_CUDA_NOT_SUPPORTED:
+            code = 0
+            for index in range(count):
+                if code == 0 and self.direction == D2H:
+                    code = self.device.drv.memcpy_dtoh_async(<void *>self.targets[index], self.sources[index],
+                                                             self.sizes[index], self.stream)
+                elif code == 0:
+                    code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
+                                                             self.sizes[index], self.stream)
+        return code
