@@ -15,7 +15,7 @@ cdef extern from "kvortex/driver.h" nogil:
     const int KV_CAPTURE_MODE_RELAXED, KV_CAPTURE_STATUS_NONE
     const int KV_SRC_ACCESS_ORDER_STREAM
     const int KV_POINTER_MEMORY_TYPE, KV_POINTER_DEVICE_ORDINAL, KV_POINTER_RANGE_START_ADDR, KV_POINTER_RANGE_SIZE
-    const int KV_DEVICE_ATTRIBUTE_MAX_PITCH
+    const int KV_DEVICE_ATTRIBUTE_MAX_PITCH, KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID
 
     ctypedef struct kv_memcpy_2d:
         size_t source_x_bytes, source_y
@@ -246,6 +246,19 @@ cdef extern from "kvortex/sync.h" nogil:
     void kv_monitor_unlock(kv_monitor *monitor)
     void kv_monitor_broadcast(kv_monitor *monitor)
     int kv_monitor_wait(kv_monitor *monitor, uint64_t deadline_ns)
+
+
+# kvortex/touch.h (memory) ------------------------------------------------------------------------------------------
+cdef extern from "kvortex/touch.h" nogil:
+    ctypedef struct kv_touch:
+        pass
+
+    int kv_populate(char *address, size_t nbytes)
+    int kv_touch_init(kv_touch *touch, char *base, size_t start, size_t end)
+    void kv_touch_destroy(kv_touch *touch)
+    void kv_touch_stop(kv_touch *touch)
+    void *kv_touch_main(void *touch) noexcept
+    int kv_touch_until(kv_touch *touch, size_t offset)
 
 
 cdef extern from "<pthread.h>" nogil:

@@ -5,7 +5,6 @@ from dataclasses import dataclass, fields
 from kvortex.errors import ConfigError
 
 MIB = 1 << 20
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +29,7 @@ class KVortexConfig:
         Jobs in flight per stream, 1 to 65536; when all are taken a call moves 0 blocks.
     shutdown_timeout_ms : int, default 5000
         How long `shutdown` waits for jobs in flight before it fails them and leaks pinned memory on purpose.
-    pool_first_chunk_bytes, pool_chunk_bytes : int, default 128 MiB and 1 GiB
+    pool_first_chunk_bytes, pool_chunk_bytes : int, default 128 MiB and 256 MiB
         Sizes of the first registration (made before `create` returns) and of the later ones (in the background).
     pool_driver_allocated : bool, default False
         Take the pool with one `cuMemHostAlloc` instead: slower, blocking, for systems that refuse registering.
@@ -38,8 +37,10 @@ class KVortexConfig:
         Pieces below 32 KiB that strided copies cannot move are gathered on the device by a kernel of so many thread
         blocks (0: never; 4 reach the link), each of which takes a streaming multiprocessor from the model while it
         runs. Costs 16 MiB of device memory (or two blocks) a stream.
+    pool_huge_pages : bool, default True
+        Ask for transparent huge pages; without them pinning takes twice as long.
     enable_numa : bool, default True
-        Reserved for binding the pool to the GPU's NUMA node; without effect so far.
+        Prefer memory of the GPU's NUMA node for the pool (`engine.pool.numa_node` tells what came of it).
 
     Raises
     ------
@@ -55,8 +56,9 @@ class KVortexConfig:
     max_jobs: int = 256
     shutdown_timeout_ms: int = 5000
     pool_first_chunk_bytes: int = 128 * MIB
-    pool_chunk_bytes: int = GIB
+    pool_chunk_bytes: int = 256 * MIB
     pool_driver_allocated: bool = False
+    pool_huge_pages: bool = True
     gather_ctas: int = 0
     enable_numa: bool = True
 

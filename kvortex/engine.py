@@ -86,6 +86,8 @@ class KVortexEngine(EngineCore):
                 header_bytes=config.header_bytes,
                 first_chunk_bytes=config.pool_first_chunk_bytes,
                 chunk_bytes=config.pool_chunk_bytes,
+                huge_pages=config.pool_huge_pages,
+                numa=config.enable_numa,
                 driver_allocated=config.pool_driver_allocated,
             )
             undo.callback(pool.close)

@@ -66,7 +66,7 @@ enum {                                       /* CUpointer_attribute */
     KV_POINTER_RANGE_START_ADDR = 11,        /* kv_devptr */
     KV_POINTER_RANGE_SIZE = 12               /* size_t */
 };
-enum { KV_DEVICE_ATTRIBUTE_MAX_PITCH = 11 };
+enum { KV_DEVICE_ATTRIBUTE_MAX_PITCH = 11, KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID = 134 };
 
 typedef struct kv_memcpy_2d { /* CUDA_MEMCPY2D */
     size_t source_x_bytes, source_y;

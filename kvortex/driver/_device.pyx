@@ -13,6 +13,7 @@ from kvortex._c cimport (
     KV_CUDA_INVALID_HANDLE,
     KV_CUDA_STREAM_CAPTURE_IMPLICIT,
     KV_CUDA_STREAM_CAPTURE_UNSUPPORTED,
+    KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID,
     KV_DRIVER_MIN_VERSION,
     KV_DRIVER_NUM_ROWS,
     kv_driver,
@@ -145,6 +146,17 @@ cdef class Device:
                 code = self.drv.device_get_name(name, sizeof(name), device)
         check(self, code, b"cuDeviceGetName")
         return name.decode()
+
+    @property
+    def numa_node(self):
+        """The NUMA node of host memory that is nearest to the device, or None where there is none or nobody knows."""
+        cdef int code, device = 0, node = -1
+        self.require_open()
+        with nogil:
+            code = self.drv.device_get(&device, self.ordinal)
+            if code == 0:
+                code = self.drv.device_get_attribute(&node, KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID, device)
+        return node if code == 0 and node >= 0 else None
 
     cdef int enter(self, int *mode) noexcept nogil:
         cdef void *context

@@ -19,6 +19,7 @@ cdef extern from "host_driver.h" nogil:
 
     const kv_driver *kv_host_driver()
     int kv_host_control_set_num_devices(int count)
+    void kv_host_control_set_numa_node(int node)
     void kv_host_control_set_delay_us(uint32_t low, uint32_t high, uint64_t seed)
     void kv_host_control_hold()
     void kv_host_control_release()
@@ -68,6 +69,11 @@ def set_num_devices(int count):
             f"the number of host devices must be 1..{KV_HOST_MAX_DEVICES} and can change only while none is open, "
             f"got {count}; close every Device first"
         )
+
+
+def set_numa_node(int node):
+    """Set what `Device.numa_node` of a host device answers; -1, as at start, is None."""
+    kv_host_control_set_numa_node(node)
 
 
 def set_delay_us(uint32_t low, uint32_t high, uint64_t seed=0):

@@ -192,6 +192,11 @@ kv_result kv_host_control_set_num_devices(int count)
     return KV_CUDA_SUCCESS;
 }
 
+void kv_host_control_set_numa_node(int node)
+{
+    atomic_store(&kv_host_numa_node, node);
+}
+
 void kv_host_control_set_delay_us(uint32_t low, uint32_t high, uint64_t seed)
 {
     kv_streams_delay_us(low, high, seed);
@@ -324,6 +329,7 @@ void kv_host_control_reset(void)
     kv_host_control_count_calls(0);
     kv_host_control_release();
     kv_host_control_set_delay_us(0, 0, 0);
+    kv_host_control_set_numa_node(-1);
     kv_stream *stream;
     pthread_mutex_lock(&control_mutex);
     for (size_t i = 0; (stream = kv_stream_at(i)); i++)

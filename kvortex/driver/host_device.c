@@ -9,6 +9,7 @@ static const uint64_t CONTEXT_TAG = 0x43ull << 48; /* 'C'; a handle is tag | gen
 
 _Atomic int kv_host_initialized;
 _Atomic int kv_host_num_devices = 2;
+_Atomic int kv_host_numa_node = -1;
 kv_host_device kv_host_devices[KV_HOST_MAX_DEVICES];
 
 static pthread_mutex_t contexts_mutex = PTHREAD_MUTEX_INITIALIZER; /* retain and release, the only long section */
@@ -150,9 +151,9 @@ kv_result kv_host_device_get_attribute(int *value, int attribute, int dev)
     KV_HOST_BEGIN(device_get_attribute);
     if (!is_device(dev))
         return KV_CUDA_INVALID_DEVICE;
-    if (!value || attribute != KV_DEVICE_ATTRIBUTE_MAX_PITCH)
+    if (!value || (attribute != KV_DEVICE_ATTRIBUTE_MAX_PITCH && attribute != KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID))
         return KV_CUDA_INVALID_VALUE;
-    *value = KV_HOST_MAX_PITCH;
+    *value = attribute == KV_DEVICE_ATTRIBUTE_MAX_PITCH ? KV_HOST_MAX_PITCH : atomic_load(&kv_host_numa_node);
     return KV_CUDA_SUCCESS;
 }
 

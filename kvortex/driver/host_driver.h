@@ -30,6 +30,7 @@ const kv_driver *kv_host_driver(void);
 
 /* 1 .. KV_HOST_MAX_DEVICES; INVALID_VALUE outside of it or while any context is retained. The default is 2. */
 kv_result kv_host_control_set_num_devices(int count);
+void kv_host_control_set_numa_node(int node); /* -1: none, as at start */
 
 /* Every operation of every stream first sleeps a random time of low .. high microseconds; 0, 0 ends it. */
 void kv_host_control_set_delay_us(uint32_t low, uint32_t high, uint64_t seed);

@@ -28,6 +28,7 @@ typedef struct kv_host_device {
 } kv_host_device;
 extern kv_host_device kv_host_devices[KV_HOST_MAX_DEVICES];
 extern _Atomic int kv_host_initialized, kv_host_num_devices;
+extern _Atomic int kv_host_numa_node; /* what HOST_NUMA_ID answers; -1: none is nearer than another */
 kv_host_device *kv_host_current_device(void); /* of the thread's current context; NULL without one */
 
 /* host_driver.c */

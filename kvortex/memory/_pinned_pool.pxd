@@ -1,8 +1,8 @@
 """PinnedPool: pinned host memory cut into slots. The map; the code is in _pinned_pool.pyx."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport uint32_t, uint64_t
 
-from kvortex._c cimport kv_monitor, kv_slots, pthread_t
+from kvortex._c cimport kv_monitor, kv_slots, kv_touch, pthread_t
 from kvortex.driver._device cimport Device
 
 # Told of slots that have become usable. Needs no GIL; runs under the pool's monitor, on the thread that attaches or
@@ -26,6 +26,10 @@ cdef class PinnedPool:
     cdef bint closed                # changed under the GIL, as are exports
     cdef Py_ssize_t exports         # buffers handed out; the mapping outlives them
     cdef pthread_t thread
+    cdef kv_touch touching          # the pages behind the first chunk; live while registering
+    cdef int num_touchers
+    cdef uint64_t longest_call_ns
+    cdef readonly object numa_node  # the node whose memory is preferred, or None
     cdef slots_ready_hook hook
     cdef void *hook_owner           # borrowed: the engine keeps the owner until close() has joined the thread
     cdef object __weakref__
@@ -33,6 +37,7 @@ cdef class PinnedPool:
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil
     cdef void register_rest(self) noexcept nogil
+    cdef void register_chunks(self) noexcept nogil
     cdef void join(self) noexcept nogil
     cdef void abandon(self) noexcept
     cdef void unmap(self) noexcept

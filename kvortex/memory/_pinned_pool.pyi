@@ -4,6 +4,7 @@ from kvortex.driver import Device
 
 class PinnedPool:
     device: Device
+    numa_node: int | None
     def __init__(
         self,
         pool_bytes: int,
@@ -13,6 +14,8 @@ class PinnedPool:
         header_bytes: int = 0,
         first_chunk_bytes: int = ...,
         chunk_bytes: int = ...,
+        huge_pages: bool = True,
+        numa: bool = True,
         driver_allocated: bool = False,
     ) -> None: ...
     def wait_ready(self, timeout_ms: int | None = None) -> None: ...
@@ -26,6 +29,8 @@ class PinnedPool:
     def nbytes(self) -> int: ...
     @property
     def bytes_ready(self) -> int: ...
+    @property
+    def longest_call_ms(self) -> float: ...
     @property
     def stride_bytes(self) -> int: ...
     @property

@@ -6,7 +6,10 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
+from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check
+
+import os
 
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
 from kvortex.memory.limits import require_memory
@@ -17,32 +20,32 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
     int madvise(void *address, size_t length, int advice)
     const int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    const int MADV_HUGEPAGE, MADV_DONTFORK
+    const int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTFORK
 
 cdef extern from *:
     """
-    #include <errno.h>
-    /* Fills the pages of a range; -1 when memory is short. Kernels before 5.14 only know how to be touched. */
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23
-    #endif
-    static int kv_populate(char *address, size_t bytes)
-    {
-        if (madvise(address, bytes, MADV_POPULATE_WRITE) == 0)
-            return 0;
-        if (errno != EINVAL)
-            return -1;
-        for (size_t offset = 0; offset < bytes; offset += 4096)
-            ((volatile char *)address)[offset] = 0;
-        return 0;
-    }
+    #include <sys/syscall.h>
+    #include <unistd.h>
     static inline void *kv_map_failed(void) { return MAP_FAILED; }
+    /* Pages of the range come from `node` where it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. */
+    static inline int kv_prefer_node(void *address, size_t bytes, int node)
+    {
+        enum { MODE_PREFERRED = 1, BITS = 8 * sizeof(unsigned long), MAX_NODES = 1024 };
+        unsigned long mask[MAX_NODES / BITS] = {0};
+        if (node < 0 || node >= MAX_NODES)
+            return -1;
+        mask[node / BITS] = 1ul << node % BITS;
+        return (int)syscall(SYS_mbind, address, bytes, MODE_PREFERRED, mask, (unsigned long)MAX_NODES, 0u);
+    }
     """
-    int kv_populate(char *address, size_t nbytes) nogil
     void *kv_map_failed() nogil
+    int kv_prefer_node(void *address, size_t nbytes, int node) nogil
 
 cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
+
+cdef enum:
+    MAX_TOUCHERS = 16
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
@@ -50,8 +53,9 @@ cdef class PinnedPool:
     """Reserve, touch and pin host memory, cut into slots of equal stride.
 
     The address space of the whole pool is reserved at once. Memory is touched and registered with the driver chunk by
-    chunk: the first chunk inside the constructor, so that its slots serve at once; the rest on a background thread
-    that never takes the GIL. A chunk holds whole slots only, because a copy across two registrations is refused.
+    chunk: the first chunk inside the constructor, so that its slots serve at once; the rest in the background, by a
+    thread that registers and up to 16 that touch ahead of it (one for each CPU of the process), none of which takes the
+    GIL. A chunk holds whole slots only, because a copy across two registrations is refused.
 
     Parameters
     ----------
@@ -65,8 +69,14 @@ cdef class PinnedPool:
         Room before the payload in each slot; 4096 when lower tiers are configured.
     first_chunk_bytes, chunk_bytes : int
         Sizes of the first and of every later registration, rounded down to whole slots (at least one).
+    huge_pages : bool, default True
+        Ask for transparent huge pages; without them touching and registering take twice as long.
+    numa : bool, default True
+        Prefer memory of the device's NUMA node, where the driver names one; advice, as memory of other nodes serves
+        too. `numa_node` tells what came of it.
     driver_allocated : bool, default False
-        Plain mode: one `cuMemHostAlloc` for everything, inside the constructor. Seconds per 16 GiB.
+        Plain mode: one `cuMemHostAlloc` for everything, inside the constructor. Seconds per 16 GiB; pages and node are
+        the driver's choice.
 
     Raises
     ------
@@ -89,7 +99,8 @@ cdef class PinnedPool:
         self.monitor_ready = True
 
     def __init__(self, size_t pool_bytes, size_t payload_bytes, device="auto", *, size_t header_bytes=0,
-                 size_t first_chunk_bytes=128 << 20, size_t chunk_bytes=1 << 30, bint driver_allocated=False):
+                 size_t first_chunk_bytes=128 << 20, size_t chunk_bytes=256 << 20, bint huge_pages=True,
+                 bint numa=True, bint driver_allocated=False):
         if self.slots.base is not NULL:
             raise RuntimeError("PinnedPool.__init__ may be called once")
         if not 0 < payload_bytes < 1 << 32:
@@ -120,9 +131,13 @@ cdef class PinnedPool:
             self.slots.first_chunk_slots = <uint32_t>num_slots
             self._allocate_by_driver(num_slots * stride)
         else:
-            self._map(num_slots * stride)
+            self._map(num_slots * stride, huge_pages, self.device.numa_node if numa else None)
         self.closed = False
         if self.num_ready < num_slots:
+            self.num_touchers = min(MAX_TOUCHERS, len(os.sched_getaffinity(0)))
+            if _c.kv_touch_init(&self.touching, self.slots.base, self.num_ready * stride, num_slots * stride):
+                self.close()
+                raise MemoryError("no memory for touching the pool")
             self.registering = True
             if _c.pthread_create(&self.thread, NULL, register_main, <void *>self):
                 self.registering = False
@@ -132,17 +147,19 @@ cdef class PinnedPool:
     def _allocate_by_driver(self, size_t nbytes):
         cdef int mode = 0, code
         cdef void *address = NULL
+        cdef uint64_t start = _c.kv_now_ns()
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = self.device.drv.mem_host_alloc(&address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
                 self.device.leave(mode)
+        self.longest_call_ns = _c.kv_now_ns() - start
         self._raise_refused(code, b"cuMemHostAlloc", nbytes)
         self.allocation = address
         self.slots.base = <char *>address
         self.num_ready = self.slots.num_slots
 
-    def _map(self, size_t nbytes):
+    def _map(self, size_t nbytes, bint huge_pages, object node):
         # Two megabytes more, so that the pool starts on a huge page.
         cdef size_t mapped = nbytes + HUGE_PAGE_BYTES
         cdef int mode = 0, code
@@ -153,14 +170,19 @@ cdef class PinnedPool:
         self.mapping = <char *>address
         self.mapping_bytes = mapped
         self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
-        madvise(self.slots.base, nbytes, MADV_HUGEPAGE)  # advice: a kernel without huge pages serves all the same
+        # Advice, both: a kernel without huge pages or nodes serves all the same.
+        madvise(self.slots.base, nbytes, MADV_HUGEPAGE if huge_pages else MADV_NOHUGEPAGE)
+        if node is not None and kv_prefer_node(self.slots.base, nbytes, node) == 0:
+            self.numa_node = node
         if madvise(self.slots.base, nbytes, MADV_DONTFORK):
             self.unmap()
             raise PoolExhausted("the kernel refused MADV_DONTFORK, without which a fork would copy pinned pages")
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.register_chunk(0)
+                code = _c.KV_CUDA_OUT_OF_MEMORY
+                if _c.kv_populate(self.slots.base, self.slots.first_chunk_slots * self.slots.stride_bytes) == 0:
+                    code = self.register_chunk(0)
                 self.device.leave(mode)
         if code:
             self.unmap()
@@ -176,14 +198,29 @@ cdef class PinnedPool:
     # ---- registering ------------------------------------------------------------------------------------------------
 
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil:
-        """Touch and register one chunk on a thread whose context is current. A CUresult."""
+        """Register one chunk, touched before, on a thread whose context is current. A CUresult."""
         cdef char *address = self.slots.base + _c.kv_slots_chunk_first(&self.slots, chunk) * self.slots.stride_bytes
         cdef size_t nbytes = _c.kv_slots_chunk_count(&self.slots, chunk) * self.slots.stride_bytes
-        if kv_populate(address, nbytes):
-            return _c.KV_CUDA_OUT_OF_MEMORY
-        return self.device.drv.mem_host_register(address, nbytes, _c.KV_HOST_REGISTER_PORTABLE)
+        cdef uint64_t start = _c.kv_now_ns(), elapsed_ns
+        cdef int code = self.device.drv.mem_host_register(address, nbytes, _c.KV_HOST_REGISTER_PORTABLE)
+        elapsed_ns = _c.kv_now_ns() - start
+        if elapsed_ns > self.longest_call_ns:
+            self.longest_call_ns = elapsed_ns
+        return code
 
     cdef void register_rest(self) noexcept nogil:
+        cdef pthread_t touchers[MAX_TOUCHERS]
+        cdef int started = 0
+        while started < self.num_touchers and _c.pthread_create(&touchers[started], NULL, _c.kv_touch_main,
+                                                                &self.touching) == 0:
+            started += 1  # those that could not be started only make it slower: who registers also touches
+        self.register_chunks()
+        _c.kv_touch_stop(&self.touching)
+        while started:
+            started -= 1
+            _c.pthread_join(touchers[started], NULL)
+
+    cdef void register_chunks(self) noexcept nogil:
         cdef uint32_t chunk, first, count
         cdef int code = self.device.bind_thread()
         while True:
@@ -198,6 +235,9 @@ cdef class PinnedPool:
             _c.kv_monitor_unlock(&self.monitor)
             chunk = _c.kv_slots_chunk(&self.slots, first)
             count = _c.kv_slots_chunk_count(&self.slots, chunk)
+            if _c.kv_touch_until(&self.touching, (first + count) * self.slots.stride_bytes):
+                code = 0 if self.stopping else _c.KV_CUDA_OUT_OF_MEMORY
+                continue
             code = self.register_chunk(chunk)
             if code == 0:
                 _c.kv_monitor_lock(&self.monitor)
@@ -304,6 +344,11 @@ cdef class PinnedPool:
         return <size_t>self.num_ready * self.slots.stride_bytes
 
     @property
+    def longest_call_ms(self):
+        """The longest driver call so far: others of this process may have waited for it."""
+        return self.longest_call_ns / 1e6
+
+    @property
     def stride_bytes(self):
         """Distance from one slot to the next."""
         return self.slots.stride_bytes
@@ -326,8 +371,10 @@ cdef class PinnedPool:
         _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
         if self.registering:
+            _c.kv_touch_stop(&self.touching)
             _c.pthread_join(self.thread, NULL)
             self.registering = False
+        _c.kv_touch_destroy(&self.touching)
 
     def close(self):
         """Stop registering, unregister and unmap. Idempotent; blocks for the chunk being registered (GIL released).

@@ -214,6 +214,7 @@ def test_freed_memory_cannot_be_freed_again(calls):
 
 def test_largest_pitch_is_what_the_planner_assumes(calls):
     assert calls.out("device_get_attribute", ctypes.c_int, 11, 0) == (1 << 31) - 1
+    assert calls.out("device_get_attribute", ctypes.c_int, 134, 0) >= -1
 
 
 def test_error_names_are_those_of_cuda(calls):

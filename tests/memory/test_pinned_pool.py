@@ -1,6 +1,11 @@
 """PinnedPool: exact sizes, chunks that no slot straddles, background registering, honest refusals."""
 
+import ctypes
+import os
+import re
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +47,82 @@ def test_no_slot_straddles_two_registrations(device, host):
         for slot in range(64):  # a copy that crossed a registration would be refused
             buffer.copy_from(pool.view(slot))
         buffer.close()
+
+
+MIB = 1 << 20
+
+
+def smaps_of(address):
+    """The kernel's numbers, in KiB, on the mapping that an address lies in."""
+    found, numbers = False, {}
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if head:
+            found = int(head[1], 16) <= address < int(head[2], 16)
+        elif found and line.endswith(" kB"):
+            numbers[line.partition(":")[0]] = int(line.split()[1])
+    return numbers
+
+
+@pytest.mark.parametrize("huge_pages", [True, False])
+def test_every_page_is_there_before_it_serves_and_zero(device, huge_pages):
+    """The chunks are no multiples of the units in which memory is touched."""
+    with PinnedPool(90 * MIB, 3 * MIB, device, first_chunk_bytes=5 * MIB, huge_pages=huge_pages) as pool:
+        pool.wait_ready(20_000)
+        numbers = smaps_of(pool.address(pool.num_slots // 2))
+        assert numbers["Rss"] >= pool.nbytes // 1024
+        assert numbers["AnonHugePages"] > 0 if huge_pages else numbers["AnonHugePages"] == 0
+        assert pool.longest_call_ms > 0
+        assert not np.frombuffer(pool, dtype=np.uint64).any()
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("num_touchers", [0, 1, 16])
+def test_who_registers_also_touches(device, host, monkeypatch, num_touchers):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(num_touchers))
+    with PinnedPool(200 * MIB, MIB, device, first_chunk_bytes=MIB, chunk_bytes=50 * MIB) as pool:
+        pool.wait_ready(20_000)
+        assert smaps_of(pool.address(100))["Rss"] >= pool.nbytes // 1024
+
+
+def test_a_pool_is_closed_at_any_moment_of_its_touching(device):
+    for pause_ms in range(0, 20, 2):
+        before = len(os.listdir("/proc/self/task"))
+        pool = PinnedPool(512 * MIB, MIB, device, first_chunk_bytes=MIB, chunk_bytes=64 * MIB)
+        time.sleep(pause_ms / 1000)
+        pool.close()
+        assert len(os.listdir("/proc/self/task")) <= before, "a thread is left"
+
+
+GET_MEMPOLICY, POLICY_OF_ADDRESS, PREFERRED = 239, 2, 1  # x86-64
+
+
+def policy_of(address):
+    mode, nodes = ctypes.c_int(-1), (ctypes.c_ulong * 16)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.syscall(
+        GET_MEMPOLICY, ctypes.byref(mode), nodes, 1024, ctypes.c_void_p(address), POLICY_OF_ADDRESS
+    ) == 0, os.strerror(ctypes.get_errno())  # fmt: skip
+    return mode.value, nodes[0]
+
+
+@pytest.mark.host
+def test_memory_of_the_devices_node_is_preferred(device, host):
+    host.set_numa_node(0)
+    with PinnedPool(4 * MIB, MIB, device) as pool:
+        assert pool.numa_node == 0
+        assert policy_of(pool.address(2)) == (PREFERRED, 1)
+    with PinnedPool(4 * MIB, MIB, device, numa=False) as pool:
+        assert pool.numa_node is None
+        assert policy_of(pool.address(2))[0] != PREFERRED
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("node", [-1, 900, 5000])
+def test_a_node_that_does_not_exist_is_no_obstacle(device, host, node):
+    host.set_numa_node(node)
+    with PinnedPool(4 * MIB, MIB, device) as pool:
+        assert pool.numa_node is None and pool.slots_ready == 4
 
 
 @pytest.mark.host
