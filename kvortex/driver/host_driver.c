@@ -98,7 +98,8 @@ kv_result kv_host_stream_create(void **stream, unsigned int flags)
 kv_result kv_host_stream_create_with_priority(void **stream, unsigned int flags, int priority)
 {
     KV_HOST_BEGIN(stream_create_with_priority);
-    return kv_host_stream_create(stream, flags); /* any number will do, as with CUDA, which clamps it */
+    (void)priority; /* any number will do, as with CUDA, which clamps it */
+    return kv_host_stream_create(stream, flags);
 }
 
 /* A capture ends with its stream. */
