@@ -258,7 +258,7 @@ cdef extern from "kvortex/touch.h" nogil:
     void kv_touch_destroy(kv_touch *touch)
     void kv_touch_stop(kv_touch *touch)
     void *kv_touch_main(void *touch) noexcept
-    int kv_touch_until(kv_touch *touch, size_t offset)
+    int kv_touch_until(kv_touch *touch, size_t offset, bint alone)
 
 
 cdef extern from "<pthread.h>" nogil:

@@ -4,8 +4,7 @@
  * the huge page and begins at a multiple of its size, so that no huge page is wanted by two threads.
  *
  * Invariants
- *   - Everything below `prefix` units is touched; who waits for an offset helps, so that no thread at all may be
- *     started beside it.
+ *   - Everything below `prefix` units is touched.
  *   - Units are populated with MADV_POPULATE_WRITE, which answers where a store would end the process (a cgroup's limit,
  *     for one). Kernels before 5.14 do not know it: there the pages are stored to.
  *   - After a failure or kv_touch_stop no further unit is begun; threads end within one unit.
@@ -121,19 +120,21 @@ static inline void *kv_touch_main(void *touch)
     return NULL;
 }
 
-/* Returns when everything below `offset` is touched, having helped. -1: memory is short, or it was stopped. */
-static inline int kv_touch_until(kv_touch *touch, size_t offset)
+/* Returns when everything below `offset` is touched. -1: memory is short, or it was stopped. `alone`: no other thread
+ * touches, so the caller does; beside others it would only be late, busy with a unit that is wanted much later. */
+static inline int kv_touch_until(kv_touch *touch, size_t offset, int alone)
 {
     for (;;) {
         kv_monitor_lock(&touch->monitor);
         int over = touch->failed || touch->stopping;
         int touched = touch->prefix * KV_TOUCH_UNIT_BYTES >= offset || touch->prefix == kv_touch_num_units(touch);
-        if (!over && !touched && touch->next == kv_touch_num_units(touch))
-            kv_monitor_wait(&touch->monitor, KV_NEVER_NS); /* others have the last units */
+        if (!over && !touched && !alone)
+            kv_monitor_wait(&touch->monitor, KV_NEVER_NS);
         kv_monitor_unlock(&touch->monitor);
         if (over || touched)
             return over ? -1 : 0;
-        kv_touch_step(touch);
+        if (alone)
+            kv_touch_step(touch);
     }
 }
 

@@ -45,7 +45,7 @@ cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 
 cdef enum:
-    MAX_TOUCHERS = 16
+    MAX_TOUCHERS = 8  # 16 are slower: they contend with the registering thread for the lock of the address space
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
@@ -54,7 +54,7 @@ cdef class PinnedPool:
 
     The address space of the whole pool is reserved at once. Memory is touched and registered with the driver chunk by
     chunk: the first chunk inside the constructor, so that its slots serve at once; the rest in the background, by a
-    thread that registers and up to 16 that touch ahead of it (one for each CPU of the process), none of which takes the
+    thread that registers and up to eight that touch ahead of it (one for each CPU of the process), none of which takes the
     GIL. A chunk holds whole slots only, because a copy across two registrations is refused.
 
     Parameters
@@ -213,7 +213,8 @@ cdef class PinnedPool:
         cdef int started = 0
         while started < self.num_touchers and _c.pthread_create(&touchers[started], NULL, _c.kv_touch_main,
                                                                 &self.touching) == 0:
-            started += 1  # those that could not be started only make it slower: who registers also touches
+            started += 1
+        self.num_touchers = started  # those that could not be started only make it slower
         self.register_chunks()
         _c.kv_touch_stop(&self.touching)
         while started:
@@ -235,7 +236,7 @@ cdef class PinnedPool:
             _c.kv_monitor_unlock(&self.monitor)
             chunk = _c.kv_slots_chunk(&self.slots, first)
             count = _c.kv_slots_chunk_count(&self.slots, chunk)
-            if _c.kv_touch_until(&self.touching, (first + count) * self.slots.stride_bytes):
+            if _c.kv_touch_until(&self.touching, (first + count) * self.slots.stride_bytes, not self.num_touchers):
                 code = 0 if self.stopping else _c.KV_CUDA_OUT_OF_MEMORY
                 continue
             code = self.register_chunk(chunk)

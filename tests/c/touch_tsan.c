@@ -30,10 +30,10 @@ static void one_round(size_t start, size_t end, int num_threads, int stop_early)
         const size_t last = offset + chunk < end ? offset + chunk : end;
         if (stop_early && offset > end / 2) {
             kv_touch_stop(&touch);
-            REQUIRE(kv_touch_until(&touch, end) == -1);
+            REQUIRE(kv_touch_until(&touch, end, num_threads == 0) == -1);
             break;
         }
-        REQUIRE(kv_touch_until(&touch, last) == 0);
+        REQUIRE(kv_touch_until(&touch, last, num_threads == 0) == 0);
         memset(base + offset, 1, last - offset); /* a page that is touched now would be a race, or zero again */
     }
     for (int i = 0; i < num_threads; i++)
