@@ -129,6 +129,7 @@ cdef extern from "kvortex/entry.h" nogil:
     uint32_t kv_entry_state(const kv_entry *entry)
     bint kv_entry_is_discarded(const kv_entry *entry)
     uint32_t kv_entry_generation(const kv_entry *entry)
+    void kv_entry_prefetch(const kv_entry *entries, uint32_t entry)
     void kv_entry_set_state(kv_entry *entry, uint32_t state)
     void kv_entry_set_discarded(kv_entry *entry)
     void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
@@ -138,6 +139,8 @@ cdef extern from "kvortex/list.h" nogil:
     bint kv_list_is_empty(const kv_entry *entries, uint32_t sentinel)
     uint32_t kv_list_first(const kv_entry *entries, uint32_t sentinel)
     uint32_t kv_list_last(const kv_entry *entries, uint32_t sentinel)
+    uint32_t kv_list_before(const kv_entry *entries, uint32_t entry)
+    void kv_list_prefetch_neighbours(const kv_entry *entries, uint32_t entry)
     void kv_list_unlink(kv_entry *entries, uint32_t entry)
     void kv_list_push_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
     void kv_list_push_last(kv_entry *entries, uint32_t sentinel, uint32_t entry)
@@ -150,6 +153,7 @@ cdef extern from "kvortex/table.h" nogil:
     size_t kv_table_bytes(uint32_t num_slots)
     void kv_table_init(kv_table *table, void *memory, const kv_entry *entries, uint32_t num_slots, const uint8_t *seed)
     uint64_t kv_table_hash(const kv_table *table, const kv_key *key)
+    void kv_table_prefetch_home(const kv_table *table, uint64_t hash)
     void kv_table_prefetch(const kv_table *table, const uint8_t *keys, size_t n, uint64_t *hashes)
     bint kv_table_has_ready(const kv_table *table, const kv_key *key, uint64_t hash)
     uint32_t kv_table_find(const kv_table *table, const kv_key *key, uint64_t hash)
@@ -159,17 +163,20 @@ cdef extern from "kvortex/table.h" nogil:
     uint32_t kv_table_probes(const kv_table *table, uint64_t hash, uint32_t number)
 
 
-# kvortex/sha256.h (keys) -------------------------------------------------------------------------------------------
+# kvortex/sha256.h, sha256_best.h (keys) ----------------------------------------------------------------------------
 cdef extern from "kvortex/sha256.h" nogil:
-    ctypedef void (*kv_sha256_compress_fn)(uint32_t *state, const uint8_t *blocks, size_t num_blocks) noexcept nogil
+    enum:
+        KV_SHA256_BLOCK_BYTES, KV_SHA256_MAX_MESSAGES
 
-    ctypedef struct kv_sha256:
-        pass
+    ctypedef void (*kv_sha256_fn)(uint8_t *messages, size_t num_messages, size_t num_blocks) noexcept nogil
 
-    void kv_sha256_compress_portable(uint32_t *state, const uint8_t *blocks, size_t num_blocks) noexcept nogil
-    void kv_sha256_init(kv_sha256 *sha, kv_sha256_compress_fn compress)
-    void kv_sha256_update(kv_sha256 *sha, const void *data, size_t bytes)
-    void kv_sha256_final(kv_sha256 *sha, uint8_t *digest)
+    uint32_t kv_little_endian(uint32_t word)
+    size_t kv_sha256_blocks(size_t bytes)
+    void kv_sha256_pad(uint8_t *message, size_t bytes)
+    void kv_sha256_portable(uint8_t *messages, size_t num_messages, size_t num_blocks) noexcept nogil
+
+cdef extern from "kvortex/sha256_best.h" nogil:
+    kv_sha256_fn kv_sha256_best()
 
 
 # kvortex/slots.h (memory), copy_plan.h (transfer) ------------------------------------------------------------------

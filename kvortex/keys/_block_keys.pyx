@@ -5,21 +5,32 @@ from operator import index
 import numpy as np
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
-from libc.string cimport memcpy
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memmove
 
 from kvortex cimport _c
 
 cdef enum:
     KEY_BYTES = 32
-    TOKENS_AT_ONCE = 64  # encoded on the stack before they are hashed
+    TOKEN_BYTES = 4
+    MAX_LANES = _c.KV_SHA256_MAX_MESSAGES
 
 cdef bytes ROOT_PREFIX = b"kvortex-keys-v1"
 cdef int64_t MAX_TOKEN = 0xFFFFFFFF
+cdef tuple TOKEN_DTYPES = (np.dtype(np.int64), np.dtype(np.int32), np.dtype(np.uint32))
+
+cdef _c.kv_sha256_fn digest_messages = _c.kv_sha256_best()  # changed by use_portable_sha256 alone
 
 ctypedef fused token_t:
     int32_t
     uint32_t
     int64_t
+
+
+cdef struct Chain:  # the part of one prompt that has no keys yet
+    const uint32_t *tokens
+    uint8_t *keys
+    size_t num_blocks
 
 
 def block_keys(token_ids, block_size, salt=b""):
@@ -37,7 +48,7 @@ def block_keys(token_ids, block_size, salt=b""):
     Parameters
     ----------
     token_ids : (num_tokens,) array-like of int
-        Each in 0 .. 2**32 - 1. Contiguous int32, uint32 and int64 arrays are read in place.
+        Each in 0 .. 2**32 - 1. Contiguous int32, uint32 and int64 arrays are fastest.
     block_size : int
         Tokens a block, in 1 .. 2**32 - 1. Tokens behind the last whole block get no key.
     salt : bytes
@@ -55,17 +66,21 @@ def block_keys(token_ids, block_size, salt=b""):
     TypeError
         If the tokens are not integers or `salt` is not bytes-like.
 
+    MemoryError
+        If there is no memory for the keys and a copy of the tokens.
+
     Notes
     -----
-    Runs without the GIL.
+    Runs without the GIL, and with the processor's SHA instructions where it has them.
     """
-    cdef uint8_t root[KEY_BYTES]
     block_size = index(block_size)
-    hash_root(block_size, salt, root)
+    root = hash_root(block_size, salt)
     tokens = as_tokens(token_ids, "token_ids")
-    keys = np.empty((tokens.shape[0] // block_size, KEY_BYTES), np.uint8)
-    hash_prompt(tokens, block_size, root, keys, "token_ids")
-    return keys
+    encoded = np.empty(tokens.shape[0], np.uint32)
+    bad = encode(tokens, encoded)
+    if bad >= 0:
+        raise bad_token("token_ids", bad, int(tokens[bad]))
+    return hash_prompts(encoded, np.array([0, encoded.shape[0]], np.int64), block_size, root)[0]
 
 
 def block_keys_many(prompts, block_size, salt=b""):
@@ -86,19 +101,30 @@ def block_keys_many(prompts, block_size, salt=b""):
 
     Raises
     ------
-    ValueError, TypeError
+    ValueError, TypeError, MemoryError
         As `block_keys`; the message names the prompt.
+
+    Notes
+    -----
+    Runs without the GIL but for a look at each prompt of a sequence; the rows of an array need none.
     """
-    cdef uint8_t root[KEY_BYTES]
     block_size = index(block_size)
-    hash_root(block_size, salt, root)
-    arrays = [as_tokens(prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
-    offsets = np.zeros(len(arrays) + 1, np.int64)
-    np.cumsum([tokens.shape[0] // block_size for tokens in arrays], out=offsets[1:])
-    keys = np.empty((offsets[len(arrays)], KEY_BYTES), np.uint8)
-    for i, tokens in enumerate(arrays):
-        hash_prompt(tokens, block_size, root, keys[offsets[i]:offsets[i + 1]], f"prompts[{i}]")
-    return keys, offsets
+    root = hash_root(block_size, salt)
+    if isinstance(prompts, np.ndarray) and prompts.ndim == 2 and prompts.dtype in TOKEN_DTYPES:
+        rows = np.ascontiguousarray(prompts)
+        starts = np.arange(rows.shape[0] + 1, dtype=np.int64) * rows.shape[1]
+        tokens = rows.reshape(-1)
+    else:
+        arrays = [as_tokens(prompt, "prompts", i) for i, prompt in enumerate(prompts)]
+        starts = np.zeros(len(arrays) + 1, np.int64)
+        np.cumsum([len(array) for array in arrays], out=starts[1:])
+        tokens = np.concatenate(arrays) if arrays else np.empty(0, np.int64)
+    encoded = np.empty(tokens.shape[0], np.uint32)
+    bad = encode(tokens, encoded)
+    if bad >= 0:
+        prompt = int(np.searchsorted(starts, bad, side="right")) - 1
+        raise bad_token(f"prompts[{prompt}]", bad - int(starts[prompt]), int(tokens[bad]))
+    return hash_prompts(encoded, starts, block_size, root)
 
 
 def sha256(data):
@@ -113,29 +139,48 @@ def sha256(data):
     digest : bytes
     """
     cdef const uint8_t[::1] view = memoryview(data).cast("B")
-    cdef size_t size = view.shape[0]
-    cdef uint8_t digest[KEY_BYTES]
-    cdef _c.kv_sha256 sha
+    cdef size_t size = view.shape[0], num_blocks = _c.kv_sha256_blocks(size)
+    cdef uint8_t *message = <uint8_t *>malloc(num_blocks * _c.KV_SHA256_BLOCK_BYTES)
+    if message == NULL:
+        raise MemoryError(f"no memory for a copy of {size} bytes")
     with nogil:
-        _c.kv_sha256_init(&sha, _c.kv_sha256_compress_portable)
-        _c.kv_sha256_update(&sha, &view[0], size)
-        _c.kv_sha256_final(&sha, digest)
-    return digest[:KEY_BYTES]
+        memcpy(message, &view[0], size)
+        _c.kv_sha256_pad(message, size)
+        digest_messages(message, 1, num_blocks)
+    digest = message[:KEY_BYTES]
+    free(message)
+    return digest
 
 
-cdef int hash_root(object block_size, object salt, uint8_t *root) except -1:
+def use_portable_sha256(bint portable):
+    """Make keys with portable C, or again with the best this processor has, for tests; the keys are the same.
+
+    Returns
+    -------
+    bool
+        Whether the processor has anything better.
+    """
+    global digest_messages
+    digest_messages = _c.kv_sha256_portable if portable else _c.kv_sha256_best()
+    return _c.kv_sha256_best() != _c.kv_sha256_portable
+
+
+# --- What callers pass ----------------------------------------------------------------------------------------------
+
+cdef bytes hash_root(object block_size, object salt):
     if not 1 <= block_size <= MAX_TOKEN:
         raise ValueError(f"block_size must be in 1 .. {MAX_TOKEN} tokens, got {block_size}")
     salt = bytes(memoryview(salt))
-    preimage = ROOT_PREFIX + block_size.to_bytes(4, "little") + len(salt).to_bytes(4, "little") + salt
-    cdef bytes digest = sha256(preimage)
-    memcpy(root, <const char *>digest, KEY_BYTES)
-    return 0
+    return sha256(ROOT_PREFIX + block_size.to_bytes(4, "little") + len(salt).to_bytes(4, "little") + salt)
 
 
-cdef object as_tokens(object token_ids, str name):
-    """Return them as a contiguous int32, uint32 or int64 array; the same array where it is one already."""
+# A one-dimensional, contiguous int32, uint32 or int64 array; the same array where it is one already.
+cdef object as_tokens(object token_ids, str name, object number=None):
     tokens = np.asarray(token_ids)
+    if tokens.ndim == 1 and tokens.dtype in TOKEN_DTYPES:
+        return np.ascontiguousarray(tokens)
+    if number is not None:
+        name = f"{name}[{number}]"
     if tokens.ndim != 1:
         raise ValueError(f"{name} must be one-dimensional, got shape {tokens.shape}; "
                          "block_keys_many takes several prompts")
@@ -149,62 +194,90 @@ cdef object as_tokens(object token_ids, str name):
                 raise TypeError(f"{name} must be integers, got {type(token).__name__} at index {i}")
             if not 0 <= token <= MAX_TOKEN:
                 raise bad_token(name, i, token)
-    if tokens.dtype not in (np.int32, np.uint32):
-        return np.ascontiguousarray(tokens, np.int64)
-    return np.ascontiguousarray(tokens, tokens.dtype.newbyteorder("="))
+    return np.ascontiguousarray(tokens, np.int64)
 
 
-cdef int hash_prompt(object tokens, size_t block_size, const uint8_t *root, object keys, str name) except -1:
-    cdef int64_t bad
+cdef int64_t encode(object tokens, uint32_t[::1] target) except -2:
     if tokens.dtype == np.int32:
-        bad = hash_tokens[int32_t](tokens, block_size, root, keys)
-    elif tokens.dtype == np.uint32:
-        bad = hash_tokens[uint32_t](tokens, block_size, root, keys)
-    else:
-        bad = hash_tokens[int64_t](tokens, block_size, root, keys)
-    if bad >= 0:
-        raise bad_token(name, bad, int(tokens[bad]))
-    return 0
+        return encode_tokens[int32_t](tokens, target)
+    if tokens.dtype == np.uint32:
+        return encode_tokens[uint32_t](tokens, target)
+    return encode_tokens[int64_t](tokens, target)
 
 
-# -> index of the first token out of range, or -1. All tokens are checked before any is hashed.
-cdef int64_t hash_tokens(const token_t[::1] tokens, size_t block_size, const uint8_t *root, uint8_t[:, ::1] keys):
-    cdef int64_t i, token, bad = -1
-    cdef size_t block, num_blocks = keys.shape[0]
-    cdef const uint8_t *parent = root
+# Copies the tokens as a preimage has them -> index of the first out of range, or -1.
+cdef int64_t encode_tokens(const token_t[::1] tokens, uint32_t[::1] target) except -2:
+    cdef int64_t i, token, n = tokens.shape[0]
     with nogil:
-        for i in range(tokens.shape[0]):
+        for i in range(n):
             token = tokens[i]
             if token != <int64_t><uint32_t>token:
-                bad = i
-                break
-        if bad < 0:
-            for block in range(num_blocks):
-                hash_block(parent, &tokens[block * block_size], block_size, &keys[block, 0])
-                parent = &keys[block, 0]
-    return bad
-
-
-cdef void hash_block(const uint8_t *parent, const token_t *tokens, size_t num_tokens, uint8_t *key) noexcept nogil:
-    cdef uint8_t encoded[TOKENS_AT_ONCE * 4]
-    cdef size_t first, count, i
-    cdef uint32_t token
-    cdef _c.kv_sha256 sha
-    _c.kv_sha256_init(&sha, _c.kv_sha256_compress_portable)
-    _c.kv_sha256_update(&sha, parent, KEY_BYTES)
-    first = 0
-    while first < num_tokens:
-        count = min(num_tokens - first, <size_t>TOKENS_AT_ONCE)
-        for i in range(count):
-            token = <uint32_t>tokens[first + i]
-            encoded[4 * i] = <uint8_t>token
-            encoded[4 * i + 1] = <uint8_t>(token >> 8)
-            encoded[4 * i + 2] = <uint8_t>(token >> 16)
-            encoded[4 * i + 3] = <uint8_t>(token >> 24)
-        _c.kv_sha256_update(&sha, encoded, count * 4)
-        first += count
-    _c.kv_sha256_final(&sha, key)
+                return i
+            target[i] = _c.kv_little_endian(<uint32_t>token)
+    return -1
 
 
 cdef object bad_token(str name, object position, object value):
     return ValueError(f"{name}[{position}] = {value} is not in 0 .. {MAX_TOKEN}; a token id is an unsigned 32-bit one")
+
+
+# --- Hashing --------------------------------------------------------------------------------------------------------
+
+# Prompt i is tokens[starts[i]:starts[i + 1]], encoded -> keys of all prompts, and where each prompt's begin.
+cdef tuple hash_prompts(const uint32_t[::1] tokens, const int64_t[::1] starts, size_t block_size, bytes root):
+    cdef size_t i, num_prompts = starts.shape[0] - 1
+    cdef const uint8_t *root_bytes = root
+    cdef bint done
+    offsets = np.zeros(num_prompts + 1, np.int64)
+    cdef int64_t[::1] firsts = offsets
+    for i in range(num_prompts):
+        firsts[i + 1] = firsts[i] + (starts[i + 1] - starts[i]) // <int64_t>block_size
+    keys = np.empty((firsts[num_prompts], KEY_BYTES), np.uint8)
+    cdef uint8_t[:, ::1] key_view = keys
+    if keys.shape[0]:
+        with nogil:
+            done = hash_chains(&tokens[0], &starts[0], &firsts[0], num_prompts, block_size, root_bytes, &key_view[0, 0])
+        if not done:
+            raise MemoryError(f"no memory for a block of {block_size} tokens")
+    return keys, offsets
+
+
+# One chain waits for its own last key; so MAX_LANES prompts go side by side. False if there is no memory.
+cdef bint hash_chains(const uint32_t *tokens, const int64_t *starts, const int64_t *firsts, size_t num_prompts,
+                      size_t block_size, const uint8_t *root, uint8_t *keys) noexcept nogil:
+    cdef Chain lanes[MAX_LANES]
+    cdef size_t tokens_bytes = block_size * TOKEN_BYTES, num_blocks = _c.kv_sha256_blocks(KEY_BYTES + tokens_bytes)
+    cdef size_t message_bytes = num_blocks * _c.KV_SHA256_BLOCK_BYTES
+    cdef size_t i, num_lanes = 0, prompt = 0
+    cdef uint8_t *messages = <uint8_t *>malloc(MAX_LANES * message_bytes)
+    cdef uint8_t *message
+    if messages == NULL:
+        return False
+    for i in range(<size_t>MAX_LANES):  # parent || tokens || padding, of which only the parent and the tokens change
+        _c.kv_sha256_pad(messages + i * message_bytes, KEY_BYTES + tokens_bytes)
+    while True:
+        while num_lanes < MAX_LANES and prompt < num_prompts:
+            lanes[num_lanes].tokens = tokens + starts[prompt]
+            lanes[num_lanes].keys = keys + firsts[prompt] * KEY_BYTES
+            lanes[num_lanes].num_blocks = firsts[prompt + 1] - firsts[prompt]
+            prompt += 1
+            if lanes[num_lanes].num_blocks > 0:
+                memcpy(messages + num_lanes * message_bytes, root, KEY_BYTES)
+                num_lanes += 1
+        if num_lanes == 0:
+            break
+        for i in range(num_lanes):
+            memcpy(messages + i * message_bytes + KEY_BYTES, lanes[i].tokens, tokens_bytes)
+        digest_messages(messages, num_lanes, num_blocks)  # each key is where the next block wants its parent
+        for i in range(num_lanes, 0, -1):
+            message = messages + (i - 1) * message_bytes
+            memcpy(lanes[i - 1].keys, message, KEY_BYTES)
+            lanes[i - 1].tokens += block_size
+            lanes[i - 1].keys += KEY_BYTES
+            lanes[i - 1].num_blocks -= 1
+            if lanes[i - 1].num_blocks == 0:  # the last lane takes its place
+                num_lanes -= 1
+                lanes[i - 1] = lanes[num_lanes]
+                memmove(message, messages + num_lanes * message_bytes, KEY_BYTES)
+    free(messages)
+    return True

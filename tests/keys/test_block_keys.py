@@ -98,11 +98,33 @@ def test_many_prompts_give_what_each_gives_alone(seed):
         assert (keys[offsets[i] : offsets[i + 1]] == block_keys(prompt, 16, b"salt")).all()
 
 
-def test_a_two_dimensional_array_is_one_prompt_a_row():
-    tokens = np.arange(96).reshape(2, 48)
-    keys, offsets = block_keys_many(tokens, 16)
-    assert offsets.tolist() == [0, 3, 6]
-    assert as_bytes(keys) == expected_keys(range(48), 16) + expected_keys(range(48, 96), 16)
+@pytest.mark.parametrize("block_size", [1, 8, 16, 40])
+def test_prompts_of_any_lengths_side_by_side_do_not_mix(block_size, seed):
+    rng = np.random.default_rng(seed)
+    dtypes = [np.int64, np.int32, np.uint32, np.uint16, object]
+    for num_prompts in (1, 2, 3, 20):
+        prompts = [rng.integers(0, 60_000, rng.integers(0, 200)).astype(dtypes[i % 5]) for i in range(num_prompts)]
+        keys, offsets = block_keys_many(prompts, block_size)
+        assert as_bytes(keys) == [key for prompt in prompts for key in expected_keys(prompt.tolist(), block_size)]
+        assert offsets.tolist() == [0, *np.cumsum([len(prompt) // block_size for prompt in prompts])]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64, np.uint64, object, ">i4"])
+@pytest.mark.parametrize("columns", [slice(None), slice(None, None, -1), slice(0, 40)])
+def test_a_two_dimensional_array_is_one_prompt_a_row(dtype, columns):
+    tokens = np.arange(96).reshape(2, 48)[:, columns]
+    keys, offsets = block_keys_many(tokens.astype(dtype), 16)
+    num_blocks = tokens.shape[1] // 16
+    assert offsets.tolist() == [0, num_blocks, 2 * num_blocks]
+    assert as_bytes(keys) == [key for row in tokens.tolist() for key in expected_keys(row, 16)]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_a_bad_token_of_an_array_of_prompts_is_named_by_row_and_index(dtype):
+    tokens = np.zeros((5, 20), dtype)
+    tokens[3, 19] = -2  # behind the last whole block
+    with pytest.raises(ValueError, match=r"prompts\[3\]\[19\] = -2 is not in 0 .. 4294967295"):
+        block_keys_many(tokens, 16)
 
 
 def test_no_prompts_give_no_keys():
