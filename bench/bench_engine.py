@@ -59,10 +59,11 @@ def test_load_to_done(benchmark, cache, engine, stream, num_blocks):
     assert same(cache, num_blocks)
 
 
-def test_check_blocks_of_512_keys(benchmark, device, stream):
+@pytest.mark.parametrize("num_keys", [1, 8, 64, 512])
+def test_check_blocks(benchmark, device, stream, num_keys):
     cache = DeviceCache(device, "cross_layer", num_blocks=512)
     with make_engine(cache, 512) as engine:
         assert save(engine, 512, stream) == 512
-        hits = benchmark.pedantic(engine.check_blocks, args=(keys_of(range(512)),), rounds=2000, warmup_rounds=10)
-        assert hits.leading == 512 and hits.mask.all()
+        hits = benchmark.pedantic(engine.check_blocks, args=(keys_of(range(num_keys)),), rounds=2000, warmup_rounds=10)
+        assert hits.leading == num_keys and hits.mask.all()
     cache.close()

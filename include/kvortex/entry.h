@@ -1,6 +1,6 @@
 /* entry.h: what the index knows about one slot, in one cache line. Entry i describes slot i, for good.
  *
- * Life of a slot:  ABSENT -> FREE -> WRITING -> READY -> FREE ...
+ * Life of a slot:  ABSENT -> FREE -> WRITING -> READY -> FREE ...  (READY -> WRITING where one is evicted for the next)
  *
  * Invariants
  *   - Every field is written under the index's lock. `key` and `version` are atomic because lookups read them
@@ -48,6 +48,15 @@ typedef struct kv_entry {
 } kv_entry;
 
 _Static_assert(sizeof(kv_entry) == 64, "one entry, one cache line");
+
+/* For functions that do nothing but prefetch: GCC 12 takes them for functions without effect and drops the calls,
+ * unless they are inlined before it looks. */
+#define KV_PREFETCH_INLINE static inline __attribute__((always_inline))
+
+KV_PREFETCH_INLINE void kv_entry_prefetch(const kv_entry *entries, uint32_t entry)
+{
+    __builtin_prefetch(&entries[entry], 1);
+}
 
 /* Callers' keys need no alignment. */
 static inline kv_key kv_key_load(const uint8_t *bytes)
@@ -98,7 +107,7 @@ static inline void kv_entry_set_discarded(kv_entry *entry)
     atomic_store_explicit(&entry->version, kv_entry_version(entry) | KV_DISCARDED, memory_order_release);
 }
 
-/* FREE -> WRITING for a new tenant. Under the lock. */
+/* FREE or READY (then in no bucket any more) -> WRITING for a new tenant. Under the lock. */
 static inline void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
 {
     const uint32_t keep = ~(uint32_t)(KV_STATE_MASK | KV_DISCARDED);

@@ -33,6 +33,19 @@ static inline uint32_t kv_list_last(const kv_entry *entries, uint32_t sentinel)
     return entries[sentinel].prev;
 }
 
+/* One nearer to the first; before the sentinel comes the last. */
+static inline uint32_t kv_list_before(const kv_entry *entries, uint32_t entry)
+{
+    return entries[entry].prev;
+}
+
+/* Asks memory for what unlinking the entry writes. */
+KV_PREFETCH_INLINE void kv_list_prefetch_neighbours(const kv_entry *entries, uint32_t entry)
+{
+    kv_entry_prefetch(entries, entries[entry].prev);
+    kv_entry_prefetch(entries, entries[entry].next);
+}
+
 static inline void kv_list_unlink(kv_entry *entries, uint32_t entry)
 {
     const uint32_t prev = entries[entry].prev, next = entries[entry].next;

@@ -156,6 +156,14 @@ static inline int kv_table_has_ready(const kv_table *table, const kv_key *key, u
     return 0;
 }
 
+/* Asks memory for the cache lines of the group that a search begins with. */
+KV_PREFETCH_INLINE void kv_table_prefetch_home(const kv_table *table, uint64_t hash)
+{
+    const size_t group = kv_table_home(table, hash);
+    __builtin_prefetch((const void *)&table->tags[2 * group]);
+    __builtin_prefetch((const void *)&table->numbers[group * KV_GROUP_WIDTH]);
+}
+
 /* Hashes `n` keys and asks memory for the cache lines that looking them up will touch: a batch then waits for memory
  * once, not three times a key. */
 static inline void kv_table_prefetch(const kv_table *table, const uint8_t *keys, size_t n, uint64_t *hashes)
@@ -163,15 +171,13 @@ static inline void kv_table_prefetch(const kv_table *table, const uint8_t *keys,
     for (size_t i = 0; i < n; i++) {
         const kv_key key = kv_key_load(keys + i * KV_KEY_BYTES);
         hashes[i] = kv_table_hash(table, &key);
-        const size_t group = kv_table_home(table, hashes[i]);
-        __builtin_prefetch((const void *)&table->tags[2 * group]);
-        __builtin_prefetch((const void *)&table->numbers[group * KV_GROUP_WIDTH]);
+        kv_table_prefetch_home(table, hashes[i]);
     }
     for (size_t i = 0; i < n; i++) {
         const uint32_t group = kv_table_home(table, hashes[i]);
         const uint32_t match = kv_table_match(table, group, kv_table_tag(hashes[i]));
         if (match != 0)
-            __builtin_prefetch(&table->entries[kv_table_number(table, group, (uint32_t)__builtin_ctz(match))]);
+            kv_entry_prefetch(table->entries, kv_table_number(table, group, (uint32_t)__builtin_ctz(match)));
     }
 }
 

@@ -46,7 +46,8 @@ cdef class BlockIndex:
                              uint32_t *slots) noexcept nogil                              # -> leading run, pinned
     cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
-    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil     # tail-first; -> how many are READY
+    # Tail-first; -> how many are READY; mask (may be NULL) tells which.
+    cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=*) noexcept nogil
     cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil   # -> how many were there
     cdef size_t evict_slots(self, size_t n) noexcept nogil                                # coldest n; -> how many went
     cdef void clear_all(self) noexcept nogil
@@ -59,7 +60,7 @@ cdef class BlockIndex:
     cdef uint32_t find(self, const uint8_t *key, uint64_t hash) noexcept nogil
     cdef uint32_t take_slot(self) noexcept nogil
     cdef void free_slot(self, uint32_t slot) noexcept nogil
-    cdef void evict_last(self) noexcept nogil
+    cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
     cdef void drop(self, uint32_t slot) noexcept nogil
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil

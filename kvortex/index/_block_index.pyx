@@ -22,6 +22,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     CHUNK = 16       # keys hashed and prefetched together: enough to hide memory's latency, few enough for its queues
+    AHEAD = 6        # evictions between the first look at a victim and its end
     KEY_BYTES = 32
     ENTRY_BYTES = 64
     HUGE_PAGE_BYTES = 2 << 20
@@ -229,7 +230,7 @@ cdef class BlockIndex:
 
     # --- Reading ------------------------------------------------------------------------------------------------
 
-    def lookup(self, keys):
+    def lookup(self, keys, bint touch=False):
         """Tell which keys are READY. No side effects, no lock, no waiting.
 
         Each key's answer was true at one moment during the call; only `acquire` makes it last.
@@ -237,6 +238,9 @@ cdef class BlockIndex:
         Parameters
         ----------
         keys : (n, 32) uint8 array
+        touch : bool
+            Also mark those that are READY as used now, as `touch` does: one pass instead of two, and one moment for all
+            answers. Takes the lock.
 
         Returns
         -------
@@ -249,7 +253,13 @@ cdef class BlockIndex:
         mask = np.empty(n, np.bool_)
         cdef uint8_t[::1] mask_view = mask.view(np.uint8)
         with nogil:
-            leading = self.lookup_keys(&key_view[0, 0], n, &mask_view[0])
+            if touch:
+                self.touch_keys(&key_view[0, 0], n, &mask_view[0])
+                leading = 0
+                while leading < n and mask_view[leading]:
+                    leading += 1
+            else:
+                leading = self.lookup_keys(&key_view[0, 0], n, &mask_view[0])
         return mask, leading
 
     def acquire(self, keys, lengths=None):
@@ -467,7 +477,7 @@ cdef class BlockIndex:
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
-        cdef uint32_t slot, length
+        cdef uint32_t slot, length, scout = self.lru_list
         cdef size_t i, num_new = 0
         cdef _c.kv_entry *entry
         _c.pthread_mutex_lock(&self.mutex)
@@ -492,6 +502,8 @@ cdef class BlockIndex:
                     statuses[i] = _c.KV_RESERVE_PENDING
                     continue
                 self.forget(slot, hashes[i % CHUNK])
+            if _c.kv_list_is_empty(self.entries, self.free_list):
+                scout = self.look_ahead(scout)
             slot = self.take_slot()
             if slot == _c.KV_NO_SLOT:
                 statuses[i] = _c.KV_RESERVE_FULL
@@ -559,28 +571,41 @@ cdef class BlockIndex:
         cdef uint64_t hashes[CHUNK]
         cdef size_t i, leading = n
         cdef _c.kv_key key
+        cdef _c.kv_table table = self.table  # never changes, but lies beside what writers change all the time
         for i in range(n):
             if i % CHUNK == 0:
-                self.hash_chunk(keys, n, i, hashes)
+                _c.kv_table_prefetch(&table, keys + i * KEY_BYTES, min(n - i, <size_t>CHUNK), hashes)
             key = _c.kv_key_load(keys + i * KEY_BYTES)
-            mask[i] = _c.kv_table_has_ready(&self.table, &key, hashes[i % CHUNK])
+            mask[i] = _c.kv_table_has_ready(&table, &key, hashes[i % CHUNK])
             if not mask[i] and leading == n:
                 leading = i
         return leading
 
-    cdef size_t touch_keys(self, const uint8_t *keys, size_t n) noexcept nogil:
+    cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=NULL) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slots[CHUNK]
         cdef uint32_t slot
-        cdef size_t i, count = 0
+        cdef size_t i, first, last = n, count = 0
         _c.pthread_mutex_lock(&self.mutex)
-        for i in range(n, 0, -1):
-            if i == n or i % CHUNK == 0:
-                self.hash_chunk(keys, n, (i - 1) // CHUNK * CHUNK, hashes)
-            slot = self.find(keys + (i - 1) * KEY_BYTES, hashes[(i - 1) % CHUNK])
-            if slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) == _c.KV_READY:
-                count += 1
-                if self.entries[slot].pins == 0:
-                    _c.kv_list_move_first(self.entries, self.lru_list, slot)
+        while last > 0:
+            first = (last - 1) // CHUNK * CHUNK
+            self.hash_chunk(keys, n, first, hashes)
+            for i in range(first, last):
+                slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+                if slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) != _c.KV_READY:
+                    slot = _c.KV_NO_SLOT
+                if slot != _c.KV_NO_SLOT:
+                    _c.kv_list_prefetch_neighbours(self.entries, slot)
+                if mask != NULL:
+                    mask[i] = slot != _c.KV_NO_SLOT
+                slots[i - first] = slot
+            for i in range(last, first, -1):
+                slot = slots[i - 1 - first]
+                if slot != _c.KV_NO_SLOT:
+                    count += 1
+                    if self.entries[slot].pins == 0:
+                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
+            last = first
         _c.pthread_mutex_unlock(&self.mutex)
         return count
 
@@ -601,11 +626,14 @@ cdef class BlockIndex:
         return count
 
     cdef size_t evict_slots(self, size_t n) noexcept nogil:
+        cdef uint32_t slot
         cdef size_t count = 0
         _c.pthread_mutex_lock(&self.mutex)
         while count < n and not _c.kv_list_is_empty(self.entries, self.lru_list):
-            self.evict_last()
+            slot = _c.kv_list_last(self.entries, self.lru_list)
+            self.forget(slot, self.hash_of(slot))
             count += 1
+        self.count.evictions += count
         _c.pthread_mutex_unlock(&self.mutex)
         return count
 
@@ -630,7 +658,7 @@ cdef class BlockIndex:
         target[0] = self.count
         _c.pthread_mutex_unlock(&self.mutex)
 
-    # --- Steps, with the mutex held (hash_chunk needs none) -----------------------------------------------------
+    # --- Steps, with the mutex held ------------------------------------------------------------------------------
 
     # Fills hashes for the chunk of keys that begins with the i-th, and prefetches what finding them reads.
     cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil:
@@ -644,22 +672,33 @@ cdef class BlockIndex:
         cdef _c.kv_key key = _c.kv_key_load(key_bytes)
         return _c.kv_table_find(&self.table, &key, hash)
 
-    # A slot off the free list, after an eviction if need be; NO_SLOT if everything is pinned or being written.
+    # A slot off the free list, or the last of the LRU list; NO_SLOT if everything is pinned or being written.
     cdef uint32_t take_slot(self) noexcept nogil:
         cdef uint32_t slot
-        if _c.kv_list_is_empty(self.entries, self.free_list):
-            if _c.kv_list_is_empty(self.entries, self.lru_list):
-                return _c.KV_NO_SLOT
-            self.evict_last()
-        slot = _c.kv_list_first(self.entries, self.free_list)
+        if not _c.kv_list_is_empty(self.entries, self.free_list):
+            slot = _c.kv_list_first(self.entries, self.free_list)
+            self.count.num_free -= 1
+        elif not _c.kv_list_is_empty(self.entries, self.lru_list):
+            slot = _c.kv_list_last(self.entries, self.lru_list)
+            _c.kv_table_erase(&self.table, self.hash_of(slot), slot)
+            self.count.num_ready -= 1
+            self.count.evictions += 1
+        else:
+            return _c.KV_NO_SLOT
         _c.kv_list_unlink(self.entries, slot)
-        self.count.num_free -= 1
         return slot
 
-    cdef void evict_last(self) noexcept nogil:
-        cdef uint32_t slot = _c.kv_list_last(self.entries, self.lru_list)
-        self.forget(slot, self.hash_of(slot))
-        self.count.evictions += 1
+    # Takes the scout one block further up from the tail of the LRU list, and asks memory for what evicting that block
+    # will read. A list is a chain of cache misses, each known only after the one before; so somebody walks ahead.
+    # The scout is the sentinel at first. Blocks that move meanwhile lead it astray, which costs speed only.
+    cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil:
+        cdef int steps = AHEAD if scout == self.lru_list else 1
+        while steps > 0:
+            scout = _c.kv_list_before(self.entries, scout)
+            _c.kv_table_prefetch_home(&self.table, self.hash_of(scout))
+            steps -= 1
+        _c.kv_entry_prefetch(self.entries, _c.kv_list_before(self.entries, scout))
+        return scout
 
     # Unlinks the key at once, whatever its state.
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil:
@@ -780,6 +819,8 @@ cdef class BlockIndex:
 
 cdef object as_uint32(object values, str name):
     array = np.asarray(values)
+    if array.dtype == np.uint32:  # whatever it holds is in range
+        return np.asarray(array, order="C")
     if array.size == 0:
         return np.empty(array.shape, np.uint32)
     if array.dtype.kind not in "iu":
@@ -791,6 +832,8 @@ cdef object as_uint32(object values, str name):
 
 
 cdef object as_lengths(object lengths, size_t n):
+    if type(lengths) is int and 0 <= lengths <= 0xFFFFFFFF:
+        return np.array([lengths], np.uint32)
     array = as_uint32(lengths, "lengths")
     if array.ndim == 0:
         return array.reshape(1)

@@ -77,9 +77,15 @@ class IndexBesideModel(RuleBasedStateMachine):
         self.index.release(slots)
         self.model.release(slots)
 
-    @rule(keys=batches)
-    def touch(self, keys):
-        assert self.index.touch(rows(keys)) == sum(map(self.model.has, keys))
+    @rule(keys=batches, with_mask=st.booleans())
+    def touch(self, keys, with_mask):
+        expected = [self.model.has(key) for key in keys]
+        if with_mask:
+            mask, leading = self.index.lookup(rows(keys), touch=True)
+            assert mask.tolist() == expected
+            assert leading == (expected + [False]).index(False)
+        else:
+            assert self.index.touch(rows(keys)) == sum(expected)
         self.model.touch(keys)
 
     @rule(n=st.integers(0, 4))
