@@ -4,12 +4,14 @@
 #   VENV=none           use PYTHON as it is and install nothing   (.venv)
 #   TESTS="a b"         what `test` and `soak` run                (tests)
 #   MUTANTS=a,b         which mutants `test-mutants` runs         (all)
+#   BASELINES=dir       where `bench-baseline` stores             (.benchmarks)
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
 MUTANTS ?=
+BASELINES ?= .benchmarks
 
 export PYTHONPATH := $(CURDIR)
 
@@ -29,12 +31,13 @@ export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu test-mutants soak bench bench-gpu lint sanitize coverage annotate clean debug
+.PHONY: help build demo test test-gpu test-mutants soak bench bench-gpu bench-baseline bench-compare
+.PHONY: lint sanitize coverage annotate clean debug
 .NOTPARALLEL:
 
 help:  ## this list
 	@sed -n '2,/^$$/s/^# \{0,1\}//p' Makefile
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 # What setup.py imports must be there before it runs; the rest is read from pyproject.toml.
 $(VENV)/.kvortex-ready: pyproject.toml
@@ -43,7 +46,8 @@ $(VENV)/.kvortex-ready: pyproject.toml
 	@echo "installing what KVortex needs into $(VENV)"
 	@$(VENV)/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); q = p["project"]; \
 	    extras = q["optional-dependencies"]; \
-	    print(*p["build-system"]["requires"], *q["dependencies"], *extras["test"], *extras["lint"], sep="\n")' \
+	    wanted = extras["test"] + extras["bench"] + extras["lint"]; \
+	    print(*p["build-system"]["requires"], *q["dependencies"], *wanted, sep="\n")' \
 	    | $(VENV)/bin/python -m pip install -q --disable-pip-version-check -r /dev/stdin
 	@touch $@
 
@@ -67,12 +71,27 @@ test-mutants: build  ## take out one protection at a time; the tests it names mu
 soak: build  ## the tests at full counts (hours)
 	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)
 
-bench: build  ## one benchmark a part, on the host device
-	KVORTEX_BENCH_DEVICE=host $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+# LMCache is compared with where it is installed, which is left to you: it brings torch, gigabytes of CUDA, and a numpy of
+# its own. In a virtual environment apart: `pip install '.[test,bench,lmcache]'`, then `make bench VENV=none PYTHON=...`.
+RUN_BENCHES = $(PY) -m pytest bench -q -rs --benchmark-only --benchmark-quiet -p no:cacheprovider
 
-bench-gpu: build  ## the same on an NVIDIA GPU, then the ratios to the link's limit; fails where there is none
-	KVORTEX_BENCH_DEVICE=cuda $(PY) -m pytest bench --benchmark-only $(PYTEST_ARGS)
+bench: build  ## the CPU benchmarks beside their peers, as one table, and as JSON in build/bench
+	@mkdir -p build/bench
+	KVORTEX_BENCH_DEVICE=host $(RUN_BENCHES) --benchmark-json=build/bench/raw.json $(PYTEST_ARGS)
+	@$(PY) bench/table.py build/bench/raw.json --json build/bench/cpu.json
+
+bench-gpu: build  ## the parts on an NVIDIA GPU, then transfers against the link, with plots; fails where there is none
+	@mkdir -p build/bench
+	KVORTEX_BENCH_DEVICE=cuda $(RUN_BENCHES) --ignore=bench/bench_lru.py --ignore=bench/bench_lmcache.py \
+	     --benchmark-json=build/bench/raw-gpu.json $(PYTEST_ARGS)
+	@$(PY) bench/table.py build/bench/raw-gpu.json --json build/bench/parts-gpu.json
 	$(PY) -m bench.gpu --json build/bench/gpu.json --plots build/bench
+
+bench-baseline: build  ## store this machine's medians, for bench-compare
+	KVORTEX_BENCH_DEVICE=host $(PY) bench/compare.py store $(BASELINES) $(PYTEST_ARGS)
+
+bench-compare: build  ## fails if a median is more than 10 % slower than the stored one
+	KVORTEX_BENCH_DEVICE=host $(PY) bench/compare.py check $(BASELINES) $(PYTEST_ARGS)
 
 lint: build  ## ruff, cython-lint, and a C compiler that takes no warning
 	$(PY) -m ruff check .
@@ -90,7 +109,7 @@ annotate: $(READY)  ## HTML of where Cython talks to Python, in build/annotate
 	KVORTEX_ANNOTATE=1 $(PY) setup.py -q --name >/dev/null
 	@find build/annotate -name '*.html'
 
-clean:  ## remove everything built; the virtual environment stays
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache .coverage* demo.json demo.png
+clean:  ## remove everything built; the virtual environment and the baselines stay
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache .coverage* demo.json demo.png
 	find kvortex tests bench .ci -name __pycache__ -prune -exec rm -rf {} +
 	find kvortex \( -name '*.so' -o -name '*.html' -o -name '_*.c' \) -delete

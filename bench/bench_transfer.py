@@ -9,7 +9,7 @@ from kvortex.transfer import probe_layout
 
 NBYTES = 64 << 20
 PIECE_BYTES = 32 << 10
-ROUNDS = {"rounds": 10, "warmup_rounds": 1}
+ROUNDS = {"rounds": 20, "warmup_rounds": 2}
 
 
 class Paired:
@@ -17,6 +17,7 @@ class Paired:
 
     def __init__(self, device, shape):
         layers = 32 if shape == "mla" else 16  # which has one piece a layer, not two
+        self.shape = shape.replace("_", " ")
         self.cache = DeviceCache(device, shape, NBYTES >> 20, layers, PIECE_BYTES)
         self.num_blocks = self.cache.num_blocks
         self.pool = PinnedPool(self.num_blocks * (self.cache.block_bytes + 4096), self.cache.block_bytes, device)
@@ -24,6 +25,10 @@ class Paired:
         rng = np.random.default_rng(5)
         self.blocks, self.slots = rng.permutation(self.num_blocks), rng.permutation(self.num_blocks)
         self.records = [rng.bytes(self.cache.block_bytes) for _ in range(self.num_blocks)]
+
+    def describe(self, row, direction):
+        nbytes = self.num_blocks * self.cache.block_bytes
+        row(f"{direction} of {self.num_blocks} blocks, {self.shape}", operations=nbytes, unit="bytes")
 
     def submit(self, queue, stream):
         job = queue.submit(self.cache.layout, self.blocks, self.pool, self.slots, stream=stream)
@@ -42,7 +47,8 @@ def paired(request, device):
     made.close()
 
 
-def test_d2h(benchmark, device, stream, paired):
+def test_d2h(benchmark, row, device, stream, paired):
+    paired.describe(row, "D2H")
     for block, record in zip(paired.blocks, paired.records, strict=True):
         paired.cache.write(block, record)
     with TransferQueue(device, "D2H") as queue:
@@ -52,7 +58,8 @@ def test_d2h(benchmark, device, stream, paired):
         assert paired.pool.view(slot) == record
 
 
-def test_h2d(benchmark, device, stream, paired):
+def test_h2d(benchmark, row, device, stream, paired):
+    paired.describe(row, "H2D")
     for slot, record in zip(paired.slots, paired.records, strict=True):
         paired.pool.view(slot)[:] = record
     with TransferQueue(device, "H2D") as queue, TransferQueue(device, "D2H") as prober:

@@ -235,7 +235,7 @@ def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS):
             engine = make_engine(cache, device)
             stack.callback(engine.shutdown)
             keys, times = keys_of(num_blocks, rng), {"save": [], "load": [], "save batches": [], "load batches": []}
-            for _ in range(30):
+            for _ in range(15):
                 engine.discard_blocks(keys)
                 blocks, slots = rng.permutation(num_blocks), rng.permutation(num_blocks)
                 pieces = *cache.pieces_of(blocks, slots), case.piece_bytes
@@ -247,7 +247,7 @@ def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS):
                 for direction in ("save", "load"):
                     times[f"{direction} batches"].append(link.batches(direction, *pieces, at_once=256)[0])
             cache.require(np.arange(num_blocks), link.host)
-            micros = {name: statistics.median(t[5:]) * 1e6 / num_blocks for name, t in times.items()}
+            micros = {name: statistics.median(t[3:]) * 1e6 / num_blocks for name, t in times.items()}
             found.append({**case._asdict(), "blocks": num_blocks, **{f"{k}_us_a_block": v for k, v in micros.items()}})
     return found
 
@@ -308,7 +308,7 @@ def measure(options, command):
         result["sweep"] = result["compute"] = []
         if not options.no_plots:
             say("sweep")
-            result["sweep"] = sweep(device, link, stream, max(nbytes // 4, 64 * MIB), rng)
+            result["sweep"] = sweep(device, link, stream, max(nbytes // 4, 32 * MIB), rng)
         if not (options.no_compute or device.is_host):
             say("compute beside transfers")
             import torch

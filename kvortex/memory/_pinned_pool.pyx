@@ -45,7 +45,7 @@ cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 
 cdef enum:
-    MAX_TOUCHERS = 8  # 16 are slower: they contend with the registering thread for the lock of the address space
+    MAX_TOUCHERS = 8  # sixteen are slower: they contend with the registering thread for the address space's lock
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
