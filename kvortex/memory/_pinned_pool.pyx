@@ -54,7 +54,7 @@ cdef class PinnedPool:
 
     The address space of the whole pool is reserved at once. Memory is touched and registered with the driver chunk by
     chunk: the first chunk inside the constructor, so that its slots serve at once; the rest in the background, by a
-    thread that registers and up to eight that touch ahead of it (one for each CPU of the process), none of which takes the
+    thread that registers and up to eight that touch ahead of it (one for each CPU of the process); none takes the
     GIL. A chunk holds whole slots only, because a copy across two registrations is refused.
 
     Parameters
