@@ -5,8 +5,9 @@
  *
  * Invariants
  *   - Everything below `prefix` units is touched.
- *   - Units are populated with MADV_POPULATE_WRITE, which answers where a store would end the process (a cgroup's limit,
- *     for one). Kernels before 5.14 do not know it: there the pages are stored to.
+ *   - Units are populated with MADV_POPULATE_WRITE, one call instead of a fault a page, which changes no content.
+ *     Kernels before 5.14 do not know it: there the pages are stored to. Where memory is short, as under a cgroup's
+ *     limit, the process is killed either way: whoever starts a team asks before (kvortex/memory/limits.py).
  *   - After a failure or kv_touch_stop no further unit is begun; threads end within one unit.
  *
  * Costs: 5-10 ms a unit of never used memory; one lock and one byte a unit.

@@ -9,10 +9,8 @@ cimport kvortex._c as _c
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check
 
-import os
-
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
-from kvortex.memory.limits import require_memory
+from kvortex.memory.limits import require_memory, usable_cpus
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -27,7 +25,8 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
     static inline void *kv_map_failed(void) { return MAP_FAILED; }
-    /* Pages of the range come from `node` where it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. */
+    /* Pages of the range come from `node` where it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. The kernel
+     * takes one bit less than it is told of. */
     static inline int kv_prefer_node(void *address, size_t bytes, int node)
     {
         enum { MODE_PREFERRED = 1, BITS = 8 * sizeof(unsigned long), MAX_NODES = 1024 };
@@ -35,7 +34,7 @@ cdef extern from *:
         if (node < 0 || node >= MAX_NODES)
             return -1;
         mask[node / BITS] = 1ul << node % BITS;
-        return (int)syscall(SYS_mbind, address, bytes, MODE_PREFERRED, mask, (unsigned long)MAX_NODES, 0u);
+        return (int)syscall(SYS_mbind, address, bytes, MODE_PREFERRED, mask, MAX_NODES + 1ul, 0u);
     }
     """
     void *kv_map_failed() nogil
@@ -134,7 +133,7 @@ cdef class PinnedPool:
             self._map(num_slots * stride, huge_pages, self.device.numa_node if numa else None)
         self.closed = False
         if self.num_ready < num_slots:
-            self.num_touchers = min(MAX_TOUCHERS, len(os.sched_getaffinity(0)))
+            self.num_touchers = min(MAX_TOUCHERS, usable_cpus())
             if _c.kv_touch_init(&self.touching, self.slots.base, self.num_ready * stride, num_slots * stride):
                 self.close()
                 raise MemoryError("no memory for touching the pool")

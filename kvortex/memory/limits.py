@@ -1,5 +1,7 @@
-"""How much memory this process may still take, asked before any page is touched: afterwards the answer is a SIGKILL."""
+"""What this process may take: memory, asked before any page is touched (afterwards it is a SIGKILL), and CPUs."""
 
+import math
+import os
 from pathlib import Path
 
 from kvortex.errors import PoolExhausted
@@ -14,28 +16,45 @@ def _read_int(path):
         return None
 
 
-def cgroup_free_bytes(lines):
-    """The smallest distance to a memory limit on the way from a cgroup to the root, or None without a limit.
+def _cgroup_folders(lines, controller):
+    """Yield (folder, whether it is of cgroup v2) for every group that limits a controller, up to the root.
 
-    `lines` are those of `/proc/self/cgroup`: ``id:controllers:path``, of cgroup v1 or v2.
+    `lines` are those of `/proc/self/cgroup`: ``id:controllers:path``.
     """
-    free = []
     for line in lines:
         _, controllers, name = line.split(":", 2)
-        if controllers == "":
-            root, limit_file, usage_file = CGROUP_ROOT, "memory.max", "memory.current"
-        elif "memory" in controllers.split(","):
-            root, limit_file, usage_file = CGROUP_ROOT / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
+        if controllers and controller not in controllers.split(","):
             continue
+        root = CGROUP_ROOT / controller if controllers else CGROUP_ROOT
         group = root / name.lstrip("/")
         for folder in (group, *group.parents):
-            limit, usage = _read_int(folder / limit_file), _read_int(folder / usage_file)
-            if limit is not None and usage is not None:
-                free.append(max(0, limit - usage))
+            yield folder, not controllers
             if folder == root:
                 break
+
+
+def cgroup_free_bytes(lines):
+    """The smallest distance to a memory limit on the way from a cgroup to the root, or None without a limit."""
+    free = []
+    for folder, is_v2 in _cgroup_folders(lines, "memory"):
+        limit = _read_int(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
+        usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
+        if limit is not None and usage is not None:
+            free.append(max(0, limit - usage))
     return min(free, default=None)
+
+
+def cgroup_cpus(lines):
+    """The smallest CPU quota on the way from a cgroup to the root, in CPUs, or None without one."""
+    cpus = []
+    for folder, is_v2 in _cgroup_folders(lines, "cpu"):
+        if is_v2:
+            quota, _, period = " ".join(_read_lines(folder / "cpu.max")).partition(" ")
+        else:
+            quota, period = (" ".join(_read_lines(folder / f"cpu.cfs_{what}_us")) for what in ("quota", "period"))
+        if quota.isdecimal() and period.isdecimal():  # neither "max" nor "-1"
+            cpus.append(int(quota) / int(period))
+    return min(cpus, default=None)
 
 
 def _read_lines(path):
@@ -46,6 +65,7 @@ def _read_lines(path):
 
 
 def _available_bytes():
+    """Memory that the machine can give without swapping, or None where /proc/meminfo does not tell."""
     for line in _read_lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -79,3 +99,13 @@ def require_memory(nbytes):
                 f"a pool of {nbytes} bytes exceeds what {what} leaves ({free} bytes); "
                 f"lower cpu_pool_size_bytes or raise the limit"
             )
+
+
+def usable_cpus():
+    """How many CPUs this process may keep busy: its affinity, or its cgroup's quota rounded up; at least 1.
+
+    More threads than the quota pays for would be throttled together, those that serve among them.
+    """
+    quota = cgroup_cpus(_read_lines("/proc/self/cgroup"))
+    cpus = len(os.sched_getaffinity(0))
+    return cpus if quota is None else max(1, min(cpus, math.ceil(quota)))

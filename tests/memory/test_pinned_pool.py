@@ -1,5 +1,6 @@
 """PinnedPool: exact sizes, chunks that no slot straddles, background registering, honest refusals."""
 
+import contextlib
 import ctypes
 import os
 import re
@@ -14,6 +15,7 @@ import kvortex
 from kvortex import ConfigError, PinnedPool, PoolExhausted
 
 PAGE = 4096
+MIB = 1 << 20
 
 
 @pytest.mark.parametrize("payload_bytes", [1, 4095, 4096, 4097, 70_000])
@@ -49,7 +51,16 @@ def test_no_slot_straddles_two_registrations(device, host):
         buffer.close()
 
 
-MIB = 1 << 20
+@contextlib.contextmanager
+def no_thread_is_left():
+    """No more threads after than before, give or take the moment in which the kernel buries one that was joined."""
+    before = len(os.listdir("/proc/self/task"))
+    yield
+    for _ in range(200):
+        if (after := len(os.listdir("/proc/self/task"))) <= before:
+            return
+        time.sleep(0.005)
+    assert after <= before
 
 
 def smaps_of(address):
@@ -87,11 +98,45 @@ def test_who_registers_also_touches(device, host, monkeypatch, num_touchers):
 
 def test_a_pool_is_closed_at_any_moment_of_its_touching(device):
     for pause_ms in range(0, 20, 2):
-        before = len(os.listdir("/proc/self/task"))
-        pool = PinnedPool(512 * MIB, MIB, device, first_chunk_bytes=MIB, chunk_bytes=64 * MIB)
-        time.sleep(pause_ms / 1000)
-        pool.close()
-        assert len(os.listdir("/proc/self/task")) <= before, "a thread is left"
+        with no_thread_is_left():
+            pool = PinnedPool(512 * MIB, MIB, device, first_chunk_bytes=MIB, chunk_bytes=64 * MIB)
+            time.sleep(pause_ms / 1000)
+            pool.close()
+
+
+@pytest.mark.host
+def test_fork_while_it_is_touched_leaves_the_child_without_a_pool(device):
+    with PinnedPool(256 * MIB, MIB, device, first_chunk_bytes=MIB, chunk_bytes=8 * MIB) as pool:
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(kvortex.EngineClosed):
+                pool.view(0)
+                os._exit(1)
+            pool.close()
+            del pool
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        pool.wait_ready(20_000)
+
+
+def test_cpus_are_those_of_affinity_and_quota(tmp_path, monkeypatch):
+    from kvortex.memory import limits
+
+    lines = ["3:cpu,cpuacct:/pod/worker", "0::/unified"]
+    monkeypatch.setattr(limits, "CGROUP_ROOT", tmp_path)
+    monkeypatch.setattr(limits.os, "sched_getaffinity", lambda pid: set(range(12)))
+    read_lines = limits._read_lines
+    monkeypatch.setattr(limits, "_read_lines", lambda path: lines if path == "/proc/self/cgroup" else read_lines(path))
+    assert limits.usable_cpus() == 12
+    for group, quota in (("cpu/pod/worker", -1), ("cpu/pod", 350_000)):
+        (tmp_path / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / group / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / group / "cpu.cfs_period_us").write_text("100000\n")
+    assert limits.usable_cpus() == 4
+    (tmp_path / "unified").mkdir()
+    for text, cpus in (("max 100000", 4), ("150000 100000", 2), ("1000 100000", 1), ("2000000 100000", 4)):
+        (tmp_path / "unified" / "cpu.max").write_text(f"{text}\n")
+        assert limits.usable_cpus() == cpus
 
 
 GET_MEMPOLICY, POLICY_OF_ADDRESS, PREFERRED = 239, 2, 1  # x86-64
