@@ -83,6 +83,8 @@ class Dict:
     def put(self, keys):
         slots = self.slots
         for key in keys:
+            if key in slots:  # which none is here, but a cache must ask, as `reserve` does
+                continue
             _, slot = slots.popitem(last=False)
             slots[key] = slot
 

@@ -138,6 +138,7 @@ def test_the_table_pairs_sides_and_judges_targets(tmp_path, monkeypatch, capsys)
             benchmark_of(1.0, row="memory", group="memory", value=80, unit="B", target="> 1x"),
             benchmark_of(1.0, side="Other", group="memory", value=1600, unit="B"),
             benchmark_of(1e-3, row="lookups", operations=2000, unit="keys", target=">= 20 M"),
+            benchmark_of(1e-3, row="pinned", operations=1900, unit="keys", against="lookups", target=">= 0.9x"),
             benchmark_of(1.0, row="threads", value=6e7, unit="keys/s", against="one", ratio=5.5, target=">= 5x"),
         ],
     )
@@ -146,8 +147,9 @@ def test_the_table_pairs_sides_and_judges_targets(tmp_path, monkeypatch, capsys)
     assert "| memory | 80 B | Other: 1600 B | 20x | > 1x, met |" in printed
     assert "| lookups | 2 M keys/s | | | >= 20 M, MISSED |" in printed
     assert "| threads | 60 M keys/s | one | 5.5x | >= 5x, met |" in printed
-    assert printed[-1] == "3 of 5 targets met"
-    assert [row["what"] for row in made["rows"]] == ["put", "some name", "lookups", "threads", "memory"]
+    assert "| pinned | 1.9 M keys/s | lookups: 2 M keys/s | 0.95x | >= 0.9x, met |" in printed
+    assert printed[-1] == "4 of 6 targets met"
+    assert [row["what"] for row in made["rows"]] == ["put", "some name", "lookups", "pinned", "threads", "memory"]
 
 
 def test_the_crossover_is_the_batch_from_which_on_kvortex_is_always_faster(tmp_path, monkeypatch, capsys):
