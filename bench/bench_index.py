@@ -1,4 +1,4 @@
-"""Index: batches of 512 keys against a million blocks, at random. Divide 512 by the times shown.
+"""Index: batches of 512 keys against a million blocks, at random.
 
 The order of the blocks in memory, of their use and of the lookups have nothing to do with each other, so that nearly
 every block is a cache miss; what is shown includes the Python call.
@@ -18,6 +18,7 @@ NUM_SLOTS = 1 << 20
 BATCH = 512
 LENGTH = 4096
 ROUNDS = {"rounds": 2000, "warmup_rounds": 50}
+RATE = {"operations": BATCH, "unit": "keys"}
 
 
 def random_keys(seed, n):
@@ -68,12 +69,14 @@ def save(index, batch):
     return index.commit(index.reserve(batch, LENGTH)[0])
 
 
-def test_lookup(benchmark, index, batches):
+def test_lookup(benchmark, row, index, batches):
+    row("lookup of 512 among 1 M entries", **RATE, target=">= 20 M")
     _, leading = benchmark.pedantic(index.lookup, setup=batches, **ROUNDS)
     assert leading == BATCH
 
 
-def test_lookup_of_missing_keys(benchmark, index):
+def test_lookup_of_missing_keys(benchmark, row, index):
+    row("lookup of 512 missing keys among 1 M entries", **RATE)
     mask, leading = benchmark.pedantic(index.lookup, setup=fresh_batches(4), **ROUNDS)
     assert leading == 0
     assert not mask.any()
@@ -84,16 +87,20 @@ def test_python_call_of_a_lookup(benchmark, index, keys):
     assert benchmark(index.lookup, keys[:0])[1] == 0
 
 
-def test_touch(benchmark, index, batches):
+def test_touch(benchmark, row, index, batches):
+    row("touch of 512 among 1 M entries", **RATE)
     assert benchmark.pedantic(index.touch, setup=batches, **ROUNDS) == BATCH
 
 
-def test_lookup_with_touch(benchmark, index, batches):
+def test_lookup_with_touch(benchmark, row, index, batches):
+    row("lookup with touch and bitmask of 512 among 1 M entries", **RATE, target=">= 12 M")
     mask, leading = benchmark.pedantic(lambda batch: index.lookup(batch, touch=True), setup=batches, **ROUNDS)
     assert leading == BATCH == mask.sum()
 
 
-def test_acquire_and_release(benchmark, index, batches):
+def test_acquire_and_release(benchmark, row, index, batches):
+    row("acquire and release of 512 among 1 M entries", **RATE)
+
     def pin_and_unpin(batch):
         slots = index.acquire(batch, LENGTH)
         index.release(slots)
@@ -104,8 +111,13 @@ def test_acquire_and_release(benchmark, index, batches):
 
 
 @pytest.mark.parametrize("num_pinned", [0, 8000])
-def test_reserve_and_commit_with_eviction(benchmark, index, keys, num_pinned):
+def test_reserve_and_commit_with_eviction(benchmark, row, index, keys, num_pinned):
     """A full index; with the oldest blocks pinned, which no save may have to step over."""
+    plain = "reserve and commit of 512, evicting"
+    if num_pinned:
+        row(f"{plain}, {num_pinned} oldest pinned", **RATE, against=plain, target=">= 0.9x")
+    else:
+        row(plain, **RATE, target=">= 4 M")
     oldest = np.ascontiguousarray(np.random.default_rng(3).permutation(keys)[NUM_SLOTS - num_pinned :])
     assert index.acquire(oldest).size == num_pinned
     statuses = benchmark.pedantic(lambda batch: save(index, batch), setup=fresh_batches(5), **ROUNDS)
@@ -137,7 +149,13 @@ def lookups_per_second(index, batches, num_threads):
     return sum(found) / seconds
 
 
-def test_lookups_by_many_threads_beside_a_writer(benchmark, index, keys):
+def test_memory_of_a_slot(benchmark, row):
+    made = benchmark.pedantic(BlockIndex, args=(NUM_SLOTS,), rounds=1)
+    row("memory of a slot beyond its payload", value=made.memory_bytes / NUM_SLOTS, unit="B", target="<= 80 B")
+    assert made.memory_bytes >= 64 * NUM_SLOTS
+
+
+def test_lookups_by_many_threads_beside_a_writer(benchmark, row, index, keys):
     """Eight threads (or as many as there are cores) against one, a writer running all the while.
 
     The batches are large, 16 384 keys, so that the threads meet in the index and not at the interpreter's lock; what
@@ -166,6 +184,11 @@ def test_lookups_by_many_threads_beside_a_writer(benchmark, index, keys):
         stop.set()
         writer.join()
     one, all_of_them = statistics.median(single), statistics.median(many)
-    words = f"{one / 1e6:.1f} M lookups/s by 1 thread, {all_of_them / 1e6:.1f} by {num_threads}"
-    benchmark.extra_info["lookups"] = f"{words}: {all_of_them / one:.2f} times"
-    print(f"\n{words}: {all_of_them / one:.2f} times")
+    row(
+        f"lookups by {num_threads} threads beside a writer",
+        value=all_of_them,
+        unit="keys/s",
+        against="1 thread",
+        ratio=all_of_them / one,
+        target=">= 5x" if os.cpu_count() >= 16 else None,
+    )
