@@ -10,7 +10,7 @@ import numpy as np
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.stdlib cimport posix_memalign
 
 from kvortex cimport _c
@@ -22,6 +22,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     CHUNK = 16       # keys hashed and prefetched together: enough to hide memory's latency, few enough for its queues
+    SMALL_BATCH = 64  # keys copied on the stack, where a view's copy would take as long as the rest of a small call
     AHEAD = 6        # evictions between the first look at a victim and its end
     KEY_BYTES = 32
     ENTRY_BYTES = 64
@@ -157,16 +158,29 @@ cdef class BlockIndex:
             A `ReserveStatus` each.
         """
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
-        cdef size_t n = key_view.shape[0], num_lengths
-        if n:  # each key is read twice: one that another thread changed in between would break the table
+        cdef size_t n = key_view.shape[0], length_step = 0
+        # Each key is read twice: one that another thread changed in between would break the table.
+        cdef uint8_t copied[SMALL_BATCH * KEY_BYTES]
+        cdef const uint8_t *key_ptr = copied
+        if n <= SMALL_BATCH:
+            memcpy(copied, &key_view[0, 0], n * KEY_BYTES)
+        else:
             key_view = key_view.copy()
-        cdef const uint32_t[::1] length_view = as_lengths(lengths, n)
-        num_lengths = length_view.shape[0]
+            key_ptr = &key_view[0, 0]
+        cdef uint32_t length = 0
+        cdef const uint32_t *length_ptr = &length
+        cdef const uint32_t[::1] length_view
+        if type(lengths) is int and 0 <= lengths <= 0xFFFFFFFF:
+            length = lengths
+        else:
+            length_view = as_lengths(lengths, n)
+            length_ptr = &length_view[0]
+            length_step = length_view.shape[0] > 1
         slots, statuses = np.empty(n, np.uint32), np.empty(n, np.uint8)
         cdef uint32_t[::1] slot_view = slots
         cdef uint8_t[::1] status_view = statuses
         with nogil:
-            self.reserve_keys(&key_view[0, 0], &length_view[0], num_lengths > 1, n, &slot_view[0], &status_view[0])
+            self.reserve_keys(key_ptr, length_ptr, length_step, n, &slot_view[0], &status_view[0])
         return slots, statuses
 
     def commit(self, slots, bint pin=False):

@@ -12,7 +12,7 @@ cdef inline const uint8_t[:, ::1] as_keys(object keys):
     if shape is None or dtype is None:
         raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array, got {type(keys).__name__}; "
                         "kvortex.block_keys makes one")
-    if dtype != "uint8":
+    if getattr(dtype, "char", "") != "B" and dtype != "uint8":  # numpy reads a name anew each time it compares with one
         raise TypeError(f"keys must have dtype uint8, got {dtype}")
     if len(shape) != 2 or shape[1] != KV_KEY_BYTES:
         raise ValueError(f"keys must have shape (n, {KV_KEY_BYTES}), got {tuple(shape)}")
