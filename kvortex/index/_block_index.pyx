@@ -8,6 +8,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memcpy, memset
@@ -29,6 +30,11 @@ cdef enum:
     HUGE_PAGE_BYTES = 2 << 20
 
 NO_SLOT = _c.KV_NO_SLOT
+
+# Made once: numpy looks a type up anew each time it is named, and a small batch notices.
+cdef object UINT32 = np.dtype(np.uint32)
+cdef object UINT8 = np.dtype(np.uint8)
+cdef object BOOL = np.dtype(np.bool_)
 
 
 class ReserveStatus(IntEnum):
@@ -176,11 +182,11 @@ cdef class BlockIndex:
             length_view = as_lengths(lengths, n)
             length_ptr = &length_view[0]
             length_step = length_view.shape[0] > 1
-        slots, statuses = np.empty(n, np.uint32), np.empty(n, np.uint8)
-        cdef uint32_t[::1] slot_view = slots
-        cdef uint8_t[::1] status_view = statuses
+        slots, statuses = np.empty(n, UINT32), np.empty(n, UINT8)
+        cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
+        cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
         with nogil:
-            self.reserve_keys(key_ptr, length_ptr, length_step, n, &slot_view[0], &status_view[0])
+            self.reserve_keys(key_ptr, length_ptr, length_step, n, slot_ptr, status_ptr)
         return slots, statuses
 
     def commit(self, slots, bint pin=False):
@@ -206,13 +212,13 @@ cdef class BlockIndex:
         """
         cdef const uint32_t[::1] slot_view = as_slots(slots)
         cdef size_t n = slot_view.shape[0], bad
-        statuses = np.empty(n, np.uint8)
-        cdef uint8_t[::1] status_view = statuses
+        statuses = np.empty(n, UINT8)
+        cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
             bad = self.first_not_writing(&slot_view[0], n)
             if bad == n:
-                self.commit_locked(&slot_view[0], n, pin, &status_view[0])
+                self.commit_locked(&slot_view[0], n, pin, status_ptr)
             _c.pthread_mutex_unlock(&self.mutex)
         if bad != n:
             raise bad_slot("commit", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
@@ -264,16 +270,16 @@ cdef class BlockIndex:
         """
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
         cdef size_t n = key_view.shape[0], leading
-        mask = np.empty(n, np.bool_)
-        cdef uint8_t[::1] mask_view = mask.view(np.uint8)
+        mask = np.empty(n, BOOL)
+        cdef uint8_t *mask_ptr = <uint8_t *>memory_of(mask)
         with nogil:
             if touch:
-                self.touch_keys(&key_view[0, 0], n, &mask_view[0])
+                self.touch_keys(&key_view[0, 0], n, mask_ptr)
                 leading = 0
-                while leading < n and mask_view[leading]:
+                while leading < n and mask_ptr[leading]:
                     leading += 1
             else:
-                leading = self.lookup_keys(&key_view[0, 0], n, &mask_view[0])
+                leading = self.lookup_keys(&key_view[0, 0], n, mask_ptr)
         return mask, leading
 
     def acquire(self, keys, lengths=None):
@@ -300,10 +306,10 @@ cdef class BlockIndex:
             length_view = as_lengths(lengths, n)
             num_lengths = length_view.shape[0]
             length_ptr = &length_view[0]
-        slots = np.empty(n, np.uint32)
-        cdef uint32_t[::1] slot_view = slots
+        slots = np.empty(n, UINT32)
+        cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
         with nogil:
-            run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, &slot_view[0])
+            run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, slot_ptr)
         return slots[:run]
 
     def release(self, slots):
@@ -831,10 +837,19 @@ cdef class BlockIndex:
         return bad
 
 
+# Where an array begins that was just made here. A typed view of it costs several times as much, and guards against
+# what nobody else can do to it yet.
+cdef void *memory_of(object made_here) except? NULL:
+    cdef Py_buffer buffer
+    PyObject_GetBuffer(made_here, &buffer, PyBUF_WRITABLE)
+    PyBuffer_Release(&buffer)
+    return buffer.buf
+
+
 cdef object as_uint32(object values, str name):
     array = np.asarray(values)
-    if array.dtype == np.uint32:  # whatever it holds is in range
-        return np.asarray(array, order="C")
+    if array.dtype == UINT32:  # whatever it holds is in range
+        return array
     if array.size == 0:
         return np.empty(array.shape, np.uint32)
     if array.dtype.kind not in "iu":
@@ -842,7 +857,7 @@ cdef object as_uint32(object values, str name):
     low, high = array.min(), array.max()
     if low < 0 or high > 0xFFFFFFFF:
         raise ValueError(f"{name} must be in 0 .. {0xFFFFFFFF}, got {low if low < 0 else high}")
-    return np.asarray(array, np.uint32, order="C")
+    return array.astype(UINT32)
 
 
 cdef object as_lengths(object lengths, size_t n):
@@ -853,14 +868,14 @@ cdef object as_lengths(object lengths, size_t n):
         return array.reshape(1)
     if array.ndim != 1 or array.shape[0] != n:
         raise ValueError(f"lengths must be one int or {n}, one a key; got shape {array.shape}")
-    return array
+    return np.ascontiguousarray(array)
 
 
 cdef object as_slots(object slots):
     array = as_uint32(slots, "slots")
     if array.ndim != 1:
         raise ValueError(f"slots must be one-dimensional, got shape {array.shape}")
-    return array.copy()  # so that nobody changes it between the check and the use
+    return array.copy()  # dense, and nobody changes it between the check and the use
 
 
 cdef object bad_slot(str verb, uint32_t slot, size_t position, uint32_t num_slots, str reason):

@@ -8,7 +8,15 @@ from kvortex._c cimport KV_KEY_BYTES
 cdef inline const uint8_t[:, ::1] as_keys(object keys):
     """View `keys` as C-contiguous (n, 32) uint8; TypeError if it is no uint8 array, ValueError for another shape."""
     cdef const uint8_t[:, ::1] view
-    shape, dtype = getattr(keys, "shape", None), getattr(keys, "dtype", None)
+    dtype = getattr(keys, "dtype", None)
+    if getattr(dtype, "char", "") == "B":  # nearly always; the rest says what is wrong
+        try:
+            view = keys
+            if view.shape[1] == KV_KEY_BYTES:
+                return view
+        except ValueError:
+            pass
+    shape = getattr(keys, "shape", None)
     if shape is None or dtype is None:
         raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array, got {type(keys).__name__}; "
                         "kvortex.block_keys makes one")
