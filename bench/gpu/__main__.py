@@ -224,8 +224,11 @@ def latency(device, link, stream, rng, repeats=300):
     }
 
 
-def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS):
-    """Microseconds of the calling thread for each block of a batch, ours and the driver's batch calls alone."""
+def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS, repeats=40):
+    """Microseconds of the calling thread for each block of a batch: ours, and the driver's own calls for as much.
+
+    The driver's are batch calls of 256 pieces, and one cuMemcpy2DAsync a block where the pieces lie at even distances.
+    """
     found = []
     for case in (Case("even", 64, 32 * KIB), Case("separate", 32, 64 * KIB), Case("separate", 64, 32 * KIB)):
         with ExitStack() as stack:
@@ -234,37 +237,56 @@ def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS):
             stack.callback(cache.close)
             engine = make_engine(cache, device)
             stack.callback(engine.shutdown)
-            keys, times = keys_of(num_blocks, rng), {"save": [], "load": [], "save batches": [], "load batches": []}
-            for _ in range(15):
+            keys, times = keys_of(num_blocks, rng), {}
+
+            def ours(blocks, slots, engine=engine, keys=keys):
                 engine.discard_blocks(keys)
-                blocks, slots = rng.permutation(num_blocks), rng.permutation(num_blocks)
-                pieces = *cache.pieces_of(blocks, slots), case.piece_bytes
                 for direction, verb in (("save", engine.save_blocks), ("load", engine.load_blocks)):
                     start = time.perf_counter()
                     job = verb(keys, blocks, stream=stream)
-                    times[direction].append(time.perf_counter() - start)
+                    yield direction, time.perf_counter() - start
                     job.wait()
-                for direction in ("save", "load"):
-                    times[f"{direction} batches"].append(link.batches(direction, *pieces, at_once=256)[0])
+
+            def by_the_driver(blocks, slots, cache=cache, case=case):
+                places = cache.pieces_of(blocks, slots)
+                for direction in ("save", "load"):  # in this order: what one took the other brings back
+                    yield f"{direction} batches", link.batches(direction, *places, case.piece_bytes, at_once=256)[0]
+                for direction in ("save", "load") if case.shape == "even" else ():
+                    yield f"{direction} strided", link.strided(direction, *places, case.pieces, case.piece_bytes)
+
+            for repeat in range(repeats + 4):  # the first ones warm up
+                blocks, slots = rng.permutation(num_blocks), rng.permutation(num_blocks)
+                for way in (ours, by_the_driver) if repeat % 2 else (by_the_driver, ours):
+                    for name, seconds in way(blocks, slots):
+                        times.setdefault(name, []).append(seconds)
             cache.require(np.arange(num_blocks), link.host)
-            micros = {name: statistics.median(t[3:]) * 1e6 / num_blocks for name, t in times.items()}
+            micros = {name: statistics.median(t[4:]) * 1e6 / num_blocks for name, t in times.items()}
             found.append({**case._asdict(), "blocks": num_blocks, **{f"{k}_us_a_block": v for k, v in micros.items()}})
     return found
 
 
 def pinning(device, nbytes):
-    """Seconds until the pool serves and until it is whole; ours first, on memory that may never have been used."""
+    """Seconds until a pool serves and until it is whole.
+
+    Ours comes first, on memory that the machine may never have used: a virtual one then pays its host for every page.
+    Whoever comes later takes the pages that the one before gave back: cuMemHostAlloc, and ours once more.
+    """
     result = {"bytes": nbytes}
-    for name, settings in (("", {}), ("small_pages_", {"huge_pages": False})):
+
+    def ours(name, **settings):
         start = time.perf_counter()
         with kvortex.PinnedPool(nbytes, 2 * MIB, device, **settings) as pool:
             result[f"{name}first_slot_seconds"] = time.perf_counter() - start
             pool.wait_ready()
             result[f"{name}ready_seconds"] = time.perf_counter() - start
             result[f"{name}longest_call_seconds"] = pool.longest_call_ms / 1e3
+
+    ours("cold_")
     start = time.perf_counter()
     with kvortex.PinnedPool(nbytes, 2 * MIB, device, driver_allocated=True):
         result["driver_seconds"] = time.perf_counter() - start
+    ours("warm_")
+    ours("small_pages_", huge_pages=False)
     return result
 
 

@@ -7,8 +7,9 @@ import numpy as np
 
 GEMM_SIZE = 8192
 PART_BYTES = 64 << 20  # moved by one call while the kernels run
-SECONDS = 0.2  # of kernels in one measurement
-REPEATS = 5
+GATHERED_PART_BYTES = 16 << 20  # the same by a gather, which a large GEMM slows to a tenth
+SECONDS = 0.1  # of kernels in one run: short, so that clocks and power hardly drift between a run and its neighbours
+REPEATS = 8  # even, so that either way of moving is first as often
 
 
 class Kernels:
@@ -52,9 +53,9 @@ class Kernels:
         return start.elapsed_time(end) / 1e3, moved / elapsed
 
 
-def mover(verb, keys, blocks, block_bytes, stream, before=lambda part: None):
+def mover(verb, keys, blocks, block_bytes, part_bytes, stream, before=lambda part: None):
     """A function that moves the next part of `blocks` with an engine's verb, waits for it, and returns its bytes."""
-    part_blocks = max(1, PART_BYTES // block_bytes)
+    part_blocks = max(1, part_bytes // block_bytes)
     parts = [slice(first, first + part_blocks) for first in range(0, len(blocks), part_blocks)]
 
     def move_part():
@@ -68,22 +69,21 @@ def mover(verb, keys, blocks, block_bytes, stream, before=lambda part: None):
     return move_part
 
 
-def contiguous(link, direction):
+def contiguous(link, direction, part_bytes):
     """The same by contiguous copies."""
 
     def move_part():
-        link.copy(direction, 0, PART_BYTES, link.streams[:1])
+        link.copy(direction, 0, part_bytes, link.streams[:1])
         link.streams[0].synchronize()
-        return PART_BYTES
+        return part_bytes
 
     return move_part
 
 
 def slowdowns(torch, link, make_cache, make_engine, stream, rng):
-    """A list of points: kernel, direction, way, GB/s, slowdown in percent.
+    """A list of points, as `beside` makes them.
 
-    For every kernel and direction: our copies at full and at half rate, contiguous ones paced to what ours reached, and
-    the opt-in gather of small pieces, each beside measurements of the kernel alone.
+    For every kernel and direction: our copies at full and at half rate, and the opt-in gather of small pieces.
     """
     ways = [("strided", "even", 64, 32 << 10, 0), ("batch", "separate", 32, 64 << 10, 0)]
     ways += [(f"gather, {ctas} CTAs", "separate", 64, 16 << 10, ctas) for ctas in (4, 16)]
@@ -100,11 +100,19 @@ def slowdowns(torch, link, make_cache, make_engine, stream, rng):
             def forget(part, engine=engine, keys=keys):
                 engine.discard_blocks(keys[part])
 
-            save = mover(engine.save_blocks, keys, blocks, cache.block_bytes, stream, before=forget)
-            load = mover(engine.load_blocks, keys, blocks, cache.block_bytes, stream)
+            part_bytes = GATHERED_PART_BYTES if ctas else PART_BYTES
+            moved = keys, blocks, cache.block_bytes, part_bytes, stream
+            parts = {
+                "save": mover(engine.save_blocks, *moved, before=forget),
+                "load": mover(engine.load_blocks, *moved),
+            }
             for share in (1.0, 0.5)[: 1 if ctas else 2]:
-                points += beside(kernels, link, name, "save", way, save, share)
-                points += beside(kernels, link, name, "load", way, load, share)
+                for direction, part in parts.items():
+                    others, pause_s = contiguous(link, direction, part_bytes), 0.0
+                    if share < 1:
+                        pause_s = part_bytes / (share * 50e9)
+                    found = beside(kernels, part, others, part_bytes, pause_s)
+                    points.append({"kernel": name, "direction": direction, "way": way, **found})
             engine.load_blocks(keys, np.roll(blocks, 1), stream=stream).wait()
             holds = np.empty(cache.num_blocks, dtype=np.int64)
             holds[np.roll(blocks, 1)] = blocks
@@ -114,30 +122,32 @@ def slowdowns(torch, link, make_cache, make_engine, stream, rng):
     return points
 
 
-def beside(kernels, link, name, direction, way, part, share):
-    """The point of one way of moving, and of contiguous copies at its rate."""
-    times, rates = {"alone": [], "ours": [], "contiguous": []}, {"ours": [], "contiguous": []}
-    for _ in range(REPEATS):
-        times["alone"].append(kernels.run()[0])
-        pause_s = 0.0
-        if share < 1:
-            pause_s = PART_BYTES / (share * 50e9)
-        for which, move in (("ours", part), ("contiguous", contiguous(link, direction))):
-            if which == "contiguous":
-                pause_s = max(pause_s, PART_BYTES / rates["ours"][-1])
-            seconds, rate = kernels.run(move, pause_s)
-            times[which].append(seconds)
+def beside(kernels, ours, others, part_bytes, pause_s):
+    """What `ours` costs the kernels, what contiguous copies of as many bytes a second cost, and the difference.
+
+    The kernels run alone before and after every run beside a transfer, and a slowdown is against the mean of these two;
+    the one before the first warms up. Ours and the contiguous copies take turns in being first. So neither clocks nor
+    power, which drift by more than what is to be seen, favour one of them. Medians; the difference is of the two
+    slowdowns of one repeat, in points, with its quartiles.
+    """
+    kernels.run()
+    before_s, pace_s = kernels.run()[0], pause_s
+    slowdowns, rates = {"ours": [], "contiguous": []}, {"ours": [], "contiguous": []}
+    for repeat in range(REPEATS):
+        for which in ("contiguous", "ours") if repeat % 2 else ("ours", "contiguous"):
+            seconds, rate = kernels.run(ours, pause_s) if which == "ours" else kernels.run(others, pace_s)
+            after_s = kernels.run()[0]
+            slowdowns[which].append(100 * (2 * seconds / (before_s + after_s) - 1))
             rates[which].append(rate)
-        times["alone"].append(kernels.run()[0])
-    alone = statistics.median(times["alone"])
-    return [
-        {
-            "kernel": name,
-            "direction": direction,
-            "way": way if which == "ours" else f"contiguous beside {way}",
-            "gbps": statistics.median(rates[which]) / 1e9,
-            "slowdown_percent": 100 * (statistics.median(times[which]) / alone - 1),
-            "noise_percent": 100 * float(np.subtract(*np.percentile(times["alone"], [75, 25]))) / alone,
-        }
-        for which in ("ours", "contiguous")
-    ]
+            before_s = after_s
+            if which == "ours":
+                pace_s = max(pause_s, part_bytes / statistics.median(rates["ours"]))
+    differences = np.subtract(slowdowns["ours"], slowdowns["contiguous"])
+    return {
+        "gbps": statistics.median(rates["ours"]) / 1e9,
+        "slowdown_percent": statistics.median(slowdowns["ours"]),
+        "contiguous_gbps": statistics.median(rates["contiguous"]) / 1e9,
+        "contiguous_slowdown_percent": statistics.median(slowdowns["contiguous"]),
+        "difference_points": statistics.median(differences.tolist()),
+        "difference_quartiles": np.percentile(differences, [25, 75]).tolist(),
+    }

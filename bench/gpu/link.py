@@ -16,7 +16,8 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 # A loop in Python would measure Python.
 LOOP_SOURCE = """
-#include <stddef.h>
+#include "kvortex/driver.h"
+
 int loop(int (*copy)(size_t, size_t, size_t, void *), const size_t *targets, const size_t *sources, size_t count,
          size_t bytes, void *stream)
 {
@@ -25,7 +26,31 @@ int loop(int (*copy)(size_t, size_t, size_t, void *), const size_t *targets, con
         code = copy(targets[i], sources[i], bytes, stream);
     return code;
 }
+
+/* One strided copy a block: `rows` rows of `bytes`, `pitch` apart on the device and side by side on the host. */
+int strided(int (*copy)(const kv_memcpy_2d *, void *), int to_host, const size_t *on_device, const size_t *on_host,
+            size_t count, size_t rows, size_t bytes, size_t pitch, void *stream)
+{
+    int code = 0;
+    for (size_t i = 0; i < count && !code; i++) {
+        kv_memcpy_2d block = {.width_bytes = bytes, .height = rows};
+        block.source_memory_type = to_host ? KV_MEMORY_TYPE_DEVICE : KV_MEMORY_TYPE_HOST;
+        block.target_memory_type = to_host ? KV_MEMORY_TYPE_HOST : KV_MEMORY_TYPE_DEVICE;
+        block.source_pitch = to_host ? pitch : bytes;
+        block.target_pitch = to_host ? bytes : pitch;
+        if (to_host) {
+            block.source_device = on_device[i];
+            block.target_host = (void *)on_host[i];
+        } else {
+            block.source_host = (const void *)on_host[i];
+            block.target_device = on_device[i];
+        }
+        code = copy(&block, stream);
+    }
+    return code;
+}
 """
+INCLUDE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "include")
 
 
 def timed(run, *arguments):
@@ -110,9 +135,12 @@ class Link:
             with open(source, "w", encoding="utf-8") as file:
                 file.write(LOOP_SOURCE)
             compiler = sysconfig.get_config_var("CC").split()
-            subprocess.run([*compiler, "-O2", "-shared", "-fPIC", "-o", source + ".so", source], check=True)
-            self.loop = ctypes.CDLL(source + ".so").loop
+            flags = ["-O2", "-shared", "-fPIC", "-I", INCLUDE, "-o", source + ".so"]
+            subprocess.run([*compiler, *flags, source], check=True)
+            library = ctypes.CDLL(source + ".so")
+        self.loop, self.strided_loop = library.loop, library.strided
         self.loop.argtypes = [pointer, pointer, pointer, size, size, pointer]
+        self.strided_loop.argtypes = [pointer, ctypes.c_int, pointer, pointer, *[size] * 4, pointer]
         # ctypes calls need the context that torch, and the engine, use.
         context = ctypes.c_void_p()
         retain = ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.c_int)(self.table["device_primary_ctx_retain"])
@@ -192,6 +220,21 @@ class Link:
             stream.synchronize()
 
         return timed(run)
+
+    def strided(self, direction, on_device, in_pool, pieces, piece_bytes):
+        """Seconds of the calls alone: one cuMemcpy2DAsync a block, in a loop in C. Pieces lie at even distances."""
+        first_on_device, first_in_pool = on_device[::pieces].copy(), in_pool[::pieces].copy()
+        first_in_pool += np.uint64(self.host.ctypes.data)
+        stream, start = self.streams[0], time.perf_counter()
+        code = self.strided_loop(
+            self.table["memcpy_2d_async"], direction == "save", first_on_device.ctypes.data, first_in_pool.ctypes.data,
+            first_on_device.size, pieces, piece_bytes, int(on_device[1] - on_device[0]), stream.handle,
+        )  # fmt: skip
+        issued = time.perf_counter() - start
+        if code:
+            raise SystemExit(f"cuMemcpy2DAsync answered {code}")
+        stream.synchronize()
+        return issued
 
     def close(self):
         for stream in self.streams:

@@ -47,15 +47,17 @@ def slowdown(result, path):
     styles = {"contiguous": ("black", "x"), "strided": ("#08519c", "o"), "batch": ("#3182bd", "s")}
     for row, kernel in zip(panels, titles, strict=True):
         for panel, (direction, arrow) in zip(row, DIRECTIONS, strict=True):
-            found = [p for p in result["compute"] if (p["kernel"], p["direction"]) == (kernel, direction)]
             drawn = set()
-            for point in found:
-                way = point["way"].partition(" beside")[0]
-                kind = "contiguous copies" if way == "contiguous" else f"KVortex, {way}"
-                colour, marker = styles.get(way, ("#d95f0e", "^" if " 4 " in way else "v"))
-                label = None if kind in drawn else kind
-                drawn.add(kind)
-                panel.plot(point["gbps"], point["slowdown_percent"], marker, color=colour, label=label)
+            for point in result["compute"]:
+                if (point["kernel"], point["direction"]) != (kernel, direction):
+                    continue
+                for way, prefix in ((point["way"], ""), ("contiguous", "contiguous_")):
+                    kind = "contiguous copies" if prefix else f"KVortex, {way}"
+                    colour, marker = styles.get(way, ("#d95f0e", "^" if " 4 " in way else "v"))
+                    label = None if kind in drawn else kind
+                    drawn.add(kind)
+                    place = point[f"{prefix}gbps"], point[f"{prefix}slowdown_percent"]
+                    panel.plot(*place, marker, color=colour, label=label)
             panel.axhline(0, color="grey", linewidth=0.8)
             panel.set_title(f"{titles[kernel]}, {arrow}", fontsize=10)
             panel.grid(alpha=0.3)
