@@ -61,7 +61,7 @@ def slowdown(result, path):
             panel.axhline(0, color="grey", linewidth=0.8)
             panel.set_title(f"{titles[kernel]}, {arrow}", fontsize=10)
             panel.grid(alpha=0.3)
-            panel.set_xlim(left=0)
+            panel.set_xlim(0, 58)
     for panel in panels[1]:
         panel.set_xlabel("GB/s of the transfer")
     for row in panels:
