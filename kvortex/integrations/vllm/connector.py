@@ -1,0 +1,243 @@
+"""`KVortexConnector`: what vLLM calls, handed on to the half that runs in this process."""
+
+import inspect
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.logger import init_logger
+
+from kvortex import ConfigError
+from kvortex.integrations.vllm.layouts import block_dimension, layout_of
+from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
+from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
+from kvortex.integrations.vllm.scheduler import SchedulerHalf
+from kvortex.integrations.vllm.worker import WorkerHalf
+
+logger = init_logger(__name__)
+
+# vLLM 0.15 has no message from workers to the scheduler but the statistics.
+HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
+
+
+def keeps_blocks_of_aborted_loads():
+    """Whether vLLM keeps the device blocks of an aborted load until it hears that the load is over. 0.15 does not."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    return "delay_free_blocks" in inspect.signature(Scheduler._free_request).parameters
+
+
+class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
+    """Keep vLLM's KV cache in pinned host memory, and bring it back on a prefix hit.
+
+    Parameters
+    ----------
+    vllm_config, role, kv_cache_config
+        As vLLM passes them. Options stand in ``kv_connector_extra_config``, see `ConnectorOptions`.
+
+    Raises
+    ------
+    ConfigError
+        An option is unknown or unfit; pipeline or context parallelism, which are not supported.
+
+    Notes
+    -----
+    A model with more than one KV cache group is served without offloading, and says so once.
+    """
+
+    def __init__(self, vllm_config, role, kv_cache_config=None):
+        super().__init__(vllm_config, role, kv_cache_config)
+        options = ConnectorOptions.parse(self._kv_transfer_config.kv_connector_extra_config)
+        parallel = vllm_config.parallel_config
+        for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+            if getattr(parallel, name, 1) != 1:
+                raise ConfigError(
+                    f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
+                )
+        self.scheduler = self.worker = None
+        groups = kv_cache_config.kv_cache_groups
+        if len(groups) != 1:
+            logger.warning("KVortexConnector keeps nothing: this model has %d KV cache groups, not one", len(groups))
+            return
+        shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
+        if role == base.KVConnectorRole.SCHEDULER:
+            events = vllm_config.kv_events_config
+            self.scheduler = SchedulerHalf(
+                shape,
+                load_async=options.load_async,
+                events=events is not None and events.enable_kv_cache_events,
+            )
+            self.counted = {}
+            logger.info(
+                "KVortexConnector: %d blocks of %d bytes in host memory, %d ranks",
+                shape.num_slots, shape.slot_bytes, shape.num_ranks,
+            )  # fmt: skip
+        else:
+            self.worker = WorkerHalf(shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads())
+
+    # ---- what vLLM asks about the connector --------------------------------------------------------------------------
+
+    @property
+    def prefer_cross_layer_blocks(self):
+        """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it."""
+        return True
+
+    @property
+    def requires_kv_delivery(self):
+        """A block that was not saved is a miss, no more."""
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data=None):
+        return KVortexStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(cls, vllm_config, metric_types, labelnames, per_engine_labelvalues):
+        return KVortexPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ---- the scheduler's half ----------------------------------------------------------------------------------------
+
+    def get_num_new_matched_tokens(self, request, num_computed_tokens):
+        return self.scheduler.match(request, num_computed_tokens) if self.scheduler else (0, False)
+
+    def update_state_after_alloc(self, request, blocks, num_external_tokens):
+        if self.scheduler:
+            self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output):
+        if self.scheduler:
+            return self.scheduler.build(scheduler_output)
+        return base.KVConnectorMetadata()
+
+    def update_connector_output(self, connector_output):
+        if HAS_WORKER_METADATA:
+            report = connector_output.kv_connector_worker_meta
+        else:
+            stats = connector_output.kv_connector_stats
+            report = stats and stats.take_report()
+        if self.scheduler and report:
+            self.scheduler.reported(report)
+
+    def request_finished(self, request, block_ids):
+        """Blocks may be freed at once, copies in flight or not: whoever writes them next is fenced."""
+        if self.scheduler:
+            self.scheduler.finished(request)
+        return False, None
+
+    def request_finished_all_groups(self, request, block_ids):
+        return self.request_finished(request, block_ids)
+
+    def reset_cache(self):
+        if self.scheduler:
+            self.scheduler.reset()
+        return True
+
+    def take_events(self):
+        if not self.scheduler or self.scheduler.tenants is None:
+            return ()
+        from vllm.distributed.kv_events import BlockRemoved, BlockStored
+        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+        stored, removed = ([maybe_convert_block_hash(name) for name in part] for part in self.scheduler.take_events())
+        events = []
+        if removed:
+            events.append(BlockRemoved(block_hashes=removed, medium="CPU"))
+        if stored:
+            events.append(BlockStored(
+                block_hashes=stored, parent_block_hash=None, token_ids=[], lora_id=None, lora_name=None,
+                block_size=self.scheduler.shape.block_tokens, medium="CPU",
+            ))  # fmt: skip
+        return events
+
+    # ---- the worker's half, in the order of a step -------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches):
+        if self.worker:
+            (group,) = self._kv_cache_config.kv_cache_groups
+            name, tensor = next(iter(kv_caches.items()))
+            spec = group.kv_cache_spec
+            spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
+            dim = block_dimension(self._backend_of(name), spec, tensor, self.worker.shape.num_device_blocks)
+            self._register(list(kv_caches.values()), dim)
+
+    def register_cross_layers_kv_cache(self, kv_cache, attn_backend):
+        if self.worker:  # in physical order: whatever vLLM calls the dimensions, blocks are the outermost
+            self._register([kv_cache], 0)
+
+    def _backend_of(self, layer_name):
+        layer = self._vllm_config.compilation_config.static_forward_context.get(layer_name)
+        return layer.get_attn_backend() if layer is not None else None
+
+    def _register(self, tensors, block_dim):
+        layout = layout_of(tensors, self.worker.shape.num_device_blocks, block_dim)
+        if layout.block_bytes > self.worker.shape.block_bytes:
+            raise ConfigError(
+                f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
+                f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
+            )
+        self.worker.register(layout, tensors[0])
+        for row in layout.planner:
+            logger.info("KVortexConnector: %s", row)
+
+    def bind_connector_metadata(self, connector_metadata):
+        super().bind_connector_metadata(connector_metadata)
+        if self.worker:
+            self.worker.begin(connector_metadata)
+
+    def start_load_kv(self, forward_context, **kwargs):
+        if self.worker:
+            self.worker.start_loads(self._get_connector_metadata())
+
+    def wait_for_layer_load(self, layer_name):
+        """Nothing: whole blocks are loaded before a forward begins."""
+
+    def save_kv_layer(self, layer_name, kv_layer, attn_metadata, **kwargs):
+        """Nothing: whole blocks are saved after a forward."""
+
+    def wait_for_save(self):
+        if self.worker:
+            self.worker.start_save(self._get_connector_metadata())
+
+    def get_finished(self, finished_req_ids):
+        if not self.worker:
+            return None, None
+        self.worker.collect(finished_req_ids)
+        return None, self.worker.take_received()
+
+    def get_block_ids_with_load_errors(self):
+        return self.worker.take_load_errors() if self.worker else set()
+
+    def build_connector_worker_meta(self):
+        return self.worker.take_report() if self.worker else None
+
+    def get_kv_connector_stats(self):
+        """Called in both processes; None when there is nothing to tell."""
+        stats = KVortexStats()
+        if self.worker:
+            stats.data = self.worker.take_counters()
+            if not HAS_WORKER_METADATA:
+                stats.report = self.worker.take_report()
+        elif self.scheduler:
+            stats.data = self._scheduler_counters()
+        return stats if stats.data or stats.report else None
+
+    def _scheduler_counters(self):
+        index = self.scheduler.index.counters()
+        now = {"blocks_matched": self.scheduler.blocks_matched, "blocks_evicted": index["evictions"]}
+        counters = {name: value - self.counted.get(name, 0) for name, value in now.items()}
+        levels = {"pool_blocks_used": index["num_ready"], "pool_blocks": self.scheduler.shape.num_slots}
+        changed = any(counters.values()) or levels != self.counted.get("levels")
+        self.counted = {**now, "levels": levels}
+        return {**counters, **levels} if changed else {}
+
+    # ---- sleep and end -----------------------------------------------------------------------------------------------
+
+    def unregister_kv_caches(self):
+        """Before sleep unmaps the KV cache (0.33)."""
+        if self.worker:
+            self.worker.drain()
+
+    def restore_kv_caches(self):
+        """After sleep: the KV cache is back at its addresses."""
+
+    def shutdown(self):
+        if self.worker:
+            self.worker.close()

@@ -1,0 +1,130 @@
+"""What a user may write into ``kv_connector_extra_config``, and the shape of the pool that follows from it."""
+
+import difflib
+from dataclasses import dataclass, fields
+
+from kvortex import ConfigError, KVortexConfig
+
+PAGE_BYTES = 4096
+ENGINE_OPTIONS = (
+    "cpu_pool_size_bytes",
+    "max_jobs",
+    "shutdown_timeout_ms",
+    "pool_first_chunk_bytes",
+    "pool_chunk_bytes",
+    "pool_driver_allocated",
+    "pool_huge_pages",
+    "gather_ctas",
+    "enable_numa",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorOptions:
+    """Options of the connector; those of the engine stand in `engine`, by the names of `KVortexConfig`.
+
+    Parameters
+    ----------
+    engine : KVortexConfig
+        ``cpu_pool_size_bytes`` counts for all ranks together; each rank's pool is an equal part.
+    load_async : bool, default True
+        Load between the steps of the engine, while others are served; False loads before the step that needs it.
+    verify : bool, default False
+        Compare every block saved and loaded with what the GPU held, and count the differences. For tests: costs device
+        memory, and bandwidth of the link.
+    """
+
+    engine: KVortexConfig
+    load_async: bool = True
+    verify: bool = False
+
+    @classmethod
+    def parse(cls, extra):
+        """Options from ``kv_connector_extra_config``.
+
+        Raises
+        ------
+        ConfigError
+            An unknown name (with the nearest known one), a value of the wrong type or outside its limits, or no pool.
+        """
+        extra = dict(extra or {})
+        own = {field.name for field in fields(cls)} - {"engine"}
+        known = sorted({*own, *ENGINE_OPTIONS})
+        for name in extra:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                raise ConfigError(f"kv_connector_extra_config has an unknown option {name!r}; {hint}")
+        if "cpu_pool_size_bytes" not in extra:
+            raise ConfigError(
+                "kv_connector_extra_config needs cpu_pool_size_bytes: the host memory for KV blocks, of all ranks "
+                "together, e.g. 34359738368 for 32 GiB"
+            )
+        for name in own & extra.keys():
+            if not isinstance(extra[name], bool):
+                raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
+        engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra})
+        return cls(engine=engine, **{name: extra[name] for name in own & extra.keys()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolShape:
+    """What both halves must agree on without talking: the slots of one rank's pool, numbered alike in all ranks."""
+
+    num_device_blocks: int
+    block_tokens: int
+    block_bytes: int  # of one rank
+    num_slots: int
+    first_slots: int  # registered as soon as the pool is there
+    chunk_slots: int  # registered together, later on
+    num_ranks: int
+
+    @property
+    def slot_bytes(self):
+        return slot_bytes(self.block_bytes)
+
+    def chunk(self, number):
+        """First slot and count of what is registered together; chunk 0 is there from the start."""
+        if number == 0:
+            return 0, self.first_slots
+        first = self.first_slots + (number - 1) * self.chunk_slots
+        return first, max(0, min(self.chunk_slots, self.num_slots - first))
+
+    @classmethod
+    def of(cls, options, kv_cache_config, *, num_ranks):
+        """The shape for vLLM's ``KVCacheConfig`` of one rank, which must have one group.
+
+        Raises
+        ------
+        ConfigError
+            The pool does not hold one block a rank.
+        """
+        (group,) = kv_cache_config.kv_cache_groups
+        spec = group.kv_cache_spec
+        block_bytes = spec.page_size_bytes
+        if not hasattr(spec, "kv_cache_specs"):  # otherwise it is the sum over the layers already
+            block_bytes *= len(group.layer_names)
+        rank_bytes, stride = options.engine.cpu_pool_size_bytes // num_ranks, slot_bytes(block_bytes)
+        num_slots = rank_bytes // stride
+        if num_slots == 0:
+            raise ConfigError(
+                f"cpu_pool_size_bytes is {options.engine.cpu_pool_size_bytes}, {rank_bytes} for each of {num_ranks} "
+                f"ranks, and one block has {stride} bytes; set it to at least {stride * num_ranks}"
+            )
+        first_slots = min(num_slots, max(1, options.engine.pool_first_chunk_bytes // stride))
+        if options.engine.pool_driver_allocated:
+            first_slots = num_slots
+        return cls(
+            num_device_blocks=kv_cache_config.num_blocks,
+            block_tokens=spec.block_size,
+            block_bytes=block_bytes,
+            num_slots=num_slots,
+            first_slots=first_slots,
+            chunk_slots=max(1, options.engine.pool_chunk_bytes // stride),
+            num_ranks=num_ranks,
+        )
+
+
+def slot_bytes(block_bytes):
+    """From slot to slot: slots are aligned to pages."""
+    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -1,0 +1,257 @@
+"""The half in vLLM's scheduler: which blocks are in host memory, what to save and load, and who must wait for whom.
+
+Pure policy over a `BlockIndex`; it names no engine module and touches no memory. Every array of a step goes through the
+index in one call.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvortex import BlockIndex, ReserveStatus
+from kvortex.index import CommitStatus
+from kvortex.integrations.vllm.messages import Load, StepMetadata, Transfer
+
+KEY_BYTES = 32
+
+
+@dataclass
+class RequestState:
+    """A request that has device blocks."""
+
+    request: object  # vLLM's, for its block hashes, which grow
+    block_ids: list = field(default_factory=list)
+    num_offered: int = 0  # leading blocks that were offered to the index
+    outdated: bool = False  # computed before a reset: its blocks must not be kept
+
+
+@dataclass
+class InFlight:
+    """A transfer that not every rank has reported yet."""
+
+    slots: np.ndarray
+    hashes: list  # of the blocks, as vLLM names them
+    request_id: str | None  # of a load; a save has none
+    ranks: int = 0
+    failed: bool = False
+
+
+class SchedulerHalf:
+    """Decide what moves.
+
+    Parameters
+    ----------
+    shape : PoolShape
+    load_async : bool
+        Whether requests wait for their load between steps or inside one.
+    events : bool, default False
+        Whether to keep what `take_events` yields.
+
+    Notes
+    -----
+    Called by one thread. A slot is READY only when every rank has reported its copy, and pinned from the step in which
+    its load was decided until every rank has reported that one.
+    """
+
+    def __init__(self, shape, *, load_async, events=False):
+        self.shape, self.load_async = shape, load_async
+        self.index = BlockIndex(shape.num_slots)
+        self.index.add_slots(*shape.chunk(0))
+        self.requests, self.matches = {}, {}
+        self.landed, self.idle = set(), False  # requests whose load is over and that wait to be scheduled
+        self.in_flight, self.chunk_ranks = {}, {}
+        self.writing = set()  # hashes of blocks that are being saved
+        # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
+        # meets another in flight was ordered after it by a fence, so it ends later.
+        self.last_transfer = np.zeros(shape.num_device_blocks, dtype=np.int64)
+        self.last_number = 0
+        self.fences, self.loads = set(), []
+        self.tenants = [None] * shape.num_slots if events else None
+        self.stored, self.removed = [], []
+        self.blocks_matched = 0
+
+    # ---- a request's way in ------------------------------------------------------------------------------------------
+
+    def match(self, request, num_computed_tokens):
+        """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
+
+        Changes nothing in the index. None instead of a number asks vLLM to go on with the next request and to ask again
+        in the next step: the next block is just being saved, and waiting for it costs less than computing it; or
+        nothing ran in the last step though a load has landed, which vLLM would not look at behind a request that finds
+        no free blocks.
+        """
+        if self.idle and self.landed - {request.request_id}:
+            return None, False
+        first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
+        limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
+        if rest or first >= limit or request.skip_reading_prefix_cache:
+            return 0, False
+        hashes = request.block_hashes[first:limit]
+        _, leading = self.index.lookup(as_keys(hashes))
+        if leading < len(hashes) and hashes[leading] in self.writing:
+            return None, False
+        self.matches[request.request_id] = first
+        return leading * self.shape.block_tokens, self.load_async and leading > 0
+
+    def allocated(self, request, block_ids, num_external_tokens):
+        """Note the device blocks of a request, and start loading `num_external_tokens` into them.
+
+        Called in the step of the match, before anything is reserved: what was found is still there.
+        """
+        self.requests.setdefault(request.request_id, RequestState(request)).request = request
+        first = self.matches.pop(request.request_id, 0)
+        self.landed.discard(request.request_id)
+        count = num_external_tokens // self.shape.block_tokens
+        if first:  # hits on the device are hits
+            self.index.touch(as_keys(request.block_hashes[:first]))
+        if not count:
+            return
+        hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
+        slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
+        self.blocks_matched += len(slots)
+        self.fence(targets)
+        load = self.start(slots, targets[: len(slots)], hashes[: len(slots)], request.request_id)
+        self.loads.append(Load(request.request_id, load, targets[len(slots) :]))
+
+    # ---- once a step -------------------------------------------------------------------------------------------------
+
+    def build(self, output):
+        """The metadata of the step that vLLM has just scheduled."""
+        block_tokens = self.shape.block_tokens
+        for new in output.scheduled_new_reqs:
+            self.replace_blocks(new.req_id, new.block_ids[0], new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, ids, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            if request_id in cached.resumed_req_ids:
+                self.replace_blocks(request_id, ids[0], num_computed)
+            elif ids is not None:
+                self.requests[request_id].block_ids.extend(ids[0])
+                self.fence(ids[0])
+        hashes, sources = [], []
+        for request_id, num_scheduled in output.num_scheduled_tokens.items():
+            state = self.requests[request_id]
+            # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
+            written = (state.request.num_computed_tokens + num_scheduled) // block_tokens
+            full = min(written, len(state.request.block_hashes))
+            if full > state.num_offered:
+                if not state.outdated:
+                    hashes += state.request.block_hashes[state.num_offered : full]
+                    sources += state.block_ids[state.num_offered : full]
+                state.num_offered = full
+        step = StepMetadata(fences=sorted(self.fences), loads=self.loads, load_async=self.load_async)
+        self.fences, self.loads = set(), []
+        self.idle = not output.num_scheduled_tokens
+        step.save = self.save(hashes, sources) if hashes else None
+        return step
+
+    def replace_blocks(self, request_id, block_ids, num_computed_tokens):
+        """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
+        state = self.requests[request_id]
+        if state.block_ids:
+            state.outdated = False
+        state.block_ids, state.num_offered = list(block_ids), 0
+        self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
+
+    def save(self, hashes, block_ids):
+        """Reserve slots for what is not there yet; the transfer that fills them, or None."""
+        slots, statuses = self.index.reserve(as_keys(hashes), self.shape.block_bytes)
+        new = np.flatnonzero(statuses == ReserveStatus.NEW)
+        if not new.size:
+            return None
+        hashes, slots = [hashes[at] for at in new], slots[new]
+        self.writing.update(hashes)
+        self.evicted(slots)
+        return self.start(slots, np.asarray(block_ids, dtype=np.int64)[new], hashes, None)
+
+    def start(self, slots, block_ids, hashes, request_id):
+        self.last_number += 1
+        block_ids = np.asarray(block_ids, dtype=np.int64)
+        self.last_transfer[block_ids] = self.last_number
+        self.in_flight[self.last_number] = InFlight(slots, hashes, request_id)
+        return Transfer(self.last_number, slots, block_ids)
+
+    def fence(self, block_ids):
+        """This step may write these device blocks: transfers in flight on them come first."""
+        if self.in_flight and len(block_ids):
+            met = np.unique(self.last_transfer[np.asarray(block_ids, dtype=np.int64)])
+            self.fences.update(number for number in met.tolist() if number in self.in_flight)
+
+    # ---- a transfer's way out ----------------------------------------------------------------------------------------
+
+    def reported(self, report):
+        """Finish the transfers that every rank has reported; a copy that failed in one rank has failed."""
+        for numbers, failed in ((report.failed, True), (report.done, False)):
+            for number, ranks in numbers.items():
+                if number < 0:
+                    self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
+                    if self.chunk_ranks[number] == self.shape.num_ranks:
+                        self.index.add_slots(*self.shape.chunk(-number))
+                    continue
+                transfer = self.in_flight[number]
+                transfer.ranks += ranks
+                transfer.failed |= failed
+                if transfer.ranks == self.shape.num_ranks:
+                    del self.in_flight[number]
+                    self.finish(transfer)
+
+    def finish(self, transfer):
+        if transfer.request_id is not None:
+            self.index.release(transfer.slots)
+            if transfer.request_id in self.requests and self.load_async:
+                self.landed.add(transfer.request_id)
+            if transfer.failed:  # vLLM asks again at once, and must not find them
+                self.index.discard(as_keys(transfer.hashes))
+                self.evicted(transfer.slots)
+            return
+        self.writing.difference_update(transfer.hashes)
+        if transfer.failed:
+            self.index.abort(transfer.slots)
+            return
+        ready = self.index.commit(transfer.slots) == CommitStatus.READY
+        if self.tenants is not None:
+            for slot, name, is_ready in zip(transfer.slots.tolist(), transfer.hashes, ready.tolist(), strict=True):
+                if is_ready:
+                    self.tenants[slot] = name
+                    self.stored.append(name)
+
+    def finished(self, request):
+        """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
+        self.matches.pop(request.request_id, None)
+        self.landed.discard(request.request_id)
+        state = self.requests.pop(request.request_id, None)
+        if state is not None and state.num_offered:
+            self.index.touch(as_keys(request.block_hashes[: state.num_offered]))
+
+    def reset(self):
+        """Forget every block, saves in flight included, and what running requests computed before."""
+        self.index.clear()
+        self.matches.clear()
+        self.writing.clear()
+        for state in self.requests.values():
+            state.outdated = True
+        if self.tenants is not None:
+            self.evicted(np.arange(self.shape.num_slots))
+
+    # ---- events ------------------------------------------------------------------------------------------------------
+
+    def evicted(self, slots):
+        """These slots lose their tenants, if they have any."""
+        if self.tenants is not None:
+            for slot in slots.tolist():
+                if self.tenants[slot] is not None:
+                    self.removed.append(self.tenants[slot])
+                    self.tenants[slot] = None
+
+    def take_events(self):
+        """Hashes stored, and hashes removed, since the last call."""
+        events, self.stored, self.removed = (self.stored, self.removed), [], []
+        return events
+
+
+def as_keys(hashes):
+    """An (n, 32) array of keys; vLLM's hashes have 32 bytes, or 16 with xxhash."""
+    if hashes and len(hashes[0]) != KEY_BYTES:
+        hashes = [bytes(name).ljust(KEY_BYTES, b"\0") for name in hashes]
+    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -1,0 +1,119 @@
+"""The judge: what the device holds where vLLM's next forward may start, compared with the slot.
+
+A copy that ran too early, or memory that was overwritten too early, differs. On vLLM's stream it costs one copy inside
+the device, so it does not change what races with what.
+"""
+
+import ctypes
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+logger = logging.getLogger(__name__)
+
+SCRATCH_BYTES = 4 << 30  # of captures that wait for their verdict
+_memcmp = ctypes.CDLL(None).memcmp  # releases the GIL
+_memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+
+
+@dataclass
+class Capture:
+    """Blocks as the device held them, on their way to the host."""
+
+    slots: np.ndarray
+    block_ids: np.ndarray
+    content: torch.Tensor  # (n, block_bytes) uint8 in host memory
+    scratch: torch.Tensor  # the same on the device, held until it has arrived
+    arrived: object = None  # a CUDA event
+    future: object = field(default=None)
+
+
+class Verifier:
+    """Capture blocks and compare them with their slots.
+
+    Parameters
+    ----------
+    layout : KVLayout
+        Made from torch tensors, which it owns.
+    pool : PinnedPool
+    torch_device : torch.device
+    """
+
+    def __init__(self, layout, pool, torch_device):
+        self.layout, self.pool, self.torch_device = layout, pool, torch_device
+        self.pieces = [self.piece_view(*run) for run in layout.runs]
+        self.on_gpu = torch_device.type == "cuda"
+        self.side_stream = torch.cuda.Stream(torch_device) if self.on_gpu else None
+        self.threads = ThreadPoolExecutor(4, thread_name_prefix="kvortex-verify")
+        self.bytes_held = 0
+        self.blocks_compared = self.blocks_wrong = self.captures_skipped = 0
+
+    def piece_view(self, base, stride, piece_bytes):
+        """The pieces of one run, one a row, in words of 8 bytes where that fits."""
+        for tensor in self.layout.owners:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() <= base < storage.data_ptr() + storage.nbytes():
+                break
+        else:
+            raise AssertionError(f"no tensor of the layout holds {base:#x}")
+        word = 8 if all(number % 8 == 0 for number in (base, stride, piece_bytes)) else 1
+        flat = torch.empty(0, dtype=torch.int64 if word == 8 else torch.uint8, device=tensor.device).set_(storage)
+        size = (self.layout.num_blocks, piece_bytes // word)
+        return flat.as_strided(size, (stride // word, 1), (base - storage.data_ptr()) // word)
+
+    def capture(self, block_ids, slots):
+        """Copy blocks aside on torch's current stream; None when too many captures wait already."""
+        nbytes = len(block_ids) * self.layout.block_bytes
+        if self.bytes_held + nbytes > SCRATCH_BYTES:
+            return None
+        self.bytes_held += nbytes
+        rows = torch.from_numpy(np.asarray(block_ids, dtype=np.int64)).to(self.torch_device)
+        scratch = torch.empty((len(block_ids), self.layout.block_bytes), dtype=torch.uint8, device=self.torch_device)
+        offset = 0
+        for pieces in self.pieces:
+            size = pieces.shape[1] * pieces.element_size()
+            scratch[:, offset : offset + size].view(pieces.dtype).copy_(pieces.index_select(0, rows))
+            offset += size
+        if not self.on_gpu:
+            return Capture(slots, block_ids, scratch, scratch)
+        content = torch.empty(scratch.shape, dtype=torch.uint8, pin_memory=True)
+        self.side_stream.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self.side_stream):
+            content.copy_(scratch, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+        return Capture(slots, block_ids, content, scratch, arrived)
+
+    def verdict(self, capture):
+        """Counters of a capture whose slots are complete; None while it is being compared."""
+        if capture is None:
+            self.captures_skipped += 1
+            return {"verify_skipped": 1}
+        if capture.future is None:
+            capture.future = self.threads.submit(self.mismatches, capture)
+        if not capture.future.done():
+            return None
+        self.bytes_held -= capture.content.nbytes
+        wrong = capture.future.result()
+        self.blocks_compared += len(capture.slots)
+        self.blocks_wrong += len(wrong)
+        if wrong:
+            logger.error("KVortex verify: device blocks %s differ from their slots", wrong)
+        return {"verify_blocks": len(capture.slots), "verify_mismatches": len(wrong)}
+
+    def mismatches(self, capture):
+        """Device blocks whose slot holds something else."""
+        if capture.arrived is not None:
+            capture.arrived.synchronize()
+        first, nbytes = capture.content.data_ptr(), self.layout.block_bytes
+        return [
+            int(block)
+            for row, (block, slot) in enumerate(zip(capture.block_ids, capture.slots, strict=True))
+            if _memcmp(first + row * nbytes, self.pool.address(int(slot)), nbytes)
+        ]
+
+    def close(self):
+        self.threads.shutdown()
