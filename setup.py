@@ -11,7 +11,7 @@ import sysconfig
 from pathlib import Path
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Extension, find_namespace_packages, setup
 
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
@@ -63,6 +63,9 @@ def extensions():
 
 
 setup(
+    # The headers are installed inside the package, for modules that cimport it (kvortex.get_include()).
+    packages=[*find_namespace_packages(include=["kvortex*"]), "kvortex.include.kvortex"],
+    package_dir={"kvortex.include.kvortex": "include/kvortex"},
     options={"build_ext": {"parallel": os.cpu_count()}},
     ext_modules=cythonize(
         list(extensions()),

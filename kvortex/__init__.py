@@ -1,5 +1,7 @@
 """KVortex keeps the KV cache of LLM inference engines in pinned host memory and brings it back on a prefix hit."""
 
+import os as _os
+
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device, DeviceBuffer, Event, Stream
 from kvortex.engine import BlockHits, KVortexEngine
@@ -43,4 +45,19 @@ __all__ = [
     "TierError",
     "TransferQueue",
     "block_keys",
+    "get_include",
 ]
+
+
+def get_include():
+    """Return the folder to pass to the C compiler when a module of yours cimports `kvortex.capi`.
+
+    The headers below it are C11 and need libc only; the ``.pxd`` files lie beside the modules, where Cython finds them.
+
+    Returns
+    -------
+    path : str
+    """
+    package = _os.path.dirname(_os.path.abspath(__file__))
+    installed = _os.path.join(package, "include")
+    return installed if _os.path.isdir(installed) else _os.path.join(_os.path.dirname(package), "include")

@@ -205,7 +205,7 @@ cdef int64_t encode(object tokens, uint32_t[::1] target) except -2:
     return encode_tokens[int64_t](tokens, target)
 
 
-# Copies the tokens as a preimage has them -> index of the first out of range, or -1.
+# Copies the tokens as 32-bit ones -> index of the first out of range, or -1.
 cdef int64_t encode_tokens(const token_t[::1] tokens, uint32_t[::1] target) except -2:
     cdef int64_t i, token, n = tokens.shape[0]
     with nogil:
@@ -213,7 +213,7 @@ cdef int64_t encode_tokens(const token_t[::1] tokens, uint32_t[::1] target) exce
             token = tokens[i]
             if token != <int64_t><uint32_t>token:
                 return i
-            target[i] = _c.kv_little_endian(<uint32_t>token)
+            target[i] = <uint32_t>token
     return -1
 
 
@@ -223,7 +223,17 @@ cdef object bad_token(str name, object position, object value):
 
 # --- Hashing --------------------------------------------------------------------------------------------------------
 
-# Prompt i is tokens[starts[i]:starts[i + 1]], encoded -> keys of all prompts, and where each prompt's begin.
+cdef bint chain_keys(const uint32_t *tokens, size_t num_tokens, size_t block_size, const uint8_t *parent,
+                     uint8_t *keys) noexcept nogil:
+    cdef int64_t starts[2]
+    cdef int64_t firsts[2]
+    starts[0] = firsts[0] = 0
+    starts[1] = num_tokens
+    firsts[1] = num_tokens // block_size
+    return hash_chains(tokens, starts, firsts, 1, block_size, parent, keys)
+
+
+# Prompt i is tokens[starts[i]:starts[i + 1]] -> keys of all prompts, and where each prompt's begin.
 cdef tuple hash_prompts(const uint32_t[::1] tokens, const int64_t[::1] starts, size_t block_size, bytes root):
     cdef size_t i, num_prompts = starts.shape[0] - 1
     cdef const uint8_t *root_bytes = root
@@ -248,7 +258,8 @@ cdef bint hash_chains(const uint32_t *tokens, const int64_t *starts, const int64
     cdef Chain lanes[MAX_LANES]
     cdef size_t tokens_bytes = block_size * TOKEN_BYTES, num_blocks = _c.kv_sha256_blocks(KEY_BYTES + tokens_bytes)
     cdef size_t message_bytes = num_blocks * _c.KV_SHA256_BLOCK_BYTES
-    cdef size_t i, num_lanes = 0, prompt = 0
+    cdef size_t i, j, num_lanes = 0, prompt = 0
+    cdef uint32_t *encoded
     cdef uint8_t *messages = <uint8_t *>malloc(MAX_LANES * message_bytes)
     cdef uint8_t *message
     if messages == NULL:
@@ -267,7 +278,9 @@ cdef bint hash_chains(const uint32_t *tokens, const int64_t *starts, const int64
         if num_lanes == 0:
             break
         for i in range(num_lanes):
-            memcpy(messages + i * message_bytes + KEY_BYTES, lanes[i].tokens, tokens_bytes)
+            encoded = <uint32_t *>(messages + i * message_bytes + KEY_BYTES)
+            for j in range(block_size):  # on little-endian machines the compiler makes it a memcpy
+                encoded[j] = _c.kv_little_endian(lanes[i].tokens[j])
         digest_messages(messages, num_lanes, num_blocks)  # each key is where the next block wants its parent
         for i in range(num_lanes, 0, -1):
             message = messages + (i - 1) * message_bytes

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from kvortex._c cimport kv_monitor, kv_plan
 from kvortex.driver._device cimport Device
+from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport Copier, Direction
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
@@ -20,7 +21,7 @@ cdef enum OutcomeState:
     OUTCOME_DONE
     OUTCOME_FAILED
 
-cdef struct JobOutcome:                # lives in the Python handle
+cdef struct JobOutcome:                # lives in the Python handle, or with the caller of submit_blocks
     OutcomeState state
     int code                           # CUresult when failed
 
@@ -62,7 +63,19 @@ cdef class TransferQueue:
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
 
+    # For callers without the GIL, who keep queue, layout and pool alive, and `outcome` in its place, until it is no
+    # longer pending. Nothing is checked: blocks within the layout, slots that are registered, no larger than a payload,
+    # a stream of the device that is not capturing, n not 0.
+    # 0, or why nothing was submitted, as outcome.code says too: NOT_READY when all jobs are in flight, else a CUresult.
+    cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
+                           size_t n, void *stream, JobOutcome *outcome) noexcept nogil
+    cdef int poll_jobs(self) noexcept nogil   # -> jobs retired, or minus a CUresult; never blocks on one
+    cdef OutcomeState ask(self, JobOutcome *outcome) noexcept nogil   # what `outcome` says now
+
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
+    cdef uint32_t claim_blocks(self, KVLayout layout, const uint32_t *slot_ids, size_t n) noexcept nogil
+    cdef int submit_claimed(self, uint32_t record, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+                            void *caller, const char **call) noexcept nogil
     cdef void unclaim(self, uint32_t record) noexcept nogil
     cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
                          void **waits, size_t num_waits, const char **call) noexcept nogil

@@ -362,9 +362,8 @@ cdef class TransferQueue:
         cdef uint32_t[::1] slots = as_slot_ids(slot_ids, pool)
         cdef size_t n = ids.shape[0]
         cdef const char *call = NULL
-        cdef _c.kv_plan plan
         cdef uint32_t record
-        cdef int mode = 0, code
+        cdef int code
         self._require_open()
         pool._require_open()
         if slots.shape[0] != <Py_ssize_t>n:
@@ -378,29 +377,79 @@ cdef class TransferQueue:
             return job
         self.used.update((pool, layout))
         with nogil:
-            record = self.claim(n)
-            if record != NO_RECORD:
-                memcpy(self.records[record].slots, &slots[0], n * sizeof(uint32_t))
-                self.records[record].num_slots = n
-                self.records[record].nbytes = n * layout.block_bytes
+            record = self.claim_blocks(layout, &slots[0], n)
         if record == NO_RECORD:
             self._require_open()
             check(self.device, self.failure, b"an earlier transfer")
             return None
         self.attach(job, record, self)
         job.count = n
-        plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(self.direction_), &ids[0],
-                                    &pool.slots, self.records[record].slots, n)
         with nogil:
-            call = b"cuCtxPushCurrent"
-            code = self.device.enter(&mode)
-            if code == 0:
-                code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, &call)
-                self.device.leave(mode)
-            if code:
-                self.unclaim(record)
+            code = self.submit_claimed(record, layout, &ids[0], pool, caller, &call)
         check(self.device, code, call)
         return job
+
+    cdef uint32_t claim_blocks(self, KVLayout layout, const uint32_t *slot_ids, size_t n) noexcept nogil:
+        """`claim`, with what the job is about."""
+        cdef uint32_t record = self.claim(n)
+        if record != NO_RECORD:
+            memcpy(self.records[record].slots, slot_ids, n * sizeof(uint32_t))
+            self.records[record].num_slots = n
+            self.records[record].nbytes = n * layout.block_bytes
+        return record
+
+    cdef int submit_claimed(self, uint32_t record, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+                            void *caller, const char **call) noexcept nogil:
+        """`submit_plan` with the blocks of a claimed record; unclaims it where that fails. A CUresult."""
+        cdef int mode = 0, code
+        cdef _c.kv_plan plan = _c.kv_plan_of_blocks(
+            layout.groups, layout.num_groups, layout.strided_bit(self.direction_), block_ids, &pool.slots,
+            self.records[record].slots, self.records[record].num_slots)
+        call[0] = b"cuCtxPushCurrent"
+        code = self.device.enter(&mode)
+        if code == 0:
+            code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, call)
+            self.device.leave(mode)
+        if code:
+            self.unclaim(record)
+        return code
+
+    cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
+                           size_t n, void *stream, JobOutcome *outcome) noexcept nogil:
+        cdef const char *call = NULL
+        cdef uint32_t record = self.claim_blocks(layout, slot_ids, n)
+        cdef int code
+        outcome.state = OUTCOME_PENDING
+        outcome.code = 0
+        if record != NO_RECORD:
+            self.records[record].outcome = outcome
+            code = self.submit_claimed(record, layout, block_ids, pool, stream, &call)
+        elif self.failure:
+            code = self.failure
+        else:
+            code = _c.KV_CUDA_DEINITIALIZED if self.closed else _c.KV_CUDA_NOT_READY
+        if code:  # from here on nobody else knows of it; otherwise whoever retires the job writes
+            outcome.state = OUTCOME_FAILED
+            outcome.code = code
+        return code
+
+    cdef OutcomeState ask(self, JobOutcome *outcome) noexcept nogil:
+        cdef OutcomeState state
+        _c.kv_monitor_lock(&self.monitor)
+        state = outcome.state
+        _c.kv_monitor_unlock(&self.monitor)
+        return state
+
+    cdef int poll_jobs(self) noexcept nogil:
+        cdef int mode = 0, retired = 0, code = self.device.enter(&mode)
+        if code:
+            if _c.kv_result_is_sticky(code):  # no event will ever be seen complete: wake whoever polls for one
+                self.fail_all(code)
+            return -code
+        while self.poll_once() == 1:
+            retired += 1
+        self.device.leave(mode)
+        return retired
 
     def use_gather(self, KVLayout layout not None, num_ctas):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
@@ -443,15 +492,12 @@ cdef class TransferQueue:
 
     def poll(self):
         """Retire the jobs whose copies are over; returns how many. Never blocks on one."""
-        cdef int mode = 0, retired = 0, code
+        cdef int retired
         self._require_open()
         with nogil:
-            code = self.device.enter(&mode)
-            if code == 0:
-                while self.poll_once() == 1:
-                    retired += 1
-                self.device.leave(mode)
-        check(self.device, code, b"cuCtxPushCurrent")
+            retired = self.poll_jobs()
+        if retired < 0:
+            check(self.device, -retired, b"cuCtxPushCurrent")
         return retired
 
     @property
@@ -625,11 +671,7 @@ cdef class Job:
         return self
 
     cdef OutcomeState _state(self) noexcept nogil:
-        cdef OutcomeState state
-        _c.kv_monitor_lock(&self.queue.monitor)
-        state = self.outcome.state
-        _c.kv_monitor_unlock(&self.queue.monitor)
-        return state
+        return self.queue.ask(&self.outcome)
 
     def _require_owner_process(self):
         if self.queue.device.pid != getpid():

@@ -22,6 +22,7 @@ MAY_IMPORT = {  # part of kvortex: the other parts it may name
     "transfer": BASE | {"keys", "driver", "memory"},
     "tiers": BASE | {"keys", "index", "memory", "codec"},
     "engine": BASE | {"keys", "driver", "index", "codec", "memory", "transfer", "tiers"},
+    "capi": BASE | {"keys", "driver", "index", "memory", "transfer"},
 }
 ALONE = {  # foreign package: the parts that may name it
     "cuda": {"driver"},
