@@ -246,7 +246,7 @@ class _Replay:
         if num_blocks == 0:
             return
         engine, result = self._engine, self._result
-        keys = kvortex.block_keys(request.hash_ids, block_size=1)
+        keys = request.keys()
         words = key_words(keys)
         block_ids = lane.block_ids[:num_blocks]
 

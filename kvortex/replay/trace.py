@@ -1,12 +1,12 @@
-"""Request traces in the Mooncake format: one JSON object a line, one hash id per 512 tokens of the prompt."""
+"""A request, and the lines of a trace in the Mooncake format: one JSON object each, one hash id per 512 tokens."""
 
-import gzip
-import itertools
 import json
 from dataclasses import dataclass
 from importlib.resources import files
 
 import numpy as np
+
+from kvortex import block_keys
 
 TOKENS_PER_ID = 512
 MAX_ID = 2**63 - 1  # ids travel as int64
@@ -18,26 +18,36 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One line of a trace.
+    """One request of a trace.
 
     Attributes
     ----------
     timestamp_ms : float
-        When the request arrived. Replay keeps the order of the lines and does not wait for it.
+        When the request arrived. Replay does not wait for it.
     input_length, output_length : int
         Tokens.
     hash_ids : numpy.ndarray
-        ``(n,)`` int64; an id names 512 tokens of the prompt and everything before them.
+        ``(n,)`` int64; an id names one block of the prompt.
+    tokens_per_block : int
+    scope : bytes
+        What the ids are local to: equal ids of different scopes are different blocks.
     """
 
     timestamp_ms: float
     input_length: int
     output_length: int
     hash_ids: np.ndarray
+    tokens_per_block: int = TOKENS_PER_ID
+    scope: bytes = b""
 
     def tokens(self, num_blocks):
         """Tokens in the first `num_blocks` blocks: the last block of a prompt may be partly filled."""
-        return min(num_blocks * TOKENS_PER_ID, self.input_length)
+        return min(num_blocks * self.tokens_per_block, self.input_length)
+
+    def keys(self):
+        """Keys of the blocks, ``(n, 32)`` uint8, each made of its id, all ids before it, and the scope."""
+        halves = np.ascontiguousarray(self.hash_ids).view(np.uint32)  # an id may be larger than a token id
+        return block_keys(halves, block_size=2, salt=self.scope)
 
 
 def sample_path():
@@ -45,73 +55,74 @@ def sample_path():
     return files("kvortex") / "data" / "sample_trace.jsonl.gz"
 
 
-def read_trace(path, limit=None):
-    """Read a trace file, gzip-compressed if its name ends in ``.gz``.
-
-    Parameters
-    ----------
-    path : path-like
-    limit : int, optional
-        Stop after so many requests; later lines are not looked at.
-
-    Returns
-    -------
-    list of Request
-
-    Raises
-    ------
-    TraceError
-        The file cannot be read, holds no request, or a line is malformed.
-    """
-    opener = gzip.open if str(path).endswith(".gz") else open
-    try:
-        with opener(path, "rb") as lines:
-            requests = list(itertools.islice(parse_lines(lines, path), limit))
-    except (OSError, EOFError) as error:
-        raise TraceError(f"cannot read the trace {path}: {error}") from error
-    if not requests:
-        raise TraceError(f"{path} holds no request; a trace has one JSON object a line")
-    return requests
-
-
-def parse_lines(lines, name="trace"):
+def parse_lines(lines, name="trace", scope=b""):
     """Yield a `Request` per non-blank line; raise `TraceError` with name and number of the first malformed one."""
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                yield _parse(line)
+                yield _parse(line, scope)
             except ValueError as error:
                 raise TraceError(f"{name}, line {number}: {error}") from None
 
 
-def _parse(line):
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+def _parse(line, scope):
+    fields = loads(line)
     if not isinstance(fields, dict):
         raise ValueError(f"a JSON object is expected, got {_shown(fields)}")
-    for name in ("timestamp", "input_length", "output_length", "hash_ids"):
-        if name not in fields:
-            raise ValueError(f"the field {name!r} is missing")
-    timestamp = fields["timestamp"]
-    if isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)) or not 0 <= timestamp < float("inf"):
-        raise ValueError(f"'timestamp' must be a number of milliseconds, 0 or more, got {_shown(timestamp)}")
+    timestamp = number(fields, "timestamp", "milliseconds")
     for name in ("input_length", "output_length"):
-        if not _is_int(fields[name], 2**31 - 1):
-            raise ValueError(f"{name!r} must be a whole number of tokens, 0 to 2**31 - 1, got {_shown(fields[name])}")
-    ids = fields["hash_ids"]
-    if not isinstance(ids, list):
-        raise ValueError(f"'hash_ids' must be a list, got {_shown(ids)}")
-    for position, value in enumerate(ids):
-        if not _is_int(value, MAX_ID):
-            raise ValueError(f"'hash_ids'[{position}] must be a whole number, 0 to {MAX_ID}, got {_shown(value)}")
+        count(fields, name)
+    ids = hash_ids(fields)
     if len(ids) > -(-fields["input_length"] // TOKENS_PER_ID):
         raise ValueError(
             f"'hash_ids' has {len(ids)} ids of {TOKENS_PER_ID} tokens for an 'input_length' of "
             f"{fields['input_length']}; at most {-(-fields['input_length'] // TOKENS_PER_ID)} fit"
         )
-    return Request(timestamp, fields["input_length"], fields["output_length"], np.array(ids, dtype=np.int64))
+    return Request(timestamp, fields["input_length"], fields["output_length"], ids, scope=scope)
+
+
+# --- Checked fields of an object; all raise ValueError ----------------------------------------------------------------
+
+
+def loads(text):
+    """Parse JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+
+
+def number(fields, name, unit):
+    """A number that is not negative."""
+    value = _field(fields, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name!r} must be a number of {unit}, 0 or more, got {_shown(value)}")
+    return value
+
+
+def count(fields, name, least=0):
+    """A number of tokens."""
+    value = _field(fields, name)
+    if not _is_int(value, 2**31 - 1) or value < least:
+        raise ValueError(f"{name!r} must be a whole number of tokens, {least} to 2**31 - 1, got {_shown(value)}")
+    return value
+
+
+def hash_ids(fields):
+    """The ids as an int64 array."""
+    ids = _field(fields, "hash_ids")
+    if not isinstance(ids, list):
+        raise ValueError(f"'hash_ids' must be a list, got {_shown(ids)}")
+    if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) <= MAX_ID)):
+        return np.array(ids, dtype=np.int64)
+    position, value = next((position, value) for position, value in enumerate(ids) if not _is_int(value, MAX_ID))
+    raise ValueError(f"'hash_ids'[{position}] must be a whole number, 0 to {MAX_ID}, got {_shown(value)}")
+
+
+def _field(fields, name):
+    if name not in fields:
+        raise ValueError(f"the field {name!r} is missing")
+    return fields[name]
 
 
 def _is_int(value, most):
