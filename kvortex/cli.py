@@ -8,15 +8,22 @@ import sys
 from pathlib import Path
 
 import kvortex
-from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path
+from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
 
 OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 _REPLAY_DESCRIPTION = """\
-Replay a request trace (Mooncake format, .jsonl or .jsonl.gz) through a real
-engine: for each request check, load the leading run, save the rest, touch.
-Every loaded block is compared byte by byte where it was loaded to. Requests
-follow one another as fast as they go; time stamps are not waited for.
+Replay a request trace through a real engine: for each request check, load the
+leading run, save the rest, touch. Every loaded block is compared byte by byte
+where it was loaded to. Requests follow one another as fast as they go; time
+stamps are not waited for.
+
+Traces are read in the Mooncake format (a request a line) and in that of the
+kv-cache-tester (a conversation a file, or a line), gzip-compressed or not.
+Several files, or a folder of them, are merged by their time stamps.
+
+With --sweep no byte is moved: it asks the index alone what pools of several
+sizes would hit, and shows Belady's bound, what the best policy could hit, too.
 """
 
 _REPLAY_EXAMPLES = """\
@@ -26,6 +33,7 @@ examples:
   python -m kvortex replay trace.jsonl --pool-blocks 10000 --block-bytes 64KiB --device host
   python -m kvortex replay trace.jsonl --pool-bytes 32GiB --block-bytes 2MiB --device cuda:0
   python -m kvortex replay --inject corrupt=3               prove that a wrong byte is seen (exits 1)
+  python -m kvortex replay traces/ --sweep 1000,3000,10000 --plot sweep.png   how large should the pool be?
 
 exit status: 0 all loaded blocks right, 1 wrong blocks, 2 bad input or nothing to run on
 """
@@ -46,6 +54,8 @@ def main(argv=None):
 
 def run_replay(args):
     """Replay a trace, print the table, write what was asked for."""
+    if args.sweep:
+        return _run_sweep(args)
     options = ReplayOptions(
         block_bytes=args.block_bytes,
         num_pieces=args.pieces,
@@ -56,16 +66,11 @@ def run_replay(args):
         verify=args.verify,
         corrupt_slots=args.inject,
     )
-    for path in filter(None, (args.json, args.plot)):  # now, not after minutes of replay
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise OSError(f"cannot write {path}: give a file in a directory that exists and is writable")
-    if args.plot:
-        plot.require_matplotlib()
-    trace = args.trace if args.trace is not None else sample_path()
-    requests = read_trace(trace, args.limit)
+    _require_writable(args)
+    requests, name = _read_trace(args)
 
     result = replay(requests, options, report.Progress(len(requests)))
-    fields = report.summary(result, options, Path(trace).name)
+    fields = report.summary(result, options, name)
     print(report.table(fields))
     if args.json:
         report.write_json(args.json, fields)
@@ -78,6 +83,42 @@ def run_replay(args):
         print("kvortex replay: error: corrupted blocks were loaded and not noticed", file=sys.stderr)
         return WRONG_BLOCKS
     return WRONG_BLOCKS if result.wrong_blocks else OK
+
+
+def _run_sweep(args):
+    """Show what pools of several sizes would hit."""
+    if args.inject or args.inflight != 1:
+        raise kvortex.ConfigError("--sweep moves no data: leave --inject and --inflight out")
+    _require_writable(args)
+    requests, name = _read_trace(args)
+    bar = report.Bar()
+    fields = report.sweep_summary(sweep(requests, args.sweep, lambda share, what: bar.show(share, lambda: what)), name)
+    print(report.sweep_table(fields))
+    if args.json:
+        report.write_json(args.json, fields)
+    if args.plot:
+        plot.write_sweep_png(args.plot, fields)
+    return OK
+
+
+def _require_writable(args):
+    """Refuse files that cannot be written now, not after minutes of replay."""
+    for path in filter(None, (args.json, args.plot)):
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise OSError(f"cannot write {path}: give a file in a directory that exists and is writable")
+    if args.plot:
+        plot.require_matplotlib()
+
+
+def _read_trace(args):
+    """Return the requests of the traces that were named, and a name for them."""
+    paths = args.trace or [sample_path()]
+    bar = report.Bar()
+    requests = read_trace(
+        paths, args.limit, lambda done, total: bar.show(done / total, lambda: f"{done:,}/{total:,} files read")
+    )
+    name = Path(paths[0]).resolve().name
+    return requests, name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
 
 
 def run_info(args):
@@ -105,10 +146,15 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(command=run_replay, name="replay")
-    command.add_argument("trace", nargs="?", type=Path, metavar="TRACE", help="default: the bundled sample")
+    command.add_argument(
+        "trace", nargs="*", type=Path, metavar="TRACE", help="file or folder; default: the bundled sample"
+    )
     size = command.add_mutually_exclusive_group()
     size.add_argument("--pool-blocks", type=_count, metavar="N", help="size of the pool in blocks (default 1024)")
     size.add_argument("--pool-bytes", type=_bytes, metavar="B", help="or in bytes; 512MiB, 32GiB")
+    size.add_argument(
+        "--sweep", type=_counts, metavar="N,N,...", help="instead of replaying: the hit ratios of pools of N blocks"
+    )
     command.add_argument(
         "--block-bytes",
         type=_bytes,
@@ -145,7 +191,12 @@ def _parser():
         help="flip a byte in N slots, each just before it is loaded: the replay must exit 1",
     )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as a JSON object")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG of hit ratio and bandwidth over time")
+    command.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="write a PNG of hit ratio and bandwidth over time; with --sweep of hit ratio against pool size",
+    )
 
     command = commands.add_parser("info", help="show version and device", description="Show version and device.")
     command.set_defaults(command=run_info, name="info")
@@ -157,6 +208,10 @@ def _count(text):
     if not text.isascii() or not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"a whole number, 1 or more, is expected, got {text!r}")
     return int(text)
+
+
+def _counts(text):
+    return [_count(part) for part in text.split(",")]
 
 
 def _bytes(text):

@@ -1,7 +1,7 @@
 """Replays a request trace through a real engine over the public API, and checks every loaded byte.
 
-`files` reads, by `trace` and `conversation`, `run` drives the engine, `oracle` knows what every byte should be, `cache`
-is the device memory of a pretended model, `report` and `plot` show what happened. `lab` asks how large a pool should be.
+`files` reads, with `trace` and `conversation`; `run` drives the engine, `oracle` knows what every byte should be,
+`cache` is the device memory of a pretended model; `lab` asks how large a pool should be; `report` and `plot` show.
 """
 
 from kvortex.replay.files import read_trace

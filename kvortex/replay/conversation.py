@@ -1,11 +1,14 @@
-"""Traces of the kv-cache-tester: one JSON object a conversation, requests of sub-agents nested in those of their parents.
+"""Traces of the kv-cache-tester: a JSON object for each conversation, with those of its sub-agents nested in it.
 
     {"block_size": 64, "requests": [{"t": 0.0, "in": 130, "out": 20, "hash_ids": [1, 2]},
                                     {"t": 2.5, "type": "subagent", "requests": [{"t": 2.6, "in": 70, ...}]}]}
 
 ``t`` counts seconds from the start of the conversation, in nested requests too. Ids are local to the conversation,
-sub-agents included, unless ``hash_id_scope`` is ``"global"``. Whatever else is in an object is passed over.
+sub-agents included, unless ``hash_id_scope`` is ``"global"``. A request without ids, which the recorder could not look
+into, counts its tokens only. Whatever else is in an object is passed over.
 """
+
+import numpy as np
 
 from kvortex.replay.trace import Request, count, hash_ids, number
 
@@ -56,7 +59,7 @@ def _requests(fields, block_size, scope, where):
                 1000 * number(entry, "t", "seconds"),
                 count(entry, "in"),
                 count(entry, "out") if "out" in entry else 0,
-                hash_ids(entry),
+                hash_ids(entry) if entry.get("hash_ids") is not None else np.empty(0, np.int64),
                 block_size,
                 scope,
             )

@@ -1,4 +1,4 @@
-"""The picture of a replay: hit ratio and bandwidth over time."""
+"""The pictures: of a replay, hit ratio and bandwidth over time; of a sweep, hit ratio against pool size."""
 
 import importlib.util
 
@@ -76,4 +76,39 @@ def write_png(path, result, fields):
         axes.grid(True, color="#dddddd")
         axes.set_axisbelow(True)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
+    figure.savefig(path, format="png")
+
+
+def write_sweep_png(path, fields):
+    """Draw a `report.sweep_summary` into a PNG file."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
+
+    sizes = [point["pool_blocks"] for point in fields["points"]]
+    best = 100 * fields["unbounded_block_ratio"]
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(
+        f"{fields['trace']}: {fields['requests']:,} requests, {fields['blocks_touched']:,} blocks touched, "
+        f"{fields['distinct_blocks']:,} different ones",
+        fontsize=11,
+    )
+    axes.axhline(best, color="#999999", linestyle=":", label=f"a pool that never evicts, {best:.1f} %")
+    for policy, label, color, above in (("belady", "Belady's bound", "#d95f0e", 6), ("lru", "LRU", "#08519c", -13)):
+        hits = [100 * point[f"{policy}_block_ratio"] for point in fields["points"]]
+        axes.plot(sizes, hits, marker="o", color=color, label=label)
+        if len(sizes) <= 12:
+            for size, hit in zip(sizes, hits, strict=True):
+                axes.annotate(
+                    f"{hit:.1f}", (size, hit), (0, above), textcoords="offset points", ha="center", fontsize=8
+                )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.set_xlabel("pool (blocks)")
+    axes.set_ylabel("prefix hits (% of blocks)")
+    axes.set_ylim(0, min(100, 1.2 * best + 1))
+    axes.grid(True, color="#dddddd")
+    axes.set_axisbelow(True)
+    axes.legend(frameon=False)
     figure.savefig(path, format="png")

@@ -86,38 +86,97 @@ def table(fields):
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)
 
 
-class Progress:
+class Bar:
     """A bar that redraws itself on a terminal; a plain line every ten seconds elsewhere."""
 
-    def __init__(self, num_requests, out=None):
-        self._num_requests = num_requests
+    def __init__(self, out=None):
         self._out = out if out is not None else sys.stderr
         self._is_terminal = self._out.isatty()
         self._interval_s = 0.1 if self._is_terminal else 10.0
         self._next_s = time.monotonic() + self._interval_s
 
-    def __call__(self, result):
-        """Show `result` if it is time to."""
+    def show(self, share, text):
+        """Show that `share`, 0 to 1, is done, if it is time to; `text` is called for the words behind it."""
         now = time.monotonic()
-        done = result.requests
-        if now < self._next_s and not (self._is_terminal and done == self._num_requests):
+        if now < self._next_s and not (self._is_terminal and share == 1):
             return
         self._next_s = now + self._interval_s
-        share = done / self._num_requests
-        left_s = result.seconds / done * (self._num_requests - done)
-        text = (
-            f"{share:4.0%} {done:,}/{self._num_requests:,} requests  {done / result.seconds:,.0f}/s  "
-            f"{left_s:.0f} s left  hits {_ratio(result.blocks_loaded, result.blocks_touched):.1%}  "
-            f"wrong {result.wrong_blocks:,}"
-        )
+        line = f"{share:4.0%} {text()}"
         if self._is_terminal:
-            width = max(10, min(40, shutil.get_terminal_size().columns - len(text) - 4))
+            width = max(10, min(40, shutil.get_terminal_size().columns - len(line) - 4))
             bar = ("#" * round(width * share)).ljust(width, ".")
-            text = f"\r[{bar}] {text}\x1b[K" + ("\n" if done == self._num_requests else "")
+            line = f"\r[{bar}] {line}\x1b[K" + ("\n" if share == 1 else "")
         else:
-            text += "\n"
-        self._out.write(text)
+            line += "\n"
+        self._out.write(line)
         self._out.flush()
+
+
+class Progress:
+    """The bar of a replay."""
+
+    def __init__(self, num_requests, out=None):
+        self._num_requests = num_requests
+        self._bar = Bar(out)
+
+    def __call__(self, result):
+        """Show `result` if it is time to."""
+        done, total = result.requests, self._num_requests
+        self._bar.show(
+            done / total,
+            lambda: (
+                f"{done:,}/{total:,} requests  {done / result.seconds:,.0f}/s  "
+                f"{result.seconds / done * (total - done):.0f} s left  "
+                f"hits {_ratio(result.blocks_loaded, result.blocks_touched):.1%}  wrong {result.wrong_blocks:,}"
+            ),
+        )
+
+
+def sweep_summary(result, trace_name):
+    """Return a `SweepResult` as a dict of plain numbers; ratios are 0 to 1."""
+
+    def ratios(prefix, blocks, tokens):
+        return {
+            f"{prefix}_block_ratio": _ratio(blocks, result.blocks_touched),
+            f"{prefix}_token_ratio": _ratio(tokens, result.tokens),
+        }
+
+    return {
+        "trace": trace_name,
+        "requests": result.requests,
+        "blocks_touched": result.blocks_touched,
+        "distinct_blocks": result.distinct_blocks,
+        "input_tokens": result.tokens,
+        **ratios("unbounded", result.unbounded_blocks, result.unbounded_tokens),
+        "points": [
+            {
+                "pool_blocks": point.pool_blocks,
+                **ratios("lru", point.lru_blocks, point.lru_tokens),
+                **ratios("belady", point.belady_blocks, point.belady_tokens),
+            }
+            for point in result.points
+        ],
+    }
+
+
+def sweep_table(fields):
+    """Return a `sweep_summary` as text."""
+    lines = [
+        f"  {'trace':<18}{fields['trace']}",
+        f"  {'requests':<18}{fields['requests']:,}, {fields['input_tokens']:,} tokens",
+        f"  {'blocks touched':<18}{fields['blocks_touched']:,}, {fields['distinct_blocks']:,} different ones",
+        "",
+        f"  {'':>12}  {'hits, % of blocks':^19}  {'hits, % of tokens':^19}",
+        f"  {'pool blocks':>12}  {'LRU':>8}  {'Belady':>9}  {'LRU':>8}  {'Belady':>9}",
+    ]
+    for point in fields["points"]:
+        hits = [point[f"{policy}_{unit}_ratio"] for unit in ("block", "token") for policy in ("lru", "belady")]
+        lines.append(f"  {point['pool_blocks']:>12,}  " + "  ".join(
+            f"{100 * hit:>{width}.2f}" for hit, width in zip(hits, (8, 9, 8, 9), strict=True)
+        ))  # fmt: skip
+    blocks, tokens = (100 * fields[f"unbounded_{unit}_ratio"] for unit in ("block", "token"))
+    lines.append(f"  {'unbounded':>12}  {blocks:>8.2f}  {blocks:>9.2f}  {tokens:>8.2f}  {tokens:>9.2f}")
+    return "\n".join(lines)
 
 
 def _ratio(part, whole):
