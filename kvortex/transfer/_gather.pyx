@@ -13,13 +13,18 @@ cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
 from kvortex.transfer._layout cimport KVLayout
 
-from importlib import resources
+import os
 
 cdef size_t HALF_BYTES = 8 << 20
 # Clamped by the driver. Thread blocks of large kernels then make room as they end; otherwise a gather would wait for
 # the last of them to begin, a millisecond each time.
 cdef int HIGHEST_PRIORITY = -1000
 cdef size_t MAX_PIECE_BYTES = 32 << 10  # from here on copy engines are as fast
+
+
+cdef bytes read_kernel():
+    with open(os.path.join(os.path.dirname(__file__), "gather.ptx"), "rb") as file:
+        return file.read()
 
 
 def gather_pays(KVLayout layout not None, direction):
@@ -49,7 +54,7 @@ cdef class Gather:
         cdef size_t offset = 0
         cdef const char *call = NULL
         cdef int mode = 0, code
-        cdef bytes image = (resources.files("kvortex.transfer") / "gather.ptx").read_bytes()
+        cdef bytes image = read_kernel()
         cdef const char *text = image
         if not 1 <= num_ctas <= 1024:
             raise ValueError(f"num_ctas must be 1 to 1024, got {num_ctas}")

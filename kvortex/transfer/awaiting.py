@@ -1,6 +1,5 @@
 """`await job`: one eventfd a loop, written by whoever retires a job, without the GIL."""
 
-import asyncio
 import os
 import weakref
 
@@ -44,6 +43,8 @@ class _LoopListener:
 
 async def wait_in_loop(job, signals):
     """Return when `job` is done. Cancelling leaves the job alone."""
+    import asyncio  # here, since it is a third of what `import kvortex` would take, and those who await have it
+
     if not signals.served:  # a queue without an engine: nobody else retires its jobs
         while not job.done():
             await asyncio.sleep(POLL_S)

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"index", "keys", "pool", "transfer", "engine", "named", "lru", "lmcache"}
+PARTS = {"index", "keys", "pool", "transfer", "engine", "import", "named", "lru", "lmcache"}
 
 
 def run_benchmarks(report):
