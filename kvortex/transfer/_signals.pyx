@@ -48,15 +48,14 @@ cdef class JobSignals:
         _c.kv_monitor_unlock(&self.monitor)
 
     def add_listener(self, int eventfd):
-        """Write to `eventfd` (non-blocking) whenever a job is retired."""
+        """Write to `eventfd` (non-blocking) whenever a job is retired. False where so many are written to already."""
         _c.kv_monitor_lock(&self.monitor)
-        added = self.num_listeners < MAX_LISTENERS
+        cdef bint added = self.num_listeners < MAX_LISTENERS
         if added:
             self.listeners[self.num_listeners] = eventfd
             self.num_listeners += 1
         _c.kv_monitor_unlock(&self.monitor)
-        if not added:
-            raise RuntimeError(f"{MAX_LISTENERS} event loops await jobs of this engine already; share a loop")
+        return added
 
     def remove_listener(self, int eventfd):
         """Stop writing to `eventfd`; after this call it may be closed."""

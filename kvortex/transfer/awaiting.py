@@ -18,8 +18,11 @@ class _LoopListener:
         self.signals = signals
         self.waiting = {}  # future -> job
         self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        signals.add_listener(self.eventfd)
-        loop.add_reader(self.eventfd, self._on_retired)
+        self.is_told = signals.add_listener(self.eventfd)
+        if self.is_told:
+            loop.add_reader(self.eventfd, self._on_retired)
+        else:
+            self.close()
 
     def _on_retired(self):
         try:
@@ -45,15 +48,13 @@ async def wait_in_loop(job, signals):
     """Return when `job` is done. Cancelling leaves the job alone."""
     import asyncio  # here, since it is a third of what `import kvortex` would take, and those who await have it
 
-    if not signals.served:  # a queue without an engine: nobody else retires its jobs
+    loop = asyncio.get_running_loop()
+    of_loop = _listeners.setdefault(loop, weakref.WeakValueDictionary())
+    listener = _listener(of_loop, loop, signals) if signals.served else None
+    if listener is None:  # a queue without an engine, whose jobs nobody else retires; or more loops than can be told
         while not job.done():
             await asyncio.sleep(POLL_S)
         return
-    loop = asyncio.get_running_loop()
-    of_loop = _listeners.setdefault(loop, weakref.WeakValueDictionary())
-    listener = of_loop.get(signals)
-    if listener is None:
-        listener = of_loop[signals] = _LoopListener(loop, signals)
     future = loop.create_future()
     listener.waiting[future] = job
     try:
@@ -65,3 +66,14 @@ async def wait_in_loop(job, signals):
         if not listener.waiting:
             of_loop.pop(signals, None)
             listener.close()
+
+
+def _listener(of_loop, loop, signals):
+    """Return the listener of a loop for these signals; None where so many loops wait that no other can be told."""
+    listener = of_loop.get(signals)
+    if listener is None:
+        listener = _LoopListener(loop, signals)
+        if not listener.is_told:
+            return None
+        of_loop[signals] = listener
+    return listener

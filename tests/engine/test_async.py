@@ -11,6 +11,10 @@ from kvcache import DeviceCache
 import kvortex
 
 
+async def wait_for(job):
+    return await job
+
+
 def test_many_awaits_in_one_loop(bench):
     bench.saved([1])
 
@@ -49,11 +53,108 @@ def test_cancelling_an_await_stops_only_the_waiting(bench, host):
         await job
         return job
 
-    async def wait_for(job):
-        await job
-
     assert asyncio.run(cancel()).num_blocks == 1
     assert bench.holds(8, 1)
+
+
+@pytest.mark.host
+def test_the_loop_goes_on_while_jobs_are_awaited(bench, host):
+    """Loads and whatever else the loop does overlap: nothing of it waits for the copies."""
+    bench.saved([1])
+
+    async def overlap():
+        host.hold()
+        loads = [asyncio.ensure_future(wait_for(bench.load([1], [8 + number]))) for number in range(12)]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        computed = await asyncio.to_thread(sum, range(1000))
+        assert not any(load.done() for load in loads)
+        host.release()
+        return computed, await asyncio.gather(*loads)
+
+    computed, jobs = asyncio.run(overlap())
+    assert computed == 499_500 and [job.num_blocks for job in jobs] == [1] * 12
+    assert all(bench.holds(8 + number, 1) for number in range(12))
+
+
+@pytest.mark.host
+def test_one_job_serves_many_awaits_whichever_are_cancelled(bench, host):
+    bench.saved([1])
+
+    async def share():
+        host.hold()
+        job = bench.load([1], [8])
+        waiting = [asyncio.ensure_future(wait_for(job)) for _ in range(10)]
+        await asyncio.sleep(0)
+        for task in waiting[::2]:
+            task.cancel()
+        await asyncio.sleep(0)
+        host.release()
+        return job, await asyncio.gather(*waiting, return_exceptions=True)
+
+    job, results = asyncio.run(share())
+    assert results[1::2] == [job] * 5
+    assert all(isinstance(result, asyncio.CancelledError) for result in results[::2])
+
+
+@pytest.mark.host
+def test_a_timeout_leaves_the_job_alone(bench, host):
+    bench.saved([1])
+
+    async def time_out():
+        host.hold()
+        job = bench.load([1], [8])
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(wait_for(job), 0.02)
+        assert not job.done()
+        host.release()
+        return await asyncio.wait_for(wait_for(job), 20)
+
+    assert asyncio.run(time_out()).num_blocks == 1
+    assert bench.holds(8, 1)
+
+
+@pytest.mark.host
+def test_shutdown_wakes_those_who_await(make_bench, host):
+    bench = make_bench(shutdown_timeout_ms=50)
+    bench.saved([1])
+
+    async def shut_down():
+        host.hold()
+        waiting = asyncio.ensure_future(wait_for(bench.load([1], [8])))
+        await asyncio.sleep(0)
+        await asyncio.to_thread(bench.engine.shutdown)
+        with pytest.raises(kvortex.KVortexError):
+            await asyncio.wait_for(waiting, 20)
+        host.release()
+
+    asyncio.run(shut_down())
+
+
+@pytest.mark.host
+def test_more_loops_than_an_engine_can_tell_are_served_too(bench, host):
+    bench.saved([1])
+    host.hold()
+    jobs = [bench.load([1], [8 + number % 12]) for number in range(70)]
+    started, served = threading.Barrier(71), []
+
+    def run(job):
+        async def wait():
+            waiting = asyncio.ensure_future(wait_for(job))
+            await asyncio.sleep(0)
+            await asyncio.to_thread(started.wait)
+            served.append(await waiting)
+
+        asyncio.run(wait())
+
+    threads = [threading.Thread(target=run, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    started.wait(20)  # every loop has its await under way
+    host.release()
+    for thread in threads:
+        thread.join()
+    assert len(served) == 70
 
 
 @pytest.mark.host
@@ -130,9 +231,6 @@ def test_await_works_on_a_queue_without_an_engine(device, stream):
 def test_loops_dropped_while_jobs_are_awaited_leave_no_file_descriptor(bench, host):
     bench.saved([1])
     before = len(os.listdir("/proc/self/fd"))
-
-    async def wait_for(job):
-        await job
 
     for _ in range(70):  # more than the listeners an engine has room for
         host.hold()
