@@ -533,3 +533,22 @@ def test_a_dead_context_fails_every_job_and_the_queue_closes(device, moved, host
     with pytest.raises(DriverError):
         moved.submit(queue, [0], [0])
     queue.close(timeout_ms=100)
+
+
+@pytest.mark.host
+def test_poll_where_the_context_cannot_be_entered_ends_what_is_polled_for(device, moved, host):
+    """Whoever asks nothing but `poll` and the outcome must not ask for ever."""
+    queue = TransferQueue(device, "D2H")
+    host.hold()
+    job = moved.submit(queue, [0], [0])
+    host.fail_call(1, 700, field="ctx_push_current")
+    with pytest.raises(DriverError) as caught:
+        queue.poll()
+    assert caught.value.code == 700
+    assert job.done()
+    with pytest.raises(DriverError):
+        job.wait(TIMEOUT_MS)
+    with pytest.raises(DriverError):
+        moved.submit(queue, [0], [0])
+    host.release()
+    queue.close(timeout_ms=100)
