@@ -1,5 +1,6 @@
 """`KVortexConnector`: what vLLM calls, handed on to the half that runs in this process."""
 
+import importlib.util
 import inspect
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
@@ -16,6 +17,8 @@ logger = init_logger(__name__)
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
+# From 0.32 on layouts have names, and all attention backends share one logical shape.
+HAS_LAYOUT_NAMES = importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
 
 
 def keeps_blocks_of_aborted_loads():
@@ -75,10 +78,18 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     # ---- what vLLM asks about the connector --------------------------------------------------------------------------
 
+    if hasattr(base, "CacheHitSource"):  # 0.32: what the statistics of vLLM count our hits as
+        _cache_hit_source = base.CacheHitSource.HOST
+
     @property
     def prefer_cross_layer_blocks(self):
         """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it."""
         return True
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config):
+        """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend cannot."""
+        return "BLNHC" if HAS_LAYOUT_NAMES else None
 
     @property
     def requires_kv_delivery(self):
