@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import time
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
@@ -28,6 +29,17 @@ def keeps_blocks_of_aborted_loads():
     return "delay_free_blocks" in inspect.signature(Scheduler._free_request).parameters
 
 
+def is_supported(kv_cache_config):
+    """Whether every block keeps the KV of its tokens as long as its request lives, in one block table."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return False
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    layers = getattr(spec, "kv_cache_specs", {"every": spec})
+    return all(isinstance(spec, FullAttentionSpec) for spec in layers.values())
+
+
 class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     """Keep vLLM's KV cache in pinned host memory, and bring it back on a prefix hit.
 
@@ -43,7 +55,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     Notes
     -----
-    A model with more than one KV cache group is served without offloading, and says so once.
+    A model with more than one KV cache group, or with another than full attention (or MLA), is served without
+    offloading, and says so: blocks of a sliding window lose their content while their request runs.
     """
 
     def __init__(self, vllm_config, role, kv_cache_config=None):
@@ -56,9 +69,9 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
                 )
         self.scheduler = self.worker = None
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            logger.warning("KVortexConnector keeps nothing: this model has %d KV cache groups, not one", len(groups))
+        if not is_supported(kv_cache_config):
+            specs = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+            logger.warning("KVortexConnector keeps nothing: it needs one group of full attention, and finds %s", specs)
             return
         shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
         if role == base.KVConnectorRole.SCHEDULER:
@@ -184,9 +197,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
                 f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
             )
+        began = time.perf_counter()
         self.worker.register(layout, tensors[0])
+        logger.info(
+            "KVortexConnector: %r, registered in %.2f s; %.1f GiB of host memory follow in the background",
+            layout, time.perf_counter() - began, self.worker.pool.nbytes / 2**30,
+        )  # fmt: skip
         for row in layout.planner:
-            logger.info("KVortexConnector: %s", row)
+            logger.debug("KVortexConnector: %s", row)
 
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)

@@ -4,12 +4,15 @@ It does what the scheduler's half decided and reports what ended. What it must n
 are marked, and `verify` is their judge.
 """
 
+import logging
 import time
 from dataclasses import dataclass
 
 from kvortex import Device, DriverError, PinnedPool, TransferQueue
 from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
 from kvortex.transfer import gather_pays, probe_layout
+
+logger = logging.getLogger(__name__)
 
 
 class HostCompute:
@@ -73,7 +76,7 @@ class WorkerHalf:
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
-        self.next_chunk = 1
+        self.next_chunk, self.has_failed = 1, False
         self.counters = {}
 
     def register(self, layout, tensor):
@@ -211,6 +214,9 @@ class WorkerHalf:
 
     def fail(self, transfer, load, error):
         """A transfer did not happen: blocks loaded are vLLM's to compute, blocks saved are not kept."""
+        if not self.has_failed:  # once: when a device dies, every transfer fails
+            logger.error("KVortex: a transfer failed, its blocks will be computed: %s", error)
+        self.has_failed = True
         self.report.failed[transfer.number] = 1
         self.count(transfers_failed=1)
         if load is not None:
@@ -264,6 +270,6 @@ class WorkerHalf:
             running.job.wait()
 
     def close(self):
-        for part in (self.saver, self.loader, self.pool, self.device):
+        for part in (self.verifier, self.saver, self.loader, self.pool, self.device):
             if part is not None:
                 part.close()
