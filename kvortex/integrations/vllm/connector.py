@@ -6,6 +6,7 @@ import time
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
@@ -30,14 +31,15 @@ def keeps_blocks_of_aborted_loads():
 
 
 def is_supported(kv_cache_config):
-    """Whether every block keeps the KV of its tokens as long as its request lives, in one block table."""
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
+    """Whether every block keeps the KV of its tokens as long as its request lives, in one block table.
 
+    Asked by exact type: later versions derive kinds of windows from these.
+    """
     if len(kv_cache_config.kv_cache_groups) != 1:
         return False
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
     layers = getattr(spec, "kv_cache_specs", {"every": spec})
-    return all(isinstance(spec, FullAttentionSpec) for spec in layers.values())
+    return all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in layers.values())
 
 
 class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
