@@ -12,7 +12,7 @@ from kvortex import Device, DriverError, Event, PinnedPool, Stream, TransferQueu
 from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
 from kvortex.transfer import gather_pays, probe_layout
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kvortex")
 
 SLICE_COPIES = 2048  # of a load, submitted at once: about 2 ms of the host's time
 SUBMITTING_SHARE = 0.5  # of a step's time at the most, while the GPU is busy with the step's forward
