@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import kvortex
+from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path
 
 OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -160,16 +161,20 @@ def _count(text):
 
 
 def _bytes(text):
-    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB|TiB)?", text, re.ASCII)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got {text!r}")
-    return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
+    try:
+        nbytes = parse_bytes(text)
+    except kvortex.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if nbytes == 0:
+        raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {text!r}")
+    return nbytes
 
 
 def _device(text):
-    if not re.fullmatch(r"auto|(host|cuda)(:\d+)?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"auto, host, host:1, cuda or cuda:1 is expected, got {text!r}")
-    return text
+    try:
+        return parse_device(text)
+    except kvortex.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _fault(text):
