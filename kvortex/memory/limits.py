@@ -8,6 +8,7 @@ from pathlib import Path
 from kvortex.errors import PoolExhausted
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+NO_LIMIT_BYTES = 1 << 62  # cgroup v1 has no word for it, and shows 2^63 rounded down to pages
 HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -41,7 +42,7 @@ def cgroup_free_bytes(lines):
     for folder, is_v2 in _cgroup_folders(lines, "memory"):
         limit = _read_int(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
         usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
-        if limit is not None and usage is not None:
+        if limit is not None and usage is not None and limit < NO_LIMIT_BYTES:
             free.append(max(0, limit - usage))
     return min(free, default=None)
 
