@@ -561,8 +561,9 @@ cdef class EngineCore:
         """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""
         if self.device is None or self.device.pid != getpid() or self.closing:
             return
+        if self.tell() and self.closing:  # whoever heard of it shut the engine down
+            return
         self.closing = True
-        self.tell()
         self.close_parts(timeout_ms)
         if self.leaked:
             log(logging.WARNING, "memory_leaked", "pinned memory is leaked on purpose, because copies may still run "

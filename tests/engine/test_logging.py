@@ -64,6 +64,30 @@ def test_a_failed_engine_is_told_once_by_the_next_call(bench, host, told):
 
 
 @pytest.mark.host
+def test_whoever_hears_of_a_failed_engine_may_shut_it_down(bench, host, told):
+    class ShutDown(logging.Handler):
+        def emit(self, record):
+            if record.event == "engine_failed":
+                bench.engine.shutdown()
+
+    bench.saved([1])
+    host.hold()
+    job = bench.load([1], [8])
+    host.kill(0, ILLEGAL_ADDRESS)
+    host.release()
+    with pytest.raises(kvortex.DriverError):
+        job.wait(20_000)
+    handler = ShutDown()
+    kvortex_log.logger.addHandler(handler)
+    try:
+        with pytest.raises(kvortex.EngineClosed):
+            bench.leading([1])
+    finally:
+        kvortex_log.logger.removeHandler(handler)
+    assert len(told("memory_leaked")) == 1
+
+
+@pytest.mark.host
 def test_memory_that_a_late_copy_may_still_use_is_told_when_it_leaks(make_bench, host, told):
     bench = make_bench(4, shutdown_timeout_ms=50)
     bench.saved([1])
