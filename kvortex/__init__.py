@@ -15,6 +15,7 @@ from kvortex.errors import (
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.keys import block_keys
 from kvortex.memory import PinnedPool
+from kvortex.metrics import prometheus_text
 from kvortex.stats import EngineStats
 from kvortex.transfer import Job, KVLayout, TransferQueue
 
@@ -43,4 +44,5 @@ __all__ = [
     "TierError",
     "TransferQueue",
     "block_keys",
+    "prometheus_text",
 ]
