@@ -17,6 +17,7 @@ from kvortex.errors import (
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.keys import block_keys
 from kvortex.memory import PinnedPool
+from kvortex.metrics import prometheus_text
 from kvortex.stats import EngineStats
 from kvortex.transfer import Job, KVLayout, TransferQueue
 
@@ -46,6 +47,7 @@ __all__ = [
     "TransferQueue",
     "block_keys",
     "get_include",
+    "prometheus_text",
 ]
 
 

@@ -53,12 +53,15 @@ cdef class EngineCore:
     cdef kv_monitor counting             # guards the counters
     cdef Counters count
     cdef bint monitors_ready
+    cdef bint told_failure, told_pool    # what went wrong in the background was logged
+    cdef bint leaked                     # pinned memory was left to copies that may still run into it
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
     cdef int calls                       # Python threads inside a verb; changed under the GIL
     cdef bint closing
 
     cdef int require_open(self) except -1
     cdef int enter_call(self) except -1
+    cdef int tell(self) except -1
     cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes)
     cdef bint lies_on_device(self, uint64_t address) noexcept nogil
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses)

@@ -21,11 +21,13 @@ from kvortex.transfer._transfer_queue cimport (
     as_block_ids,
 )
 
+import logging
 from typing import NamedTuple
 
 import numpy as np
 
-from kvortex.errors import EngineClosed
+from kvortex.errors import DriverError, EngineClosed
+from kvortex.log import log
 from kvortex.stats import EngineStats
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
@@ -255,6 +257,7 @@ cdef class EngineCore:
             if self.device is None:
                 raise EngineClosed("this engine was never created; use KVortexEngine.create")
             self.device.require_open()
+            self.tell()
             _c.kv_monitor_lock(&self.counting)
             count[0] = self.count
             _c.kv_monitor_unlock(&self.counting)
@@ -291,7 +294,27 @@ cdef class EngineCore:
 
     cdef int enter_call(self) except -1:
         self.require_open()
+        if self.tell():  # ran Python code, which may have shut the engine down
+            self.require_open()
         self.calls += 1
+        return 0
+
+    cdef int tell(self) except -1:
+        """Log, once each, what the threads without the GIL could not: a dead context, a pool that stays incomplete.
+
+        Returns 1 if there was something to tell.
+        """
+        if self.failure and not self.told_failure:
+            self.told_failure = True
+            log(logging.ERROR, "engine_failed", "the device's context is dead: jobs fail and lookups miss from now on; "
+                "shut this engine down", device=self.device.name, error=error_name(self.device, self.failure))
+            return 1
+        if not self.failure and self.pool.failure and not self.told_pool:
+            self.told_pool = True
+            log(logging.WARNING, "pool_incomplete", "registering the pool's memory failed, so it stays smaller than "
+                "asked for; see PinnedPool.wait_ready", device=self.device.name, pool_bytes=self.pool.nbytes,
+                pool_bytes_ready=self.pool.bytes_ready, error=error_name(self.device, self.pool.failure))
+            return 1
         return 0
 
     cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes):
@@ -538,8 +561,13 @@ cdef class EngineCore:
         """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""
         if self.device is None or self.device.pid != getpid() or self.closing:
             return
+        if self.tell() and self.closing:  # whoever heard of it shut the engine down
+            return
         self.closing = True
         self.close_parts(timeout_ms)
+        if self.leaked:
+            log(logging.WARNING, "memory_leaked", "pinned memory is leaked on purpose, because copies may still run "
+                "into it", device=self.device.name, pool_bytes_ready=self.pool.bytes_ready, timeout_ms=timeout_ms)
 
     cdef void close_parts(self, int64_t timeout_ms) noexcept:
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
@@ -554,6 +582,7 @@ cdef class EngineCore:
             # A call does not come to its end: a signal handler inside of it is what shuts us down. Leave it its parts.
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
+            self.leaked = True
             self.pool.abandon()
             return
         for queue in self.queues:
@@ -561,6 +590,7 @@ cdef class EngineCore:
             (<TransferQueue>queue).close((deadline - now) // 1_000_000 if deadline > now else 0)
             dead |= (<TransferQueue>queue).failure != 0
         if dead:
+            self.leaked = True
             self.pool.abandon()
         else:
             self.pool.close()
@@ -595,6 +625,13 @@ cdef class Source:
                 self.addresses[kept] = self.addresses[index]
                 self.lengths[kept] = self.lengths[index]
             kept += 1
+
+
+cdef str error_name(Device device, int code):
+    try:
+        check(device, code, b"")
+    except DriverError as error:
+        return error.name
 
 
 cdef void retire(void *owner, Direction direction, const JobRecord *job, int code) noexcept nogil:

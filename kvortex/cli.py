@@ -1,13 +1,15 @@
 """The command line: ``python -m kvortex replay`` and ``python -m kvortex info``."""
 
 import argparse
+import json
 import os
-import platform
 import re
 import sys
 from pathlib import Path
 
 import kvortex
+from kvortex import info
+from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
 
 OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -36,6 +38,24 @@ examples:
   python -m kvortex replay traces/ --sweep 1000,3000,10000 --plot sweep.png   how large should the pool be?
 
 exit status: 0 all loaded blocks right, 1 wrong blocks, 2 bad input or nothing to run on
+"""
+
+
+_INFO_DESCRIPTION = """\
+Show what KVortex would run with here and why: driver, device, limits of this
+process, the pool that would be made, and every setting with its source
+(command line over environment over file over default). Makes no pool.
+"""
+
+_INFO_EXAMPLES = """\
+examples:
+  python -m kvortex info                                    this machine, this environment
+  python -m kvortex info --pool-bytes 64GiB --block-bytes 2MiB
+                                                            would this pool fit, and how many blocks does it hold?
+  python -m kvortex info --config /etc/kvortex.toml --json  for machines; KVORTEX_MAX_JOBS=64 and the like still win
+  python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move on that GPU
+
+exit status: 0 all right, 2 a bad option or setting, no such device, or a pool that does not fit
 """
 
 
@@ -122,14 +142,17 @@ def _read_trace(args):
 
 
 def run_info(args):
-    """Print what this installation runs on."""
-    with kvortex.Device.open(args.device) as device:
-        rows = [
-            ("kvortex", kvortex.__version__),
-            ("python", f"{platform.python_version()} on {platform.platform()}"),
-            ("device", f"{device.name} ({device.description})"),
-        ]
-    print("\n".join(f"  {name:<18}{value}" for name, value in rows))
+    """Print what is in force here and why."""
+    given = {"device": args.device, "cpu_pool_size_bytes": args.pool_bytes, "block_bytes": args.block_bytes}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = kvortex.KVortexConfig.find_settings(args.config, **given)
+    for name in given:
+        settings[name] = settings[name]._replace(source="command line")
+    facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces)
+    print(json.dumps(facts, indent=2) if args.json else info.table(facts))
+    if facts["pool"]["problem"]:
+        print(f"kvortex info: error: {facts['pool']['problem']}", file=sys.stderr)
+        return BAD_INPUT
     return OK
 
 
@@ -198,9 +221,30 @@ def _parser():
         help="write a PNG of hit ratio and bandwidth over time; with --sweep of hit ratio against pool size",
     )
 
-    command = commands.add_parser("info", help="show version and device", description="Show version and device.")
+    command = commands.add_parser(
+        "info",
+        help="show what is in force on this machine and why",
+        description=_INFO_DESCRIPTION,
+        epilog=_INFO_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.set_defaults(command=run_info, name="info")
-    command.add_argument("--device", type=_device, default="auto", metavar="auto|host|cuda[:i]", help="default auto")
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="a TOML file of settings (default: the one that KVORTEX_CONFIG names)",
+    )
+    command.add_argument("--device", type=_device, metavar="auto|host|cuda[:i]", help="override the setting device")
+    command.add_argument("--pool-bytes", type=_bytes, metavar="B", help="override cpu_pool_size_bytes; 512MiB, 32GiB")
+    command.add_argument("--block-bytes", type=_bytes, metavar="B", help="override block_bytes, to count the slots")
+    command.add_argument(
+        "--probe", action="store_true", help="measure how the pieces of a cache in one allocation move"
+    )
+    command.add_argument(
+        "--pieces", type=_count, default=64, metavar="N", help="pieces a block of the probe (default 64)"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
@@ -215,16 +259,20 @@ def _counts(text):
 
 
 def _bytes(text):
-    match = re.fullmatch(r"(\d+)(KiB|MiB|GiB|TiB)?", text, re.ASCII)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got {text!r}")
-    return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
+    try:
+        nbytes = parse_bytes(text)
+    except kvortex.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if nbytes == 0:
+        raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {text!r}")
+    return nbytes
 
 
 def _device(text):
-    if not re.fullmatch(r"auto|(host|cuda)(:\d+)?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"auto, host, host:1, cuda or cuda:1 is expected, got {text!r}")
-    return text
+    try:
+        return parse_device(text)
+    except kvortex.ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _fault(text):

@@ -1,15 +1,53 @@
-"""Settings of an engine: frozen, validated when made, every message with value, limit and next step."""
+"""Settings of an engine: frozen, validated when made, every message with value, limit and next step.
 
+One set of names, the fields of `KVortexConfig`, serves keywords, the environment (``KVORTEX_`` and the name in
+capitals) and TOML files. `KVortexConfig(...)` takes keywords alone; `KVortexConfig.load` joins all three.
+"""
+
+import os
+import re
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 from kvortex.errors import ConfigError
+from kvortex.log import warn_once
 
 MIB = 1 << 20
+
+PREFIX = "KVORTEX_"
+CONFIG_VARIABLE = "KVORTEX_CONFIG"
+# Variables of KVortex's own build and tests; they may be set while an engine runs, and mean nothing to it.
+OTHER_VARIABLES = {
+    "KVORTEX_ANNOTATE",
+    "KVORTEX_BENCH_DEVICE",
+    "KVORTEX_CFLAGS",
+    "KVORTEX_LDFLAGS",
+    "KVORTEX_MUTANT",
+    "KVORTEX_ONLY",
+    "KVORTEX_SANITIZE",
+    "KVORTEX_SEED",
+    "KVORTEX_SOAK",
+    "KVORTEX_TEST_DEVICE",
+    "KVORTEX_VERDICTS",
+    "KVORTEX_WERROR",
+}
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_SIZE = re.compile(r"(\d+) ?(KiB|MiB|GiB|TiB)?", re.ASCII)
+_DEVICE = re.compile(r"auto|(host|cuda)(:\d{1,4})?", re.ASCII)
+
+
+class Setting(NamedTuple):
+    """A value, and where it came from: ``"keyword"``, ``"default"``, a variable's name or a file's path."""
+
+    value: object
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVortexConfig:
     """What an engine is built from.
+
+    Reads nothing but its keywords; see `load` for the environment and files.
 
     Parameters
     ----------
@@ -76,19 +114,183 @@ class KVortexConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in self._LIMITS:
-                low, high = self._LIMITS[field.name]
-                if value is None and field.name == "block_bytes":
-                    continue
-                if not isinstance(value, int) or isinstance(value, bool):
-                    raise ConfigError(f"{field.name} must be an int, got {value!r}")
-                if not low <= value <= high:
-                    raise ConfigError(f"{field.name} must be {low} to {high}, got {value}")
-            elif field.name == "device":
-                if not isinstance(value, str):
-                    raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
-            elif not isinstance(value, bool):
-                raise ConfigError(f"{field.name} must be True or False, got {value!r}")
-        if self.header_bytes not in (0, 4096):
-            raise ConfigError(f"header_bytes must be 0 or 4096, got {self.header_bytes}")
+            self.check(field.name, getattr(self, field.name))
+
+    @classmethod
+    def load(cls, path=None, *, environ=os.environ, **keywords):
+        """Build a configuration from keywords, the environment and a file, in this order of precedence.
+
+        Parameters
+        ----------
+        path : path-like, optional
+            A TOML file with settings at its top level, under the names of the parameters above. By default the one that
+            the variable ``KVORTEX_CONFIG`` names, if it is set.
+        environ : mapping of str to str, default os.environ
+            ``KVORTEX_MAX_JOBS`` sets `max_jobs`, and so on for each name; an empty value counts as unset. Truth is one
+            of 1, true, yes, on, 0, false, no, off.
+        **keywords
+            Settings, under the same names; they win.
+
+        Returns
+        -------
+        KVortexConfig
+            Equal to one made of the same values as keywords; `sources` tells where each one came from.
+
+        Raises
+        ------
+        ConfigError
+            A name is unknown (the nearest one is given), a value is of the wrong type or outside its limits (also one
+            that another overrides), the file cannot be read, or `cpu_pool_size_bytes` is nowhere. The message names
+            keyword, variable, or file and key.
+
+        Notes
+        -----
+        Files and the environment may write sizes (names that end in ``_bytes``) as ``"16GiB"``: a whole number with
+        KiB, MiB, GiB or TiB. A variable ``KVORTEX_...`` that resembles a setting's name is taken for a misspelt one and
+        refused; any other that is unknown is somebody else's (Kubernetes makes ``KVORTEX_PORT`` of a service's name),
+        is left alone and logged once.
+        """
+        settings = cls.find_settings(path, environ=environ, **keywords)
+        if "cpu_pool_size_bytes" not in settings:
+            raise ConfigError(
+                "cpu_pool_size_bytes is not set: pass it, set KVORTEX_CPU_POOL_SIZE_BYTES=16GiB, or write "
+                f'cpu_pool_size_bytes = "16GiB" into a file that {CONFIG_VARIABLE} names'
+            )
+        config = cls(**{name: setting.value for name, setting in settings.items()})
+        object.__setattr__(config, "_sources", {name: setting.source for name, setting in settings.items()})
+        return config
+
+    @classmethod
+    def find_settings(cls, path=None, *, environ=os.environ, **keywords):
+        """Return what `load` would build from: a `Setting` for each name that is set anywhere; raises as it does."""
+        path = path or environ.get(CONFIG_VARIABLE) or None
+        found = {} if path is None else dict(cls._from_file(os.fspath(path)))
+        found.update(cls._from_environment(environ))
+        known = cls.names()
+        for name, value in keywords.items():
+            if name not in known:
+                raise ConfigError(f"unknown setting {name!r}; {_hint(name, known)}")
+            found[name] = Setting(cls.check(name, value), "keyword")
+        return found
+
+    @classmethod
+    def names(cls):
+        """The names of all settings."""
+        return [field.name for field in fields(cls)]
+
+    @property
+    def sources(self):
+        """Where each value came from, by name, as in `Setting`; without `load`, what is no default is a keyword."""
+        known = getattr(self, "_sources", None)
+        if known is None:
+            known = {f.name: "keyword" for f in fields(self) if getattr(self, f.name) != f.default}
+        return {name: known.get(name, "default") for name in self.names()}
+
+    @classmethod
+    def check(cls, name, value):
+        """Return `value` if it is fit for the setting `name`; raise `ConfigError` otherwise."""
+        if name in cls._LIMITS:
+            low, high = cls._LIMITS[name]
+            if value is None and name == "block_bytes":
+                return value
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ConfigError(f"{name} must be an int, got {value!r}")
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be {low} to {high}, got {value}")
+            if name == "header_bytes" and value not in (0, 4096):
+                raise ConfigError(f"header_bytes must be 0 or 4096, got {value}")
+        elif name == "device":
+            if not isinstance(value, str):
+                raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
+            parse_device(value)
+        elif not isinstance(value, bool):
+            raise ConfigError(f"{name} must be True or False, got {value!r}")
+        return value
+
+    @classmethod
+    def _from_file(cls, path):
+        import tomllib  # late: most engines have no file
+
+        try:
+            with open(path, "rb") as file:
+                table = tomllib.load(file)
+        except OSError as error:
+            raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:  # no TOML, or no UTF-8
+            raise ConfigError(f"the configuration file {path} is not TOML: {error}") from error
+        known = cls.names()
+        for name, value in table.items():
+            where = f"key {name!r} of the configuration file {path}"
+            if name not in known:
+                raise ConfigError(f"{where} is no setting; {_hint(name, known)}")
+            try:
+                if isinstance(value, str) and name.endswith("_bytes"):
+                    value = parse_bytes(value)
+                yield name, Setting(cls.check(name, value), path)
+            except ConfigError as error:
+                raise ConfigError(f"{error} ({where})") from None
+
+    @classmethod
+    def _from_environment(cls, environ):
+        variables = {PREFIX + name.upper(): name for name in cls.names()}
+        for variable, text in environ.items():
+            if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable in OTHER_VARIABLES:
+                continue
+            if variable not in variables:
+                near = nearest(variable.removeprefix(PREFIX).lower(), [*cls.names(), "config"])
+                if near:
+                    hint = f"did you mean {PREFIX}{near.upper()}?"
+                    raise ConfigError(f"the environment variable {variable} is no setting; {hint}")
+                warn_once("unknown_variable", "an environment variable is no setting and is ignored", variable=variable)
+            elif text:
+                name = variables[variable]
+                try:
+                    yield name, Setting(cls.check(name, cls._parse(name, text)), variable)
+                except ConfigError as error:
+                    raise ConfigError(f"{error} (environment variable {variable})") from None
+
+    @classmethod
+    def _parse(cls, name, text):
+        """The value that a variable's text stands for."""
+        if name.endswith("_bytes"):
+            return parse_bytes(text)
+        if name in cls._LIMITS:
+            return int(text) if re.fullmatch(r"-?\d+", text, re.ASCII) else text  # which the check refuses
+        if name == "device":
+            return text
+        if text.lower() in (*_TRUE, *_FALSE):
+            return text.lower() in _TRUE
+        raise ConfigError(f"{name} must be one of {', '.join((*_TRUE, *_FALSE))}, got {text!r}")
+
+
+def parse_bytes(text):
+    """Return the bytes that a text such as ``"65536"``, ``"64KiB"`` or ``"16 GiB"`` names.
+
+    Raises
+    ------
+    ConfigError
+        It is no whole number with KiB, MiB, GiB, TiB or nothing behind it.
+    """
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ConfigError(f"bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got {text!r}")
+    return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
+
+
+def parse_device(text):
+    """Return `text` if it names a device that there could be; raise `ConfigError` otherwise."""
+    if not _DEVICE.fullmatch(text):
+        raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {text!r}")
+    return text
+
+
+def nearest(name, known):
+    """Return the known name that `name` was probably meant to be, or None if it resembles none."""
+    import difflib  # late: only for those who misspell
+
+    return next(iter(difflib.get_close_matches(name, known, 1)), None)
+
+
+def _hint(name, known):
+    near = nearest(name, known)
+    return f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"

@@ -1,6 +1,7 @@
 """KVortexEngine: the one module that joins the parts, and the promise made to users."""
 
 import atexit
+import logging
 import os
 import threading
 import weakref
@@ -11,6 +12,7 @@ from kvortex.config import KVortexConfig
 from kvortex.driver import Device
 from kvortex.errors import ConfigError
 from kvortex.index import BlockIndex
+from kvortex.log import log
 from kvortex.memory import PinnedPool
 from kvortex.transfer import JobSignals, TransferQueue, gather_pays, probe_layout
 
@@ -102,14 +104,28 @@ class KVortexEngine(EngineCore):
             if layout is not None:
                 probe_layout(layout, savers[0])
                 probe_layout(layout, loaders[0])
-                for queue in (*savers, *loaders):
-                    if config.gather_ctas and gather_pays(layout, queue.direction):
-                        queue.use_gather(layout, config.gather_ctas)
+                gathered = [queue for queue in (*savers, *loaders) if gather_pays(layout, queue.direction)]
+                for queue in gathered if config.gather_ctas else ():
+                    queue.use_gather(layout, config.gather_ctas)
+                if config.gather_ctas and not gathered:
+                    message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
+                    log(logging.INFO, "gather_unused", message, device=device.name, piece_bytes=layout.piece_bytes)
             engine = cls(device, pool, index, signals, savers, loaders, layout)
             undo.pop_all()
         engine.config = config
         engine._shutting_down = threading.RLock()
         _engines.add(engine)
+        log(
+            logging.INFO,
+            "engine_created",
+            "an engine serves",
+            device=device.name,
+            pool_bytes=pool.nbytes,
+            pool_blocks=pool.num_slots,
+            block_bytes=block_bytes,
+            numa_node=pool.numa_node,
+            num_streams=num_streams,
+        )
         return engine
 
     def wait_ready(self, timeout_ms=None):

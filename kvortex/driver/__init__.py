@@ -4,7 +4,7 @@ The CUDA driver fills the table where there is a GPU; otherwise the host driver 
 """
 
 from kvortex.driver._buffer import DeviceBuffer
-from kvortex.driver._device import Device, list_devices
+from kvortex.driver._device import Device, list_devices, why_no_cuda
 from kvortex.driver._stream import Event, Stream
 
-__all__ = ["Device", "DeviceBuffer", "Event", "Stream", "list_devices"]
+__all__ = ["Device", "DeviceBuffer", "Event", "Stream", "list_devices", "why_no_cuda"]

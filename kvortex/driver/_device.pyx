@@ -1,6 +1,5 @@
 """Device: one driver table, one primary context."""
 
-import logging
 import re
 import threading
 
@@ -23,13 +22,13 @@ from kvortex.driver._host cimport host_table
 
 from kvortex.driver import _cuda
 from kvortex.errors import ConfigError, DriverError, EngineClosed
+from kvortex.log import warn_once
 
 SPEC = re.compile(r"(?P<kind>auto|host|cuda)(:(?P<ordinal>\d{1,4}))?")
 
 cdef enum:
     LAST_DEFAULT_STREAM = 2  # 0 and 1: the legacy default stream, 2: the per-thread one; all of the current context
 
-logger = logging.getLogger("kvortex")
 cuda_lock = threading.Lock()
 
 cdef kv_driver cuda_functions          # filled once per process, never changed afterwards
@@ -77,7 +76,10 @@ cdef class Device:
             raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {spec!r}")
         kind = match["kind"]
         if kind == "auto":
-            kind = "cuda" if cuda_is_usable() else "host"
+            reason = why_no_cuda()
+            kind = "cuda" if reason is None else "host"
+            if reason is not None:
+                warn_once("host_fallback", "device='auto' takes host memory", reason=reason)
         cdef Device self = Device.__new__(Device)
         self.is_host = kind == "host"
         self.drv = load_table(self.is_host)
@@ -146,6 +148,16 @@ cdef class Device:
                 code = self.drv.device_get_name(name, sizeof(name), device)
         check(self, code, b"cuDeviceGetName")
         return name.decode()
+
+    @property
+    def cuda_version(self):
+        """The newest CUDA version that the driver serves, e.g. ``"13.0"``; of the host driver, the one it imitates."""
+        cdef int version = 0, code
+        self.require_open()
+        with nogil:
+            code = self.drv.driver_get_version(&version)
+        check(self, code, b"cuDriverGetVersion")
+        return _cuda.version_text(version)
 
     @property
     def numa_node(self):
@@ -287,7 +299,7 @@ def list_devices():
     """Return the names of the devices that can be opened, the CUDA ones first."""
     names = []
     for is_host in (False, True):
-        if is_host or cuda_is_usable():
+        if is_host or why_no_cuda() is None:
             names += [f"{'host' if is_host else 'cuda'}:{i}" for i in range(count_devices(is_host))]
     return names
 
@@ -320,13 +332,13 @@ cdef int count_devices(bint is_host) except -1:
     return count if code == 0 else 0
 
 
-cdef bint cuda_is_usable() except -1:
+def why_no_cuda():
+    """Return why no CUDA device can be opened, as a sentence, or None if one can."""
     try:
         load_table(False)
     except (ConfigError, DriverError) as error:
-        logger.info("no usable CUDA device: %s", error)
-        return False
-    return True
+        return str(error)
+    return None
 
 
 cdef const kv_driver *load_table(bint is_host) except NULL:

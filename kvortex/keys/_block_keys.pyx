@@ -165,6 +165,11 @@ def use_portable_sha256(bint portable):
     return _c.kv_sha256_best() != _c.kv_sha256_portable
 
 
+def uses_sha_instructions():
+    """Whether keys are made with the processor's SHA instructions; portable C is five times slower."""
+    return digest_messages != _c.kv_sha256_portable
+
+
 # --- What callers pass ----------------------------------------------------------------------------------------------
 
 cdef bytes hash_root(object block_size, object salt):

@@ -10,7 +10,8 @@ from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check
 
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
-from kvortex.memory.limits import require_memory, usable_cpus
+from kvortex.log import warn_once
+from kvortex.memory.limits import require_memory, transparent_huge_pages, usable_cpus
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -171,8 +172,15 @@ cdef class PinnedPool:
         self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
         # Advice, both: a kernel without huge pages or nodes serves all the same.
         madvise(self.slots.base, nbytes, MADV_HUGEPAGE if huge_pages else MADV_NOHUGEPAGE)
-        if node is not None and kv_prefer_node(self.slots.base, nbytes, node) == 0:
-            self.numa_node = node
+        if huge_pages and transparent_huge_pages() == "never":
+            warn_once("huge_pages_off", "the kernel gives this process no transparent huge pages, so pinning takes "
+                      "twice as long; write madvise into /sys/kernel/mm/transparent_hugepage/enabled")
+        if node is not None:
+            if kv_prefer_node(self.slots.base, nbytes, node) == 0:
+                self.numa_node = node
+            else:
+                warn_once("numa_refused", "the kernel refused to place the pool on the device's NUMA node; containers "
+                          "need CAP_SYS_NICE for it", device=self.device.name, node=node)
         if madvise(self.slots.base, nbytes, MADV_DONTFORK):
             self.unmap()
             raise PoolExhausted("the kernel refused MADV_DONTFORK, without which a fork would copy pinned pages")

@@ -2,11 +2,14 @@
 
 import math
 import os
+import resource
 from pathlib import Path
 
 from kvortex.errors import PoolExhausted
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+NO_LIMIT_BYTES = 1 << 62  # cgroup v1 has no word for it, and shows 2^63 rounded down to pages
+HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def _read_int(path):
@@ -39,7 +42,7 @@ def cgroup_free_bytes(lines):
     for folder, is_v2 in _cgroup_folders(lines, "memory"):
         limit = _read_int(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
         usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
-        if limit is not None and usage is not None:
+        if limit is not None and usage is not None and limit < NO_LIMIT_BYTES:
             free.append(max(0, limit - usage))
     return min(free, default=None)
 
@@ -72,6 +75,14 @@ def _available_bytes():
     return None
 
 
+def free_memory():
+    """Return what a pool may take, in bytes by the name of the limit; None where there is no limit or nobody tells."""
+    return {
+        "available memory": _available_bytes(),
+        "the cgroup's memory limit": cgroup_free_bytes(_read_lines("/proc/self/cgroup")),
+    }
+
+
 def require_memory(nbytes):
     """Refuse a pool that the machine or its cgroup cannot hold.
 
@@ -89,16 +100,29 @@ def require_memory(nbytes):
     -----
     Reads `/proc/meminfo` and the cgroup files (v1 and v2); a limit that cannot be read is taken as absent.
     """
-    limits = {
-        "available memory": _available_bytes(),
-        "the cgroup's memory limit": cgroup_free_bytes(_read_lines("/proc/self/cgroup")),
-    }
-    for what, free in limits.items():
+    for what, free in free_memory().items():
         if free is not None and nbytes > free:
             raise PoolExhausted(
                 f"a pool of {nbytes} bytes exceeds what {what} leaves ({free} bytes); "
                 f"lower cpu_pool_size_bytes or raise the limit"
             )
+
+
+def memlock_bytes():
+    """How much memory this process may lock (the soft limit of RLIMIT_MEMLOCK), or None without a limit."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def transparent_huge_pages():
+    """The kernel's setting for this process: ``"always"``, ``"madvise"``, ``"never"``, or None where it does not tell.
+
+    A pool asks by madvise, so all but ``"never"`` give it huge pages.
+    """
+    if "THP_enabled:\t0" in _read_lines("/proc/self/status"):  # switched off by prctl, for this process
+        return "never"
+    setting = " ".join(_read_lines(HUGE_PAGES_SETTING))
+    return setting.partition("[")[2].partition("]")[0] or None
 
 
 def usable_cpus():

@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BASE = {"_c", "errors", "config", "stats"}
-TOP = {"__init__", "__main__", "cli", "replay", "integrations"}
+BASE = {"_c", "errors", "log", "config", "stats"}
+TOP = {"__init__", "__main__", "cli", "info", "metrics", "replay", "integrations"}
 MAY_IMPORT = {  # part of kvortex: the other parts it may name
     "_c": set(),
     "errors": BASE,
+    "log": BASE,
     "config": BASE | {"keys"},
     "stats": BASE | {"keys"},
     "keys": BASE,
@@ -30,6 +31,7 @@ ALONE = {  # foreign package: the parts that may name it
     "vllm": {"integrations"},
     "transformers": {"integrations"},
     "matplotlib": {"replay"},
+    "prometheus_client": {"metrics"},
     "pytest": set(),
 }
 IMPORT = re.compile(

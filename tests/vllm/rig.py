@@ -245,7 +245,7 @@ class Rig:
         assert not half.in_flight and not half.requests and not half.writing and not half.loads
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
         for worker in self.workers:
-            assert not worker.worker.running and not worker.worker.waiting and not worker.worker.aborted
+            assert not worker.worker.running and not worker.worker.aborted
 
     def close(self):
         for worker in self.workers:

@@ -1,7 +1,7 @@
 """vLLM 0.15 to 0.33: `KVortexConnector` keeps vLLM's KV cache in pinned host memory.
 
 ``vllm serve MODEL --kv-transfer-config '{"kv_connector": "KVortexConnector", "kv_role": "kv_both",
-"kv_connector_extra_config": {"cpu_pool_size_bytes": 34359738368}}'``
+"kv_connector_extra_config": {"cpu_pool_size_bytes": "32GiB"}}'``
 
 Two halves that meet only in what vLLM pickles between them: `SchedulerHalf` owns a `BlockIndex` and no memory,
 `WorkerHalf` owns a `PinnedPool` and two `TransferQueue` and no index. The slot number is all they share.

@@ -1,9 +1,12 @@
 """`KVortexConnector`: what vLLM calls, handed on to the half that runs in this process."""
 
+import importlib.util
 import inspect
+import time
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
@@ -12,10 +15,12 @@ from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.kvortex")  # under this name vLLM shows what a connector says
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
+# From 0.32 on layouts have names, and all attention backends share one logical shape.
+HAS_LAYOUT_NAMES = importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
 
 
 def keeps_blocks_of_aborted_loads():
@@ -23,6 +28,18 @@ def keeps_blocks_of_aborted_loads():
     from vllm.v1.core.sched.scheduler import Scheduler
 
     return "delay_free_blocks" in inspect.signature(Scheduler._free_request).parameters
+
+
+def is_supported(kv_cache_config):
+    """Whether every block keeps the KV of its tokens as long as its request lives, in one block table.
+
+    Asked by exact type: later versions derive kinds of windows from these.
+    """
+    if len(kv_cache_config.kv_cache_groups) != 1:
+        return False
+    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+    layers = getattr(spec, "kv_cache_specs", {"every": spec})
+    return all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in layers.values())
 
 
 class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
@@ -40,7 +57,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     Notes
     -----
-    A model with more than one KV cache group is served without offloading, and says so once.
+    A model with more than one KV cache group, or with another than full attention (or MLA), is served without
+    offloading, and says so: blocks of a sliding window lose their content while their request runs.
     """
 
     def __init__(self, vllm_config, role, kv_cache_config=None):
@@ -53,9 +71,9 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
                 )
         self.scheduler = self.worker = None
-        groups = kv_cache_config.kv_cache_groups
-        if len(groups) != 1:
-            logger.warning("KVortexConnector keeps nothing: this model has %d KV cache groups, not one", len(groups))
+        if not is_supported(kv_cache_config):
+            specs = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
+            logger.warning("KVortexConnector keeps nothing: it needs one group of full attention, and finds %s", specs)
             return
         shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
         if role == base.KVConnectorRole.SCHEDULER:
@@ -75,10 +93,18 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     # ---- what vLLM asks about the connector --------------------------------------------------------------------------
 
+    if hasattr(base, "CacheHitSource"):  # 0.32: what the statistics of vLLM count our hits as
+        _cache_hit_source = base.CacheHitSource.HOST
+
     @property
     def prefer_cross_layer_blocks(self):
         """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it."""
         return True
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config):
+        """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend cannot."""
+        return "BLNHC" if HAS_LAYOUT_NAMES else None
 
     @property
     def requires_kv_delivery(self):
@@ -173,9 +199,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
                 f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
             )
+        began = time.perf_counter()
         self.worker.register(layout, tensors[0])
+        logger.info(
+            "KVortexConnector: %r, registered in %.2f s; %.1f GiB of host memory follow in the background",
+            layout, time.perf_counter() - began, self.worker.pool.nbytes / 2**30,
+        )  # fmt: skip
         for row in layout.planner:
-            logger.info("KVortexConnector: %s", row)
+            logger.debug("KVortexConnector: %s", row)
 
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)
@@ -199,7 +230,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def get_finished(self, finished_req_ids):
         if not self.worker:
             return None, None
-        self.worker.collect(finished_req_ids)
+        self.worker.collect(finished_req_ids, self._get_connector_metadata().has_forward)
         return None, self.worker.take_received()
 
     def get_block_ids_with_load_errors(self):

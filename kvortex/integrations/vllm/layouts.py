@@ -45,14 +45,19 @@ def layout_of(tensors, num_blocks, block_dim):
 
 
 def block_dimension(backend, spec, tensor, num_blocks):
-    """Which dimension of a layer's tensor counts blocks: the one in which the attention backend puts a number that no
-    size of a model has. Without a backend, the only dimension that can be.
+    """Which dimension of a layer's tensor counts blocks.
+
+    Up to vLLM 0.31 the attention backend says how it shapes a cache, and shows it by a number of blocks that no other
+    size of a model equals. Later ones know one logical shape for all, blocks first, whatever lies where in memory.
+    Without a backend it is the only dimension that can be.
     """
-    if backend is not None:
+    if hasattr(backend, "get_kv_cache_shape"):
         marker = 1234567
         shape = backend.get_kv_cache_shape(marker, spec.block_size, spec.num_kv_heads, spec.head_size)
         if marker in shape and len(shape) == tensor.dim():
             return shape.index(marker)
+    elif backend is not None:
+        return 0
     fitting = [dim for dim, size in enumerate(tensor.shape) if size >= num_blocks and size % num_blocks == 0]
     if len(fitting) != 1:
         raise ConfigError(

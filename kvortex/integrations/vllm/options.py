@@ -1,9 +1,9 @@
 """What a user may write into ``kv_connector_extra_config``, and the shape of the pool that follows from it."""
 
-import difflib
 from dataclasses import dataclass, fields
 
 from kvortex import ConfigError, KVortexConfig
+from kvortex.config import nearest, parse_bytes
 
 PAGE_BYTES = 4096
 ENGINE_OPTIONS = (
@@ -26,7 +26,8 @@ class ConnectorOptions:
     Parameters
     ----------
     engine : KVortexConfig
-        ``cpu_pool_size_bytes`` counts for all ranks together; each rank's pool is an equal part.
+        ``cpu_pool_size_bytes`` counts for all ranks together; each rank's pool is an equal part. Sizes may be texts
+        such as ``"32GiB"``.
     load_async : bool, default True
         Load between the steps of the engine, while others are served; False loads before the step that needs it.
     verify : bool, default False
@@ -52,17 +53,20 @@ class ConnectorOptions:
         known = sorted({*own, *ENGINE_OPTIONS})
         for name in extra:
             if name not in known:
-                near = difflib.get_close_matches(name, known, 1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+                near = nearest(name, known)
+                hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
                 raise ConfigError(f"kv_connector_extra_config has an unknown option {name!r}; {hint}")
         if "cpu_pool_size_bytes" not in extra:
             raise ConfigError(
                 "kv_connector_extra_config needs cpu_pool_size_bytes: the host memory for KV blocks, of all ranks "
-                "together, e.g. 34359738368 for 32 GiB"
+                'together, e.g. "32GiB"'
             )
         for name in own & extra.keys():
             if not isinstance(extra[name], bool):
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
+        for name in ENGINE_OPTIONS:
+            if name.endswith("_bytes") and isinstance(extra.get(name), str):
+                extra[name] = parse_bytes(extra[name])
         engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra})
         return cls(engine=engine, **{name: extra[name] for name in own & extra.keys()})
 

@@ -140,9 +140,11 @@ class SchedulerHalf:
                     hashes += state.request.block_hashes[state.num_offered : full]
                     sources += state.block_ids[state.num_offered : full]
                 state.num_offered = full
-        step = StepMetadata(fences=sorted(self.fences), loads=self.loads, load_async=self.load_async)
+        step = StepMetadata(
+            sorted(self.fences), self.loads, self.load_async, has_forward=bool(output.num_scheduled_tokens)
+        )
         self.fences, self.loads = set(), []
-        self.idle = not output.num_scheduled_tokens
+        self.idle = not step.has_forward
         step.save = self.save(hashes, sources) if hashes else None
         return step
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.kvortex")
 
 SCRATCH_BYTES = 4 << 30  # of captures that wait for their verdict
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL
@@ -70,7 +70,9 @@ class Verifier:
         if self.bytes_held + nbytes > SCRATCH_BYTES:
             return None
         self.bytes_held += nbytes
-        rows = torch.from_numpy(np.asarray(block_ids, dtype=np.int64)).to(self.torch_device)
+        rows = torch.from_numpy(np.asarray(block_ids, dtype=np.int64))
+        if self.on_gpu:  # from pinned memory, or the host would wait for the forward
+            rows = rows.pin_memory().to(self.torch_device, non_blocking=True)
         scratch = torch.empty((len(block_ids), self.layout.block_bytes), dtype=torch.uint8, device=self.torch_device)
         offset = 0
         for pieces in self.pieces:

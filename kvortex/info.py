@@ -1,0 +1,254 @@
+"""What is in force on this machine and why: the facts behind ``python -m kvortex info``, as data and as text."""
+
+import importlib.metadata
+import platform
+from contextlib import ExitStack
+from pathlib import Path
+
+import kvortex
+from kvortex.config import KVortexConfig, Setting
+from kvortex.driver import list_devices, why_no_cuda
+from kvortex.keys import uses_sha_instructions
+from kvortex.memory.limits import free_memory, memlock_bytes, require_memory, transparent_huge_pages, usable_cpus
+from kvortex.transfer import probe_layout
+
+PAGE_BYTES = 4096  # slots are aligned to it
+PROBE_BLOCK_BYTES = 2 << 20
+PROBE_CACHE_BYTES = 32 << 20
+NOT_SET = "not set"
+
+_NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
+
+
+def collect(settings, *, probe=False, num_pieces=64):
+    """Return what an engine of these settings would meet, as a dict that JSON can carry.
+
+    Opens the device in force and no other; makes no pool. With `probe`, takes 32 MiB of device memory (or two blocks)
+    for a moment.
+
+    Parameters
+    ----------
+    settings : dict of str to Setting
+        From `KVortexConfig.find_settings`; `cpu_pool_size_bytes` may be missing.
+    probe : bool, default False
+        Find out how the pieces of a cache in one allocation move: blocks of `block_bytes` (2 MiB unless set) in
+        `num_pieces` pieces.
+    num_pieces : int, default 64
+        Even: K and V of half as many layers.
+
+    Raises
+    ------
+    ConfigError
+        There is no such device, it cannot hold the cache of the probe, or the pieces do not divide a block.
+    DriverError
+        The driver failed.
+    """
+    values = {name: setting.value for name, setting in settings.items()}
+    config = KVortexConfig(**{"cpu_pool_size_bytes": 1, **values})  # for the defaults of the others
+    known = {name: Setting(getattr(config, name), "default") for name in KVortexConfig.names()}
+    known["cpu_pool_size_bytes"] = Setting(None, NOT_SET)
+    known.update(settings)
+    block_bytes = config.block_bytes
+    with kvortex.Device.open(config.device) as device:
+        facts = {
+            "kvortex": _software(),
+            "driver": _driver(device, known["device"]),
+            "device": {
+                "name": device.name,
+                "description": device.description,
+                "numa_node": device.numa_node,
+                "all": list_devices(),
+            },
+            "cpu": {"usable_cpus": usable_cpus(), "sha_instructions": uses_sha_instructions()},
+            "memory": _memory(),
+            "pool": _pool(values.get("cpu_pool_size_bytes"), block_bytes, config.header_bytes),
+            "settings": [{"name": name, **setting._asdict()} for name, setting in known.items()],
+            "planner": None,
+            "tiers": [],
+        }
+        if probe:
+            facts["planner"] = _probe(device, PROBE_BLOCK_BYTES if block_bytes is None else block_bytes, num_pieces)
+    return facts
+
+
+def _software():
+    versions = {}
+    for package in ("numpy", "cuda-bindings"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "version": kvortex.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **versions,
+    }
+
+
+def _driver(device, setting):
+    return {
+        "kind": "host" if device.is_host else "cuda",
+        "cuda_version": device.cuda_version,
+        "nvidia_driver": _NVIDIA_DRIVER.read_text().strip() if _NVIDIA_DRIVER.exists() else None,
+        "device_setting": setting.value,
+        "device_source": setting.source,
+        "why_no_cuda": why_no_cuda() if device.is_host else None,
+    }
+
+
+def _memory():
+    free = free_memory()
+    return {
+        "available_bytes": free["available memory"],
+        "cgroup_free_bytes": free["the cgroup's memory limit"],
+        "memlock_bytes": memlock_bytes(),
+        "transparent_huge_pages": transparent_huge_pages(),
+    }
+
+
+def _pool(pool_bytes, block_bytes, header_bytes):
+    """What `PinnedPool` would make of these sizes; None for what cannot be known yet."""
+    stride_bytes = num_slots = problem = None
+    if block_bytes is not None:
+        stride_bytes = -(-(header_bytes + block_bytes) // PAGE_BYTES) * PAGE_BYTES
+    if pool_bytes is not None:
+        if stride_bytes is not None:
+            num_slots = pool_bytes // stride_bytes
+            pool_bytes = num_slots * stride_bytes
+        try:
+            require_memory(pool_bytes)
+        except kvortex.PoolExhausted as error:
+            problem = str(error)
+        if num_slots == 0:
+            problem = f"the pool holds no slot of {stride_bytes} bytes; set cpu_pool_size_bytes to at least that"
+    return {
+        "pool_bytes": pool_bytes,
+        "block_bytes": block_bytes,
+        "stride_bytes": stride_bytes,
+        "num_slots": num_slots,
+        "problem": problem,
+    }
+
+
+def _probe(device, block_bytes, num_pieces):
+    piece_bytes, rest = divmod(block_bytes, num_pieces)
+    if rest or piece_bytes % 16 or num_pieces % 2:
+        raise kvortex.ConfigError(
+            f"a block of {block_bytes} bytes cannot lie in {num_pieces} pieces: their number must be even, and each "
+            f"must have a multiple of 16 bytes; try --pieces 64 --block-bytes 2MiB"
+        )
+    num_blocks = max(2, PROBE_CACHE_BYTES // block_bytes)
+    with ExitStack() as stack:
+        if device.is_host:
+            require_memory(num_blocks * block_bytes)
+        try:
+            cache = kvortex.DeviceBuffer(num_blocks * block_bytes, device)
+        except (kvortex.DriverError, kvortex.PoolExhausted) as error:
+            raise kvortex.ConfigError(
+                f"{device.name} cannot hold a cache of {num_blocks * block_bytes} bytes for the probe ({error}); lower "
+                f"--block-bytes"
+            ) from error
+        stack.callback(cache.close)
+        layout = kvortex.KVLayout.contiguous(
+            cache.address,
+            kv=2,
+            num_layers=num_pieces // 2,
+            num_blocks=num_blocks,
+            block_size=1,
+            num_heads=1,
+            head_dim=piece_bytes,
+            itemsize=1,
+        )
+        for direction in ("D2H", "H2D"):
+            queue = kvortex.TransferQueue(device, direction)
+            stack.callback(queue.close)
+            probe_layout(layout, queue)
+        return [row._asdict() for row in layout.planner]
+
+
+def table(facts):
+    """Return the facts that `collect` gathered as text for people."""
+    software, driver, device = facts["kvortex"], facts["driver"], facts["device"]
+    memory, cpu, pool = facts["memory"], facts["cpu"], facts["pool"]
+    because = f"device = {driver['device_setting']!r} ({driver['device_source']})"
+    if driver["why_no_cuda"] and driver["device_setting"] == "auto":
+        because += f", and {driver['why_no_cuda']}"
+    node = device["numa_node"]
+    rows = [
+        ("kvortex", software["version"]),
+        ("python", f"{software['python']} on {software['platform']}"),
+        ("packages", ", ".join(f"{name} {software[name] or 'missing'}" for name in ("numpy", "cuda-bindings"))),
+        ("driver", _driver_text(driver)),
+        ("  because", because),
+        ("device", f"{device['name']} ({device['description']}), of {', '.join(device['all'])}"),
+        ("NUMA node", "unknown: the pool goes where the kernel puts it" if node is None else str(node)),
+        ("CPUs", str(cpu["usable_cpus"])),
+        ("keys", "SHA instructions" if cpu["sha_instructions"] else "portable C (this CPU has no SHA instructions)"),
+        ("memory", f"{_size(memory['available_bytes'], 'unknown')} available"),
+        ("  cgroup", _size(memory["cgroup_free_bytes"], "no limit")),
+        ("  memlock", _size(memory["memlock_bytes"], "no limit")),
+        ("huge pages", _huge_pages(memory["transparent_huge_pages"], facts["settings"])),
+        ("pool", _pool_text(pool)),
+        ("tiers", ", ".join(facts["tiers"]) or "none: evicted blocks are forgotten"),
+    ]
+    if pool["problem"]:
+        rows.insert(-1, ("  problem", pool["problem"]))
+    lines = [f"  {name:<12}{value}" for name, value in rows]
+    lines += ["", "settings"]
+    for setting in facts["settings"]:
+        value = "-" if setting["value"] is None else str(setting["value"])
+        if setting["name"].endswith("_bytes"):
+            value = _size(setting["value"], "-")
+        lines.append(f"  {setting['name']:<24}{value:<16}{setting['source']}")
+    if facts["planner"] is not None:
+        lines += ["", "planner, a cache in one allocation (GB/s; - where nothing was measured)"]
+        lines.append(f"  {'':<5}{'pieces':>16}{'pitch':>14}{'groups':>8}{'strided':>9}{'batch':>9}  moved by")
+        for row in facts["planner"]:
+            pieces = f"{row['rows']} x {_size(row['piece_bytes'], '')}"
+            rates = "".join(f"{'-' if rate is None else f'{rate:.1f}':>9}" for rate in _rates(row))
+            pitch = _size(row["pitch_bytes"], "")
+            lines.append(
+                f"  {row['direction']:<5}{pieces:>16}{pitch:>14}{row['num_groups']:>8}{rates}  {row['backend']}"
+            )
+    return "\n".join(lines)
+
+
+def _rates(row):
+    return row["strided_gbps"], row["batch_gbps"]
+
+
+def _driver_text(driver):
+    if driver["kind"] == "host":
+        return f"host memory plays the device, as CUDA {driver['cuda_version']} would serve it"
+    return f"CUDA {driver['cuda_version']}, NVIDIA {driver['nvidia_driver'] or 'unknown'}"
+
+
+def _huge_pages(setting, settings):
+    wanted = next(row["value"] for row in settings if row["name"] == "pool_huge_pages")
+    if not wanted:
+        return "not asked for (pool_huge_pages is False)"
+    return {
+        None: "unknown: the kernel does not tell",
+        "never": "never: pinning takes twice as long; write madvise into /sys/kernel/mm/transparent_hugepage/enabled",
+    }.get(setting, f"{setting}: the pool gets them")
+
+
+def _pool_text(pool):
+    if pool["pool_bytes"] is None:
+        return "no size: set cpu_pool_size_bytes (--pool-bytes here)"
+    size = _size(pool["pool_bytes"], "")
+    if pool["num_slots"] is None:
+        return f"{size}; how many slots depends on the block size (--block-bytes here)"
+    return f"{size}: {pool['num_slots']} slots of {_size(pool['stride_bytes'], '')}"
+
+
+def _size(nbytes, without):
+    """A size for people, with the exact number where rounding would hide it."""
+    if nbytes is None:
+        return without
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >> shift:
+            exact = nbytes % (1 << shift) == 0
+            return f"{nbytes >> shift} {unit}" if exact else f"{nbytes / (1 << shift):.2f} {unit} ({nbytes} bytes)"
+    return f"{nbytes} bytes"

@@ -1,0 +1,237 @@
+"""Prometheus: the text of `get_stats()`, and an exporter that reads an engine whenever it is scraped.
+
+`prometheus_text` needs nothing; `EngineCollector` and `start_exporter` need prometheus_client, which
+``pip install 'kvortex[metrics]'`` brings.
+"""
+
+import re
+from typing import NamedTuple
+
+from kvortex.errors import ConfigError, EngineClosed
+
+COUNTERS = {  # field of EngineStats: (metric, what it counts)
+    "blocks_checked": ("blocks_checked", "Blocks asked for by check_blocks."),
+    "blocks_hit": ("blocks_hit", "Blocks of leading runs that check_blocks found."),
+    "blocks_saved": ("blocks_saved", "Blocks that became visible after a save."),
+    "blocks_loaded": ("blocks_loaded", "Blocks loaded to the device."),
+    "blocks_present": ("blocks_present", "Blocks of a save that were there already."),
+    "blocks_pending": ("blocks_pending", "Blocks of a save that another save was writing."),
+    "blocks_refused": ("blocks_refused", "Blocks of a save that found no slot or no free job."),
+    "blocks_evicted": ("blocks_evicted", "Blocks evicted from host memory."),
+    "blocks_discarded": ("blocks_discarded", "Blocks that the caller made KVortex forget."),
+    "length_mismatches": ("length_mismatches", "Blocks found with another size than asked for; they count as misses."),
+    "bytes_saved": ("saved_bytes", "Bytes saved to host memory."),
+    "bytes_loaded": ("loaded_bytes", "Bytes loaded to the device."),
+    "jobs_failed": ("jobs_failed", "Saves and loads that failed."),
+}
+GAUGES = {
+    "jobs_in_flight": ("jobs_in_flight", "Saves and loads under way."),
+    "pool_blocks": ("pool_blocks", "Blocks that the pool has room for when all of it is registered."),
+    "pool_blocks_used": ("pool_blocks_used", "Blocks in the pool, those being written included."),
+    "pool_bytes": ("pool_bytes", "Bytes of the whole pool."),
+    "pool_bytes_ready": ("pool_ready_bytes", "Bytes of the pool that are registered and serve."),
+    "strided": ("strided_copies", "1 where strided copies are legal for the layout, else 0."),
+    "failed": ("failed", "1 after an error that ended the engine, else 0."),
+}
+LATENCIES = {
+    "lookup": "Seconds from the call of check_blocks to its answer, since the engine was created.",
+    "save": "Seconds from the claim of a save to its end, since the engine was created.",
+    "load": "Seconds from the claim of a load to its end, since the engine was created.",
+}
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_PLANNER_LABELS = ("direction", "backend", "piece_bytes", "rows", "pitch_bytes")
+_LABEL = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*", re.ASCII)
+
+
+class Family(NamedTuple):
+    """One metric: `name` without the ``_total`` that samples of a counter end in."""
+
+    name: str
+    kind: str  # "counter", "gauge" or "summary"
+    help: str
+    samples: list  # of (labels, value)
+
+
+def families(stats, labels=None):
+    """Return the metrics of one `EngineStats` as a list of `Family`, for renderers other than `prometheus_text`.
+
+    Parameters
+    ----------
+    stats : EngineStats
+    labels : mapping of str to str, optional
+        Added to every sample.
+
+    Raises
+    ------
+    ConfigError
+        A label is no label name, starts with ``__``, or is one of KVortex's own.
+    """
+    import kvortex  # late: it is what imports this module
+
+    labels = {name: str(value) for name, value in (labels or {}).items()}
+    own = {"device", "version", "quantile", *_PLANNER_LABELS}
+    for name in labels:
+        if not _LABEL.fullmatch(name) or name.startswith("__") or name in own:
+            raise ConfigError(
+                f"{name!r} cannot be a label: letters, digits and _ are allowed, no digit and no __ in front, and "
+                f"{', '.join(sorted(own))} are taken"
+            )
+    engine = {**labels, "device": stats.device, "version": kvortex.__version__}
+    found = [Family("kvortex_engine_info", "gauge", "Always 1; the labels tell about the engine.", [(engine, 1)])]
+    for kind, table in (("counter", COUNTERS), ("gauge", GAUGES)):
+        for field, (name, text) in table.items():
+            found.append(Family(f"kvortex_{name}", kind, text, [(labels, int(getattr(stats, field)))]))
+    for what, text in LATENCIES.items():
+        samples = [
+            ({**labels, "quantile": str(percent / 100)}, getattr(stats, f"{what}_latency_us_p{percent}") / 1e6)
+            for percent in (50, 99)
+        ]
+        found.append(Family(f"kvortex_{what}_latency_seconds", "summary", text, samples))
+    if stats.planner:
+        samples = {}  # rows that the labels do not tell apart count together
+        for row in stats.planner:
+            own_labels = {name: str(getattr(row, name)) for name in _PLANNER_LABELS}
+            key = tuple(own_labels.values())
+            samples[key] = ({**labels, **own_labels}, samples.get(key, (None, 0))[1] + row.num_groups)
+        text = "Groups of pieces that a back end moves, by shape."
+        found.append(Family("kvortex_planner_groups", "gauge", text, list(samples.values())))
+    return found
+
+
+def prometheus_text(stats, labels=None):
+    """Render one `EngineStats` in Prometheus' text format, to be served as `kvortex.metrics.CONTENT_TYPE`.
+
+    Counters end in ``_total`` and never go down while the engine lives; sizes are in bytes, times in seconds.
+    Percentiles are summaries without sum and count, over the life of the engine, and 0 before the first sample.
+
+    Parameters
+    ----------
+    stats : EngineStats
+        What `get_stats` returned.
+    labels : mapping of str to str, optional
+        Added to every sample, e.g. ``{"model": "llama-3-70b", "rank": "0"}``.
+
+    Returns
+    -------
+    str
+        One engine's page; the pages of two engines cannot be joined, because a metric is described once a page.
+
+    Raises
+    ------
+    ConfigError
+        A label is no label name, starts with ``__``, or is one of KVortex's own.
+    """
+    lines = []
+    for family in families(stats, labels):
+        name = family.name + ("_total" if family.kind == "counter" else "")
+        lines += [f"# HELP {name} {family.help}", f"# TYPE {name} {family.kind}"]
+        for own_labels, value in family.samples:
+            pairs = ",".join(f'{label}="{_escape(text)}"' for label, text in own_labels.items())
+            lines.append(f"{name}{{{pairs}}} {value}" if pairs else f"{name} {value}")
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text):
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+class EngineCollector:
+    """A collector for a `prometheus_client` registry: reads the engine when it is scraped, and nothing in between.
+
+    Holds the engine; after `shutdown` it collects nothing.
+
+    Parameters
+    ----------
+    engine : KVortexEngine
+        One engine a registry.
+    labels : mapping of str to str, optional
+        Added to every sample.
+    """
+
+    def __init__(self, engine, labels=None):
+        self._engine, self._labels = engine, labels
+
+    def describe(self):
+        """Say nothing in advance, so that registering does not read the engine."""
+        return []
+
+    def collect(self):
+        """Yield the engine's metrics."""
+        from prometheus_client.core import Metric
+
+        try:
+            stats = self._engine.get_stats()
+        except EngineClosed:
+            return
+        for family in families(stats, self._labels):
+            metric = Metric(family.name, family.help, family.kind)
+            suffix = "_total" if family.kind == "counter" else ""
+            for labels, value in family.samples:
+                metric.add_sample(family.name + suffix, labels, value)
+            yield metric
+
+
+class Exporter:
+    """An HTTP server that answers ``GET /metrics``; made by `start_exporter`, ended by `close` or ``with``.
+
+    Attributes
+    ----------
+    port : int
+    """
+
+    def __init__(self, server, thread):
+        self._server, self._thread = server, thread
+        self.port = server.server_port
+
+    def close(self):
+        """Stop serving; blocks until the thread has ended. Idempotent."""
+        if self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def start_exporter(engine, port=9400, *, host="127.0.0.1", labels=None):
+    """Serve the metrics of an engine over HTTP, from a daemon thread.
+
+    Parameters
+    ----------
+    engine : KVortexEngine
+        Held until the exporter is closed; several engines of a process need a port each.
+    port : int, default 9400
+        0 takes a free one, which `Exporter.port` tells.
+    host : str, default "127.0.0.1"
+        Address to listen on; ``"0.0.0.0"`` for scrapers on other machines.
+    labels : mapping of str to str, optional
+        Added to every sample.
+
+    Returns
+    -------
+    Exporter
+
+    Raises
+    ------
+    ConfigError
+        prometheus_client is missing, or a label cannot be one.
+    OSError
+        The port is taken.
+    """
+    try:
+        import prometheus_client
+    except ImportError as error:
+        raise ConfigError(
+            f"the exporter needs prometheus_client ({error}); pip install 'kvortex[metrics]', or serve "
+            "kvortex.prometheus_text yourself"
+        ) from error
+    families(engine.get_stats(), labels)  # complains of labels now, and not at the first scrape
+    registry = prometheus_client.CollectorRegistry()
+    registry.register(EngineCollector(engine, labels))
+    return Exporter(*prometheus_client.start_http_server(port, host, registry))
