@@ -1,0 +1,392 @@
+#!/usr/bin/env python3
+"""One scenario in a real vLLM engine with random weights and token-id prompts, on a GPU where torch finds one.
+
+    python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 120 --graphs --verify
+    python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 60 --verify --mutant after-load
+    python tests/vllm/engine_run.py throughput --size 8b --mode simple --shared 80
+
+Each scenario is a function below, with what it shows. It prints one line of JSON, the last of stdout, and exits with 0
+whatever it found: to judge is the caller's part, but for what would make the numbers worthless, which is asserted.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabulary
+    "8b": (32, 32, 8, 128, 4096, 14336, 128256),
+    "3b": (28, 24, 8, 128, 3072, 8192, 128256),
+    "small": (8, 16, 8, 128, 2048, 5632, 32000),
+    "tiny": (2, 4, 2, 128, 512, 1024, 1024),
+}
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, where its parts can be reached
+    "PYTHONHASHSEED": "0",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOOPBACK_IP": "127.0.0.1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "NCCL_SOCKET_IFNAME": "lo",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "2",
+}
+GIB = 1 << 30
+
+
+# ---- the engine ------------------------------------------------------------------------------------------------------
+
+
+def write_model(folder, size, *, with_weights):
+    """A Llama of this shape. Weights of our own make attention sharp, so that tokens depend on single blocks of the KV
+    cache; vLLM's dummy weights hardly do.
+    """
+    layers, heads, kv_heads, head_size, hidden, intermediate, vocabulary = SIZES[size]
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "head_dim": head_size, "hidden_act": "silu", "hidden_size": hidden,
+        "initializer_range": 0.02, "intermediate_size": intermediate, "max_position_embeddings": 131072,
+        "mlp_bias": False, "num_attention_heads": heads, "num_hidden_layers": layers, "num_key_value_heads": kv_heads,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": None,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": vocabulary,
+    }  # fmt: skip
+    Path(folder, "config.json").write_text(json.dumps(config))
+    if not with_weights:
+        return
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random_weight(rows, columns, deviation):
+        return torch.randn(rows, columns, generator=generator) * deviation
+
+    queries, keys = heads * head_size, kv_heads * head_size
+    even = hidden**-0.5
+    weights = {
+        "model.embed_tokens.weight": random_weight(vocabulary, hidden, even),
+        "lm_head.weight": random_weight(vocabulary, hidden, even),
+        "model.norm.weight": torch.ones(hidden),
+    }
+    for layer in range(layers):
+        weights |= {
+            f"model.layers.{layer}.{name}": weight
+            for name, weight in {
+                "self_attn.q_proj.weight": random_weight(queries, hidden, 2 * even),
+                "self_attn.k_proj.weight": random_weight(keys, hidden, 2 * even),
+                "self_attn.v_proj.weight": random_weight(keys, hidden, even),
+                "self_attn.o_proj.weight": random_weight(hidden, queries, even),
+                "mlp.gate_proj.weight": random_weight(intermediate, hidden, even),
+                "mlp.up_proj.weight": random_weight(intermediate, hidden, even),
+                "mlp.down_proj.weight": random_weight(hidden, intermediate, even),
+                "input_layernorm.weight": torch.ones(hidden),
+                "post_attention_layernorm.weight": torch.ones(hidden),
+            }.items()
+        }
+    save_file(weights, Path(folder, "model.safetensors"))
+
+
+def kv_transfer_config(args):
+    """What a user passes as ``--kv-transfer-config``; None without offloading."""
+    host_bytes = int(args.host_gib * GIB)
+    if args.mode == "none":
+        return None
+    if args.mode in ("native", "simple"):
+        name = {"native": "OffloadingConnector", "simple": "SimpleCPUOffloadConnector"}[args.mode]
+        return {
+            "kv_connector": name,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": host_bytes, **args.extra},
+        }
+    extra = {"cpu_pool_size_bytes": host_bytes, "load_async": args.load == "async", "verify": args.verify, **args.extra}
+    config = {"kv_connector": "KVortexConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+    if not args.by_name:
+        config["kv_connector_module_path"] = "kvortex.integrations.vllm"
+    return config
+
+
+class Engine:
+    """vLLM's `LLM` with its parts in reach, and sums of what the connector counted."""
+
+    def __init__(self, args, *, max_model_len, max_num_seqs):
+        import torch
+        import vllm
+
+        self.on_gpu = torch.cuda.is_available()
+        self.version = vllm.__version__
+        self.device = torch.cuda.get_device_name(0) if self.on_gpu else "cpu"
+        self.vocabulary = SIZES[args.size][-1]
+        options = {
+            "skip_tokenizer_init": True,
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": args.batched,
+            "enable_prefix_caching": True,
+            "enforce_eager": not args.graphs,
+            "seed": 0,
+            "disable_log_stats": True,
+        }
+        if args.device_blocks:
+            options["num_gpu_blocks_override"] = args.device_blocks
+        if self.on_gpu:
+            options |= {
+                "dtype": "bfloat16",
+                "load_format": "dummy",
+                "kv_cache_memory_bytes": int(args.device_gib * GIB),
+                "disable_custom_all_reduce": True,
+            }
+            if args.graphs:  # of decode steps, without the minutes of torch.compile
+                options["compilation_config"] = {
+                    "mode": 0,
+                    "cudagraph_mode": "FULL_DECODE_ONLY",
+                    "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64],
+                }
+        else:
+            options |= {"dtype": "float32", "block_size": 32}  # what the CPU kernels of late versions demand
+            if self.version.startswith("0.15."):
+                import shim015  # noqa: F401
+
+                options |= {"block_size": 16, "compilation_config": {"custom_ops": ["none"], "mode": 0}}
+        if args.block_size:
+            options["block_size"] = args.block_size
+        config = kv_transfer_config(args)
+        if config is not None:
+            options["kv_transfer_config"] = config
+        if args.mutant:
+            import faults
+
+            faults.plant(args.mutant)
+        self.folder = tempfile.TemporaryDirectory(prefix="kvortex-model-")
+        write_model(self.folder.name, args.size, with_weights=not self.on_gpu)
+        began = time.perf_counter()
+        self.llm = vllm.LLM(model=self.folder.name, **options)
+        self.start_seconds = time.perf_counter() - began
+        self.counted, self.preemptions = {}, 0
+        self.core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)  # None: in another process
+        self.scheduler_half = self.worker_half = None
+        if self.core is not None:
+            self.count_preemptions()
+            if args.mode == "custom":
+                self.find_halves()
+
+    def count_preemptions(self):
+        scheduler = self.core.scheduler
+        original = scheduler._preempt_request
+
+        def preempt(*args, **kwargs):
+            self.preemptions += 1
+            return original(*args, **kwargs)
+
+        scheduler._preempt_request = preempt
+
+    def find_halves(self):
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        self.scheduler_half = self.core.scheduler.connector.scheduler
+        self.worker_half = get_kv_transfer_group().worker
+        original = self.worker_half.count
+
+        def count(**amounts):
+            for name, amount in amounts.items():
+                self.counted[name] = self.counted.get(name, 0) + amount
+            original(**amounts)
+
+        self.worker_half.count = count
+
+    def sampling(self, max_tokens):
+        from vllm import SamplingParams
+
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+
+    def add(self, name, prompt, max_tokens):
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(max_tokens))
+
+    def generate(self, prompts, max_tokens):
+        """Tokens of each prompt, and how many of its tokens were not computed."""
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], self.sampling(max_tokens), use_tqdm=False
+        )
+        return [list(output.outputs[0].token_ids) for output in outputs], [
+            output.num_cached_tokens for output in outputs
+        ]
+
+    def settle(self):
+        """Let every save land and be known: what ended is only told in a later step."""
+        for _ in range(100):
+            self.generate([[5, 6, 7]], 4)
+            if self.scheduler_half is None or not self.scheduler_half.in_flight:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"transfers that do not end: {self.scheduler_half.in_flight}")
+
+    def forget_device_prefixes(self):
+        """Empty the device's prefix cache: what hits now comes from the host."""
+        for _ in range(100):
+            if self.llm.reset_prefix_cache():
+                return
+            self.settle()
+        raise AssertionError("vLLM does not reset its prefix cache")
+
+    def drain(self):
+        """Wait for the copies that are under way, and judge them."""
+        if self.worker_half is not None:
+            deadline = time.monotonic() + 60
+            while self.worker_half.running:
+                assert time.monotonic() < deadline, f"transfers that do not end: {self.worker_half.running}"
+                self.worker_half.drain()
+                self.worker_half.collect()
+                time.sleep(0.001)
+
+    def summary(self):
+        """What every scenario tells."""
+        facts = {"vllm": self.version, "device": self.device, "start_seconds": round(self.start_seconds, 2)}
+        if self.core is not None:
+            facts["preemptions"] = self.preemptions
+        if self.worker_half is not None:
+            facts |= {
+                "blocks_saved": self.counted.get("save_blocks", 0),
+                "blocks_loaded": self.counted.get("load_blocks", 0),
+                "blocks_evicted": self.scheduler_half.index.counters()["evictions"],
+                "saves_dropped": self.counted.get("saves_dropped", 0),
+                "transfers_failed": self.counted.get("transfers_failed", 0),
+                "verify_blocks": self.counted.get("verify_blocks", 0),
+                "verify_mismatches": self.counted.get("verify_mismatches", 0),
+                "verify_skipped": self.counted.get("verify_skipped", 0),
+            }
+        return facts
+
+
+# ---- scenarios -------------------------------------------------------------------------------------------------------
+
+
+class Workload:
+    """Prompts by number, the same in every run: some share a prefix, some none, some go on where another's ended."""
+
+    def __init__(self, args, vocabulary, scale):
+        self.args, self.vocabulary, self.scale = args, vocabulary, scale
+        rng = random.Random(f"{args.seed}/prefixes")
+        lengths = [rng.choice([0, rng.randint(0, int(2000 * scale))]) for _ in range(args.prefixes)]
+        self.prefixes = [self.tokens(rng, length) for length in lengths]
+        self.longest = int(2500 * scale)
+
+    def tokens(self, rng, count):
+        return [rng.randrange(3, self.vocabulary) for _ in range(count)]
+
+    def prompt(self, number):
+        rng = random.Random(f"{self.args.seed}/{number}")
+        earlier = number - rng.randint(1, 3 * self.args.concurrency)
+        head = self.prompt(earlier) if earlier >= 0 and rng.random() < 0.3 else rng.choice(self.prefixes)
+        length = rng.randint(int(200 * self.scale), self.longest)
+        head = head[: length - 1]
+        return head + self.tokens(rng, min(length - len(head), max(1, int(600 * self.scale))))
+
+    def max_tokens(self, number):
+        return random.Random(f"{self.args.seed}/{number}/out").randint(16, 128) // (1 if self.scale == 1 else 4)
+
+
+def stress(args):
+    """Many requests at once on few device blocks, aborts among them; with ``--requests`` and without aborts, every run
+    of one seed must yield the same tokens, which ``--tokens`` adds to the output.
+    """
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    scale = 1 if on_gpu else 0.1
+    engine = Engine(args, max_model_len=4096 if on_gpu else 384, max_num_seqs=min(64, args.concurrency))
+    workload = Workload(args, engine.vocabulary, scale)
+    rng = random.Random(f"{args.seed}/aborts")
+    active, tokens, cached, aborted, added = {}, {}, 0, 0, 0
+    began = time.monotonic()
+    llm_engine = engine.llm.llm_engine
+    while True:
+        more = added < args.requests if args.requests else time.monotonic() - began < args.seconds
+        while more and len(active) < args.concurrency:
+            engine.add(str(added), workload.prompt(added), workload.max_tokens(added))
+            active[str(added)] = added
+            added += 1
+            more = not args.requests or added < args.requests
+        if not active:
+            break
+        for output in llm_engine.step():
+            if output.finished and active.pop(output.request_id, None) is not None:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+                cached += output.num_cached_tokens or 0
+        if active and rng.random() < args.abort_rate:
+            # Half of them among the last to come, which wait, load or have just begun.
+            name = rng.choice(list(active)[-4:] if rng.random() < 0.5 else list(active))
+            llm_engine.abort_request([name])
+            del active[name]
+            aborted += 1
+    engine.drain()
+    seconds = time.monotonic() - began
+    result = {
+        **engine.summary(),
+        "mutant": args.mutant,
+        "load": args.load,
+        "graphs": args.graphs,
+        "requests": len(tokens),
+        "aborted": aborted,
+        "tokens": sum(len(out) for out in tokens.values()),
+        "tokens_cached": cached,
+        "seconds": round(seconds, 2),
+    }
+    if args.tokens:
+        result["output"] = tokens
+    return result
+
+
+SCENARIOS = {"stress": stress}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scenario", choices=SCENARIOS)
+    parser.add_argument("--size", default="tiny", choices=SIZES)
+    parser.add_argument("--mode", default="custom", choices=["none", "custom", "native", "simple"])
+    parser.add_argument("--load", default="async", choices=["async", "sync"])
+    parser.add_argument("--extra", type=json.loads, default={}, help="more of kv_connector_extra_config, as JSON")
+    parser.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
+    parser.add_argument("--device-gib", type=float, default=1.0, help="KV cache on a GPU")
+    parser.add_argument("--device-blocks", type=int, default=0, help="KV cache in blocks; for CPUs")
+    parser.add_argument("--host-gib", type=float, default=4.0, help="host memory for KV blocks")
+    parser.add_argument("--block-size", type=int, default=0, help="tokens a block; vLLM's choice without")
+    parser.add_argument("--batched", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--requests", type=int, default=0, help="so many instead of --seconds")
+    parser.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
+    parser.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
+    parser.add_argument("--tokens", action="store_true", help="print the tokens of every request")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    result = SCENARIOS[args.scenario](args)
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
