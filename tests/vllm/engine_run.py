@@ -45,7 +45,7 @@ ENVIRONMENT = {
     "VLLM_USE_DEEP_GEMM": "0",
     "TVM_FFI_DISABLE_TORCH_C_DLPACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",  # models so small are faster alone: threads that wait for each other spin
 }
 GIB = 1 << 30
 
@@ -177,7 +177,7 @@ class Engine:
         began = time.perf_counter()
         self.llm = vllm.LLM(model=self.folder.name, **options)
         self.start_seconds = time.perf_counter() - began
-        self.counted, self.preemptions = {}, 0
+        self.counted, self.preemptions, self.saved_slots = {}, 0, []
         self.core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)  # None: in another process
         self.scheduler_half = self.worker_half = None
         if self.core is not None:
@@ -200,48 +200,66 @@ class Engine:
 
         self.scheduler_half = self.core.scheduler.connector.scheduler
         self.worker_half = get_kv_transfer_group().worker
-        original = self.worker_half.count
+        count, submit = self.worker_half.count, self.worker_half.submit
 
-        def count(**amounts):
+        def count_here_too(**amounts):
             for name, amount in amounts.items():
                 self.counted[name] = self.counted.get(name, 0) + amount
-            original(**amounts)
+            count(**amounts)
 
-        self.worker_half.count = count
+        def note_slots(queue, transfer):
+            if queue is self.worker_half.saver:
+                self.saved_slots += transfer.slots.tolist()
+            return submit(queue, transfer)
 
-    def sampling(self, max_tokens):
+        self.worker_half.count, self.worker_half.submit = count_here_too, note_slots
+
+    def sampling(self, max_tokens, **options):
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
 
-    def add(self, name, prompt, max_tokens):
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(max_tokens))
+    def add(self, name, prompt, max_tokens, **options):
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(max_tokens, **options))
 
     def generate(self, prompts, max_tokens):
-        """Tokens of each prompt, and how many of its tokens were not computed."""
+        """Tokens of each prompt, and how many of the prompt's were not computed."""
         outputs = self.llm.generate(
             [{"prompt_token_ids": prompt} for prompt in prompts], self.sampling(max_tokens), use_tqdm=False
         )
-        return [list(output.outputs[0].token_ids) for output in outputs], [
-            output.num_cached_tokens for output in outputs
-        ]
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "cached": [output.num_cached_tokens for output in outputs],
+        }
 
     def settle(self):
         """Let every save land and be known: what ended is only told in a later step."""
-        for _ in range(100):
+        for attempt in range(100):
             self.generate([[5, 6, 7]], 4)
-            if self.scheduler_half is None or not self.scheduler_half.in_flight:
+            if self.scheduler_half is None:  # not in reach: a few steps are enough, and a little time
+                if attempt == 3:
+                    return
+            elif not self.scheduler_half.in_flight:
                 return
-            time.sleep(0.01)
+            time.sleep(0.02)
         raise AssertionError(f"transfers that do not end: {self.scheduler_half.in_flight}")
 
-    def forget_device_prefixes(self):
-        """Empty the device's prefix cache: what hits now comes from the host."""
+    def forget(self, *, host=False):
+        """Empty the device's prefix cache, so that what hits now comes from the host; or both."""
         for _ in range(100):
-            if self.llm.reset_prefix_cache():
-                return
             self.settle()
+            if self.llm.reset_prefix_cache(reset_connector=host):
+                return
         raise AssertionError("vLLM does not reset its prefix cache")
+
+    def scribble(self, slots):
+        """Random numbers into these blocks in host memory."""
+        import numpy as np
+
+        rng = np.random.default_rng(0)
+        for slot in slots:
+            content = np.frombuffer(self.worker_half.pool.view(slot), dtype=np.float32)
+            content[:] = rng.standard_normal(content.size, dtype=np.float32)
 
     def drain(self):
         """Wait for the copies that are under way, and judge them."""
@@ -253,13 +271,11 @@ class Engine:
                 self.worker_half.collect()
                 time.sleep(0.001)
 
-    def summary(self):
-        """What every scenario tells."""
-        facts = {"vllm": self.version, "device": self.device, "start_seconds": round(self.start_seconds, 2)}
-        if self.core is not None:
-            facts["preemptions"] = self.preemptions
+    def counters(self):
+        """Sums since the start."""
+        sums = {} if self.core is None else {"preemptions": self.preemptions}
         if self.worker_half is not None:
-            facts |= {
+            sums |= {
                 "blocks_saved": self.counted.get("save_blocks", 0),
                 "blocks_loaded": self.counted.get("load_blocks", 0),
                 "blocks_evicted": self.scheduler_half.index.counters()["evictions"],
@@ -269,7 +285,7 @@ class Engine:
                 "verify_mismatches": self.counted.get("verify_mismatches", 0),
                 "verify_skipped": self.counted.get("verify_skipped", 0),
             }
-        return facts
+        return sums
 
 
 # ---- scenarios -------------------------------------------------------------------------------------------------------
@@ -300,32 +316,28 @@ class Workload:
         return random.Random(f"{self.args.seed}/{number}/out").randint(16, 128) // (1 if self.scale == 1 else 4)
 
 
-def stress(args):
-    """Many requests at once on few device blocks, aborts among them; with ``--requests`` and without aborts, every run
-    of one seed must yield the same tokens, which ``--tokens`` adds to the output.
+def stress(engine, args):
+    """Many requests at once on few device blocks, aborts among them. With ``--requests`` every run of one seed must
+    yield the same tokens for the same request, which ``--tokens`` prints.
     """
-    import torch
-
-    on_gpu = torch.cuda.is_available()
-    scale = 1 if on_gpu else 0.1
-    engine = Engine(args, max_model_len=4096 if on_gpu else 384, max_num_seqs=min(64, args.concurrency))
-    workload = Workload(args, engine.vocabulary, scale)
+    workload = Workload(args, engine.vocabulary, 1 if engine.on_gpu else 0.1)
     rng = random.Random(f"{args.seed}/aborts")
-    active, tokens, cached, aborted, added = {}, {}, 0, 0, 0
+    options = {"logprobs": 2} if args.tokens else {}
+    active, outputs, cached, aborted, added = {}, {}, 0, 0, 0
     began = time.monotonic()
     llm_engine = engine.llm.llm_engine
     while True:
         more = added < args.requests if args.requests else time.monotonic() - began < args.seconds
         while more and len(active) < args.concurrency:
-            engine.add(str(added), workload.prompt(added), workload.max_tokens(added))
-            active[str(added)] = added
+            engine.add(f"stress-{added}", workload.prompt(added), workload.max_tokens(added), **options)
+            active[f"stress-{added}"] = added
             added += 1
             more = not args.requests or added < args.requests
         if not active:
             break
         for output in llm_engine.step():
-            if output.finished and active.pop(output.request_id, None) is not None:
-                tokens[output.request_id] = list(output.outputs[0].token_ids)
+            if output.finished and output.request_id in active:
+                outputs[active.pop(output.request_id)] = output.outputs[0]
                 cached += output.num_cached_tokens or 0
         if active and rng.random() < args.abort_rate:
             # Half of them among the last to come, which wait, load or have just begun.
@@ -336,47 +348,180 @@ def stress(args):
     engine.drain()
     seconds = time.monotonic() - began
     result = {
-        **engine.summary(),
-        "mutant": args.mutant,
-        "load": args.load,
-        "graphs": args.graphs,
-        "requests": len(tokens),
+        "requests": len(outputs),
         "aborted": aborted,
-        "tokens": sum(len(out) for out in tokens.values()),
+        "tokens": sum(len(output.token_ids) for output in outputs.values()),
         "tokens_cached": cached,
         "seconds": round(seconds, 2),
     }
     if args.tokens:
-        result["output"] = tokens
+        result["output"] = {number: list(output.token_ids) for number, output in outputs.items()}
+        result["margins"] = {
+            number: [margin(best.values()) for best in output.logprobs] for number, output in outputs.items()
+        }
     return result
 
 
-SCENARIOS = {"stress": stress}
+def margin(logprobs):
+    """By how much the most probable token leads."""
+    best = sorted((entry.logprob for entry in logprobs), reverse=True)
+    return round(best[0] - best[1], 6)
+
+
+def throughput(engine, args):
+    """All requests at once, then all of them again with nothing left on the device but, if the mode has one, a host
+    cache that knows them. Each repetition has prompts of its own.
+    """
+    rng = random.Random(args.seed)
+    shared = args.prompt_tokens * args.shared // 100
+
+    def prompts(count):
+        heads = [rng.choices(range(3, engine.vocabulary), k=shared) for _ in range(args.groups)]
+        return [
+            heads[number % args.groups] + rng.choices(range(3, engine.vocabulary), k=args.prompt_tokens - shared)
+            for number in range(count)
+        ]
+
+    if engine.worker_half is not None:  # memory is pinned in the background; here it is ready for everyone
+        pool = engine.worker_half.pool
+        while pool.slots_ready < pool.num_slots:
+            time.sleep(0.01)
+    for _ in range(args.warmup):
+        some = prompts(max(1, args.requests // 8))
+        for _ in range(2):
+            engine.generate(some, args.output_tokens)
+            engine.forget()
+    rounds = []
+    for repetition in range(args.repeat):
+        batch = prompts(args.requests)
+        for again in (False, True):
+            began = time.perf_counter()
+            outcome = engine.generate(batch, args.output_tokens)
+            seconds = time.perf_counter() - began
+            tokens = args.requests * (args.prompt_tokens + args.output_tokens)
+            rounds.append({
+                "repetition": repetition,
+                "again": again,
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(tokens / seconds, 1),
+                "output_tokens_per_second": round(args.requests * args.output_tokens / seconds, 1),
+                "tokens_cached": sum(outcome["cached"]),
+            })  # fmt: skip
+            engine.forget()
+    return {
+        "requests": args.requests,
+        "prompt_tokens": args.prompt_tokens,
+        "output_tokens": args.output_tokens,
+        "shared_percent": args.shared,
+        "groups": args.groups,
+        "rounds": rounds,
+    }
+
+
+def restore(engine, args):
+    """A few prompts cold, back from the host, with what they generated, after a reset of the host's cache, and with
+    wrong content in the host's memory.
+    """
+    rng = random.Random(f"{args.seed}/restore")
+    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(count)] for count in (150, 128, 200)]
+    result = {"lengths": [len(prompt) for prompt in prompts], "cold": engine.generate(prompts, 40)}
+    follow_ups = [prompt + out for prompt, out in zip(prompts, result["cold"]["tokens"], strict=True)]
+    engine.forget()
+    result["back"] = engine.generate(prompts, 40)
+    engine.forget()
+    result["follow_up_back"] = engine.generate(follow_ups, 40)
+    engine.forget(host=True)
+    result["follow_up_cold"] = engine.generate(follow_ups, 40)
+    engine.forget(host=True)
+    result["cold_again"] = engine.generate(prompts, 40)
+    if engine.worker_half is not None:
+        # One block of one prompt, then every block of every prompt; then the engine is itself again.
+        engine.forget(host=True)
+        engine.saved_slots.clear()
+        engine.generate(prompts[:1], 1)
+        engine.forget()
+        engine.scribble(engine.saved_slots[2:3])
+        result["one_block_wrong"] = engine.generate(prompts[:1], 40)
+        engine.forget(host=True)
+        engine.generate(prompts, 1)
+        engine.forget()
+        engine.scribble(range(engine.worker_half.pool.num_slots))
+        result["all_blocks_wrong"] = engine.generate(prompts, 40)
+    engine.forget(host=True)
+    result["cold_at_last"] = engine.generate(prompts, 40)
+    engine.forget(host=True)
+    return result
+
+
+def overflow(engine, args):
+    """Every prompt twice, and a host pool that holds a fraction of one round, or not even a whole prompt."""
+    rng = random.Random(f"{args.seed}/overflow")
+    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(rng.randint(60, 300))] for _ in range(12)]
+    result = {}
+    for name in ("first", "again"):
+        result[name] = {"tokens": [], "cached": []}
+        for prompt in prompts:
+            for what, value in engine.generate([prompt], 8).items():
+                result[name][what] += value
+        engine.forget()
+    return result
+
+
+def leave(engine, args):
+    """Go with a load and a save under way: the process must end well by itself."""
+    rng = random.Random(f"{args.seed}/leave")
+    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(120)] for _ in range(2)]
+    engine.generate(prompts[:1], 1)
+    engine.forget()
+    engine.add("loads", prompts[0], 8)
+    engine.add("saves", prompts[1], 8)
+    seen = set()
+    for _ in range(20):
+        engine.llm.llm_engine.step()
+        seen = {"load" if running.load else "save" for running in engine.worker_half.running.values()}
+        if seen:
+            break
+    return {"in_flight": sorted(seen)}
+
+
+SCENARIOS = {scenario.__name__: scenario for scenario in (stress, throughput, restore, overflow, leave)}
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scenario", choices=SCENARIOS)
-    parser.add_argument("--size", default="tiny", choices=SIZES)
-    parser.add_argument("--mode", default="custom", choices=["none", "custom", "native", "simple"])
-    parser.add_argument("--load", default="async", choices=["async", "sync"])
-    parser.add_argument("--extra", type=json.loads, default={}, help="more of kv_connector_extra_config, as JSON")
-    parser.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
-    parser.add_argument("--verify", action="store_true")
-    parser.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
-    parser.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
-    parser.add_argument("--device-gib", type=float, default=1.0, help="KV cache on a GPU")
-    parser.add_argument("--device-blocks", type=int, default=0, help="KV cache in blocks; for CPUs")
-    parser.add_argument("--host-gib", type=float, default=4.0, help="host memory for KV blocks")
-    parser.add_argument("--block-size", type=int, default=0, help="tokens a block; vLLM's choice without")
-    parser.add_argument("--batched", type=int, default=8192, help="max_num_batched_tokens")
+    parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, help="one after the other in one engine")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--size", default="tiny", choices=SIZES)
+    engine.add_argument("--mode", default="custom", choices=["none", "custom", "native", "simple"])
+    engine.add_argument(
+        "--runner", default="", choices=["", "v1", "v2"], help="vLLM's model runner; its choice without"
+    )
+    engine.add_argument("--load", default="async", choices=["async", "sync"])
+    engine.add_argument("--extra", type=json.loads, default={}, help="more of kv_connector_extra_config, as JSON")
+    engine.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
+    engine.add_argument("--verify", action="store_true")
+    engine.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
+    engine.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
+    engine.add_argument("--device-gib", type=float, default=1.0, help="KV cache on a GPU")
+    engine.add_argument("--device-blocks", type=int, default=0, help="KV cache in blocks; for CPUs")
+    engine.add_argument("--host-gib", type=float, default=4.0, help="host memory for KV blocks")
+    engine.add_argument("--block-size", type=int, default=0, help="tokens a block; vLLM's choice without")
+    engine.add_argument("--batched", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--requests", type=int, default=0, help="so many instead of --seconds")
-    parser.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
-    parser.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
-    parser.add_argument("--tokens", action="store_true", help="print the tokens of every request")
+    parser.add_argument("--requests", type=int, default=0, help="stress: so many instead of --seconds; throughput: 64")
+    group = parser.add_argument_group("stress")
+    group.add_argument("--concurrency", type=int, default=64)
+    group.add_argument("--seconds", type=float, default=60.0)
+    group.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
+    group.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
+    group.add_argument("--tokens", action="store_true", help="print the tokens of every request")
+    group = parser.add_argument_group("throughput")
+    group.add_argument("--prompt-tokens", type=int, default=4096)
+    group.add_argument("--output-tokens", type=int, default=64)
+    group.add_argument("--shared", type=int, default=0, help="percent of a prompt that a group of requests shares")
+    group.add_argument("--groups", type=int, default=1, help="how many such groups")
+    group.add_argument("--warmup", type=int, default=2)
+    group.add_argument("--repeat", type=int, default=1)
     return parser.parse_args()
 
 
@@ -384,8 +529,31 @@ def main():
     args = arguments()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    result = SCENARIOS[args.scenario](args)
-    print(json.dumps(result), flush=True)
+    if args.runner:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[args.runner]
+    if "throughput" in args.scenarios:
+        args.requests = args.requests or 64
+        engine = Engine(args, max_model_len=args.prompt_tokens + args.output_tokens + 16, max_num_seqs=64)
+    else:
+        import torch
+
+        max_model_len = 4096 if torch.cuda.is_available() else 384
+        engine = Engine(args, max_model_len=max_model_len, max_num_seqs=min(64, args.concurrency))
+    report = {
+        "vllm": engine.version,
+        "device": engine.device,
+        "start_seconds": round(engine.start_seconds, 2),
+        **{name: getattr(args, name) for name in ("size", "mode", "runner", "load", "graphs", "mutant")},
+    }
+    for name in args.scenarios:
+        before = engine.counters()
+        result = SCENARIOS[name](engine, args)
+        sums = {counter: value - before[counter] for counter, value in engine.counters().items()}
+        if len(args.scenarios) == 1:
+            report |= {**sums, **result}
+        else:
+            report[name] = {**sums, **result}
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
