@@ -166,7 +166,8 @@ class Engine:
         if args.block_size:
             options["block_size"] = args.block_size
         config = kv_transfer_config(args)
-        if config is not None:
+        self.offloads = config is not None
+        if self.offloads:
             options["kv_transfer_config"] = config
         if args.mutant:
             import faults
@@ -214,13 +215,13 @@ class Engine:
 
         self.worker_half.count, self.worker_half.submit = count_here_too, note_slots
 
-    def sampling(self, max_tokens, **options):
+    def sampling(self, max_tokens):
         from vllm import SamplingParams
 
-        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False, **options)
+        return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, detokenize=False)
 
-    def add(self, name, prompt, max_tokens, **options):
-        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(max_tokens, **options))
+    def add(self, name, prompt, max_tokens):
+        self.llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, self.sampling(max_tokens))
 
     def generate(self, prompts, max_tokens):
         """Tokens of each prompt, and how many of the prompt's were not computed."""
@@ -248,7 +249,7 @@ class Engine:
         """Empty the device's prefix cache, so that what hits now comes from the host; or both."""
         for _ in range(100):
             self.settle()
-            if self.llm.reset_prefix_cache(reset_connector=host):
+            if self.llm.reset_prefix_cache(reset_connector=host and self.offloads):
                 return
         raise AssertionError("vLLM does not reset its prefix cache")
 
@@ -322,14 +323,13 @@ def stress(engine, args):
     """
     workload = Workload(args, engine.vocabulary, 1 if engine.on_gpu else 0.1)
     rng = random.Random(f"{args.seed}/aborts")
-    options = {"logprobs": 2} if args.tokens else {}
     active, outputs, cached, aborted, added = {}, {}, 0, 0, 0
     began = time.monotonic()
     llm_engine = engine.llm.llm_engine
     while True:
         more = added < args.requests if args.requests else time.monotonic() - began < args.seconds
         while more and len(active) < args.concurrency:
-            engine.add(f"stress-{added}", workload.prompt(added), workload.max_tokens(added), **options)
+            engine.add(f"stress-{added}", workload.prompt(added), workload.max_tokens(added))
             active[f"stress-{added}"] = added
             added += 1
             more = not args.requests or added < args.requests
@@ -356,16 +356,7 @@ def stress(engine, args):
     }
     if args.tokens:
         result["output"] = {number: list(output.token_ids) for number, output in outputs.items()}
-        result["margins"] = {
-            number: [margin(best.values()) for best in output.logprobs] for number, output in outputs.items()
-        }
     return result
-
-
-def margin(logprobs):
-    """By how much the most probable token leads."""
-    best = sorted((entry.logprob for entry in logprobs), reverse=True)
-    return round(best[0] - best[1], 6)
 
 
 def throughput(engine, args):
