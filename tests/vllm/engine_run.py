@@ -466,13 +466,9 @@ def leave(engine, args):
     engine.forget()
     engine.add("loads", prompts[0], 8)
     engine.add("saves", prompts[1], 8)
-    seen = set()
-    for _ in range(20):
-        engine.llm.llm_engine.step()
-        seen = {"load" if running.load else "save" for running in engine.worker_half.running.values()}
-        if seen:
-            break
-    return {"in_flight": sorted(seen)}
+    engine.llm.llm_engine.step()
+    running = engine.worker_half.running.values()
+    return {"in_flight": sorted("load" if transfer.load else "save" for transfer in running)}
 
 
 SCENARIOS = {scenario.__name__: scenario for scenario in (stress, throughput, restore, overflow, leave)}
@@ -492,6 +488,9 @@ def arguments():
     engine.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
     engine.add_argument("--verify", action="store_true")
     engine.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
+    engine.add_argument(
+        "--late-us", type=int, default=0, help="on a CPU: copies start up to so much later, as behind others on a GPU"
+    )
     engine.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
     engine.add_argument("--device-gib", type=float, default=1.0, help="KV cache on a GPU")
     engine.add_argument("--device-blocks", type=int, default=0, help="KV cache in blocks; for CPUs")
@@ -530,6 +529,10 @@ def main():
 
         max_model_len = 4096 if torch.cuda.is_available() else 384
         engine = Engine(args, max_model_len=max_model_len, max_num_seqs=min(64, args.concurrency))
+    if args.late_us:
+        from kvortex.driver import _host
+
+        _host.set_delay_us(args.late_us // 2, args.late_us, args.seed)
     report = {
         "vllm": engine.version,
         "device": engine.device,
