@@ -208,10 +208,10 @@ class Engine:
                 self.counted[name] = self.counted.get(name, 0) + amount
             count(**amounts)
 
-        def note_slots(queue, transfer):
+        def note_slots(queue, transfer, stream):
             if queue is self.worker_half.saver:
                 self.saved_slots += transfer.slots.tolist()
-            return submit(queue, transfer)
+            return submit(queue, transfer, stream)
 
         self.worker_half.count, self.worker_half.submit = count_here_too, note_slots
 
@@ -269,7 +269,7 @@ class Engine:
             while self.worker_half.running:
                 assert time.monotonic() < deadline, f"transfers that do not end: {self.worker_half.running}"
                 self.worker_half.drain()
-                self.worker_half.collect()
+                self.worker_half.collect((), False)
                 time.sleep(0.001)
 
     def counters(self):
