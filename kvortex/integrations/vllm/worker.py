@@ -68,6 +68,7 @@ class Running:
     jobs: list = field(default_factory=list)
     submitted: int = 0  # blocks, from the first on; a load goes in slices
     began: float = field(default_factory=time.perf_counter)
+    is_captured: bool = False  # by `verify`, or there was no room for it
     check: object = None
 
     @property
@@ -148,6 +149,7 @@ class WorkerHalf:
                     self.compute.wait_for(job)  # the wait after a save
                 if not running.is_submitted:  # aborted, its blocks are another's: vLLM 0.15 does not wait for us
                     running.transfer = cut(running.transfer, 0, running.submitted)
+                self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
         if step.loads:
             self.compute.mark()
 
@@ -254,7 +256,8 @@ class WorkerHalf:
 
     def capture(self, running):
         """For `verify`: what the device holds of these blocks at this point of vLLM's stream."""
-        if self.verifier is not None and running.check is None:
+        if self.verifier is not None and not running.is_captured:
+            running.is_captured = True
             running.check = self.verifier.capture(running.transfer.block_ids, running.transfer.slots)
 
     def verified(self, running):
