@@ -121,6 +121,16 @@ def kv_transfer_config(args):
     return config
 
 
+def stand_in_for_kernels():
+    """Whether this vLLM's CPU kernels need stand-ins, which are then in place."""
+    import vllm
+
+    needed = vllm.__version__.startswith("0.15.")
+    if needed:
+        import shim015  # noqa: F401
+    return needed
+
+
 class Engine:
     """vLLM's `LLM` with its parts in reach, and sums of what the connector counted."""
 
@@ -159,9 +169,7 @@ class Engine:
                 }
         else:
             options |= {"dtype": "float32", "block_size": 32}  # what the CPU kernels of late versions demand
-            if self.version.startswith("0.15."):
-                import shim015  # noqa: F401
-
+            if stand_in_for_kernels():
                 options |= {"block_size": 16, "compilation_config": {"custom_ops": ["none"], "mode": 0}}
         if args.block_size:
             options["block_size"] = args.block_size
@@ -445,16 +453,17 @@ def restore(engine, args):
 
 
 def overflow(engine, args):
-    """Every prompt twice, and a host pool that holds a fraction of one round, or not even a whole prompt."""
+    """Every prompt twice, the second time from the last to the first, while the host's pool holds less than all."""
     rng = random.Random(f"{args.seed}/overflow")
     prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(rng.randint(60, 300))] for _ in range(12)]
     result = {}
-    for name in ("first", "again"):
+    for name in ("first", "backwards"):  # where something is left to find
         result[name] = {"tokens": [], "cached": []}
         for prompt in prompts:
             for what, value in engine.generate([prompt], 8).items():
                 result[name][what] += value
         engine.forget()
+        prompts.reverse()
     return result
 
 
@@ -543,12 +552,16 @@ def main():
         before = engine.counters()
         result = SCENARIOS[name](engine, args)
         sums = {counter: value - before[counter] for counter, value in engine.counters().items()}
-        if len(args.scenarios) == 1:
-            report |= {**sums, **result}
-        else:
-            report[name] = {**sums, **result}
+        report[name] = {**sums, **result}
+    if len(args.scenarios) == 1:  # one flat line, for tables
+        report |= report.pop(name)
     print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # a process that vLLM spawned
+    import torch
+
+    if not torch.cuda.is_available():
+        stand_in_for_kernels()

@@ -1,0 +1,188 @@
+"""The whole of vLLM on a CPU, in float32: tokens say whether the KV that came back is right.
+
+Engines run in processes of their own, see engine_run.py. Most of what one costs is its start, so each run makes several
+scenarios in one engine, and the tests below look at what came of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import vllm
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+VERSION = vllm.__version__.split("+")[0]
+BLOCK_TOKENS = {"0.15.1": 16, "0.32.0": 32}
+
+pytestmark = [
+    pytest.mark.skipif(VERSION not in BLOCK_TOKENS, reason=f"no engine for vLLM {VERSION} runs on a CPU here"),
+    pytest.mark.timeout(600),  # the first test waits for the first engine, which may share its cores with others
+]
+
+# 640 tokens on the device, where 32 requests of up to 282 tokens want more than that; and twice that on the host.
+FEW_BLOCKS = ["--device-blocks", str(640 // BLOCK_TOKENS.get(VERSION, 16)), "--batched", "512"]
+SMALL_POOL = ["--host-gib", "0.005"]
+MANY_REQUESTS = ["--concurrency", "32", "--requests", "80", "--prefixes", "8", "--tokens"]
+LATE = ["--late-us", "10000"]  # copies overlap the steps that follow, as on a GPU
+ALL = ["restore", "stress", "overflow", *FEW_BLOCKS, *MANY_REQUESTS]
+STRESS = ["stress", *FEW_BLOCKS, *SMALL_POOL, *MANY_REQUESTS, "--verify", "--late-us", "20000"]
+
+RUNS = {
+    "plain": [*ALL, "--mode", "none", "--abort-rate", "0"],
+    "async": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
+    "sync": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "sync"],
+    "other process": ["restore", *FEW_BLOCKS, *SMALL_POOL, "--by-name"],
+    "leave": ["leave", *FEW_BLOCKS, *SMALL_POOL, "--late-us", "500000"],
+    "after-save": [*STRESS, "--mutant", "after-save"],
+    "after-load": [*STRESS, "--mutant", "after-load"],
+}
+
+
+def install_entry_points(folder):
+    """What an installed kvortex tells other packages, without an installation."""
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]
+    info = folder / "kvortex-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kvortex\nVersion: 0\n")
+    lines = []
+    for group, points in declared.items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
+
+
+def run(name, folder):
+    """What the run printed; it must end with 0."""
+    environment = {**os.environ, "VLLM_CACHE_ROOT": str(folder)}
+    environment.pop("VLLM_PLUGINS", None)  # an empty one turns plug-ins off
+    if name == "other process":
+        install_entry_points(folder)
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment["PYTHONPATH"]])
+    command = [sys.executable, str(HERE / "engine_run.py"), *RUNS[name]]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    tail = "\n".join(process.stderr.splitlines()[-40:])
+    assert process.returncode == 0, f"{name} ended with {process.returncode}:\n{tail}"
+    return json.loads(next(line for line in process.stdout.splitlines() if line.startswith("{")))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """What came of a run, by name. Two at a time, in the order of `RUNS`."""
+    with ThreadPoolExecutor(2) as threads:
+        futures = {name: threads.submit(run, name, tmp_path_factory.mktemp("run")) for name in RUNS}
+        yield lambda name: futures[name].result()
+        for future in futures.values():
+            future.cancel()
+
+
+@pytest.fixture(params=["async", "sync"])
+def offloaded(request, runs):
+    """An engine with the connector, by the way it loads."""
+    return runs(request.param)
+
+
+@pytest.fixture
+def plain(runs):
+    """The same engine without a connector."""
+    return runs("plain")
+
+
+def whole_blocks(num_tokens):
+    """Tokens of a prompt that may come from a cache: whole blocks, and one token is left to compute."""
+    size = BLOCK_TOKENS[VERSION]
+    return (num_tokens - 1) // size * size
+
+
+# ---- back from the host ----------------------------------------------------------------------------------------------
+
+
+def test_an_engine_without_connector_computes_everything(plain):
+    assert [out["cached"] for out in plain["restore"].values() if isinstance(out, dict)] == [[0, 0, 0]] * 6
+
+
+def test_kv_back_from_the_host_gives_the_same_tokens(plain, offloaded):
+    restore = offloaded["restore"]
+    assert restore["cold"] == {"tokens": plain["restore"]["cold"]["tokens"], "cached": [0, 0, 0]}
+    assert restore["back"]["tokens"] == restore["cold"]["tokens"]
+    assert restore["back"]["cached"] == [whole_blocks(length) for length in restore["lengths"]]
+
+
+def test_generated_kv_comes_back_too_but_for_the_last_token(plain, offloaded):
+    restore = offloaded["restore"]
+    assert restore["follow_up_back"]["tokens"] == plain["restore"]["follow_up_cold"]["tokens"]
+    # A follow-up is a prompt with all that came of it, and the last token of that has no KV.
+    assert restore["follow_up_back"]["cached"] == [whole_blocks(length + 40) for length in restore["lengths"]]
+
+
+def test_after_a_reset_of_the_connector_nothing_hits(offloaded):
+    restore = offloaded["restore"]
+    for name, cold in (("follow_up_cold", "follow_up_back"), ("cold_again", "cold"), ("cold_at_last", "cold")):
+        assert restore[name] == {"tokens": restore[cold]["tokens"], "cached": [0, 0, 0]}
+
+
+def test_one_wrong_block_in_host_memory_changes_the_tokens(offloaded):
+    """The control: were a single block wrong, the tests above would tell."""
+    wrong, right = offloaded["restore"]["one_block_wrong"], offloaded["restore"]["back"]
+    assert wrong["cached"] == right["cached"][:1]
+    assert wrong["tokens"][0] != right["tokens"][0]
+
+
+def test_random_host_memory_changes_all_tokens(offloaded):
+    wrong, right = offloaded["restore"]["all_blocks_wrong"], offloaded["restore"]["back"]
+    assert wrong["cached"] == right["cached"]
+    assert all(one != other for one, other in zip(wrong["tokens"], right["tokens"], strict=True))
+
+
+def test_a_pool_too_small_for_the_working_set_evicts_and_serves_the_right_tokens(plain, offloaded):
+    overflow = offloaded["overflow"]
+    assert overflow["blocks_evicted"] > 0
+    assert overflow["first"]["tokens"] == plain["overflow"]["first"]["tokens"]
+    assert overflow["backwards"]["tokens"] == plain["overflow"]["backwards"]["tokens"]
+    assert sum(overflow["backwards"]["cached"]) > 0  # what is left of the first round is found
+
+
+# ---- many requests at once -------------------------------------------------------------------------------------------
+
+
+def test_preempted_and_aborted_requests_leave_the_tokens_of_the_others_as_they_are(plain, offloaded):
+    stress = offloaded["stress"]
+    assert stress["preemptions"] > 0 and stress["aborted"] > 0 and stress["blocks_evicted"] > 0
+    assert stress["blocks_loaded"] > 0
+    assert stress["requests"] + stress["aborted"] == plain["stress"]["requests"] == 80
+    expected = plain["stress"]["output"]
+    assert {name: tokens for name, tokens in stress["output"].items() if tokens != expected[name]} == {}
+
+
+def test_every_block_that_moved_was_right(offloaded):
+    for name in ("restore", "stress", "overflow"):
+        part = offloaded[name]
+        assert part["verify_blocks"] == part["blocks_saved"] + part["blocks_loaded"] > 0
+        assert part["verify_mismatches"] == part["verify_skipped"] == part["transfers_failed"] == 0
+
+
+@pytest.mark.parametrize("fault", ["after-save", "after-load"])
+def test_verify_notices_a_wait_that_is_left_out(runs, fault):
+    assert runs(fault)["verify_mismatches"] > 0
+
+
+# ---- as users run it -------------------------------------------------------------------------------------------------
+
+
+def test_by_its_name_alone_and_with_the_engine_in_a_process_of_its_own(plain, runs):
+    restore = runs("other process")
+    assert restore["back"] == {
+        "tokens": plain["restore"]["cold"]["tokens"],
+        "cached": [whole_blocks(length) for length in restore["lengths"]],
+    }
+    assert restore["cold_again"]["cached"] == [0, 0, 0]
+
+
+def test_the_process_ends_well_with_transfers_in_flight(runs):
+    """That it ended with 0 is seen wherever a run is looked at; here a load and a save had just begun."""
+    assert runs("leave")["in_flight"] == ["load", "save"]
