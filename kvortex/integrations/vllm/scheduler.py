@@ -22,7 +22,7 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
-    outdated: bool = False  # computed before a reset: its blocks must not be kept
+    outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
 
 
 @dataclass
@@ -98,9 +98,13 @@ class SchedulerHalf:
 
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
-        self.requests.setdefault(request.request_id, RequestState(request)).request = request
+        state = self.requests.setdefault(request.request_id, RequestState(request))
+        state.request = request
         first = self.matches.pop(request.request_id, 0)
-        self.landed.discard(request.request_id)
+        if request.request_id in self.landed:  # it goes on with what was loaded
+            self.landed.remove(request.request_id)
+        else:  # it starts anew
+            state.outdated = False
         count = num_external_tokens // self.shape.block_tokens
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
@@ -149,8 +153,6 @@ class SchedulerHalf:
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
-        if state.block_ids:
-            state.outdated = False
         state.block_ids, state.num_offered = list(block_ids), 0
         self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
 
