@@ -181,7 +181,7 @@ class Rig:
         """The tokens that vLLM has for this request beyond its prompt."""
         return list(self.requests[request_id].output_token_ids)
 
-    def run(self, most_s=30):
+    def run(self, most_s=20):
         """Step until nothing is left to do, and the last copies have been reported."""
         end = time.monotonic() + most_s
         while time.monotonic() < end:
@@ -291,7 +291,11 @@ class Rig:
         """Block tables and token counts, as a model runner keeps them."""
         cached = output.scheduled_cached_reqs
         anew = [(new.req_id, new.block_ids[0]) for new in output.scheduled_new_reqs]
-        for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+        for name, ids, num_outputs in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_output_tokens, strict=True
+        ):  # fmt: skip
+            # Fewer than the runner knows: the scheduler has dropped what was sampled on top of a failed load.
+            self.known[name] = min(self.known[name], self.requests[name].num_prompt_tokens + num_outputs)
             if name in cached.resumed_req_ids:
                 anew.append((name, ids[0]))
             elif ids is not None:

@@ -22,6 +22,7 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
+    loading: bool = False  # it waits for a load between steps
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
 
 
@@ -80,7 +81,8 @@ class SchedulerHalf:
         nothing ran in the last step though a load has landed, which vLLM would not look at behind a request that finds
         no free blocks.
         """
-        if self.idle and self.landed - {request.request_id}:
+        self.landed.discard(request.request_id)  # its load failed, and it starts anew
+        if self.idle and self.landed:
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -101,11 +103,11 @@ class SchedulerHalf:
         state = self.requests.setdefault(request.request_id, RequestState(request))
         state.request = request
         first = self.matches.pop(request.request_id, 0)
-        if request.request_id in self.landed:  # it goes on with what was loaded
-            self.landed.remove(request.request_id)
-        else:  # it starts anew
-            state.outdated = False
+        self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
+        if not state.loading:  # it starts anew; otherwise it goes on with what was loaded
+            state.outdated = False
+        state.loading = self.load_async and count > 0
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
         if not count:
@@ -139,6 +141,8 @@ class SchedulerHalf:
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
             written = (state.request.num_computed_tokens + num_scheduled) // block_tokens
             full = min(written, len(state.request.block_hashes))
+            # Fewer are computed than before when a load failed, and what was computed on top of it.
+            state.num_offered = min(state.num_offered, state.request.num_computed_tokens // block_tokens)
             if full > state.num_offered:
                 if not state.outdated:
                     hashes += state.request.block_hashes[state.num_offered : full]
@@ -193,19 +197,29 @@ class SchedulerHalf:
                     continue
                 transfer = self.in_flight[number]
                 transfer.ranks += ranks
-                transfer.failed |= failed
+                if failed and not transfer.failed:
+                    transfer.failed = True
+                    self.failed(transfer)
                 if transfer.ranks == self.shape.num_ranks:
                     del self.in_flight[number]
                     self.finish(transfer)
+
+    def failed(self, transfer):
+        """One rank could not do it. What it was to load is forgotten: vLLM asks again at once, and must not find it."""
+        if transfer.request_id is None:
+            return
+        self.index.discard(as_keys(transfer.hashes))
+        self.evicted(transfer.slots)
+        if not self.load_async:  # steps that ran on garbage are being saved; which of the saves, vLLM does not tell
+            for other in self.in_flight.values():
+                if other.request_id is None:
+                    self.index.discard(as_keys(other.hashes))
 
     def finish(self, transfer):
         if transfer.request_id is not None:
             self.index.release(transfer.slots)
             if transfer.request_id in self.requests and self.load_async:
                 self.landed.add(transfer.request_id)
-            if transfer.failed:  # vLLM asks again at once, and must not find them
-                self.index.discard(as_keys(transfer.hashes))
-                self.evicted(transfer.slots)
             return
         self.writing.difference_update(transfer.hashes)
         if transfer.failed:

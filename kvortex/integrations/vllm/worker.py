@@ -4,6 +4,7 @@ It does what the scheduler's half decided and reports what ended. What it must n
 are marked, and `verify` is their judge.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -110,9 +111,10 @@ class WorkerHalf:
         """Before the forward: it may overwrite blocks that are being copied."""
         for number in step.fences:
             if number in self.running:
-                self.compute.wait_for(self.running[number].job)  # the wait after a save
+                self.order(self.running[number])  # the wait after a save
         for load in [load for load in self.waiting if load.transfer.number in step.fences]:
             self.waiting.remove(load)  # aborted, its blocks are another's: vLLM 0.15 does not wait for us
+            self.aborted.discard(load.request_id)
             self.report.done[load.transfer.number] = 1
 
     def start_loads(self, step):
@@ -121,11 +123,11 @@ class WorkerHalf:
                 self.waiting.append(load)
             else:
                 while not self.start_load(load):
-                    next(running for running in self.running.values() if running.load).job.wait()
+                    self.order(next(running for running in self.running.values() if running.load))
                     self.collect()
                 running = self.running.get(load.transfer.number)
                 if running is not None:
-                    self.compute.wait_for(running.job)  # the wait after a load
+                    self.order(running)  # the wait after a load
                     self.capture(running)
         self.start_waiting()
 
@@ -163,12 +165,17 @@ class WorkerHalf:
         running = self.running[step.save.number] = Running(job, step.save, None, time.perf_counter())
         self.capture(running)
 
+    def order(self, running):
+        """Let vLLM's next work come after this transfer; one that failed is over, and `collect` says so."""
+        with contextlib.suppress(DriverError):
+            self.compute.wait_for(running.job)
+
     def submit(self, queue, transfer):
         return queue.submit(self.layout, transfer.block_ids, self.pool, transfer.slots, stream=self.compute.stream)
 
     def collect(self, finished_request_ids=()):
         """Note which copies are over."""
-        if not self.reports_aborted_loads:
+        if not self.reports_aborted_loads and self.options.load_async:
             loading = {load.request_id for load in self.waiting}
             loading.update(running.load.request_id for running in self.running.values() if running.load)
             self.aborted |= loading & set(finished_request_ids)
@@ -214,7 +221,8 @@ class WorkerHalf:
         self.report.failed[transfer.number] = 1
         self.count(transfers_failed=1)
         if load is not None:
-            self.load_errors.update(transfer.block_ids.tolist())
+            if load.request_id not in self.aborted:  # otherwise they are another's by now
+                self.load_errors.update(transfer.block_ids.tolist())
             self.landed(load)
 
     def landed(self, load):
@@ -261,7 +269,8 @@ class WorkerHalf:
     def drain(self):
         """Wait for every copy in flight: the memory they use is about to go."""
         for running in self.running.values():
-            running.job.wait()
+            with contextlib.suppress(DriverError):
+                running.job.wait()
 
     def close(self):
         for part in (self.saver, self.loader, self.pool, self.device):
