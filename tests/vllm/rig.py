@@ -385,7 +385,8 @@ class Rig:
         """Nothing was read wrong, and nothing is left pinned, being written, or in flight."""
         half = self.half
         assert self.wrong_tokens == 0, f"{self.wrong_tokens} of {self.read_tokens} tokens were read wrong"
-        assert not half.in_flight and not half.requests and not half.writing and not half.loads and not half.landed
+        assert not half.in_flight and not half.requests and not half.writing and not half.loads
+        assert not half.landed and not half.loading
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
         for worker in self.workers:
             part = worker.worker

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 import pytest
 from vllm.v1.request import RequestStatus
 
-from kvortex.integrations.vllm.scheduler import as_keys
-
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 
 

@@ -320,6 +320,18 @@ def test_blocks_being_loaded_are_not_evicted(make_rig, prompt, host):
     rig.require_clean()
 
 
+def test_requests_that_load_never_fill_the_device_so_that_none_can_go_on(make_rig, prompt):
+    rig = make_rig(num_blocks=29, num_slots=200)
+    for name in "abc":
+        rig.serve(name, prompt(name, 224))
+    rig.forget_device()
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 224) + prompt("q" + name, 30))  # 14 of 28 blocks by a load, then 16
+    rig.run()
+    assert [rig.computed_at_first[name + " again"] for name in "abc"] == [224, 224, 224]
+    rig.require_clean()
+
+
 # ---- forgetting ------------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,6 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
-    loading: bool = False  # it waits for a load between steps
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
 
 
@@ -59,7 +58,8 @@ class SchedulerHalf:
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
-        self.landed, self.idle = set(), False  # requests whose load is over and that wait to be scheduled
+        self.loading = {}  # requests between the start of their load and their next step -> blocks they need by then
+        self.landed, self.idle = set(), False  # those of them whose load is over
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
@@ -79,9 +79,10 @@ class SchedulerHalf:
         Changes nothing in the index. None instead of a number asks vLLM to go on with the next request and to ask again
         in the next step: the next block is just being saved, and waiting for it costs less than computing it; or
         nothing ran in the last step though a load has landed, which vLLM would not look at behind a request that finds
-        no free blocks.
+        no free blocks; or requests that load would fill the device, and then none of them finds a block to go on.
         """
-        self.landed.discard(request.request_id)  # its load failed, and it starts anew
+        self.landed.discard(request.request_id)
+        self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
         if self.idle and self.landed:
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
@@ -92,8 +93,17 @@ class SchedulerHalf:
         _, leading = self.index.lookup(as_keys(hashes))
         if leading < len(hashes) and hashes[leading] in self.writing:
             return None, False
+        load_async = self.load_async and leading > 0
+        if load_async and self.loading:
+            needed = sum(self.loading.values()) + self.blocks_to_go_on(request)
+            if needed >= self.shape.num_device_blocks:  # one of them is vLLM's null block
+                return None, False
         self.matches[request.request_id] = first
-        return leading * self.shape.block_tokens, self.load_async and leading > 0
+        return leading * self.shape.block_tokens, load_async
+
+    def blocks_to_go_on(self, request):
+        """Device blocks for all tokens of a request and the next one."""
+        return request.num_tokens // self.shape.block_tokens + 1
 
     def allocated(self, request, block_ids, num_external_tokens):
         """Note the device blocks of a request, and start loading `num_external_tokens` into them.
@@ -105,9 +115,10 @@ class SchedulerHalf:
         first = self.matches.pop(request.request_id, 0)
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
-        if not state.loading:  # it starts anew; otherwise it goes on with what was loaded
+        if self.loading.pop(request.request_id, None) is None:  # otherwise it goes on with what was loaded
             state.outdated = False
-        state.loading = self.load_async and count > 0
+        if self.load_async and count:
+            self.loading[request.request_id] = self.blocks_to_go_on(request)
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
         if not count:
@@ -236,6 +247,7 @@ class SchedulerHalf:
         """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
         self.matches.pop(request.request_id, None)
         self.landed.discard(request.request_id)
+        self.loading.pop(request.request_id, None)
         state = self.requests.pop(request.request_id, None)
         if state is not None and state.num_offered:
             self.index.touch(as_keys(request.block_hashes[: state.num_offered]))
