@@ -5,6 +5,8 @@
 #   TESTS="a b"         what `test` and `soak` run                (tests)
 #   MUTANTS=a,b         which mutants `test-mutants` runs         (all)
 #   BASELINES=dir       where `bench-baseline` stores             (.benchmarks)
+#   PYTHON_VLLM=path    a Python 3.11, which vLLM's tests need    (python3.11)
+#   VLLM_VENVS=dir      where `test-vllm` makes its environments  (.venv-vllm)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,6 +14,8 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 MUTANTS ?=
 BASELINES ?= .benchmarks
+PYTHON_VLLM ?= python3.11
+VLLM_VENVS ?= .venv-vllm
 
 export PYTHONPATH := $(CURDIR)
 
@@ -31,7 +35,7 @@ export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu test-mutants soak bench bench-gpu bench-baseline bench-compare
+.PHONY: help build demo test test-gpu test-mutants test-vllm test-vllm-all soak bench bench-gpu bench-baseline bench-compare
 .PHONY: lint sanitize coverage annotate clean debug
 .NOTPARALLEL:
 
@@ -67,6 +71,23 @@ test-gpu: build  ## the same behaviours on an NVIDIA GPU; fails where there is n
 
 test-mutants: build  ## take out one protection at a time; the tests it names must turn red
 	$(PY) tests/mutants/run.py $(if $(MUTANTS),--only $(MUTANTS))
+
+# A vLLM brings its own torch, hence an environment for each, made once: minutes, and gigabytes of disk. CPU only.
+# The compiled modules are those of `build` where that is a Python 3.11 too, and stand beside them where it is not.
+RUN_VLLM = \
+	.ci/vllm-env $(PYTHON_VLLM) $(1) $(VLLM_VENVS)/$(1) && \
+	$(VLLM_VENVS)/$(1)/bin/python setup.py -q build_ext --inplace && \
+	PYTHONHASHSEED=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
+	OMP_NUM_THREADS=2 $(VLLM_VENVS)/$(1)/bin/python -m pytest tests/vllm $(2) $(PYTEST_ARGS)
+
+test-vllm:  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each
+	@.ci/system-packages $(PYTHON_VLLM)
+	$(call RUN_VLLM,0.15.1)
+	$(call RUN_VLLM,0.32.0)
+
+test-vllm-all: test-vllm  ## in 0.26 and 0.33 as well, where only the scheduler runs
+	$(call RUN_VLLM,0.26.0,--ignore=tests/vllm/test_engine.py)
+	$(call RUN_VLLM,0.33.0,--ignore=tests/vllm/test_engine.py)
 
 soak: build  ## the tests at full counts (hours)
 	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)

@@ -1,27 +1,38 @@
 """A real vLLM scheduler, real connector halves, and a model that is nothing but its KV.
 
-The KV of a token is a number made of all tokens up to it. Before a forward, the rig reads the KV of every token that
-the scheduler counts as computed, as attention would, and counts what differs: a block loaded into the wrong place, too
-late, from a stale slot, or overwritten too early. What a forward writes, and the token it samples, comes from there as
-well.
+The KV of a token is a number made of all tokens up to it and of the weights, which `Rig.reset` exchanges. Before a
+forward, the rig reads the KV of every token that the scheduler counts as computed, as attention would, and counts what
+differs: a block loaded into the wrong place, too late, from a stale slot, or overwritten too early. A forward that read
+something wrong writes something wrong, in every rank, so that an error spreads as it would. Only reading a block whose
+load was reported as failed is no fault, because vLLM computes that request again.
 """
 
 import copy
 import inspect
 import pickle
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from vllm import SamplingParams
-from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.config import (
+    CacheConfig,
+    DeviceConfig,
+    KVEventsConfig,
+    KVTransferConfig,
+    ModelConfig,
+    SchedulerConfig,
+    VllmConfig,
+)
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -29,7 +40,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 TINY = Path(__file__).parent / "tiny"
 BLOCK_TOKENS, NUM_LAYERS = 16, 2
 SLOT_BYTES = 4096  # a block has 512 bytes, and a slot a page
+POISON = -1.0
 HAS_WORKER_METADATA = hasattr(KVConnectorBase_V1, "build_connector_worker_meta")
+HAS_TRANSFER_RESULTS = hasattr(KVConnectorBase_V1, "get_transfer_results")  # 0.32: empty steps too wait for saves
 
 
 def known(function, **arguments):
@@ -49,13 +62,23 @@ class Rig:
     load_async : bool
     num_ranks : int, default 1
         Worker halves, each with a cache of its own.
-    scheduler_class, policy : optional
+    pipelined : bool, default False
+        Asynchronous scheduling: a step is scheduled and runs before the scheduler has heard of the one before.
+    failure_policy : str, default "recompute"
+        Of vLLM, for loads that failed.
     extra : dict, optional
         More options of the connector.
+    events : bool, default False
+        Whether vLLM publishes KV events; then they are in `events`.
+    num_groups : int, default 1
+        KV cache groups; with two, half of the layers have a window.
+    hash_function : callable, default sha256
+        Makes vLLM's block hashes.
     """
 
     def __init__(self, *, num_blocks=67, num_slots=64, load_async=True, num_ranks=1, max_tokens=128, max_seqs=8,
-                 failure_policy="recompute", scheduler_class=Scheduler, extra=None, events=None):  # fmt: skip
+                 pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
+                 hash_function=sha256):  # fmt: skip
         model = ModelConfig(model=str(TINY), skip_tokenizer_init=True, dtype="float32", seed=0)
         scheduling = SchedulerConfig(
             **known(
@@ -77,19 +100,30 @@ class Rig:
         )  # fmt: skip
         config = VllmConfig(
             model_config=model, scheduler_config=scheduling, cache_config=caching, kv_transfer_config=transfer,
-            device_config=DeviceConfig("cpu"), **({"kv_events_config": events} if events else {}),
+            device_config=DeviceConfig("cpu"),
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null") if events else None,
         )  # fmt: skip
+        config.scheduler_config.async_scheduling = pipelined
+        config.scheduler_config.disable_hybrid_kv_cache_manager = num_groups == 1
         config.cache_config.num_gpu_blocks = num_blocks
         spec = FullAttentionSpec(
             **known(FullAttentionSpec, block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
         )
         layers = [f"layer{number}" for number in range(NUM_LAYERS)]
-        cache_config = KVCacheConfig(
-            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(layers, spec)]
-        )
-        init_none_hash(sha256)
+        window = SlidingWindowSpec(
+            **known(
+                SlidingWindowSpec, block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32,
+                sliding_window=2048,
+            )
+        )  # fmt: skip
+        specs = [spec, window][:num_groups]  # vLLM makes one group of layers that are alike
+        groups = [KVCacheGroupSpec(layers[at::num_groups], spec) for at, spec in enumerate(specs)]
+        cache_config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+        init_none_hash(hash_function)
+        self.hash_blocks = get_request_block_hasher(BLOCK_TOKENS, hash_function)
         config.parallel_config.tensor_parallel_size = num_ranks  # of the connector; nobody starts other processes
-        self.scheduler = scheduler_class(
+        self.config, self.cache_config = config, cache_config
+        self.scheduler = (AsyncScheduler if pipelined else Scheduler)(
             vllm_config=config, kv_cache_config=cache_config, log_stats=True, block_size=BLOCK_TOKENS,
             structured_output_manager=StructuredOutputManager(config),
         )  # fmt: skip
@@ -102,17 +136,29 @@ class Rig:
             self.workers.append(worker)
             self.caches.append(cache)
         self.aggregator = KVOutputAggregator(num_ranks)
-        self.tables, self.wrong_tokens, self.read_tokens = {}, 0, 0
-        self.loaded_tokens, self.outputs, self.num_steps = {}, {}, 0
+        self.pipelined, self.pending = pipelined, []  # steps that ran and of which the scheduler has not heard
+        self.requests, self.tables, self.known, self.truths = {}, {}, {}, {}
+        self.epoch, self.failed_blocks = 0, [set() for _ in self.workers]
+        self.wrong_tokens = self.read_tokens = self.num_steps = 0
+        self.computed_at_first = {}  # tokens that a request found computed when it ran for the first time
+        self.events, self.stats = [], []
+        if events:
+            self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
+
+    @property
+    def half(self):
+        """The connector's half in the scheduler."""
+        return self.connector.scheduler
 
     @property
     def index(self):
-        return self.connector.scheduler.index
+        return self.half.index
 
     # ---- requests ----------------------------------------------------------------------------------------------------
 
-    def add(self, request_id, tokens, max_tokens=2):
-        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    def add(self, request_id, tokens, max_tokens=2, **more):
+        """A new request; `more` goes to vLLM's `Request`."""
+        parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **more.pop("sampling", {}))
         try:
             parameters.update_from_generation_config({}, 2)
         except TypeError:
@@ -120,54 +166,90 @@ class Rig:
         request = Request(
             **known(
                 Request.__init__, request_id=request_id, prompt_token_ids=list(tokens), sampling_params=parameters,
-                pooling_params=None, eos_token_id=2, block_hasher=get_request_block_hasher(BLOCK_TOKENS, sha256),
-            )
+                pooling_params=None, eos_token_id=2, block_hasher=self.hash_blocks,
+            ),
+            **more,
         )  # fmt: skip
+        self.requests[request_id], self.truths[request_id] = request, Truth(tokens)
         self.scheduler.add_request(request)
         return request
 
     def abort(self, request_id):
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
-    def run(self, most=400):
-        """Step until nothing is left to do, and the last copies have been reported."""
-        for _ in range(most):
-            if not self.scheduler.requests and not self.connector.scheduler.in_flight:
-                return
-            self.step()
-        raise AssertionError(f"not done after {most} steps: {list(self.scheduler.requests)}")
+    def outputs(self, request_id):
+        """The tokens that vLLM has for this request beyond its prompt."""
+        return list(self.requests[request_id].output_token_ids)
 
-    def reset_device(self):
+    def run(self, most_s=20):
+        """Step until nothing is left to do, and the last copies have been reported."""
+        end = time.monotonic() + most_s
+        while time.monotonic() < end:
+            if not self.scheduler.requests:
+                while self.pending:
+                    self.update()
+                if not (self.half and self.half.in_flight):
+                    return
+            self.step()
+        raise AssertionError(f"not done after {most_s} s: {list(self.scheduler.requests)}")
+
+    def serve(self, request_id, tokens, max_tokens=2, **more):
+        """One request from its arrival to its last copy; the tokens that it found computed."""
+        self.add(request_id, tokens, max_tokens, **more)
+        self.run()
+        return self.computed_at_first[request_id]
+
+    def forget_device(self):
         """Empty the device's prefix cache, so that only the connector can hit."""
         self.run()
         assert self.scheduler.reset_prefix_cache()
+
+    def reset(self):
+        """New weights: all that was computed is to be forgotten. False if vLLM cannot, because a request is loading."""
+        while self.pending:
+            self.update()
+        try:
+            done = self.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        except RuntimeError:
+            return False
+        self.epoch += done
+        return done
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 
     def step(self):
         """What engine core and model runner do, in this version's order."""
-        return self.update(self.launch())
+        self.pending.append(self.launch())
+        if not self.pending[-1][0].num_scheduled_tokens:
+            time.sleep(0.0002)  # an engine would not be this fast to ask again
+        if not self.pipelined or len(self.pending) > 1 or not self.pending[0][0].num_scheduled_tokens:
+            self.update()
 
     def launch(self):
         """Schedule, run the forward, and let the workers' halves do their part."""
         output = self.scheduler.schedule()
         self.num_steps += 1
         self.take_tables(output)
-        sampled, results = {}, []
-        for worker, cache in zip(self.workers, self.caches, strict=True):
+        late = not getattr(output, "has_sync_kv_loads", True)  # loads may start after the forward
+        for worker in self.workers:
             step = pickle.loads(pickle.dumps(output.kv_connector_metadata))
             if "kv_connector_metadata" in inspect.signature(worker.handle_preemptions).parameters:
                 worker.handle_preemptions(step)
             elif output.preempted_req_ids:
                 worker.handle_preemptions(output.preempted_req_ids)
             worker.bind_connector_metadata(step)
-            late = not getattr(output, "has_sync_kv_loads", True)
             if not late:
                 worker.start_load_kv(None)
-            sampled = self.forward(output, cache)
+        for load in getattr(output.kv_connector_metadata, "loads", ()):
+            for failed in self.failed_blocks:
+                failed.difference_update(load.transfer.block_ids.tolist())
+        runs = self.runs(output)
+        wrong = self.forward(runs)
+        results = []
+        for worker in self.workers:
             if late:
                 worker.start_load_kv(None)
-            if output.num_scheduled_tokens or late:
+            if output.num_scheduled_tokens or HAS_TRANSFER_RESULTS:
                 worker.wait_for_save()
             result = KVConnectorOutput()
             result.finished_sending, result.finished_recving = worker.get_finished(output.finished_req_ids)
@@ -177,10 +259,12 @@ class Rig:
                 result.kv_connector_worker_meta = worker.build_connector_worker_meta()
             worker.clear_connector_metadata()
             results.append(pickle.loads(pickle.dumps(result)))
-        return output, sampled, results
+        self.settle(runs, wrong, set().union(*(result.invalid_block_ids for result in results)))
+        return output, self.sample(runs), results
 
-    def update(self, launched):
-        output, sampled, results = launched
+    def update(self):
+        """Let the scheduler hear of the oldest step it has not heard of."""
+        output, sampled, results = self.pending.pop(0)
         ids = list(output.num_scheduled_tokens)
         runner_outputs = [
             ModelRunnerOutput(
@@ -196,56 +280,118 @@ class Rig:
         if whole.kv_connector_output.is_empty() and not ids:
             whole = copy.copy(whole)
             whole.kv_connector_output = None
-        self.scheduler.update_from_output(output, whole)
-        return output
+        outputs = self.scheduler.update_from_output(output, whole)
+        self.stats += [
+            one.scheduler_stats.kv_connector_stats
+            for one in outputs.values()
+            if one.scheduler_stats and one.scheduler_stats.kv_connector_stats
+        ]
 
     def take_tables(self, output):
-        """The block tables, as a model runner keeps them."""
-        for new in output.scheduled_new_reqs:
-            self.tables[new.req_id] = list(new.block_ids[0])
-            self.loaded_tokens.setdefault(new.req_id, new.num_computed_tokens)
+        """Block tables and token counts, as a model runner keeps them."""
         cached = output.scheduled_cached_reqs
-        for name, ids in zip(cached.req_ids, cached.new_block_ids, strict=True):
+        anew = [(new.req_id, new.block_ids[0]) for new in output.scheduled_new_reqs]
+        for name, ids, num_outputs in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_output_tokens, strict=True
+        ):  # fmt: skip
+            # Fewer than the runner knows: the scheduler has dropped what was sampled on top of a failed load.
+            self.known[name] = min(self.known[name], self.requests[name].num_prompt_tokens + num_outputs)
             if name in cached.resumed_req_ids:
-                self.tables[name] = list(ids[0])
+                anew.append((name, ids[0]))
             elif ids is not None:
                 self.tables[name] += ids[0]
+        for name, ids in anew:
+            self.tables[name], self.known[name] = list(ids), self.requests[name].num_tokens
+        for new in output.scheduled_new_reqs:
+            self.computed_at_first.setdefault(new.req_id, new.num_computed_tokens)
 
-    def forward(self, output, cache):
-        """Read what is computed, write what is scheduled, sample where the last token was."""
+    def runs(self, output):
+        """Per request scheduled: its name, the tokens computed before and after this step."""
         computed = {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        runs = [(name, computed[name], computed[name] + count) for name, count in output.num_scheduled_tokens.items()]
+        for name, _, after in runs:
+            assert after <= self.known[name] and len(self.tables[name]) * BLOCK_TOKENS >= after
+            truth = self.truths[name].tokens
+            assert list(self.requests[name].all_token_ids) == truth[: self.requests[name].num_tokens]
+        return runs
+
+    def kv(self, name, first, last, plane):
+        """What the KV of these tokens must be, in one layer and part; exact in float32."""
+        return self.truths[name].states(last)[first:last] + ((self.epoch % 8 << 20) + plane)
+
+    def forward(self, runs):
+        """Write what is scheduled, read what is computed; per rank the names of the requests that found it wrong.
+
+        Written comes first, as in every layer of a model: a request may read blocks that another one computes in the
+        same step.
+        """
+        poisoned, found = None, set()
+        while poisoned != found:  # once more where poison has been written, because others may read that
+            poisoned = found
+            for cache in self.caches:
+                self.write(cache, runs, poisoned)
+            wrong = [self.read(cache, runs) for cache in self.caches]
+            found = set().union(*wrong)
+        self.read_tokens += sum(before for _, before, _ in runs) * len(self.caches)
+        return wrong
+
+    def read(self, cache, runs):
+        """Read what is computed, as attention does; names of the requests that found something else."""
+        return {
+            name
+            for name, before, _ in runs
+            for plane, tensor in enumerate(planes(cache))
+            if not np.array_equal(tensor[self.tables[name]].reshape(-1)[:before], self.kv(name, 0, before, plane))
+        }
+
+    def write(self, cache, runs, poisoned):
+        """Write what is scheduled."""
+        for name, before, after in runs:
+            for plane, tensor in enumerate(planes(cache)):
+                at = np.arange(before, after)
+                blocks = np.asarray(self.tables[name])[at // BLOCK_TOKENS]
+                tensor[blocks, at % BLOCK_TOKENS] = POISON if name in poisoned else self.kv(name, before, after, plane)
+
+    def settle(self, runs, wrong, invalid):
+        """Count tokens read wrong, except where a load was reported as failed: there vLLM computes anew."""
+        for failed, names in zip(self.failed_blocks, wrong, strict=True):
+            failed |= invalid
+            for name, before, after in runs:
+                table = self.tables[name]
+                written = set(table[before // BLOCK_TOKENS : -(-after // BLOCK_TOKENS)])
+                if name not in names:
+                    if before % BLOCK_TOKENS == 0:
+                        failed -= written
+                elif failed.intersection(table[: -(-before // BLOCK_TOKENS)]):
+                    failed |= written
+                else:
+                    self.wrong_tokens += before
+
+    def sample(self, runs):
+        """A token wherever the last one known was computed."""
         sampled = {}
-        for name, count in output.num_scheduled_tokens.items():
-            request, table = self.scheduler.requests[name], self.tables[name]
-            tokens = request.all_token_ids
-            expected = kv_of(tokens)
-            before, after = computed[name], computed[name] + count
-            assert after <= len(tokens) and len(table) * BLOCK_TOKENS >= after
-            for layer, tensor in enumerate(cache.values()):
-                for part in range(2):
-                    rows = tensor[part, table].reshape(-1)
-                    wrong = (rows[:before] != torch.from_numpy(expected[:before] + layer * 2 + part)).sum()
-                    self.wrong_tokens += int(wrong)
-                    rows[before:after] = torch.from_numpy(expected[before:after] + layer * 2 + part)
-                    first, last = before // BLOCK_TOKENS, -(-after // BLOCK_TOKENS)
-                    tensor[part, table[first:last]] = rows.reshape(-1, BLOCK_TOKENS, 1, 1)[first:last]
-            self.read_tokens += before
-            sampled[name] = [int(expected[after - 1]) % 997 + 3] if after == len(tokens) else []
-            self.outputs.setdefault(name, []).extend(sampled[name])
+        for name, _, after in runs:
+            sampled[name] = []
+            if after == self.known[name]:
+                sampled[name].append(self.truths[name].token_after(after))
+                self.known[name] += 1
         return sampled
 
     # ---- end ---------------------------------------------------------------------------------------------------------
 
     def require_clean(self):
-        """Nothing is left pinned, being written, or in flight."""
-        half = self.connector.scheduler
+        """Nothing was read wrong, and nothing is left pinned, being written, or in flight."""
+        half = self.half
         assert self.wrong_tokens == 0, f"{self.wrong_tokens} of {self.read_tokens} tokens were read wrong"
         assert not half.in_flight and not half.requests and not half.writing and not half.loads
+        assert not half.landed and not half.loading
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
         for worker in self.workers:
-            assert not worker.worker.running and not worker.worker.aborted
+            part = worker.worker
+            assert not part.running and not part.aborted and not part.received
+            assert not part.load_errors
 
     def close(self):
         for worker in self.workers:
@@ -253,10 +399,27 @@ class Rig:
         self.scheduler.shutdown()
 
 
-def kv_of(tokens):
-    """A number for each token, made of all tokens up to it; exact in float32."""
-    state, found = 17, np.empty(len(tokens), dtype=np.float32)
-    for at, token in enumerate(tokens):
-        state = (state * 1000003 + token + 1) & 0x7FFFFF
-        found[at] = state
-    return found
+class Truth:
+    """The tokens that a prompt is bound to lead to, and a number for each made of all tokens up to it."""
+
+    def __init__(self, prompt):
+        self.tokens, self.state, self.numbers = list(prompt), 17, []
+
+    def states(self, count):
+        for token in self.tokens[len(self.numbers) : count]:
+            self.state = (self.state * 1000003 + token + 1) & 0xFFFFF
+            self.numbers.append(self.state)
+        return np.asarray(self.numbers[:count], dtype=np.float32)
+
+    def token_after(self, count):
+        token = int(self.states(count)[-1]) % 997 + 3
+        if len(self.tokens) == count:
+            self.tokens.append(token)
+        return token
+
+
+def planes(cache):
+    """Each layer's keys and values as (block, token) arrays."""
+    for tensor in cache.values():
+        for part in tensor:
+            yield part.numpy().reshape(len(part), BLOCK_TOKENS)

@@ -22,7 +22,7 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
-    outdated: bool = False  # computed before a reset: its blocks must not be kept
+    outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
 
 
 @dataclass
@@ -58,7 +58,8 @@ class SchedulerHalf:
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
-        self.landed, self.idle = set(), False  # requests whose load is over and that wait to be scheduled
+        self.loading = {}  # requests between the start of their load and their next step -> blocks they need by then
+        self.landed, self.idle = set(), False  # those of them whose load is over
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
@@ -78,9 +79,11 @@ class SchedulerHalf:
         Changes nothing in the index. None instead of a number asks vLLM to go on with the next request and to ask again
         in the next step: the next block is just being saved, and waiting for it costs less than computing it; or
         nothing ran in the last step though a load has landed, which vLLM would not look at behind a request that finds
-        no free blocks.
+        no free blocks; or requests that load would fill the device, and then none of them finds a block to go on.
         """
-        if self.idle and self.landed - {request.request_id}:
+        self.landed.discard(request.request_id)
+        self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
+        if self.idle and self.landed:
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -90,18 +93,32 @@ class SchedulerHalf:
         _, leading = self.index.lookup(as_keys(hashes))
         if leading < len(hashes) and hashes[leading] in self.writing:
             return None, False
+        load_async = self.load_async and leading > 0
+        if load_async and self.loading:
+            needed = sum(self.loading.values()) + self.blocks_to_go_on(request)
+            if needed >= self.shape.num_device_blocks:  # one of them is vLLM's null block
+                return None, False
         self.matches[request.request_id] = first
-        return leading * self.shape.block_tokens, self.load_async and leading > 0
+        return leading * self.shape.block_tokens, load_async
+
+    def blocks_to_go_on(self, request):
+        """Device blocks for all tokens of a request and the next one."""
+        return request.num_tokens // self.shape.block_tokens + 1
 
     def allocated(self, request, block_ids, num_external_tokens):
         """Note the device blocks of a request, and start loading `num_external_tokens` into them.
 
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
-        self.requests.setdefault(request.request_id, RequestState(request)).request = request
+        state = self.requests.setdefault(request.request_id, RequestState(request))
+        state.request = request
         first = self.matches.pop(request.request_id, 0)
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
+        if self.loading.pop(request.request_id, None) is None:  # otherwise it goes on with what was loaded
+            state.outdated = False
+        if self.load_async and count:
+            self.loading[request.request_id] = self.blocks_to_go_on(request)
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
         if not count:
@@ -135,6 +152,8 @@ class SchedulerHalf:
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
             written = (state.request.num_computed_tokens + num_scheduled) // block_tokens
             full = min(written, len(state.request.block_hashes))
+            # Fewer are computed than before when a load failed, and what was computed on top of it.
+            state.num_offered = min(state.num_offered, state.request.num_computed_tokens // block_tokens)
             if full > state.num_offered:
                 if not state.outdated:
                     hashes += state.request.block_hashes[state.num_offered : full]
@@ -151,8 +170,6 @@ class SchedulerHalf:
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
-        if state.block_ids:
-            state.outdated = False
         state.block_ids, state.num_offered = list(block_ids), 0
         self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
 
@@ -193,19 +210,29 @@ class SchedulerHalf:
                     continue
                 transfer = self.in_flight[number]
                 transfer.ranks += ranks
-                transfer.failed |= failed
+                if failed and not transfer.failed:
+                    transfer.failed = True
+                    self.failed(transfer)
                 if transfer.ranks == self.shape.num_ranks:
                     del self.in_flight[number]
                     self.finish(transfer)
+
+    def failed(self, transfer):
+        """One rank could not do it. What it was to load is forgotten: vLLM asks again at once, and must not find it."""
+        if transfer.request_id is None:
+            return
+        self.index.discard(as_keys(transfer.hashes))
+        self.evicted(transfer.slots)
+        if not self.load_async:  # steps that ran on garbage are being saved; which of the saves, vLLM does not tell
+            for other in self.in_flight.values():
+                if other.request_id is None:
+                    self.index.discard(as_keys(other.hashes))
 
     def finish(self, transfer):
         if transfer.request_id is not None:
             self.index.release(transfer.slots)
             if transfer.request_id in self.requests and self.load_async:
                 self.landed.add(transfer.request_id)
-            if transfer.failed:  # vLLM asks again at once, and must not find them
-                self.index.discard(as_keys(transfer.hashes))
-                self.evicted(transfer.slots)
             return
         self.writing.difference_update(transfer.hashes)
         if transfer.failed:
@@ -222,6 +249,7 @@ class SchedulerHalf:
         """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
         self.matches.pop(request.request_id, None)
         self.landed.discard(request.request_id)
+        self.loading.pop(request.request_id, None)
         state = self.requests.pop(request.request_id, None)
         if state is not None and state.num_offered:
             self.index.touch(as_keys(request.block_hashes[: state.num_offered]))

@@ -4,6 +4,7 @@ It does what the scheduler's half decided and reports what ended. What it must n
 are marked, and `verify` is their judge.
 """
 
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -145,8 +146,7 @@ class WorkerHalf:
         for number in step.fences:
             running = self.running.get(number)
             if running is not None:
-                for job in running.jobs:
-                    self.compute.wait_for(job)  # the wait after a save
+                self.order(running)  # the wait after a save
                 if not running.is_submitted:  # aborted, its blocks are another's: vLLM 0.15 does not wait for us
                     running.transfer = cut(running.transfer, 0, running.submitted)
                 self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
@@ -159,10 +159,9 @@ class WorkerHalf:
             running = self.running[load.transfer.number] = Running(load.transfer, load)
             if not step.load_async:
                 while not self.submit_slice(running, len(load.transfer.slots)):
-                    next(other for other in self.running.values() if other.load and other.jobs).jobs[0].wait()
+                    self.await_jobs(next(other for other in self.running.values() if other.load and other.jobs))
                     self.retire()
-                for job in running.jobs:
-                    self.compute.wait_for(job)  # the wait after a load
+                self.order(running)  # the wait after a load
                 self.capture(running)
 
     def start_save(self, step):
@@ -186,7 +185,7 @@ class WorkerHalf:
     def collect(self, finished_request_ids, has_forward):
         """After the forward was launched: submit loads while it runs, and note which copies are over."""
         loads = [running for running in self.running.values() if running.load]
-        if not self.reports_aborted_loads:
+        if not self.reports_aborted_loads and self.options.load_async:
             self.aborted |= {running.load.request_id for running in loads} & set(finished_request_ids)
         deadline = time.perf_counter() + SUBMITTING_SHARE * self.step_seconds
         for running in loads:
@@ -213,6 +212,17 @@ class WorkerHalf:
         running.submitted += len(part.slots)
         return True
 
+    def order(self, running):
+        """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
+        for job in running.jobs:
+            with contextlib.suppress(DriverError):
+                self.compute.wait_for(job)
+
+    def await_jobs(self, running):
+        for job in running.jobs:
+            with contextlib.suppress(DriverError):
+                job.wait()
+
     def submit(self, queue, transfer, stream):
         return queue.submit(self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream)
 
@@ -238,7 +248,7 @@ class WorkerHalf:
         self.has_failed = True
         running.submitted = len(running.transfer.slots)
         self.count(transfers_failed=1)
-        if running.load is not None:
+        if running.load is not None and running.load.request_id not in self.aborted:  # else they are another's by now
             self.load_errors.update(running.load.transfer.block_ids.tolist())
         self.end(running, self.report.failed)
 
@@ -307,8 +317,7 @@ class WorkerHalf:
     def drain(self):
         """Wait for every copy in flight: the memory they use is about to go."""
         for running in self.running.values():
-            for job in running.jobs:
-                job.wait()
+            self.await_jobs(running)
 
     def close(self):
         for part in (self.verifier, self.saver, self.loader, self.compute, self.pool, self.device):

@@ -1,0 +1,216 @@
+"""Copies that the driver refuses, and more copies than there are jobs: a miss, never a wrong token, never a leak."""
+
+from contextlib import contextmanager
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
+
+
+@contextmanager
+def refused(host, rig, direction, rank=0):
+    """Let the driver refuse every save or every load of one rank; yields the list of those."""
+    part = rig.workers[rank].worker
+    submit, seen = part.submit, []
+
+    def submit_refused(queue, transfer, stream):
+        if queue.direction == direction:
+            seen.append(transfer)
+            host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
+        return submit(queue, transfer, stream)
+
+    part.submit = submit_refused
+    yield seen
+    host.fail_call(0, 0)
+    del part.submit
+
+
+def summed(rig, name):
+    """A counter over all that vLLM was told."""
+    return sum((stats if isinstance(stats, dict) else stats.data).get(name, 0) for stats in rig.stats)
+
+
+# ---- loads -----------------------------------------------------------------------------------------------------------
+
+
+# Not pipelined with synchronous loads: there vLLM keeps the token that the next step sampled from the garbage.
+@pytest.mark.parametrize(
+    "load_async, pipelined", [(True, False), (True, True), (False, False)], ids=["async", "async-pipelined", "sync"]
+)
+def test_a_load_that_fails_is_computed_instead(make_rig, prompt, host, load_async, pipelined):
+    rig = make_rig(load_async=load_async, pipelined=pipelined)
+    rig.serve("first", prompt("p", 100), 10)
+    rig.forget_device()
+    with refused(host, rig, "H2D") as loads:
+        rig.serve("second", prompt("p", 100), 10)
+    assert len(loads) == 1 and summed(rig, "transfers_failed") == 1
+    assert rig.outputs("second") == rig.outputs("first")
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 96  # what was computed again has been kept again
+    rig.require_clean()
+
+
+def test_only_the_host_part_of_a_prefix_is_computed_again(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("whole", prompt("p", 161))
+    rig.forget_device()
+    rig.serve("head", prompt("p", 65))
+    with refused(host, rig, "H2D") as loads:
+        rig.serve("again", prompt("p", 161), 10)
+    assert [len(load.slots) for load in loads] == [6]
+    assert len(rig.outputs("again")) == 10
+    rig.require_clean()
+
+
+def test_several_loads_that_fail_at_once_are_all_computed(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    for name in "abc":
+        rig.serve(name, prompt(name, 50))
+    rig.forget_device()
+    with refused(host, rig, "H2D") as loads:
+        for name in "abc":
+            rig.add(name + " again", prompt(name, 50))
+        rig.run()
+    assert len(loads) == 3 and all(len(rig.outputs(name + " again")) == 2 for name in "abc")
+    rig.require_clean()
+
+
+def test_nothing_computed_on_top_of_a_failed_load_is_kept(make_rig, prompt, host):
+    rig = make_rig(load_async=False)
+    rig.serve("first", prompt("p", 40))
+    rig.forget_device()
+    with refused(host, rig, "H2D") as loads:
+        rig.serve("second", prompt("p", 110), 40)  # the step of the load computes four more blocks from its garbage
+    assert len(loads) == 1
+    rig.forget_device()
+    rig.serve("third", prompt("p", 110), 40)
+    rig.require_clean()
+
+
+def test_a_request_that_shares_a_failed_load_is_right_too(make_rig, prompt, host):
+    rig = make_rig(load_async=False, max_tokens=512)
+    rig.serve("first", prompt("p", 40))
+    rig.forget_device()
+    with refused(host, rig, "H2D"):
+        rig.add("second", prompt("p", 100), 20)
+        rig.add("third", prompt("p", 40) + prompt("q", 100), 20)
+        rig.run()
+    rig.forget_device()
+    assert rig.serve("fourth", prompt("p", 40) + prompt("q", 100)) in (0, 32, 128)
+    rig.require_clean()
+
+
+def test_a_failed_load_may_fail_its_request_where_vllm_is_told_so(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async, failure_policy="fail")
+    rig.serve("first", prompt("p", 40))
+    rig.forget_device()
+    with refused(host, rig, "H2D"):
+        rig.add("second", prompt("p", 110))
+        rig.run()
+    assert rig.requests["second"].status == RequestStatus.FINISHED_ERROR
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 110)) == 0
+    rig.require_clean()
+
+
+def test_an_aborted_load_that_fails_leaves_nothing(make_rig, prompt, host):
+    rig = make_rig(extra={"max_jobs": 1})
+    for name in "ab":
+        rig.serve(name, prompt(name, 100))
+    rig.forget_device()
+    host.hold()
+    rig.add("a again", prompt("a", 100))
+    rig.add("b again", prompt("b", 100))
+    rig.step()
+    rig.abort("b again")  # its load waits for a job, and the driver will refuse it
+    rig.step()
+    with refused(host, rig, "H2D") as loads:
+        host.release()
+        rig.run()
+    assert loads and len(rig.outputs("a again")) == 2
+    rig.require_clean()
+
+
+# ---- saves -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_save_that_fails_is_a_miss(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    with refused(host, rig, "D2H") as saves:
+        rig.serve("first", prompt("p", 100))
+    assert len(saves) == summed(rig, "transfers_failed") == 1
+    assert rig.index.num_free == 64
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 0
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_a_device_that_dies_with_copies_in_flight_serves_without_them(make_rig, prompt, host, load_async):
+    rig = make_rig(num_blocks=13, load_async=load_async)
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    rig.workers[0].worker.retire = lambda: None  # nobody asks before a fence does
+    rig.add("second", prompt("q", 40))
+    while rig.scheduler.requests:
+        rig.step()
+    host.kill(0, ILLEGAL_ADDRESS)
+    del rig.workers[0].worker.retire
+    rig.serve("third", prompt("r", 180))  # needs the blocks that are being saved
+    rig.serve("fourth", prompt("p", 100), 10)
+    assert len(rig.outputs("fourth")) == 10
+    rig.require_clean()
+
+
+# ---- more copies than jobs -------------------------------------------------------------------------------------------
+
+
+def test_saves_that_find_no_job_are_dropped_and_counted(make_rig, prompt, host):
+    rig = make_rig(extra={"max_jobs": 1})
+    host.hold()
+    for name in "abc":
+        rig.add(name, prompt(name, 40))
+        rig.step()
+    for _ in range(5):
+        rig.step()
+    assert rig.index.num_writing == 2  # the first one's; the others' are free again
+    host.release()
+    rig.run()
+    assert summed(rig, "saves_dropped") == 4 and rig.index.num_ready == 2
+    rig.require_clean()
+
+
+def test_loads_that_find_no_job_wait(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async, extra={"max_jobs": 1})
+    for name in "abc":
+        rig.serve(name, prompt(name, 40))
+    rig.forget_device()
+    host.set_delay_us(1000, 2000)
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 40))
+    rig.run()
+    assert [rig.computed_at_first[name + " again"] for name in "abc"] == [32, 32, 32]
+    rig.require_clean()
+
+
+def test_an_aborted_load_that_waits_for_a_job_never_starts_on_anothers_blocks(make_rig, prompt, host):
+    rig = make_rig(num_blocks=17, extra={"max_jobs": 1})
+    for name in "ab":
+        rig.serve(name, prompt(name, 100))
+    rig.forget_device()
+    host.hold()
+    for name in "ab":
+        rig.add(name + " again", prompt(name, 100))
+    rig.step()
+    assert [running.submitted for running in rig.workers[0].worker.running.values()] == [6, 0]
+    rig.abort("b again")
+    rig.step()
+    rig.add("other", prompt("q", 130), 10)  # vLLM 0.15 gives it the blocks of the load that waits
+    for _ in range(3):
+        rig.step()
+    host.release()
+    rig.run()
+    assert rig.computed_at_first["a again"] == 96 and len(rig.outputs("other")) == 10
+    rig.require_clean()

@@ -1,0 +1,149 @@
+"""What vLLM hears of: KV events, the log line's numbers, Prometheus."""
+
+import pickle
+import random
+
+import prometheus_client
+import pytest
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
+
+from kvortex.integrations.vllm import KVortexConnector
+from kvortex.integrations.vllm.messages import WorkerReport
+from kvortex.integrations.vllm.metrics import LEVELS, SUMS, KVortexStats
+from kvortex.integrations.vllm.scheduler import as_keys
+
+# ---- KV events -------------------------------------------------------------------------------------------------------
+
+
+def followed(events):
+    """The blocks in host memory, for somebody who knows nothing but the events."""
+    held = set()
+    for event in events:
+        if getattr(event, "medium", None) != "CPU":
+            continue  # of vLLM's own device cache
+        if isinstance(event, BlockStored):
+            assert not held & set(event.block_hashes)
+            held |= set(event.block_hashes)
+        else:
+            assert isinstance(event, BlockRemoved) and set(event.block_hashes) <= held
+            held -= set(event.block_hashes)
+    return held
+
+
+def held(rig):
+    """The blocks in host memory, as the index has them."""
+    hashes = {name for request in rig.requests.values() for name in request.block_hashes}
+    hashes = sorted(hashes)
+    found, _ = rig.index.lookup(as_keys(hashes))
+    return {maybe_convert_block_hash(name) for name, is_there in zip(hashes, found, strict=True) if is_there}
+
+
+def test_events_tell_what_is_stored(make_rig, prompt):
+    rig = make_rig(events=True)
+    rig.serve("first", prompt("p", 100))
+    assert len(followed(rig.events)) == 6 and followed(rig.events) == held(rig)
+    stored = next(event for event in rig.events if getattr(event, "medium", None) == "CPU")
+    assert stored.block_size == 16 and stored.token_ids == [] and stored.parent_block_hash is None
+
+
+def test_events_follow_the_index_through_evictions_resets_and_failures(make_rig, prompt, host, seed):
+    draw = random.Random(seed)
+    rig = make_rig(events=True, num_slots=24)
+    host.set_delay_us(0, 500)
+    for number in range(40):
+        rig.add(f"r{number}", prompt(draw.randrange(12), draw.randrange(20, 120)), 4)
+        for _ in range(draw.randrange(8)):
+            rig.step()
+        if draw.random() < 0.1:
+            rig.reset()
+        elif draw.random() < 0.3:
+            rig.scheduler.reset_prefix_cache()
+        if draw.random() < 0.1:
+            host.fail_call(1, 2, field="memcpy_batch_async")
+    rig.run()
+    rig.serve("last", prompt("p", 20))  # events are taken with a step's output
+    assert followed(rig.events) == held(rig) and any(isinstance(event, BlockRemoved) for event in rig.events)
+    rig.require_clean()
+
+
+def test_without_kv_events_none_are_kept(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    assert list(rig.connector.take_events()) == [] and not rig.half.stored
+    rig.require_clean()
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def as_dict(stats):
+    return stats if isinstance(stats, dict) else stats.data
+
+
+def test_numbers_of_a_step_reach_vllm_as_plain_data(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    rig.serve("second", prompt("p", 100))
+    rig.serve("third", prompt("q", 20))  # vLLM 0.15 hears of the scheduler's numbers with the next of a worker
+    total = KVortexStats()
+    for stats in rig.stats:
+        total.aggregate(KVortexConnector.build_kv_connector_stats(data=dict(as_dict(stats))))
+    block_bytes = rig.workers[0].worker.layout.block_bytes
+    assert total.data["save_blocks"] == 7 and total.data["save_bytes"] == 7 * block_bytes
+    assert total.data["load_blocks"] == total.data["blocks_matched"] == 6
+    assert total.data["load_bytes"] == 6 * block_bytes and total.data["load_seconds"] > 0
+    assert total.data["pool_blocks"] == 64 and total.data["pool_blocks_used"] >= 6
+    assert set(total.data) <= {*SUMS, *LEVELS}
+    assert all(type(value) in (int, float) for value in total.data.values())
+    assert total.reduce()["save_blocks"] == 7
+
+
+def test_sums_add_up_and_levels_do_not():
+    stats = KVortexStats(data={"save_blocks": 2, "pool_blocks_used": 5})
+    stats.aggregate(KVortexStats(data={"save_blocks": 3, "load_blocks": 1, "pool_blocks_used": 7}))
+    assert stats.data == {"save_blocks": 5, "load_blocks": 1, "pool_blocks_used": 7}
+    assert not stats.is_empty()
+    stats.reset()
+    assert stats.is_empty() and stats.take_report() is None
+
+
+def test_reports_of_ranks_add_up_inside_the_numbers():
+    """vLLM 0.15 has no other way for them."""
+    one, two = (KVortexStats(report=WorkerReport(done={1: 1}, failed=failed)) for failed in ({}, {2: 1}))
+    one, two = pickle.loads(pickle.dumps((one, two)))
+    report = KVortexStats().aggregate(one).aggregate(two).take_report()
+    assert (report.done, report.failed) == ({1: 2}, {2: 1})
+
+
+def test_nothing_new_is_not_told(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.connector.get_kv_connector_stats()
+    assert rig.connector.get_kv_connector_stats() is None
+    assert rig.workers[0].get_kv_connector_stats() is None
+
+
+def test_prometheus_counts_what_is_observed(make_rig):
+    rig = make_rig()
+    registry = prometheus_client.CollectorRegistry()
+
+    def registered(metric):
+        return lambda **options: metric(registry=registry, **options)
+
+    base = (prometheus_client.Gauge, prometheus_client.Counter, prometheus_client.Histogram)
+    metrics = KVortexConnector.build_prom_metrics(
+        rig.config, {metric: registered(metric) for metric in base}, ["model_name", "engine"], {0: ["tiny", "0"]}
+    )
+    metrics.observe({"save_blocks": 3, "pool_blocks_used": 5})
+    metrics.observe({"save_blocks": 4, "pool_blocks_used": 2})
+    labels = {"model_name": "tiny", "engine": "0"}
+    assert registry.get_sample_value("vllm:kvortex_save_blocks_total", labels) == 7
+    assert registry.get_sample_value("vllm:kvortex_pool_blocks_used", labels) == 2
+    assert registry.get_sample_value("vllm:kvortex_load_blocks_total", labels) == 0
+
+
+@pytest.mark.parametrize("name", [*SUMS, *LEVELS])
+def test_a_metrics_name_has_a_description(name):
+    assert {**SUMS, **LEVELS}[name].strip()

@@ -1,0 +1,399 @@
+"""The connector under a real vLLM scheduler: what is kept, what comes back, and what must wait for whom.
+
+Every test ends with `require_clean`: no token was read wrong, nothing is left pinned, written or in flight.
+"""
+
+import threading
+
+import pytest
+from rig import BLOCK_TOKENS
+from vllm.utils.hashing import sha256
+
+from kvortex.integrations.vllm.scheduler import as_keys
+
+
+def leading(rig, request_id):
+    """How many leading blocks of a request's prompt are in host memory."""
+    request = rig.requests[request_id]
+    return rig.index.lookup(as_keys(request.block_hashes[: request.num_prompt_tokens // BLOCK_TOKENS]))[1]
+
+
+def step_until_served(rig):
+    while rig.scheduler.requests:
+        rig.step()
+
+
+# ---- hits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
+def test_a_prompt_seen_before_comes_from_host_memory(make_rig, prompt, load_async, pipelined):
+    rig = make_rig(load_async=load_async, pipelined=pipelined)
+    assert rig.serve("first", prompt("p", 100), 20) == 0
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100), 20) == 96
+    assert rig.outputs("first") == rig.outputs("second") and len(rig.outputs("second")) == 20
+    rig.require_clean()
+
+
+def test_a_whole_prompt_in_host_memory_leaves_one_block_to_compute(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 96))
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 96)) == 80
+    rig.require_clean()
+
+
+def test_what_the_device_has_is_not_loaded(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("whole", prompt("p", 161))
+    rig.forget_device()
+    assert rig.serve("head", prompt("p", 65)) == 64
+    before = rig.half.blocks_matched
+    assert rig.serve("again", prompt("p", 161)) == 160
+    assert rig.half.blocks_matched - before == 10 - 4
+    rig.require_clean()
+
+
+def test_a_hit_ends_where_the_prompts_part(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 200))
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 70) + prompt("q", 70)) == 64
+    rig.require_clean()
+
+
+def test_what_was_generated_is_kept_too(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 40), 60)
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 40) + rig.outputs("first")) == 96
+    rig.require_clean()
+
+
+def test_the_last_token_sampled_has_no_kv_and_completes_no_block(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("full but for its kv", prompt("p", 15), 1)
+    assert rig.requests["full but for its kv"].num_tokens == 16 and rig.index.num_ready == 0
+    rig.serve("one more", prompt("p", 15), 2)
+    assert rig.index.num_ready == 1
+    rig.require_clean()
+
+
+def test_a_long_prompt_is_kept_chunk_by_chunk(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async, max_tokens=40)
+    rig.add("long", prompt("p", 300))
+    kept = []
+    while rig.scheduler.requests:
+        rig.step()
+        kept.append(rig.index.num_ready + rig.index.num_writing)
+    assert kept[:8] == [tokens // 16 for tokens in (40, 80, 120, 160, 200, 240, 280, 300)]
+    rig.forget_device()
+    assert rig.serve("again", prompt("p", 300)) == 288
+    rig.require_clean()
+
+
+def test_a_request_that_skips_the_prefix_cache_loads_nothing(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    rig.add("second", prompt("p", 100)).skip_reading_prefix_cache = True
+    rig.run()
+    assert rig.computed_at_first["second"] == 0 and rig.half.blocks_matched == 0
+    rig.require_clean()
+
+
+def test_hashes_of_16_bytes_are_keys_as_well(make_rig, prompt):
+    rig = make_rig(hash_function=lambda content: sha256(content)[:16])
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_a_model_with_two_kv_groups_is_served_without_offloading(make_rig, prompt):
+    rig = make_rig(num_groups=2)
+    assert rig.half is None and rig.workers[0].worker is None
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 0
+    rig.add("third", prompt("p", 100))
+    rig.abort("third")
+    rig.run()
+    assert rig.wrong_tokens == 0 and rig.outputs("first") == rig.outputs("second")
+
+
+# ---- saves in flight -------------------------------------------------------------------------------------------------
+
+
+def test_a_request_waits_while_its_next_block_is_being_saved_and_others_do_not(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    step_until_served(rig)
+    assert rig.scheduler.reset_prefix_cache()
+    rig.add("second", prompt("p", 100))
+    rig.add("other", prompt("q", 50))
+    for _ in range(3):
+        rig.step()
+    assert "second" not in rig.computed_at_first and rig.outputs("other")
+    host.release()
+    rig.run()
+    assert rig.computed_at_first["second"] == 96
+    rig.require_clean()
+
+
+def test_a_block_being_saved_is_not_served(make_rig, prompt, host):
+    rig = make_rig()
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    step_until_served(rig)
+    assert rig.index.num_writing == 6 and rig.index.num_ready == 0 and leading(rig, "first") == 0
+    host.release()
+    rig.run()
+    assert rig.index.num_ready == 6 and leading(rig, "first") == 6
+    rig.require_clean()
+
+
+def test_device_blocks_being_saved_are_overwritten_only_afterwards(make_rig, prompt, host):
+    rig = make_rig(num_blocks=13)
+    rig.run()
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    step_until_served(rig)
+    threading.Timer(0.2, host.release).start()
+    rig.serve("second", prompt("q", 180))  # needs the blocks of the first: its forward waits for the gate
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+@pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
+def test_preempted_requests_come_back_right(make_rig, prompt, host, load_async, pipelined):
+    rig = make_rig(num_blocks=13, load_async=load_async, pipelined=pipelined)
+    host.set_delay_us(0, 2000)
+    for name in "abc":
+        rig.add(name, prompt(name, 40), 80)
+    rig.run()
+    assert sum(request.num_preemptions for request in rig.requests.values()) > 0
+    assert all(len(rig.outputs(name)) == 80 for name in "abc")
+    rig.require_clean()
+
+
+# ---- aborts ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_abort_before_the_first_step_leaves_nothing(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    rig.add("second", prompt("p", 100))
+    rig.abort("second")
+    rig.run()
+    rig.require_clean()
+
+
+def test_an_abort_while_the_next_block_is_being_saved_leaves_nothing(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    step_until_served(rig)
+    assert rig.scheduler.reset_prefix_cache()
+    rig.add("second", prompt("p", 100))
+    rig.step()
+    rig.abort("second")
+    host.release()
+    rig.run()
+    rig.require_clean()
+
+
+def test_an_aborted_load_ends_before_its_device_blocks_are_anothers(make_rig, prompt, host):
+    rig = make_rig(num_blocks=13)
+    rig.serve("first", prompt("p", 150))
+    rig.forget_device()
+    host.hold()
+    rig.add("second", prompt("p", 150))
+    rig.step()
+    assert rig.index.num_pinned == 9
+    rig.abort("second")
+    rig.add("third", prompt("q", 150), 10)  # vLLM 0.15 gives it the same blocks at once, later ones when the load ended
+    threading.Timer(0.2, host.release).start()
+    rig.run()
+    assert len(rig.outputs("third")) == 10
+    rig.require_clean()
+
+
+def test_an_abort_between_a_load_and_the_first_step_leaves_nothing(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    rig.add("second", prompt("p", 100))
+    while not rig.half.landed:
+        rig.step()
+    rig.abort("second")
+    rig.run()
+    assert rig.serve("third", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_an_abort_with_a_save_in_flight_keeps_what_was_computed(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    host.hold()
+    rig.add("first", prompt("p", 100), 50)
+    for _ in range(5):
+        rig.step()
+    rig.abort("first")
+    rig.step()
+    host.release()
+    rig.run()
+    rig.abort("first")  # finished long ago: nothing to do
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_the_id_of_an_aborted_load_may_come_again(make_rig, prompt, host):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    host.hold()
+    rig.add("again", prompt("p", 100))
+    rig.step()
+    rig.abort("again")
+    rig.step()
+    host.release()
+    rig.run()
+    rig.forget_device()
+    assert rig.serve("again", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+# ---- a full pool -----------------------------------------------------------------------------------------------------
+
+
+def test_heads_of_prompts_outlive_their_tails(make_rig, prompt):
+    rig = make_rig(num_slots=8)
+    rig.serve("first", prompt("p", 100))
+    rig.serve("second", prompt("q", 100))
+    assert (leading(rig, "first"), leading(rig, "second")) == (2, 6)
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 32
+    rig.require_clean()
+
+
+def test_a_prompt_larger_than_the_pool_is_served_right(make_rig, prompt, load_async):
+    rig = make_rig(num_slots=4, load_async=load_async)
+    rig.serve("first", prompt("p", 200))
+    rig.forget_device()
+    found = leading(rig, "first")
+    assert rig.serve("second", prompt("p", 200)) == found * BLOCK_TOKENS
+    rig.require_clean()
+
+
+def test_a_working_set_larger_than_the_pool_is_served_right(make_rig, prompt, host, load_async):
+    rig = make_rig(num_blocks=41, num_slots=24, load_async=load_async)
+    host.set_delay_us(0, 500)
+    for turn in range(3):
+        for name in range(12):
+            rig.add(f"{name} {turn}", prompt(name, 60), 6)
+            rig.step()
+    rig.run()
+    assert rig.index.counters()["evictions"] > 24
+    rig.require_clean()
+
+
+def test_blocks_being_loaded_are_not_evicted(make_rig, prompt, host):
+    rig = make_rig(num_slots=8)
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    host.hold()
+    rig.add("second", prompt("p", 100))
+    rig.step()
+    assert rig.index.num_pinned == 6
+    rig.add("third", prompt("q", 128))
+    for _ in range(3):
+        rig.step()
+    assert rig.index.num_pinned == 6 and leading(rig, "second") == 6
+    host.release()
+    rig.run()
+    assert rig.computed_at_first["second"] == 96
+    rig.require_clean()
+
+
+def test_requests_that_load_never_fill_the_device_so_that_none_can_go_on(make_rig, prompt):
+    rig = make_rig(num_blocks=29, num_slots=200)
+    for name in "abc":
+        rig.serve(name, prompt(name, 224))
+    rig.forget_device()
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 224) + prompt("q" + name, 30))  # 14 of 28 blocks by a load, then 16
+    rig.run()
+    assert [rig.computed_at_first[name + " again"] for name in "abc"] == [224, 224, 224]
+    rig.require_clean()
+
+
+# ---- forgetting ------------------------------------------------------------------------------------------------------
+
+
+def test_a_reset_forgets_at_once(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.serve("first", prompt("p", 100))
+    assert rig.reset() and rig.index.num_ready == 0
+    assert rig.serve("second", prompt("p", 100)) == 0
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_a_reset_forgets_saves_in_flight(make_rig, prompt, host):
+    rig = make_rig()
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    step_until_served(rig)
+    assert rig.reset()
+    host.release()
+    rig.run()
+    assert rig.index.num_ready == 0 and rig.index.num_free == 64
+    assert rig.serve("second", prompt("p", 100)) == 0
+    rig.require_clean()
+
+
+def test_requests_computed_before_a_reset_store_nothing_after_it(make_rig, prompt):
+    rig = make_rig()
+    rig.add("old", prompt("p", 100), 60)
+    for _ in range(5):
+        rig.step()
+    rig.connector.reset_cache()
+    rig.add("new", prompt("q", 50), 10)
+    rig.run()
+    assert rig.index.num_ready == leading(rig, "new") == 3
+    rig.require_clean()
+
+
+def test_a_request_that_starts_anew_after_a_reset_stores_again(make_rig, prompt, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.add("first", prompt("p", 100), 60)
+    for _ in range(5):
+        rig.step()
+    assert rig.reset()
+    rig.run()
+    assert leading(rig, "first") == 6
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 96
+    rig.require_clean()
+
+
+def test_what_was_being_loaded_at_a_reset_is_not_stored_again(make_rig, prompt, host):
+    rig = make_rig()
+    rig.add("first", prompt("p", 100), 60)
+    for _ in range(20):
+        rig.step()
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone: it comes back by a load
+    host.hold()
+    rig.step()
+    assert rig.index.num_pinned > 0
+    rig.connector.reset_cache()
+    host.release()
+    rig.run()
+    assert rig.index.num_ready == 0 and rig.index.num_free == 64
+    rig.require_clean()
