@@ -30,6 +30,13 @@ def keeps_blocks_of_aborted_loads():
     return "delay_free_blocks" in inspect.signature(Scheduler._free_request).parameters
 
 
+def saves_after_drafting():
+    """Whether vLLM calls `wait_for_save` when the drafter has written its KV of the step, too. 0.15 does not."""
+    from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
+
+    return "defer_finalize" in inspect.signature(KVConnectorModelRunnerMixin.maybe_get_kv_connector_output).parameters
+
+
 def is_supported(kv_cache_config):
     """Whether every block keeps the KV of its tokens as long as its request lives, in one block table.
 
@@ -81,6 +88,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.scheduler = SchedulerHalf(
                 shape,
                 load_async=options.load_async,
+                save_late=vllm_config.speculative_config is not None and not saves_after_drafting(),
                 events=events is not None and events.enable_kv_cache_events,
             )
             self.counted = {}
@@ -143,7 +151,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.scheduler.reported(report)
 
     def request_finished(self, request, block_ids):
-        """Blocks may be freed at once, copies in flight or not: whoever writes them next is fenced."""
+        """For all we care, blocks may be freed at once, copies in flight or not: whoever writes them next is fenced."""
         if self.scheduler:
             self.scheduler.finished(request)
         return False, None

@@ -20,7 +20,6 @@ class Load(NamedTuple):
 
     request_id: str
     transfer: Transfer
-    missing: list  # device blocks that nobody can fill: to be reported as failed
 
 
 @dataclass
@@ -32,8 +31,6 @@ class StepMetadata(base.KVConnectorMetadata):
     fences : list of int
         Transfers in flight on device blocks that this step may write; its forward must wait for them.
     loads : list of Load
-    load_async : bool
-        Whether the forward may run without these loads.
     save : Transfer or None
         Blocks whose last token this step's forward writes, or an earlier one wrote.
     has_forward : bool
@@ -42,7 +39,6 @@ class StepMetadata(base.KVConnectorMetadata):
 
     fences: list = field(default_factory=list)
     loads: list = field(default_factory=list)
-    load_async: bool = True
     save: Transfer | None = None
     has_forward: bool = False
 

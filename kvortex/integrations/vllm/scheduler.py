@@ -44,6 +44,8 @@ class SchedulerHalf:
     shape : PoolShape
     load_async : bool
         Whether requests wait for their load between steps or inside one.
+    save_late : bool, default False
+        Save what earlier steps wrote, not what this one writes: a drafter has yet to write its part of it.
     events : bool, default False
         Whether to keep what `take_events` yields.
 
@@ -53,8 +55,8 @@ class SchedulerHalf:
     its load was decided until every rank has reported that one.
     """
 
-    def __init__(self, shape, *, load_async, events=False):
-        self.shape, self.load_async = shape, load_async
+    def __init__(self, shape, *, load_async, save_late=False, events=False):
+        self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
@@ -76,10 +78,13 @@ class SchedulerHalf:
     def match(self, request, num_computed_tokens):
         """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
 
-        Changes nothing in the index. None instead of a number asks vLLM to go on with the next request and to ask again
-        in the next step: the next block is just being saved, and waiting for it costs less than computing it; or
-        nothing ran in the last step though a load has landed, which vLLM would not look at behind a request that finds
-        no free blocks; or requests that load would fill the device, and then none of them finds a block to go on.
+        Changes nothing in the index; a request that is asked about has no load any more. None instead of a number asks
+        vLLM to go on with the next request and to ask again in the next step:
+
+        * the next block is just being saved, and waiting for it costs less than computing it;
+        * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
+          request that finds no free blocks;
+        * requests that load would fill the device, and then none of them finds a block to go on.
         """
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
@@ -115,7 +120,8 @@ class SchedulerHalf:
         first = self.matches.pop(request.request_id, 0)
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
-        if self.loading.pop(request.request_id, None) is None:  # otherwise it goes on with what was loaded
+        self.loading.pop(request.request_id, None)
+        if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated = False
         if self.load_async and count:
             self.loading[request.request_id] = self.blocks_to_go_on(request)
@@ -125,10 +131,10 @@ class SchedulerHalf:
             return
         hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
         slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
-        self.blocks_matched += len(slots)
+        assert len(slots) == count, "nothing leaves the index between a match and its allocation"
+        self.blocks_matched += count
         self.fence(targets)
-        load = self.start(slots, targets[: len(slots)], hashes[: len(slots)], request.request_id)
-        self.loads.append(Load(request.request_id, load, targets[len(slots) :]))
+        self.loads.append(Load(request.request_id, self.start(slots, targets, hashes, request.request_id)))
 
     # ---- once a step -------------------------------------------------------------------------------------------------
 
@@ -150,18 +156,18 @@ class SchedulerHalf:
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             state = self.requests[request_id]
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
+            if self.save_late:
+                num_scheduled = 0
             written = (state.request.num_computed_tokens + num_scheduled) // block_tokens
             full = min(written, len(state.request.block_hashes))
             # Fewer are computed than before when a load failed, and what was computed on top of it.
             state.num_offered = min(state.num_offered, state.request.num_computed_tokens // block_tokens)
             if full > state.num_offered:
-                if not state.outdated:
+                if not (state.outdated or is_session(state.request)):
                     hashes += state.request.block_hashes[state.num_offered : full]
                     sources += state.block_ids[state.num_offered : full]
                 state.num_offered = full
-        step = StepMetadata(
-            sorted(self.fences), self.loads, self.load_async, has_forward=bool(output.num_scheduled_tokens)
-        )
+        step = StepMetadata(sorted(self.fences), self.loads, has_forward=bool(output.num_scheduled_tokens))
         self.fences, self.loads = set(), []
         self.idle = not step.has_forward
         step.save = self.save(hashes, sources) if hashes else None
@@ -278,6 +284,11 @@ class SchedulerHalf:
         """Hashes stored, and hashes removed, since the last call."""
         events, self.stored, self.removed = (self.stored, self.removed), [], []
         return events
+
+
+def is_session(request):
+    """Whether a request is a streaming session: up to vLLM 0.31 its hashes keep a token that it drops."""
+    return getattr(request, "resumable", False)
 
 
 def as_keys(hashes):

@@ -91,8 +91,9 @@ class WorkerHalf:
     Notes
     -----
     Called by the thread that runs the model. Nothing blocks the host but a synchronous load (on the CPU, and when all
-    jobs are taken) and fences on the CPU. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k
-    tokens: loads are submitted while the GPU computes, and in slices, so that the next step need not wait for that.
+    jobs are taken), fences on the CPU, `drain` and `close`. The driver takes a microsecond for each piece, 65 ms for a
+    prompt of 32k tokens: loads are submitted while the GPU computes, and in slices, so that the next step need not wait
+    for that.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
@@ -155,14 +156,14 @@ class WorkerHalf:
 
     def start_loads(self, step):
         for load in step.loads:
-            self.load_errors.update(load.missing)
             running = self.running[load.transfer.number] = Running(load.transfer, load)
-            if not step.load_async:
+            if not self.options.load_async:
                 while not self.submit_slice(running, len(load.transfer.slots)):
                     self.await_jobs(next(other for other in self.running.values() if other.load and other.jobs))
                     self.retire()
                 self.order(running)  # the wait after a load
-                self.capture(running)
+                if running.jobs:  # else it failed
+                    self.capture(running)
 
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
@@ -320,7 +321,14 @@ class WorkerHalf:
             self.await_jobs(running)
 
     def close(self):
-        for part in (self.verifier, self.saver, self.loader, self.compute, self.pool, self.device):
+        """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
+        queues = [queue for queue in (self.saver, self.loader) if queue is not None]
+        for queue in queues:
+            queue.close(self.options.engine.shutdown_timeout_ms)
+        parts = [self.verifier, self.compute, self.pool, self.device]
+        if any(queue.jobs_in_flight for queue in queues):
+            parts = [self.verifier]
+        for part in parts:
             if part is not None:
                 part.close()
 
