@@ -181,7 +181,7 @@ class Rig:
         """The tokens that vLLM has for this request beyond its prompt."""
         return list(self.requests[request_id].output_token_ids)
 
-    def run(self, most_s=20):
+    def run(self, most_s=40):
         """Step until nothing is left to do, and the last copies have been reported."""
         end = time.monotonic() + most_s
         while time.monotonic() < end:
@@ -214,6 +214,24 @@ class Rig:
             return False
         self.epoch += done
         return done
+
+    def step_until_served(self):
+        """Step until no request is left; copies may go on."""
+        while self.scheduler.requests:
+            self.step()
+
+    def open_gate_when_waited_for(self, host):
+        """Let whoever waits for a copy open the gate that `host.hold` closed; returns the list of those waits."""
+        waits = []
+        for worker in self.workers:
+
+            def wait_for(job):
+                waits.append(job)
+                host.release()
+                job.wait()
+
+            worker.worker.compute.wait_for = wait_for
+        return waits
 
     # ---- a step ------------------------------------------------------------------------------------------------------
 

@@ -3,28 +3,21 @@
 Every life is right with the connector as it is, and reads wrong tokens without the protection.
 """
 
-import threading
-import time
-
 import pytest
 
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
 
 
-def step_until_served(rig):
-    while rig.scheduler.requests:
-        rig.step()
-
-
 def life_of_a_save_in_flight(rig, prompt, host):
     """The device blocks of the first are needed for the second while they are being saved."""
+    rig.open_gate_when_waited_for(host)
     host.hold()
     rig.add("first", prompt("p", 100))
-    step_until_served(rig)
-    threading.Timer(0.2, host.release).start()
-    rig.serve("second", prompt("q", 180))
-    time.sleep(0.3)
+    rig.step_until_served()
+    rig.add("second", prompt("q", 180))
+    rig.step_until_served()
+    host.release()
     rig.forget_device()
     rig.serve("third", prompt("p", 100))
 
@@ -34,7 +27,7 @@ def life_of_chunks(rig, prompt, host):
     rig.add("first", prompt("p", 100))
     while rig.scheduler.requests:
         rig.step()
-        time.sleep(0.01)
+        rig.workers[0].worker.drain()
     rig.forget_device()
     rig.serve("second", prompt("p", 100))
 
@@ -52,17 +45,16 @@ def life_of_a_late_load(rig, prompt, host):
 
 
 def life_of_a_late_save(rig, prompt, host):
-    """What is saved arrives in its slot long after it was asked for, and loads are quick."""
+    """What is saved is copied only some steps after it was asked for."""
     part, late = rig.workers[0].worker, []
     part.start_save = late.append
     rig.add("first", prompt("p", 100))
-    step_until_served(rig)
+    rig.step_until_served()
     del part.start_save
     assert rig.scheduler.reset_prefix_cache()
     rig.add("second", prompt("p", 100))
-    for _ in range(10):
+    for _ in range(5):
         rig.step()
-        time.sleep(0.001)
     for step in late:
         part.start_save(step)
     rig.run()

@@ -80,4 +80,4 @@ def test_no_schedule_reads_a_wrong_token(make_rig, host, seed, load_async, pipel
         num_matched += rig.half.blocks_matched
         num_preempted += sum(request.num_preemptions for request in rig.requests.values())
     # Otherwise these schedules show little.
-    assert num_matched > 5 * SCHEDULES and num_preempted > SCHEDULES
+    assert num_matched > 2 * SCHEDULES and num_preempted > SCHEDULES
