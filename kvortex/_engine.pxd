@@ -63,7 +63,6 @@ cdef class EngineCore:
     cdef int enter_call(self) except -1
     cdef int tell(self) except -1
     cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes)
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses)
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
     cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,

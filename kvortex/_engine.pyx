@@ -73,7 +73,7 @@ cdef class EngineCore:
         self.device, self.pool, self.index, self.layout, self.signals = device, pool, index, layout, signals
         if layout is not None:
             for base, _, _ in layout.runs:
-                self.device_memory |= self.lies_on_device(base)
+                self.device_memory |= self.device.lies_on_device(base)
         self.queues = (*savers, *loaders)
         self.num_queues, self.num_savers = len(self.queues), len(savers)
         for position in range(self.num_queues):
@@ -342,15 +342,6 @@ cdef class EngineCore:
             raise ValueError(f"{n} keys but {named} blocks; they must pair up")
         return source
 
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil:
-        cdef unsigned int memory_type = 0
-        cdef int mode = 0, code
-        code = self.device.enter(&mode)
-        if code == 0:
-            code = self.device.drv.pointer_get_attribute(&memory_type, _c.KV_POINTER_MEMORY_TYPE, address)
-            self.device.leave(mode)
-        return code == 0 and memory_type == <unsigned int>_c.KV_MEMORY_TYPE_DEVICE
-
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
         cdef size_t n = keys.shape[0], moved, index
@@ -366,7 +357,7 @@ cdef class EngineCore:
         if not ordered and not source.by_block:
             with nogil:
                 for index in range(n):
-                    if self.lies_on_device(source.addresses[index]):
+                    if self.device.lies_on_device(source.addresses[index]):
                         ordered = True
                         break
         if ordered:
