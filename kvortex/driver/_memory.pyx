@@ -8,7 +8,7 @@ from cpython.buffer cimport PyObject_CheckBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
 from cpython.memoryview cimport PyMemoryView_GET_BUFFER
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New, PyCapsule_SetName
-from cpython.ref cimport Py_DECREF, Py_INCREF
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from cython cimport auto_pickle, no_gc_clear
 from libc.stdint cimport int64_t, uint64_t
 
@@ -28,6 +28,8 @@ from kvortex._c cimport (
 
 cdef extern from "Python.h" nogil:
     int Py_IsInitialized()
+    void PyErr_Fetch(PyObject **kind, PyObject **value, PyObject **trace)
+    void PyErr_Restore(PyObject *kind, PyObject *value, PyObject *trace)
 
 cdef const char *NAME = "dltensor"
 cdef const char *NAME_WHEN_TAKEN = "used_dltensor"
@@ -110,7 +112,7 @@ cdef class BorrowedMemory:
         if description.get("mask") is not None:
             raise ValueError(f"{what} has a mask, and masked memory cannot be moved as bytes; pass it without")
         self.address, self.read_only = data[0] or 0, bool(data[1])
-        self.itemsize = int(typestr[2:]) * (4 if typestr[1] == "U" else 1)
+        self.itemsize = int(typestr[2:].split("[")[0]) * (4 if typestr[1] == "U" else 1)
         self.shape = tuple(description["shape"])
         strides = description.get("strides")
         self.strides = dense_strides(self.shape, self.itemsize) if strides is None else tuple(strides)
@@ -145,7 +147,10 @@ cdef class BorrowedMemory:
             capsule = memory.__dlpack__(**keywords, max_version=(DLPACK_MAJOR, 0), copy=False)
         except TypeError:  # made before version 1, when nothing was copied and nothing asked for
             capsule = memory.__dlpack__(**keywords)
-        self.take(capsule)
+        try:
+            self.take(capsule)
+        finally:
+            capsule = None  # here, not on the way out: what is run by a refused one should meet no pending exception
         return 0
 
     cdef int take(self, object capsule) except -1:
@@ -368,11 +373,16 @@ cdef void end_unversioned_loan(kv_dlpack_managed *managed) noexcept nogil:
 
 cdef void end(Loan *loan, void *lender) noexcept nogil:
     """Called by the consumer, on any of its threads, with the GIL or without."""
+    cdef PyObject *kind = NULL
+    cdef PyObject *value = NULL
+    cdef PyObject *trace = NULL
     PyMem_RawFree(loan)
     if Py_IsInitialized():  # a consumer's static objects die after the interpreter, and then nobody counts any more
         with gil:
+            PyErr_Fetch(&kind, &value, &trace)  # a consumer that is refusing the tensor has one pending
             (<Lender>lender).take_back()
             Py_DECREF(<Lender>lender)
+            PyErr_Restore(kind, value, trace)
 
 
 cdef void drop_capsule(object capsule) noexcept:

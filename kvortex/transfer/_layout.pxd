@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t
 
 from kvortex._c cimport kv_group
+from kvortex.driver._device cimport Device
 
 
 cdef class KVLayout:
@@ -20,6 +21,7 @@ cdef class KVLayout:
     cdef readonly tuple planner        # what the probe found, for people: a PlannerRow for each shape of group
     cdef object __weakref__
 
+    cdef int require_reachable(self, Device device, bint as_target) except -1
     cdef int hold(self, object borrowed, object owners) except -1
     # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
     cdef uint32_t strided_bit(self, int direction) noexcept nogil

@@ -6,6 +6,7 @@ from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 cimport kvortex._c as _c
+from kvortex.driver._device cimport Device
 from kvortex.driver._memory cimport BorrowedMemory, borrow_memory
 from kvortex.memory._pinned_pool cimport PinnedPool
 
@@ -94,6 +95,16 @@ cdef class KVLayout:
         for memory in self.borrowed:
             self.read_only |= memory.read_only
             self.on_gpu |= memory.is_cuda is True
+        return 0
+
+    cdef int require_reachable(self, Device device, bint as_target) except -1:
+        """Refuse what would end the process: writing to read-only memory, a GPU's memory for the host device."""
+        if as_target and self.read_only:
+            raise ValueError("the layout's memory is read-only, so nothing can be loaded into it; make the layout over "
+                             "memory that may be written")
+        if self.on_gpu and device.is_host:
+            raise ValueError(f"the layout's memory is a GPU's, out of reach for the device {device.name}; use its cuda "
+                             f"device")
         return 0
 
     cdef uint32_t strided_bit(self, int direction) noexcept nogil:
