@@ -707,8 +707,8 @@ cdef int require_inside(tuple borrowed, const uint32_t[::1] lengths) except -1:
     cdef BorrowedMemory memory
     for index, memory in enumerate(borrowed):
         if memory.shape is not None and lengths[<Py_ssize_t>index] > memory.nbytes:
-            raise ValueError(f"sizes[{index}] is {lengths[<Py_ssize_t>index]}, but the memory in data_ptrs[{index}] has "
-                             f"{memory.nbytes} bytes")
+            raise ValueError(f"sizes[{index}] is {lengths[<Py_ssize_t>index]}, but the memory in data_ptrs[{index}] "
+                             f"has {memory.nbytes} bytes")
     return 0
 
 

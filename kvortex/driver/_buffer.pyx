@@ -25,10 +25,10 @@ cdef class DeviceBuffer(Lender):
     held, and must stay unchanged, until the stream has passed (pageable memory is copied before the return). All of
     them release the GIL.
 
-    Others see the memory as bytes, without a copy, and hold it: through ``__cuda_array_interface__`` and DLPack on a GPU,
-    through the buffer protocol and DLPack (as memory of the CPU) on the host device. They find the buffer's own calls
-    done, or are made to wait for them: on the device by DLPack's stream argument or the interface's stream entry, on the
-    host device before the memory is handed out.
+    Others see the memory as bytes, without a copy, and hold it: through ``__cuda_array_interface__`` and DLPack on a
+    GPU, through the buffer protocol and DLPack (as memory of the CPU) on the host device. They find the buffer's own
+    calls done, or are made to wait for them: on the device by DLPack's stream argument or the interface's stream entry,
+    on the host device before the memory is handed out.
 
     Parameters
     ----------
@@ -140,11 +140,13 @@ cdef class DeviceBuffer(Lender):
         cdef size_t size = memory.nbytes
         self.require_inside(offset, size)
         if self.device.is_host and memory.is_cuda:
-            raise ValueError(f"{type(other).__name__} is memory of a GPU, out of reach for the device {self.device.name}")
+            raise ValueError(f"{type(other).__name__} is memory of a GPU, out of reach for the device "
+                             f"{self.device.name}")
         if size == 0:
             return 0
-        if self.lent is not None and self.stream.query():
+        if not blocking and self.lent is not None and self.stream.query():
             self.lent = None
+        lent = self.lent
         wait_for_producer(self.device, handle, memory)
         with nogil:
             on_device = self.device.lies_on_device(address)
@@ -165,6 +167,8 @@ cdef class DeviceBuffer(Lender):
         if not blocking:
             self.follow(handle)
             self.lent = (self.lent, memory)
+        elif self.lent is lent:  # no other thread added to it, and all of it was waited for
+            self.lent = None
         return 0
 
     def fill(self, int byte, size_t offset=0, nbytes=None, stream=None):
@@ -282,8 +286,8 @@ cdef class DeviceBuffer(Lender):
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         self.require_open()
         if not self.device.is_host:
-            raise BufferError(f"memory of {self.device.name} is out of the CPU's reach; use copy_to, or hand the buffer to "
-                              f"what reads __cuda_array_interface__ or DLPack")
+            raise BufferError(f"memory of {self.device.name} is out of the CPU's reach; use copy_to, or hand the buffer "
+                              f"to what reads __cuda_array_interface__ or DLPack")
         if self.worked_elsewhere:
             self.stream.synchronize()
             self.require_open()

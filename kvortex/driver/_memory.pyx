@@ -135,7 +135,7 @@ cdef class BorrowedMemory:
         return 0
 
     cdef int read_dlpack(self, object memory, object stream) except -1:
-        device_type, device_id = memory.__dlpack_device__()
+        device_type, _ = memory.__dlpack_device__()
         if device_type not in (KV_DLPACK_CPU, KV_DLPACK_CUDA, KV_DLPACK_CUDA_HOST, KV_DLPACK_CUDA_MANAGED):
             raise ValueError(f"{type(memory).__name__} lies on a device of DLPack's type {int(device_type)}; memory of "
                              f"the CPU (1), CUDA (2), CUDA host (3) and CUDA managed (13) can be moved")

@@ -463,9 +463,9 @@ cdef class PinnedPool(Lender):
 cdef class PoolSlot:
     """The payload of one slot as others see it: uint8 in host memory, through the buffer protocol and DLPack.
 
-    Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share the
-    memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so that no
-    device may use it. What is in it belongs to the block that the slot holds at the time: pin that in the index.
+    Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share
+    the memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so
+    that no device may use it. What is in it belongs to the block that the slot holds at the time: pin that in the index.
 
     Attributes
     ----------

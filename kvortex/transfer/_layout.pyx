@@ -42,9 +42,9 @@ cdef class KVLayout:
 
     Notes
     -----
-    The memory is not touched here, and no stream waits for it, whatever stream its owner names: a layout is a place, and
-    each save or load names the stream that its content is ordered with. A layout may be shared by threads; only whether strided copies are used changes: a
-    probe allows them, a refused one forbids them.
+    The memory is not touched here, and no stream waits for it, whatever stream its owner names: a layout is a place,
+    and each save or load names the stream that its content is ordered with. A layout may be shared by threads; only
+    whether strided copies are used changes: a probe allows them, a refused one forbids them.
     """
 
     def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
@@ -223,8 +223,8 @@ cdef object take_whole(object base, list borrowed, object what, object nbytes=No
     cdef BorrowedMemory memory = borrow_memory(base)
     if memory.owner is not None:
         if nbytes is not None and memory.shape is not None and not (memory.is_contiguous and memory.nbytes >= nbytes):
-            raise ValueError(f"{what} must have {nbytes} bytes without gaps, got {memory.nbytes} (shape {memory.shape}, "
-                             f"strides {memory.strides} bytes)")
+            raise ValueError(f"{what} must have {nbytes} bytes without gaps, got {memory.nbytes} (shape {memory.shape},"
+                             f" strides {memory.strides} bytes)")
         borrowed.append(memory)
     return memory.address
 

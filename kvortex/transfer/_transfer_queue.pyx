@@ -363,8 +363,8 @@ cdef class TransferQueue:
         Raises
         ------
         ValueError
-            Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream, a layout
-            over read-only memory for a load, or over a GPU's for the host device.
+            Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream; a
+            layout over read-only memory for a load, or over a GPU's for the host device.
         DriverError
             The driver refused; no copy is in flight, unless the context is dead.
         """

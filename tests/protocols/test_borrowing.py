@@ -278,9 +278,12 @@ def test_read_only_memory_is_never_written_to(device, make):
     assert borrow_memory(thing).read_only
     layout = KVLayout.cross_layer(thing, num_blocks=4, block_bytes=1024)
     assert layout.read_only
-    with kvortex.PinnedPool(1 << 16, 1024, device) as pool, kvortex.TransferQueue(device, "H2D") as queue:
-        with pytest.raises(ValueError, match="read-only, so nothing can be loaded into it"):
-            queue.submit(layout, [0], pool, [0], stream=0)
+    with (
+        kvortex.PinnedPool(1 << 16, 1024, device) as pool,
+        kvortex.TransferQueue(device, "H2D") as queue,
+        pytest.raises(ValueError, match="read-only, so nothing can be loaded into it"),
+    ):
+        queue.submit(layout, [0], pool, [0], stream=0)
     with DeviceBuffer(4096, device) as buffer, pytest.raises(BufferError, match="is read-only"):
         buffer.copy_to(thing)
 
