@@ -93,7 +93,9 @@ cdef class DeviceBuffer(Lender):
         Parameters
         ----------
         source : object
-            C-contiguous memory of the host or a device, as `borrow_memory` reads it: an array, a tensor, a buffer.
+            C-contiguous memory of the host or a device that says where it is and how large: by ``data_ptr()`` as torch
+            does, ``__cuda_array_interface__``, the buffer protocol, ``__array_interface__`` or DLPack. The copy waits
+            for the stream that an interface names, and a DLPack producer is told of the copy's stream.
         offset : int, optional
             In bytes.
         stream : Stream, int or object, optional
@@ -286,7 +288,7 @@ cdef class DeviceBuffer(Lender):
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         self.require_open()
         if not self.device.is_host:
-            raise BufferError(f"memory of {self.device.name} is out of the CPU's reach; use copy_to, or hand the buffer "
+            raise BufferError(f"memory of {self.device.name} is out of the CPU's reach; use copy_to or give the buffer "
                               f"to what reads __cuda_array_interface__ or DLPack")
         if self.worked_elsewhere:
             self.stream.synchronize()

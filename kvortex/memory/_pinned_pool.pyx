@@ -465,7 +465,7 @@ cdef class PoolSlot:
 
     Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share
     the memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so
-    that no device may use it. What is in it belongs to the block that the slot holds at the time: pin that in the index.
+    that no device may use it. Its content is the block that the slot holds at the time: pin that in the index.
 
     Attributes
     ----------

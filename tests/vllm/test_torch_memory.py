@@ -77,10 +77,8 @@ class OnlyDlpack:
         return self.tensor.__dlpack__(**wishes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.uint8, torch.bool])
 def test_dlpack_of_torch_says_what_torch_says(dtype):
-    if dtype is torch.float8_e4m3fn:
-        pytest.skip("not every torch exports it")
     tensor = torch.zeros(2, 6, 4, 8).to(dtype)[:, ::2]
     through_dlpack, direct = borrow_memory(OnlyDlpack(tensor)), borrow_memory(tensor)
     for name in ("address", "shape", "strides", "itemsize", "is_cuda", "read_only", "nbytes"):
@@ -109,10 +107,10 @@ def test_a_tensor_outlives_the_buffer_and_the_pool_it_came_from(buffer, pool):
     buffer.close()
     pool.close()
     assert [int(tensor.sum()) for tensor in tensors] == [3 * 4096, 4 * 3000, 4 * 3000]
-    slot = tensors[1][:100].view(torch.float32)
+    part = tensors[1][:100].view(torch.float32)
     del tensors
     gc.collect()
-    assert slot.numel() == 25 and (slot == slot[0]).all()
+    assert part.numel() == 25 and (part == part[0]).all()
 
 
 def test_a_slot_is_a_tensor(pool):
