@@ -1,6 +1,6 @@
 """The C core as Cython sees it: one `cdef extern` section per header of include/kvortex, nothing else."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "kvortex/driver.h" nogil:
@@ -290,3 +290,29 @@ cdef extern from "kvortex/histogram.h" nogil:
 
     void kv_histogram_add(kv_histogram *histogram, uint64_t value)
     uint64_t kv_histogram_percentile(const kv_histogram *histogram, double fraction)
+
+
+cdef extern from "kvortex/dlpack.h" nogil:
+    const int KV_DLPACK_CPU, KV_DLPACK_CUDA, KV_DLPACK_CUDA_HOST, KV_DLPACK_CUDA_MANAGED
+    const int KV_DLPACK_UINT, KV_DLPACK_READ_ONLY, KV_DLPACK_IS_COPIED
+
+    ctypedef struct kv_dlpack_tensor:
+        void *data
+        int32_t device_type, device_id, ndim
+        uint8_t type_code, type_bits
+        uint16_t type_lanes
+        int64_t *shape
+        int64_t *strides
+        uint64_t byte_offset
+
+    ctypedef struct kv_dlpack_managed:
+        kv_dlpack_tensor tensor
+        void *manager
+        void (*deleter)(kv_dlpack_managed *) noexcept nogil
+
+    ctypedef struct kv_dlpack_versioned:
+        uint32_t major, minor
+        void *manager
+        void (*deleter)(kv_dlpack_versioned *) noexcept nogil
+        uint64_t flags
+        kv_dlpack_tensor tensor

@@ -10,7 +10,7 @@ from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
-from kvortex.transfer._transfer_queue cimport Job, JobRecord
+from kvortex.transfer._transfer_queue cimport Job, JobRecord, Loan
 
 cdef enum:
     MAX_STREAMS = 32
@@ -29,6 +29,7 @@ cdef class Source:
     cdef uint64_t[::1] addresses         # otherwise
     cdef uint32_t[::1] lengths           # of every block, at i * length_step
     cdef size_t length_step
+    cdef tuple memory                    # BorrowedMemory that the addresses came from; None: they came as numbers
 
     cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
 
@@ -58,12 +59,14 @@ cdef class EngineCore:
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
     cdef int calls                       # Python threads inside a verb; changed under the GIL
     cdef bint closing
+    cdef tuple loans                     # Loan of every job on memory that came as objects; let go by later calls
 
     cdef int require_open(self) except -1
     cdef int enter_call(self) except -1
     cdef int tell(self) except -1
-    cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes)
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil
+    cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
+                          object stream)
+    cdef void give_loans_back(self) noexcept
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses)
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
     cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,

@@ -35,7 +35,7 @@ class EngineCore:
         keys: NDArray[np.uint8],
         block_ids: ArrayLike | None = None,
         *,
-        data_ptrs: ArrayLike | None = None,
+        data_ptrs: ArrayLike | Sequence[Any] | None = None,
         sizes: ArrayLike | None = None,
         stream: Any = None,
     ) -> Job: ...
@@ -44,7 +44,7 @@ class EngineCore:
         keys: NDArray[np.uint8],
         block_ids: ArrayLike | None = None,
         *,
-        data_ptrs: ArrayLike | None = None,
+        data_ptrs: ArrayLike | Sequence[Any] | None = None,
         sizes: ArrayLike | None = None,
         stream: Any = None,
     ) -> Job: ...

@@ -1,12 +1,15 @@
 """The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook."""
 
 cimport cython
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
+from kvortex.driver._buffer cimport dlpack_stream, wait_for_producer
 from kvortex.driver._device cimport Device, check
+from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._pinned_pool cimport PinnedPool
@@ -17,6 +20,7 @@ from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport (
     Job,
     JobRecord,
+    Loan,
     TransferQueue,
     as_block_ids,
 )
@@ -51,6 +55,7 @@ cdef class EngineCore:
 
     def __cinit__(self, *args, **kwargs):
         self.closing = True
+        self.loans = ()
         if _c.kv_monitor_init(&self.hazards):
             raise MemoryError("pthread_mutex_init failed")
         if _c.kv_monitor_init(&self.counting):
@@ -73,7 +78,7 @@ cdef class EngineCore:
         self.device, self.pool, self.index, self.layout, self.signals = device, pool, index, layout, signals
         if layout is not None:
             for base, _, _ in layout.runs:
-                self.device_memory |= self.lies_on_device(base)
+                self.device_memory |= self.device.lies_on_device(base)
         self.queues = (*savers, *loaders)
         self.num_queues, self.num_savers = len(self.queues), len(savers)
         for position in range(self.num_queues):
@@ -97,9 +102,12 @@ cdef class EngineCore:
         keys : uint8 array (n, 32)
         block_ids : integer array (n,)
             Blocks of the engine's layout; or instead of it:
-        data_ptrs : integer array (n,), sizes : int or integer array (n,)
+        data_ptrs : integer array (n,) or sequence, sizes : int or integer array (n,)
             Device addresses (multiples of 4) and bytes, 1 to the slot's payload each; the caller orders its own jobs on
-            them.
+            them. Instead of an address, a list may hold memory without gaps that says where it is (``data_ptr()``,
+            ``__cuda_array_interface__``, a buffer, DLPack): it is held until the job is over, seen by `done`, `wait` or
+            a later call, `stream` is made to wait for the stream that its owner names, and if all of them are such,
+            `sizes` may be left out.
         stream : int or stream object
             Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and is
             ready.
@@ -114,7 +122,7 @@ cdef class EngineCore:
         Raises
         ------
         ValueError, TypeError
-            Keys, ids, addresses, sizes or the stream are unfit; nothing was changed.
+            Keys, ids, addresses, memory, sizes or the stream are unfit; nothing was changed.
         DriverError
             The driver refused; nothing was saved.
         EngineClosed
@@ -129,7 +137,7 @@ cdef class EngineCore:
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         # What runs Python code comes before the call is counted: a signal handler in it may shut the engine down.
         self.require_open()
-        source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+        source = self.source_of(D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
         self.enter_call()
         try:
@@ -147,7 +155,8 @@ cdef class EngineCore:
         Parameters
         ----------
         keys, block_ids, data_ptrs, sizes, stream
-            As for `save_blocks`; a target named twice is refused.
+            As for `save_blocks`; a target named twice is refused, and read-only memory (`BufferError` if it is one of
+            `data_ptrs`).
 
         Returns
         -------
@@ -163,7 +172,7 @@ cdef class EngineCore:
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef bint twice
         self.require_open()
-        source = self.source_of(rows.shape[0], block_ids, data_ptrs, sizes)
+        source = self.source_of(H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
         self.enter_call()
@@ -293,6 +302,8 @@ cdef class EngineCore:
         return self.device.require_open()
 
     cdef int enter_call(self) except -1:
+        if self.loans:
+            self.give_loans_back()  # may run Python code of their owners
         self.require_open()
         if self.tell():  # ran Python code, which may have shut the engine down
             self.require_open()
@@ -317,7 +328,8 @@ cdef class EngineCore:
             return 1
         return 0
 
-    cdef Source source_of(self, Py_ssize_t n, object block_ids, object data_ptrs, object sizes):
+    cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
+                          object stream):
         """Check what a call moves and copy it, before anything is changed."""
         cdef Source source = Source.__new__(Source)
         if (block_ids is None) == (data_ptrs is None):
@@ -327,29 +339,28 @@ cdef class EngineCore:
                 raise ValueError("this engine has no layout, so block_ids mean nothing; pass data_ptrs and sizes")
             if sizes is not None:
                 raise ValueError("sizes go with data_ptrs; the size of a block comes from the layout")
+            self.layout.require_reachable(self.device, direction == H2D)
             source.by_block = True
             source.block_ids = as_block_ids(block_ids, self.layout)
             source.lengths = np.array([self.layout.block_bytes], dtype=np.uint32)
             named = source.block_ids.shape[0]
         else:
-            if sizes is None:
+            if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
+                source.memory = borrow_all(self.device, data_ptrs, stream, direction == H2D)
+                data_ptrs = [memory.address for memory in source.memory]
+                if sizes is None:
+                    sizes = [memory.nbytes for memory in source.memory]
+            if sizes is None or (isinstance(sizes, list) and None in sizes):
                 raise ValueError("data_ptrs need sizes: an int, or one for each")
             source.addresses = as_addresses(data_ptrs)
             source.lengths = as_lengths(sizes, source.addresses.shape[0], self.pool.payload_bytes)
+            if source.memory is not None:
+                require_inside(source.memory, source.lengths)
             source.length_step = 1
             named = source.addresses.shape[0]
         if named != n:
             raise ValueError(f"{n} keys but {named} blocks; they must pair up")
         return source
-
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil:
-        cdef unsigned int memory_type = 0
-        cdef int mode = 0, code
-        code = self.device.enter(&mode)
-        if code == 0:
-            code = self.device.drv.pointer_get_attribute(&memory_type, _c.KV_POINTER_MEMORY_TYPE, address)
-            self.device.leave(mode)
-        return code == 0 and memory_type == <unsigned int>_c.KV_MEMORY_TYPE_DEVICE
 
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
@@ -361,32 +372,47 @@ cdef class EngineCore:
         cdef bint ordered = stream is not None or self.device_memory
         cdef uint32_t record
         cdef int number = 0, code = 0
+        cdef Loan loan = None
         cdef Job job = Job.__new__(Job)  # done from the start, until it is attached to a record
         job.statuses = statuses
+        if source.memory is not None:
+            for memory in source.memory:
+                ordered |= memory.stream is not None
         if not ordered and not source.by_block:
             with nogil:
                 for index in range(n):
-                    if self.lies_on_device(source.addresses[index]):
+                    if self.device.lies_on_device(source.addresses[index]):
                         ordered = True
                         break
         if ordered:
             caller = self.device.borrow_stream(stream)
         if n == 0:
             return job
+        if source.memory is not None:
+            wait_for_producers(self.device, caller, source.memory)
         check(self.device, self.failure, b"an earlier job of this engine")
         if direction == D2H:
             status = statuses
             keys = keys.copy()  # the index reads a key twice, and nobody may change it in between
+        if source.memory is not None:
+            loan = Loan.__new__(Loan)
+            loan.memory = source.memory
+            self.loans = (*self.loans, loan)
         with nogil:
             record = self.claim_job(direction, n, &number)
         if record == NO_RECORD:
             _c.kv_monitor_lock(&self.counting)
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
+            if loan is not None:
+                loan.memory = ()
             return job  # every status says FULL from the start
         # From here to the end of the nogil block nothing raises and no Python code runs.
         (<TransferQueue>self.queue[number]).attach(job, record, self)
         record_of_job = &(<TransferQueue>self.queue[number]).records[record]
+        if loan is not None:
+            loan.queue, loan.record, loan.generation = job.queue, record, job.generation
+            job.loan = loan
         with nogil:
             if direction == D2H:
                 moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
@@ -423,6 +449,13 @@ cdef class EngineCore:
         if not moved:
             job.queue = None
         return job
+
+    cdef void give_loans_back(self) noexcept:
+        """Let go of the memory of jobs that are over."""
+        cdef Loan loan
+        for loan in self.loans:
+            loan.give_back_if_over()
+        self.loans = tuple([loan for loan in self.loans if loan.memory])
 
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
         """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full."""
@@ -583,6 +616,7 @@ cdef class EngineCore:
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
             self.leaked = True
+            Py_INCREF(self.loans)
             self.pool.abandon()
             return
         for queue in self.queues:
@@ -591,8 +625,10 @@ cdef class EngineCore:
             dead |= (<TransferQueue>queue).failure != 0
         if dead:
             self.leaked = True
+            Py_INCREF(self.loans)
             self.pool.abandon()
         else:
+            self.loans = ()
             self.pool.close()
         self.device.close()
 
@@ -640,6 +676,51 @@ cdef void retire(void *owner, Direction direction, const JobRecord *job, int cod
 
 cdef void add_ready_slots(void *index, uint32_t first, uint32_t count) noexcept nogil:
     (<BlockIndex>index).add_slot_range(first, count)
+
+
+cdef bint all_integers(object items) except -1:
+    for item in items:
+        if not is_integer(item):
+            return False
+    return True
+
+
+cdef tuple borrow_all(Device device, object data_ptrs, object stream, bint as_target):
+    """Memory of objects, mixed with addresses perhaps, for copies on `stream`."""
+    cdef BorrowedMemory memory
+    cdef object consumer = -1 if stream is None else dlpack_stream(device.borrow_stream(stream))
+    borrowed = []
+    for index, item in enumerate(data_ptrs):
+        try:
+            memory = borrow_memory(item, consumer)
+        except TypeError as error:
+            raise TypeError(f"data_ptrs[{index}]: {error}") from None
+        if memory.shape is not None:
+            memory.require_copyable(as_target)
+        if device.is_host and memory.is_cuda:
+            raise ValueError(f"data_ptrs[{index}] is memory of a GPU, out of reach for the device {device.name}")
+        borrowed.append(memory)
+    return tuple(borrowed)
+
+
+cdef int require_inside(tuple borrowed, const uint32_t[::1] lengths) except -1:
+    cdef BorrowedMemory memory
+    for index, memory in enumerate(borrowed):
+        if memory.shape is not None and lengths[<Py_ssize_t>index] > memory.nbytes:
+            raise ValueError(f"sizes[{index}] is {lengths[<Py_ssize_t>index]}, but the memory in data_ptrs[{index}] "
+                             f"has {memory.nbytes} bytes")
+    return 0
+
+
+cdef int wait_for_producers(Device device, void *caller, tuple borrowed) except -1:
+    """The stream that the copies follow waits for each stream that the owner of some memory names."""
+    cdef BorrowedMemory memory
+    seen = set()
+    for memory in borrowed:
+        if memory.stream is not None and memory.stream not in seen:
+            seen.add(memory.stream)
+            wait_for_producer(device, caller, memory)
+    return 0
 
 
 cdef uint64_t[::1] as_addresses(object data_ptrs) except *:

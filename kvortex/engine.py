@@ -81,6 +81,11 @@ class KVortexEngine(EngineCore):
         with ExitStack() as undo:
             device = Device.open(config.device)
             undo.callback(device.close)
+            if layout is not None and layout.on_gpu and device.is_host:
+                raise ConfigError(
+                    f"device {config.device!r} is host memory here, but the layout's memory is a GPU's; "
+                    f"`python -m kvortex info` says why there is no cuda device"
+                )
             pool = PinnedPool(
                 config.cpu_pool_size_bytes,
                 block_bytes,

@@ -2,6 +2,7 @@
 
 import os
 import random
+import subprocess
 from pathlib import Path
 
 import hypothesis
@@ -82,3 +83,16 @@ def host():
     """The controls of the host driver, put back after the test."""
     yield host_control
     host_control.reset()
+
+
+@pytest.fixture(scope="session")
+def libcuda(tmp_path_factory):
+    """The folder of a libcuda.so.1 made of the host driver: CUDA without a GPU, for programs started with it."""
+    folder = tmp_path_factory.mktemp("libcuda")
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-std=gnu11", "-O1", "-fvisibility=hidden", "-pthread", "-I", ROOT / "include"]
+        + ["-o", folder / "libcuda.so.1", ROOT / "tests/driver/libcuda_host.c"]
+        + sorted((ROOT / "kvortex/driver").glob("host_*.c")),
+        check=True,
+    )
+    return folder

@@ -1,25 +1,34 @@
 """DeviceBuffer: memory of a device, for callers without a framework."""
 
-from cpython.buffer cimport PyBUF_C_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBuffer_FillInfo
 from cython cimport auto_pickle, no_gc_clear
+from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
-from kvortex._c cimport kv_devptr
+from kvortex._c cimport KV_DLPACK_CPU, KV_DLPACK_CUDA, kv_devptr
 from kvortex.driver._device cimport Device, check
-from kvortex.driver._stream cimport Stream
+from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer
+from kvortex.driver._stream cimport Stream, order_streams
 
+from kvortex.driver._memory import require_shareable
 from kvortex.errors import ConfigError, EngineClosed
 
 
 @auto_pickle(False)  # copy.copy would make a second owner of the memory
 @no_gc_clear  # __dealloc__ needs the device, which the collector would clear before it
-cdef class DeviceBuffer:
+cdef class DeviceBuffer(Lender):
     """Memory allocated on a device, not initialised.
 
     Without a stream the copies and `fill` are complete on return; they run on a private stream that is ordered after
-    nothing else, so memory that other streams write or read needs a stream argument or a synchronisation by the caller.
-    With a stream they are ordered on it and may return early: the host memory must then stay alive and unchanged until
-    the stream has passed (pageable memory is copied before the return). All of them release the GIL.
+    the buffer's own earlier calls and nothing else, so memory that other streams write or read needs a stream argument
+    or a synchronisation by the caller. With a stream they are ordered on it and may return early: the other memory is
+    held, and must stay unchanged, until the stream has passed (pageable memory is copied before the return). All of
+    them release the GIL.
+
+    Others see the memory as bytes, without a copy, and hold it: through ``__cuda_array_interface__`` and DLPack on a
+    GPU, through the buffer protocol and DLPack (as memory of the CPU) on the host device. They find the buffer's own
+    calls done, or are made to wait for them: on the device by DLPack's stream argument or the interface's stream entry,
+    on the host device before the memory is handed out.
 
     Parameters
     ----------
@@ -64,11 +73,10 @@ cdef class DeviceBuffer:
         self.stream = stream
         self.start = start
         self.nbytes = size
+        self.closed = False
 
-    @property
-    def closed(self):
-        """True after `close`."""
-        return self.start == 0
+    def __cinit__(self):
+        self.closed = True
 
     @property
     def address(self):
@@ -80,12 +88,14 @@ cdef class DeviceBuffer:
         return self.nbytes
 
     def copy_from(self, source, size_t offset=0, stream=None):
-        """Copy a whole host buffer to `offset`.
+        """Copy all bytes of a source to `offset`.
 
         Parameters
         ----------
-        source : buffer
-            Any C-contiguous object with the buffer protocol; its bytes are what counts.
+        source : object
+            C-contiguous memory of the host or a device that says where it is and how large: by ``data_ptr()`` as torch
+            does, ``__cuda_array_interface__``, the buffer protocol, ``__array_interface__`` or DLPack. The copy waits
+            for the stream that an interface names, and a DLPack producer is told of the copy's stream.
         offset : int, optional
             In bytes.
         stream : Stream, int or object, optional
@@ -93,35 +103,21 @@ cdef class DeviceBuffer:
 
         Raises
         ------
+        TypeError
+            The source does not say where its memory is, or how much.
         ValueError
-            The buffer does not fit, or the stream is refused.
+            It has gaps or does not fit, the host device cannot reach it, or the stream is refused.
         DriverError, EngineClosed
         """
-        cdef int code, mode = 0
-        cdef Py_buffer view
-        cdef void *handle = self.stream_for(stream)
-        cdef bint blocking = stream is None
-        PyObject_GetBuffer(source, &view, PyBUF_C_CONTIGUOUS)
-        try:
-            self.require_inside(offset, view.len)
-            with nogil:
-                code = self.device.enter(&mode)
-                if code == 0:
-                    code = self.device.drv.memcpy_htod_async(self.start + offset, view.buf, view.len, handle)
-                    if code == 0 and blocking:
-                        code = self.device.drv.stream_synchronize(handle)
-                    self.device.leave(mode)
-        finally:
-            PyBuffer_Release(&view)
-        check(self.device, code, b"cuMemcpyHtoDAsync")
+        self.copy(source, offset, stream, True)
 
     def copy_to(self, target, size_t offset=0, stream=None):
-        """Fill a whole host buffer from `offset`.
+        """Fill all bytes of a target from `offset`.
 
         Parameters
         ----------
-        target : writable buffer
-            Any C-contiguous object with the buffer protocol.
+        target : object
+            C-contiguous memory, as for `copy_from`.
         offset : int, optional
             In bytes.
         stream : Stream, int or object, optional
@@ -129,27 +125,53 @@ cdef class DeviceBuffer:
 
         Raises
         ------
-        ValueError
-            The buffer is larger than what follows `offset`, or the stream is refused.
-        DriverError, EngineClosed
+        BufferError
+            The target is read-only.
+        TypeError, ValueError, DriverError, EngineClosed
+            As for `copy_from`.
         """
-        cdef int code, mode = 0
-        cdef Py_buffer view
+        self.copy(target, offset, stream, False)
+
+    cdef int copy(self, object other, size_t offset, object stream, bint inward) except -1:
         cdef void *handle = self.stream_for(stream)
-        cdef bint blocking = stream is None
-        PyObject_GetBuffer(target, &view, PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE)
-        try:
-            self.require_inside(offset, view.len)
-            with nogil:
-                code = self.device.enter(&mode)
-                if code == 0:
-                    code = self.device.drv.memcpy_dtoh_async(view.buf, self.start + offset, view.len, handle)
-                    if code == 0 and blocking:
-                        code = self.device.drv.stream_synchronize(handle)
-                    self.device.leave(mode)
-        finally:
-            PyBuffer_Release(&view)
-        check(self.device, code, b"cuMemcpyDtoHAsync")
+        cdef BorrowedMemory memory = borrow_memory(other, dlpack_stream(handle))
+        cdef bint blocking = stream is None, on_device
+        cdef int code, mode = 0
+        cdef uint64_t address = memory.address
+        memory.require_copyable(not inward)
+        cdef size_t size = memory.nbytes
+        self.require_inside(offset, size)
+        if self.device.is_host and memory.is_cuda:
+            raise ValueError(f"{type(other).__name__} is memory of a GPU, out of reach for the device "
+                             f"{self.device.name}")
+        if size == 0:
+            return 0
+        if not blocking and self.lent is not None and self.stream.query():
+            self.lent = None
+        lent = self.lent
+        wait_for_producer(self.device, handle, memory)
+        with nogil:
+            on_device = self.device.lies_on_device(address)
+            code = self.device.enter(&mode)
+            if code == 0:
+                if on_device and inward:
+                    code = self.device.drv.memcpy_dtod_async(self.start + offset, address, size, handle)
+                elif on_device:
+                    code = self.device.drv.memcpy_dtod_async(address, self.start + offset, size, handle)
+                elif inward:
+                    code = self.device.drv.memcpy_htod_async(self.start + offset, <void *>address, size, handle)
+                else:
+                    code = self.device.drv.memcpy_dtoh_async(<void *>address, self.start + offset, size, handle)
+                if code == 0 and blocking:
+                    code = self.device.drv.stream_synchronize(handle)
+                self.device.leave(mode)
+        check(self.device, code, b"cuMemcpyHtoDAsync" if inward else b"cuMemcpyDtoHAsync")
+        if not blocking:
+            self.follow(handle)
+            self.lent = (self.lent, memory)
+        elif self.lent is lent:  # no other thread added to it, and all of it was waited for
+            self.lent = None
+        return 0
 
     def fill(self, int byte, size_t offset=0, nbytes=None, stream=None):
         """Set bytes to one value: `nbytes` of them from `offset`, or all that follow it.
@@ -176,22 +198,139 @@ cdef class DeviceBuffer:
                     code = self.device.drv.stream_synchronize(handle)
                 self.device.leave(mode)
         check(self.device, code, b"cuMemsetD8Async")
+        if not blocking:
+            self.follow(handle)
+
+    cdef int follow(self, void *handle) except -1:
+        """Let the private stream wait for the work that was just put on another one."""
+        cdef int mode = 0
+        self.worked_elsewhere = True
+        try:
+            order_streams(self.device, self.stream.stream, handle)
+        except BaseException:
+            with nogil:  # what cannot be followed is over instead
+                if self.device.enter(&mode) == 0:
+                    self.device.drv.stream_synchronize(handle)
+                    self.device.leave(mode)
+            raise
+        return 0
+
+    # ---- in others' hands -------------------------------------------------------------------------------------------
+
+    cdef int lend(self, BorrowedMemory borrowed) except -1:
+        self.require_open()
+        borrowed.address, borrowed.itemsize = self.start, 1
+        borrowed.shape, borrowed.strides = (self.nbytes,), (1,)
+        borrowed.is_cuda = not self.device.is_host
+        if self.worked_elsewhere:
+            borrowed.stream = self.stream.handle
+        self.exports += 1
+        return 1
+
+    @property
+    def __cuda_array_interface__(self):
+        """The memory as ``nbytes`` uint8, version 3; on a GPU only. Whoever keeps it keeps the buffer, and open."""
+        if self.device is None or self.device.is_host:
+            raise AttributeError("only a DeviceBuffer on a GPU has __cuda_array_interface__; here it is a host buffer")
+        self.require_open()
+        return {
+            "shape": (self.nbytes,),
+            "strides": None,
+            "typestr": "|u1",
+            "data": (self.start, False),
+            "version": 3,
+            "stream": self.stream.handle if self.worked_elsewhere else None,
+        }
+
+    def __dlpack_device__(self):
+        """(device type, device number) in DLPack's counting: CUDA, or the CPU for the host device."""
+        self.require_open()
+        if self.device.is_host:
+            return KV_DLPACK_CPU, 0
+        return KV_DLPACK_CUDA, self.device.ordinal
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """A DLPack capsule over the memory as ``nbytes`` uint8, never a copy.
+
+        Parameters
+        ----------
+        stream : int, optional
+            The consumer's, which waits for the buffer's own calls: None or 1 is the legacy default stream, 2 the
+            per-thread one, -1 waits for nothing. On the host device None only, and this call waits.
+        max_version, dl_device, copy
+            As the array API standard has them.
+
+        Raises
+        ------
+        BufferError
+            A copy was asked for, or another device.
+        ValueError
+            The stream is refused.
+        EngineClosed
+        """
+        cdef void *consumer
+        device = require_shareable(dl_device, copy, (self.__dlpack_device__(),))
+        if self.device.is_host:
+            if stream is not None:
+                raise ValueError(f"memory of the CPU has no streams, got stream {stream!r}; pass None")
+            if self.worked_elsewhere:
+                self.stream.synchronize()
+        elif stream is None or not is_integer(stream) or stream != -1:
+            if stream is not None and is_integer(stream) and stream == 0:
+                raise ValueError("stream 0 is ambiguous in DLPack; pass 1 for the legacy default stream, 2 for the "
+                                 "per-thread one")
+            consumer = self.device.borrow_stream(1 if stream is None else stream)
+            if self.worked_elsewhere:
+                order_streams(self.device, consumer, self.stream.stream)
+        self.require_open()
+        return self.capsule(self.start, self.nbytes, device[0], device[1], max_version)
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.require_open()
+        if not self.device.is_host:
+            raise BufferError(f"memory of {self.device.name} is out of the CPU's reach; use copy_to or give the buffer "
+                              f"to what reads __cuda_array_interface__ or DLPack")
+        if self.worked_elsewhere:
+            self.stream.synchronize()
+            self.require_open()
+        PyBuffer_FillInfo(buffer, self, <void *>self.start, <Py_ssize_t>self.nbytes, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.take_back()
+
+    # ---- end --------------------------------------------------------------------------------------------------------
 
     def close(self):
-        """Free the memory, after all work of the device that may still use it. Idempotent."""
-        if self.start != 0:
-            self.release()
-            self.start = 0
-            self.stream.close()
-            if self.owns_device:
-                self.device.close()
+        """Free the memory, after all work of the device that may still use it. Idempotent.
+
+        Memory that others hold (a buffer, a DLPack tensor, a layout over this buffer) is freed when the last of them
+        lets go; who only read `address` or ``__cuda_array_interface__`` is not known here. Close the device later.
+        """
+        if not self.closed:
+            self.closed = True
+            if self.exports == 0:
+                self.give_back()
+
+    cdef void all_is_back(self) noexcept:
+        if self.closed:
+            self.give_back()
+
+    cdef void give_back(self) noexcept:
+        self.release()
+        self.lent = None
+        self.stream.close()
+        if self.owns_device:
+            self.device.close()
 
     cdef void release(self) noexcept:
+        cdef kv_devptr start = self.start
         cdef int mode = 0
-        if not self.device.closed and getpid() == self.device.pid:
+        self.start = 0  # taken under the GIL, so that nobody frees it twice
+        if start != 0 and not self.device.closed and getpid() == self.device.pid:
             with nogil:
                 if self.device.enter(&mode) == 0:
-                    self.device.drv.mem_free(self.start)
+                    self.device.drv.mem_free(start)
                     self.device.leave(mode)
 
     def __dealloc__(self):
@@ -205,12 +344,12 @@ cdef class DeviceBuffer:
         self.close()
 
     def __repr__(self):
-        if self.start == 0:
+        if self.closed:
             return "<DeviceBuffer closed>"
         return f"<DeviceBuffer {self.nbytes} bytes at {self.start:#x} of {self.device.name}>"
 
     cdef int require_open(self) except -1:
-        if self.start == 0:
+        if self.closed:
             raise EngineClosed("this DeviceBuffer is closed; allocate another")
         return self.device.require_open()
 
@@ -222,3 +361,20 @@ cdef class DeviceBuffer:
     cdef void *stream_for(self, object stream) except? NULL:
         self.require_open()
         return self.stream.stream if stream is None else self.device.borrow_stream(stream)
+
+
+cdef int wait_for_producer(Device device, void *handle, BorrowedMemory memory) except -1:
+    cdef void *producer
+    if memory.stream is None:
+        return 0
+    if memory.lender is not None and (<DeviceBuffer>memory.lender).device.is_host != device.is_host:
+        (<DeviceBuffer>memory.lender).stream.synchronize()  # no stream of the one waits for one of the other
+        return 0
+    producer = device.borrow_stream(memory.stream)
+    if dlpack_stream(producer) != dlpack_stream(handle):
+        order_streams(device, handle, producer)
+    return 0
+
+
+cdef object dlpack_stream(void *handle):
+    return <size_t>handle or 1

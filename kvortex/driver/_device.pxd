@@ -1,5 +1,7 @@
 """Device: one driver table, one primary context. The map; the code is in _device.pyx."""
 
+from libc.stdint cimport uint64_t
+
 from kvortex._c cimport kv_driver
 
 
@@ -26,6 +28,8 @@ cdef class Device:
     cdef void *borrow_stream(self, object stream) except? NULL
     # The same checks on a handle: 0 fine, else a CUresult (STREAM_CAPTURE_UNSUPPORTED, INVALID_DEVICE ...).
     cdef int check_stream(self, void *handle) noexcept nogil
+    # Whether the driver says so; host memory, pinned or not, and what it does not know, is not.
+    cdef bint lies_on_device(self, uint64_t address) noexcept nogil
 
 
 # Raises DriverError(code, name, call) unless code is 0. Needs no GIL when it is 0.

@@ -3,6 +3,7 @@
 import re
 import threading
 
+from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
 from kvortex._c cimport (
@@ -15,10 +16,13 @@ from kvortex._c cimport (
     KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID,
     KV_DRIVER_MIN_VERSION,
     KV_DRIVER_NUM_ROWS,
+    KV_MEMORY_TYPE_DEVICE,
+    KV_POINTER_MEMORY_TYPE,
     kv_driver,
     kv_driver_rows,
 )
 from kvortex.driver._host cimport host_table
+from kvortex.driver._memory cimport is_integer
 
 from kvortex.driver import _cuda
 from kvortex.errors import ConfigError, DriverError, EngineClosed
@@ -216,6 +220,15 @@ cdef class Device:
         self.leave(mode)
         return code
 
+    cdef bint lies_on_device(self, uint64_t address) noexcept nogil:
+        cdef unsigned int memory_type = 0
+        cdef int mode = 0
+        cdef int code = self.enter(&mode)
+        if code == 0:
+            code = self.drv.pointer_get_attribute(&memory_type, KV_POINTER_MEMORY_TYPE, address)
+            self.leave(mode)
+        return code == 0 and memory_type == <unsigned int>KV_MEMORY_TYPE_DEVICE
+
     cdef void *borrow_stream(self, object stream) except? NULL:
         self.require_open()
         cdef void *handle = <void *><size_t>stream_handle(stream)
@@ -231,10 +244,13 @@ cdef class Device:
 def stream_handle(stream):
     """Return the handle of a stream given as an int or as an object that says it has one; check nothing else.
 
+    The one place that knows how libraries name their streams: ``__cuda_stream__``, a method or an attribute that gives
+    ``(0, handle)``, ``cuda_stream`` (torch) and ``ptr`` (CuPy, whose memory has one too, but cannot synchronise).
+
     Raises
     ------
     ValueError
-        `stream` is None.
+        `stream` is None, or names a handle or a version of the protocol that there is not.
     TypeError
         It is neither.
     """
@@ -243,21 +259,27 @@ def stream_handle(stream):
             "stream is None, but device memory needs the stream its other work runs on; pass a stream, or 0 for the "
             "legacy default stream"
         )
-    if isinstance(stream, int) and not isinstance(stream, bool):
+    if is_integer(stream):
         handle = stream
     elif hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
-        _, handle = protocol() if callable(protocol) else protocol
+        version, handle = protocol() if callable(protocol) else protocol
+        if version != 0:
+            raise ValueError(f"{type(stream).__name__} speaks version {version} of __cuda_stream__, 0 is understood")
     elif hasattr(stream, "cuda_stream"):
         handle = stream.cuda_stream
+    elif hasattr(stream, "ptr") and hasattr(stream, "synchronize"):
+        handle = stream.ptr
     else:
+        handle = None
+    if not is_integer(handle):
         raise TypeError(
-            f"stream must be an int handle or an object with __cuda_stream__ or cuda_stream, got "
+            f"stream must be an int handle or an object with __cuda_stream__, cuda_stream or CuPy's ptr, got "
             f"{type(stream).__name__}"
         )
     if not 0 <= handle < 1 << 64:
         raise ValueError(f"stream handle must be in 0..2**64-1, got {handle}")
-    return handle
+    return int(handle)
 
 
 cdef object refuse_stream(Device device, object stream, int code):

@@ -23,3 +23,7 @@ cdef class Event:
 
     cdef int require_open(self) except -1
     cdef void destroy(self) noexcept
+
+
+# Let later work on one stream wait, on the device, for what is on another one now.
+cdef int order_streams(Device device, void *later, void *earlier) except -1

@@ -56,7 +56,8 @@ cdef class Stream:
         ----------
         device : Device
         stream : int or object
-            A handle (0 is the legacy default stream), or an object with ``__cuda_stream__`` or ``cuda_stream``.
+            A handle (0 is the legacy default stream), or an object with ``__cuda_stream__``, ``cuda_stream`` (torch)
+            or ``ptr`` (CuPy).
 
         Raises
         ------
@@ -290,3 +291,20 @@ cdef class Event:
         if self.closed:
             raise EngineClosed(f"{self!r} cannot be used any more; create another with Event.create(device)")
         return self.device.require_open()
+
+
+cdef int order_streams(Device device, void *later, void *earlier) except -1:
+    cdef Event event = Event.create(device)
+    cdef int code, mode = 0
+    cdef const char *call = b"cuCtxPushCurrent"
+    with nogil:
+        code = device.enter(&mode)
+        if code == 0:
+            call = b"cuEventRecord"
+            code = device.drv.event_record(event.event, earlier)
+            if code == 0:
+                call = b"cuStreamWaitEvent"
+                code = device.drv.stream_wait_event(later, event.event, 0)
+            device.leave(mode)
+    event.close()  # what waits for it goes on waiting
+    return check(device, code, call)

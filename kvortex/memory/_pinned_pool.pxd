@@ -4,13 +4,14 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from kvortex._c cimport kv_monitor, kv_slots, kv_touch, pthread_t
 from kvortex.driver._device cimport Device
+from kvortex.driver._memory cimport Lender
 
 # Told of slots that have become usable. Needs no GIL; runs under the pool's monitor, on the thread that attaches or
 # registers.
 ctypedef void (*slots_ready_hook)(void *owner, uint32_t first, uint32_t count) noexcept nogil
 
 
-cdef class PinnedPool:
+cdef class PinnedPool(Lender):
     cdef readonly Device device     # kept open for as long as memory is registered with it
     cdef kv_slots slots             # addresses; fixed from creation
     cdef char *mapping              # what munmap gets back: slots.base is aligned inside it
@@ -23,8 +24,7 @@ cdef class PinnedPool:
     cdef int failure                # CUresult that ended the registering, or 0
     cdef bint stopping
     cdef bint registering           # the background thread runs and must be joined
-    cdef bint closed                # changed under the GIL, as are exports
-    cdef Py_ssize_t exports         # buffers handed out; the mapping outlives them
+    cdef bint closed                # changed under the GIL, as are the exports, which the mapping outlives
     cdef pthread_t thread
     cdef kv_touch touching          # the pages behind the first chunk; live while registering
     cdef int num_touchers
@@ -41,3 +41,9 @@ cdef class PinnedPool:
     cdef void join(self) noexcept nogil
     cdef void abandon(self) noexcept
     cdef void unmap(self) noexcept
+
+
+cdef class PoolSlot:
+    cdef readonly PinnedPool pool   # kept alive; close() leaves it mapped while the slot's memory is out
+    cdef readonly uint32_t slot
+    cdef void *payload

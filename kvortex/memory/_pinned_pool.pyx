@@ -8,7 +8,9 @@ from posix.unistd cimport getpid
 cimport kvortex._c as _c
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check
+from kvortex.driver._memory cimport Lender
 
+from kvortex.driver._memory import require_shareable
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
 from kvortex.log import warn_once
 from kvortex.memory.limits import require_memory, transparent_huge_pages, usable_cpus
@@ -49,7 +51,7 @@ cdef enum:
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
-cdef class PinnedPool:
+cdef class PinnedPool(Lender):
     """Reserve, touch and pin host memory, cut into slots of equal stride.
 
     The address space of the whole pool is reserved at once. Memory is touched and registered with the driver chunk by
@@ -314,12 +316,23 @@ cdef class PinnedPool:
 
     def view(self, slot):
         """A writable memoryview of a slot's payload; it keeps the mapping alive, not the slot's content."""
+        self._require_registered(slot)
+        start = slot * self.slots.stride_bytes + self.slots.header_bytes
+        return memoryview(self)[start:start + self.slots.payload_bytes]
+
+    def slot(self, slot):
+        """The payload of a slot for numpy, torch, CuPy and the like, as `PoolSlot`; nothing is copied."""
+        self._require_registered(slot)
+        cdef PoolSlot made = PoolSlot.__new__(PoolSlot)
+        made.pool, made.slot = self, slot
+        made.payload = _c.kv_slots_payload(&self.slots, slot)
+        return made
+
+    def _require_registered(self, slot):
         self._require_open()
         self._require_slot(slot)
         if slot >= self.num_ready:
             raise ValueError(f"slot {slot} is not registered yet ({self.num_ready} are); call wait_ready()")
-        start = slot * self.slots.stride_bytes + self.slots.header_bytes
-        return memoryview(self)[start:start + self.slots.payload_bytes]
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         self._require_open()
@@ -327,8 +340,10 @@ cdef class PinnedPool:
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):
-        self.exports -= 1
-        if self.closed and self.exports == 0:
+        self.take_back()
+
+    cdef void all_is_back(self) noexcept:
+        if self.closed:
             self.unmap()
 
     @property
@@ -443,6 +458,75 @@ cdef class PinnedPool:
             self.close()
         if self.monitor_ready:
             _c.kv_monitor_destroy(&self.monitor)
+
+
+cdef class PoolSlot:
+    """The payload of one slot as others see it: uint8 in host memory, through the buffer protocol and DLPack.
+
+    Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share
+    the memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so
+    that no device may use it. Its content is the block that the slot holds at the time: pin that in the index.
+
+    Attributes
+    ----------
+    pool : PinnedPool
+    slot : int
+    nbytes : int
+    """
+
+    def __init__(self):
+        raise TypeError("PoolSlot has no constructor; use PinnedPool.slot(slot)")
+
+    @property
+    def nbytes(self):
+        """Bytes of the payload."""
+        return self.pool.slots.payload_bytes
+
+    def __len__(self):
+        return self.nbytes
+
+    def __getbuffer__(self, Py_buffer *buffer, int flags):
+        self.pool._require_open()
+        PyBuffer_FillInfo(buffer, self, self.payload, <Py_ssize_t>self.pool.slots.payload_bytes, 0, flags)
+        self.pool.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *buffer):
+        self.pool.take_back()
+
+    def __dlpack_device__(self):
+        """(1, 0), memory of the CPU: what every library takes, though it is pinned."""
+        return _c.KV_DLPACK_CPU, 0
+
+    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
+        """A DLPack capsule over the payload as uint8, never a copy.
+
+        Parameters
+        ----------
+        stream : None
+        dl_device : (int, int), optional
+            ``(3, 0)``, CUDA host, for who reaches pinned memory from a GPU; in a pool of the host device (1, 0) only.
+        max_version, copy
+            As the array API standard has them.
+
+        Raises
+        ------
+        BufferError
+            A copy was asked for, or another device.
+        ValueError
+            There is a stream.
+        EngineClosed
+        """
+        self.pool._require_open()
+        if stream is not None:
+            raise ValueError(f"memory of the CPU has no streams, got stream {stream!r}; pass None")
+        devices = ((_c.KV_DLPACK_CPU, 0),)
+        if not self.pool.device.is_host:
+            devices += ((_c.KV_DLPACK_CUDA_HOST, 0),)
+        device_type, device_id = require_shareable(dl_device, copy, devices)
+        return self.pool.capsule(<uint64_t>self.payload, self.nbytes, device_type, device_id, max_version)
+
+    def __repr__(self):
+        return f"<PoolSlot {self.slot}, {self.nbytes} bytes at {<uint64_t>self.payload:#x}>"
 
 
 cdef void *register_main(void *pool) noexcept nogil:

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint32_t
 
 from kvortex._c cimport kv_group
+from kvortex.driver._device cimport Device
 
 
 cdef class KVLayout:
@@ -13,9 +14,14 @@ cdef class KVLayout:
     cdef readonly size_t block_size    # tokens of one block, 0 when unknown
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
+    cdef tuple borrowed                # what holds their memory: buffers, DLPack tensors
+    cdef readonly bint read_only       # some of it may not be written: no loads
+    cdef readonly bint on_gpu          # some of it surely lies on a GPU: nothing for the host device
     cdef bint strided                  # strided copies are legal: set by a probe, cleared by a refusal
     cdef readonly tuple planner        # what the probe found, for people: a PlannerRow for each shape of group
     cdef object __weakref__
 
+    cdef int require_reachable(self, Device device, bint as_target) except -1
+    cdef int hold(self, object borrowed, object owners) except -1
     # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
     cdef uint32_t strided_bit(self, int direction) noexcept nogil

@@ -1,4 +1,4 @@
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Self
 
 import numpy as np
@@ -13,10 +13,12 @@ class KVLayout:
     block_size: int
     runs: tuple[tuple[int, int, int], ...]
     owners: tuple[Any, ...]
+    read_only: bool
+    on_gpu: bool
     planner: tuple[Any, ...]
     def __init__(
         self,
-        runs: Iterable[tuple[int, int, int]],
+        runs: Iterable[tuple[Any, int, int]],
         num_blocks: int,
         *,
         block_size: int = 0,
@@ -40,11 +42,11 @@ class KVLayout:
         itemsize: int,
     ) -> Self: ...
     @classmethod
-    def mla(cls, bases: Sequence[Any], *, num_blocks: int, block_size: int, latent_dim: int, itemsize: int) -> Self: ...
+    def mla(cls, bases: Iterable[Any], *, num_blocks: int, block_size: int, latent_dim: int, itemsize: int) -> Self: ...
     @classmethod
     def cross_layer(cls, base: Any, *, num_blocks: int, block_bytes: int, block_size: int = 0) -> Self: ...
     @classmethod
-    def from_tensors(cls, tensors: Sequence[Any], block_dim: int = 0, *, block_size: int = 0) -> Self: ...
+    def from_tensors(cls, tensors: Iterable[Any], block_dim: int = 0, *, block_size: int = 0) -> Self: ...
     def slot_mapping(self, block_ids: ArrayLike, num_tokens: int | None = None) -> NDArray[np.int64]: ...
 
 def plan_copies(

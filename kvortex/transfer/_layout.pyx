@@ -6,11 +6,11 @@ from libc.stdint cimport int64_t, uint32_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 cimport kvortex._c as _c
+from kvortex.driver._device cimport Device
+from kvortex.driver._memory cimport BorrowedMemory, borrow_memory
 from kvortex.memory._pinned_pool cimport PinnedPool
 
 import numpy as np
-
-from kvortex.transfer.tensors import address_of, describe
 
 cdef uint32_t MAX_PERIOD = 4  # K and V, and a scale for each; what repeats with a longer period moves piece by piece
 
@@ -25,8 +25,9 @@ cdef class KVLayout:
 
     Parameters
     ----------
-    runs : sequence of (int, int, int)
-        Base address, bytes from block to block, bytes of a piece.
+    runs : iterable of (int or object, int, int)
+        Base, bytes from block to block, bytes of a piece. A base is an address, or memory that says where it is (see
+        `from_tensors`); that is held as long as the layout.
     num_blocks : int
         Device blocks, valid ids are 0 to num_blocks - 1.
     block_size : int, default 0
@@ -41,14 +42,20 @@ cdef class KVLayout:
 
     Notes
     -----
-    The memory is not touched here. A layout may be shared by threads; only whether strided copies are used changes: a
-    probe allows them, a refused one forbids them.
+    The memory is not touched here, and no stream waits for it, whatever stream its owner names: a layout is a place,
+    and each save or load names the stream that its content is ordered with. A layout may be shared by threads; only
+    whether strided copies are used changes: a probe allows them, a refused one forbids them.
     """
 
     def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
         if self.groups is not NULL:
             raise RuntimeError("KVLayout.__init__ may be called once")
-        runs = [(int(base), int(stride), int(piece)) for base, stride, piece in runs]
+        bases = []
+        runs = list(runs)
+        for index, (base, stride, piece) in enumerate(runs):
+            if not isinstance(base, int):
+                base = take_whole(base, bases, f"run {index}", (num_blocks - 1) * stride + piece)
+            runs[index] = int(base), int(stride), int(piece)
         if not runs:
             raise ValueError("a layout needs at least one run, got none")
         if num_blocks < 1:
@@ -78,8 +85,27 @@ cdef class KVLayout:
         self.block_bytes = block_bytes
         self.block_size = block_size
         self.runs = tuple(runs)
-        self.owners = tuple(owners)
+        self.hold(bases, owners)
         self.planner = ()
+
+    cdef int hold(self, object borrowed, object owners) except -1:
+        cdef BorrowedMemory memory
+        self.borrowed = tuple(borrowed)
+        self.owners = (*owners, *[memory.owner for memory in self.borrowed])
+        for memory in self.borrowed:
+            self.read_only |= memory.read_only
+            self.on_gpu |= memory.is_cuda is True
+        return 0
+
+    cdef int require_reachable(self, Device device, bint as_target) except -1:
+        """Refuse what would end the process: writing to read-only memory, a GPU's memory for the host device."""
+        if as_target and self.read_only:
+            raise ValueError("the layout's memory is read-only, so nothing can be loaded into it; make the layout over "
+                             "memory that may be written")
+        if self.on_gpu and device.is_host:
+            raise ValueError(f"the layout's memory is a GPU's, out of reach for the device {device.name}; use its cuda "
+                             f"device")
+        return 0
 
     cdef uint32_t strided_bit(self, int direction) noexcept nogil:
         return <uint32_t>1 << direction if self.strided else 0
@@ -103,26 +129,31 @@ cdef class KVLayout:
     def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize):
         """One allocation of shape ``(kv, num_layers, num_blocks, block_size, num_heads, head_dim)``.
 
-        `base` is an address or any object with one (see `from_tensors`); `itemsize` is in bytes.
+        `base` is an address or memory that says where it is (see `from_tensors`), without gaps and large enough;
+        `itemsize` is in bytes.
         """
+        borrowed = []
         piece = block_size * num_heads * head_dim * itemsize
-        start = address_of(base)
+        start = take_whole(base, borrowed, "base", kv * num_layers * num_blocks * piece)
         runs = [(start + (part * num_layers + layer) * num_blocks * piece, piece, piece)
                 for layer in range(num_layers) for part in range(kv)]
-        return cls(runs, num_blocks, block_size=block_size, owners=[] if isinstance(base, int) else [base])
+        return lay_out(cls, runs, num_blocks, block_size, borrowed)
 
     @classmethod
     def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize):
         """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention."""
+        borrowed = []
         piece = block_size * latent_dim * itemsize
-        return cls([(address_of(base), piece, piece) for base in bases], num_blocks, block_size=block_size,
-                   owners=[base for base in bases if not isinstance(base, int)])
+        runs = [(take_whole(base, borrowed, f"base {number}", num_blocks * piece), piece, piece)
+                for number, base in enumerate(bases)]
+        return lay_out(cls, runs, num_blocks, block_size, borrowed)
 
     @classmethod
     def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0):
         """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``."""
-        return cls([(address_of(base), block_bytes, block_bytes)], num_blocks, block_size=block_size,
-                   owners=[] if isinstance(base, int) else [base])
+        borrowed = []
+        start = take_whole(base, borrowed, "base", num_blocks * block_bytes)
+        return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed)
 
     @classmethod
     def from_tensors(cls, tensors, block_dim=0, *, block_size=0):
@@ -130,26 +161,32 @@ cdef class KVLayout:
 
         Parameters
         ----------
-        tensors : sequence
-            One tensor a layer (or any split): objects with `__cuda_array_interface__`, `__array_interface__`, or
-            `data_ptr()`, `shape`, `stride()` and `element_size()` as torch has. Held as long as the layout.
+        tensors : iterable
+            One tensor a layer (or any split): objects that describe their shape by ``data_ptr()``, ``shape``,
+            ``stride()`` and ``element_size()`` (torch), ``__cuda_array_interface__``, the buffer protocol,
+            ``__array_interface__`` or DLPack. Nothing is copied; they are held as long as the layout, buffers stay
+            exported, and the deleters of DLPack tensors are called with its end.
         block_dim : int, default 0
             Which dimension counts blocks.
 
         Raises
         ------
+        TypeError
+            A tensor speaks none of these.
         ValueError
             A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
             interleave. Moving it would move foreign bytes.
         """
-        runs, num_blocks = [], None
+        runs, borrowed, num_blocks = [], [], None
         for number, tensor in enumerate(tensors):
-            tensor_runs, count = runs_of_tensor(tensor, block_dim, f"tensor {number}")
+            memory = borrow_memory(tensor)
+            tensor_runs, count = runs_of_tensor(memory, block_dim, f"tensor {number}")
             if num_blocks not in (None, count):
                 raise ValueError(f"tensor {number} has {count} blocks, the others {num_blocks}; check block_dim")
             num_blocks = count
+            borrowed.append(memory)
             runs += tensor_runs
-        return cls(runs, num_blocks or 0, block_size=block_size, owners=tensors)
+        return lay_out(cls, runs, num_blocks or 0, block_size, borrowed)
 
     # ---- use --------------------------------------------------------------------------------------------------------
 
@@ -175,9 +212,29 @@ cdef class KVLayout:
                 f"{self.num_groups} groups)")
 
 
-def runs_of_tensor(tensor, block_dim, what):
+cdef object lay_out(object cls, object runs, object num_blocks, object block_size, list borrowed):
+    layout = cls(runs, num_blocks, block_size=block_size)
+    (<KVLayout>layout).hold(borrowed, ())
+    return layout
+
+
+cdef object take_whole(object base, list borrowed, object what, object nbytes=None):
+    """The address of a base, which is added to `borrowed` if it is more than that; `nbytes` of it are needed."""
+    cdef BorrowedMemory memory = borrow_memory(base)
+    if memory.owner is not None:
+        if nbytes is not None and memory.shape is not None and not (memory.is_contiguous and memory.nbytes >= nbytes):
+            raise ValueError(f"{what} must have {nbytes} bytes without gaps, got {memory.nbytes} (shape {memory.shape},"
+                             f" strides {memory.strides} bytes)")
+        borrowed.append(memory)
+    return memory.address
+
+
+def runs_of_tensor(BorrowedMemory memory, block_dim, what):
     """The runs of one tensor, outer dimensions in their order, and its number of blocks."""
-    address, shape, strides, itemsize = describe(tensor)
+    address, shape, strides, itemsize = memory.address, memory.shape, memory.strides, memory.itemsize
+    if shape is None:
+        which = "an address" if memory.owner is None else type(memory.owner).__name__
+        raise TypeError(f"{what}: {which} describes no strides; pass an array or a tensor")
     if not -len(shape) <= block_dim < len(shape):
         raise ValueError(f"{what}: block_dim {block_dim} is outside its {len(shape)} dimensions")
     block_dim %= len(shape)

@@ -80,6 +80,7 @@ cdef class TransferQueue:
     cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
                          void **waits, size_t num_waits, const char **call) noexcept nogil
     cdef int poll_once(self) noexcept nogil
+    cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
     cdef void drop_hold(self, uint32_t record) noexcept nogil
     cdef void recycle(self, uint32_t record) noexcept nogil
@@ -89,6 +90,15 @@ cdef class TransferQueue:
     cdef void attach(self, Job job, uint32_t record, object owner)
 
 
+cdef class Loan:
+    """Memory of the caller that a job copies from or to, held until it is over, however soon its handle is dropped."""
+    cdef tuple memory                  # BorrowedMemory; () when given back
+    cdef TransferQueue queue           # None: not submitted yet
+    cdef uint32_t record, generation
+
+    cdef void give_back_if_over(self) noexcept
+
+
 cdef class Job:
     cdef TransferQueue queue           # kept alive; None for a job that moved nothing: it is done from the start
     cdef object owner                  # the engine, kept alive while its job is
@@ -96,7 +106,9 @@ cdef class Job:
     cdef uint32_t record, generation
     cdef size_t count
     cdef readonly object statuses
+    cdef Loan loan                     # None: addresses, or blocks of a layout, which the engine holds
 
+    cdef void give_loan_back(self) noexcept
     cdef OutcomeState _state(self) noexcept nogil
 
 

@@ -272,6 +272,15 @@ cdef class TransferQueue:
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.retired()
 
+    cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil:
+        """Whether no copy of the job can be running any more: never, once the context is dead."""
+        cdef bint over
+        _c.kv_monitor_lock(&self.monitor)
+        over = not self.failure and (self.records[record].generation != generation
+                                     or self.records[record].state in (JOB_FREE, JOB_RETIRED))
+        _c.kv_monitor_unlock(&self.monitor)
+        return over
+
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil:
         """Hold a job's event if its copies may still be in flight; blocks while the job is being submitted."""
         cdef JobRecord *job = &self.records[record]
@@ -354,7 +363,8 @@ cdef class TransferQueue:
         Raises
         ------
         ValueError
-            Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream.
+            Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream; a
+            layout over read-only memory for a load, or over a GPU's for the host device.
         DriverError
             The driver refused; no copy is in flight, unless the context is dead.
         """
@@ -371,6 +381,7 @@ cdef class TransferQueue:
         if layout.block_bytes > pool.slots.payload_bytes:
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
                              f"({pool.payload_bytes})")
+        layout.require_reachable(self.device, self.direction_ == H2D)
         cdef void *caller = self.device.borrow_stream(stream)
         cdef Job job = Job.__new__(Job)
         if n == 0:
@@ -566,6 +577,13 @@ cdef class TransferQueue:
             _c.kv_monitor_destroy(&self.monitor)
 
 
+@cython.no_gc_clear  # in a garbage cycle the memory must outlive the copies
+cdef class Loan:
+    cdef void give_back_if_over(self) noexcept:
+        if self.queue is not None and self.queue.is_over(self.record, self.generation):
+            self.memory = ()
+
+
 @cython.no_gc_clear  # __dealloc__ takes the pointer to `outcome` back from the queue
 cdef class Job:
     """What a save or a load did, and when it is over.
@@ -591,12 +609,14 @@ cdef class Job:
         """Whether the job is over, well or badly. Never blocks on the device."""
         cdef int mode = 0
         if self.queue is None:
+            self.give_loan_back()
             return True
         self._require_owner_process()
         with nogil:
             if self._state() == OUTCOME_PENDING and self.queue.device.enter(&mode) == 0:
                 self.queue.poll_once()
                 self.queue.device.leave(mode)
+        self.give_loan_back()
         return self._state() != OUTCOME_PENDING
 
     def wait(self, timeout_ms=None):
@@ -614,6 +634,7 @@ cdef class Job:
         cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
         cdef uint64_t deadline = _c.kv_deadline_ns(limit), pause
         if self.queue is None:
+            self.give_loan_back()
             return
         self._require_owner_process()
         state = self._state()
@@ -628,6 +649,7 @@ cdef class Job:
             PyErr_CheckSignals()
             if state == OUTCOME_PENDING and _c.kv_now_ns() >= deadline:
                 raise TimeoutError(f"the job is not done after {timeout_ms} ms")
+        self.give_loan_back()
         self._raise_failed()
 
     def wait_on(self, stream):
@@ -669,6 +691,10 @@ cdef class Job:
             yield from wait_in_loop(self, self.queue.signals).__await__()
         self._raise_failed()
         return self
+
+    cdef void give_loan_back(self) noexcept:
+        if self.loan is not None:
+            self.loan.give_back_if_over()
 
     cdef OutcomeState _state(self) noexcept nogil:
         return self.queue.ask(&self.outcome)

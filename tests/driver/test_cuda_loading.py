@@ -3,14 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from kvortex.driver._device import driver_rows
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 
 COPY_THERE_AND_BACK = """
 from kvortex.driver import Device, DeviceBuffer, Event, Stream, list_devices
@@ -38,18 +34,6 @@ except ConfigError as error:
     print(error)
 print(Device.open("auto").name)
 """
-
-
-@pytest.fixture(scope="module")
-def libcuda(tmp_path_factory):
-    """The folder of a libcuda.so.1 made of the host driver."""
-    folder = tmp_path_factory.mktemp("libcuda")
-    subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-std=gnu11", "-O1", "-fvisibility=hidden", "-pthread", "-I", ROOT / "include"]
-        + ["-o", folder / "libcuda.so.1", HERE / "libcuda_host.c", *sorted((ROOT / "kvortex/driver").glob("host_*.c"))],
-        check=True,
-    )
-    return folder
 
 
 def run(program, folder, **settings):

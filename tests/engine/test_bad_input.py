@@ -54,7 +54,7 @@ def test_keys_of_wrong_shape_or_type(bench, keys, error):
         ({"data_ptrs": [ADDRESS, 2 * ADDRESS], "sizes": 0}, r"sizes\[0\] is 0"),
         ({"data_ptrs": [ADDRESS, 2 * ADDRESS], "sizes": [4, 4097]}, r"sizes\[1\] is 4097; it must be 1 to 2048"),
         ({"data_ptrs": [ADDRESS, 2 * ADDRESS], "sizes": [4, 4, 4]}, "an int or 2 integers"),
-        ({"data_ptrs": ["a", "b"], "sizes": 4}, "integers"),
+        ({"data_ptrs": np.array(["a", "b"]), "sizes": 4}, "integers"),
     ],
 )
 def test_unfit_blocks(bench, arguments, match):

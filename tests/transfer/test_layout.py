@@ -350,8 +350,10 @@ def test_tensors_that_disagree_or_say_nothing_are_refused():
         KVLayout.from_tensors([filled(6, 8), filled(5, 8)])
     with pytest.raises(ValueError, match="at least one run"):
         KVLayout.from_tensors([])
-    with pytest.raises(TypeError, match="object describes no strides"):
+    with pytest.raises(TypeError, match="object has no address"):
         KVLayout.from_tensors([object()])
+    with pytest.raises(TypeError, match="tensor 1: an address describes no strides"):
+        KVLayout.from_tensors([filled(6, 8), 1 << 30])
     with pytest.raises(TypeError, match="has no address"):
         KVLayout.cross_layer("cache", num_blocks=4, block_bytes=64)
 
