@@ -383,7 +383,9 @@ with Device.open("cuda:1") as device, Stream.create(device) as stream, Stream.cr
                 engine.save_blocks(keys[:1], data_ptrs=[Shown()])
             engine.save_blocks(keys, data_ptrs=[Shown(), producer], stream=other).wait()
             target = DeviceBuffer(SIZE, device)
-            assert engine.load_blocks(keys[:1], data_ptrs=[target], stream=other).num_blocks == 1
+            job = engine.load_blocks(keys[:1], data_ptrs=[target], stream=other)
+            assert job.num_blocks == 1
+            job.wait_on(other)  # what reads the target comes after the load
             target.copy_to(content, stream=other)
             other.synchronize()
             assert content == bytes([byte]) * SIZE
