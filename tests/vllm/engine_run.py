@@ -26,6 +26,7 @@ SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabular
     "3b": (28, 24, 8, 128, 3072, 8192, 128256),
     "small": (8, 16, 8, 128, 2048, 5632, 32000),
     "tiny": (2, 4, 2, 128, 512, 1024, 1024),
+    "heavy": (8, 16, 16, 128, 512, 512, 1024),  # much KV for little work: saves are behind the forwards all the time
 }
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, where its parts can be reached
@@ -160,6 +161,7 @@ class Engine:
                 "load_format": "dummy",
                 "kv_cache_memory_bytes": int(args.device_gib * GIB),
                 "disable_custom_all_reduce": True,
+                "gpu_memory_utilization": 0.3,  # only a check at the start, which several runs on a GPU should pass
             }
             if args.graphs:  # of decode steps, without the minutes of torch.compile
                 options["compilation_config"] = {
@@ -322,7 +324,10 @@ class Workload:
         return head + self.tokens(rng, min(length - len(head), max(1, int(600 * self.scale))))
 
     def max_tokens(self, number):
-        return random.Random(f"{self.args.seed}/{number}/out").randint(16, 128) // (1 if self.scale == 1 else 4)
+        rng = random.Random(f"{self.args.seed}/{number}/out")
+        if self.scale == 1 and rng.random() < 0.4:  # their blocks are free again while they are being saved
+            return rng.randint(1, 3)
+        return rng.randint(16, 128) // (1 if self.scale == 1 else 4)
 
 
 def stress(engine, args):
