@@ -73,14 +73,15 @@ test-mutants: build  ## take out one protection at a time; the tests it names mu
 	$(PY) tests/mutants/run.py $(if $(MUTANTS),--only $(MUTANTS))
 
 # A vLLM brings its own torch, hence an environment for each, made once: minutes, and gigabytes of disk. CPU only.
-# The compiled modules are those of `build` where that is a Python 3.11 too, and stand beside them where it is not.
+# The compiled modules are those of `build` where that is a Python 3.11 too, and are built beside them where it is not.
 RUN_VLLM = \
 	.ci/vllm-env $(PYTHON_VLLM) $(1) $(VLLM_VENVS)/$(1) && \
-	$(VLLM_VENVS)/$(1)/bin/python setup.py -q build_ext --inplace && \
+	{ $(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    $(VLLM_VENVS)/$(1)/bin/python setup.py -q build_ext --inplace; } && \
 	PYTHONHASHSEED=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	OMP_NUM_THREADS=2 $(VLLM_VENVS)/$(1)/bin/python -m pytest tests/vllm $(2) $(PYTEST_ARGS)
 
-test-vllm:  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each
+test-vllm: build  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each
 	@.ci/system-packages $(PYTHON_VLLM)
 	$(call RUN_VLLM,0.15.1)
 	$(call RUN_VLLM,0.32.0)
