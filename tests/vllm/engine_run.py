@@ -3,7 +3,8 @@
 
     python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 120 --graphs --verify
     python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 60 --verify --mutant after-load
-    python tests/vllm/engine_run.py throughput --size 8b --mode simple --shared 80
+    python tests/vllm/engine_run.py throughput --size 8b --mode simple --shared 80 --device-gib 16 --host-gib 40
+    python tests/vllm/engine_run.py first_token --size 8b --prompt-tokens 32768 --device-gib 10 --host-gib 16 --repeat 9
 
 Each scenario is a function below, with what it shows. It prints one line of JSON, the last of stdout, and exits with 0
 whatever it found: to judge is the caller's part, but for what would make the numbers worthless, which is asserted.
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -422,6 +424,39 @@ def throughput(engine, args):
     }
 
 
+def first_token(engine, args):
+    """Milliseconds to the first token of one prompt: computed, with its prefix on the device, and back from the host
+    (or computed again, in a mode without one). Each repetition has a prompt of its own; the first ones warm up.
+    """
+    rng = random.Random(args.seed)
+    if engine.worker_half is not None:
+        pool = engine.worker_half.pool
+        while pool.slots_ready < pool.num_slots:
+            time.sleep(0.01)
+    times, cached, same = {"cold": [], "device": [], "back": []}, {}, True
+    for repetition in range(args.warmup + args.repeat):
+        prompt, tokens = rng.choices(range(3, engine.vocabulary), k=args.prompt_tokens), []
+        for phase in times:
+            began = time.perf_counter()
+            outcome = engine.generate([prompt], 1)
+            seconds = time.perf_counter() - began
+            tokens += outcome["tokens"]
+            cached[phase] = outcome["cached"][0]
+            if repetition >= args.warmup:
+                times[phase].append(1000 * seconds)
+            engine.settle()
+            if phase != "cold":
+                engine.forget()
+        same &= tokens[0] == tokens[1] == tokens[2]
+    return {
+        "prompt_tokens": args.prompt_tokens,
+        "milliseconds": {phase: [round(each, 1) for each in found] for phase, found in times.items()},
+        **{f"{phase}_ms": round(statistics.median(found), 1) for phase, found in times.items()},
+        "tokens_cached": cached,
+        "same_tokens": same,
+    }
+
+
 def restore(engine, args):
     """A few prompts cold, back from the host, with what they generated, after a reset of the host's cache, and with
     wrong content in the host's memory.
@@ -485,7 +520,7 @@ def leave(engine, args):
     return {"in_flight": sorted("load" if transfer.load else "save" for transfer in running)}
 
 
-SCENARIOS = {scenario.__name__: scenario for scenario in (stress, throughput, restore, overflow, leave)}
+SCENARIOS = {scenario.__name__: scenario for scenario in (stress, throughput, first_token, restore, overflow, leave)}
 
 
 def arguments():
@@ -519,7 +554,7 @@ def arguments():
     group.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
     group.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
     group.add_argument("--tokens", action="store_true", help="print the tokens of every request")
-    group = parser.add_argument_group("throughput")
+    group = parser.add_argument_group("throughput, first_token")
     group.add_argument("--prompt-tokens", type=int, default=4096)
     group.add_argument("--output-tokens", type=int, default=64)
     group.add_argument("--shared", type=int, default=0, help="percent of a prompt that a group of requests shares")
@@ -535,7 +570,7 @@ def main():
         os.environ.setdefault(name, value)
     if args.runner:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[args.runner]
-    if "throughput" in args.scenarios:
+    if {"throughput", "first_token"} & set(args.scenarios):
         args.requests = args.requests or 64
         engine = Engine(args, max_model_len=args.prompt_tokens + args.output_tokens + 16, max_num_seqs=64)
     else:
