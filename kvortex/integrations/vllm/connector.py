@@ -63,6 +63,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.scheduler = SchedulerHalf(
                 shape,
                 load_async=options.load_async,
+                reload_preempted=HAS_WORKER_METADATA,
                 events=events is not None and events.enable_kv_cache_events,
             )
             self.counted = {}

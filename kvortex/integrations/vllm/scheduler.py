@@ -44,6 +44,9 @@ class SchedulerHalf:
     shape : PoolShape
     load_async : bool
         Whether requests wait for their load between steps or inside one.
+    reload_preempted : bool, default True
+        Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
+        such a load fails: it looks only at blocks that were computed when the request ran first.
     events : bool, default False
         Whether to keep what `take_events` yields.
 
@@ -53,8 +56,9 @@ class SchedulerHalf:
     its load was decided until every rank has reported that one.
     """
 
-    def __init__(self, shape, *, load_async, events=False):
+    def __init__(self, shape, *, load_async, reload_preempted=True, events=False):
         self.shape, self.load_async = shape, load_async
+        self.reload_preempted = reload_preempted or load_async
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
@@ -88,6 +92,8 @@ class SchedulerHalf:
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
         if rest or first >= limit or request.skip_reading_prefix_cache:
+            return 0, False
+        if request.num_preemptions and not self.reload_preempted:
             return 0, False
         hashes = request.block_hashes[first:limit]
         _, leading = self.index.lookup(as_keys(hashes))
