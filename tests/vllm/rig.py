@@ -380,8 +380,7 @@ class Rig:
                 table = self.tables[name]
                 written = set(table[before // BLOCK_TOKENS : -(-after // BLOCK_TOKENS)])
                 if name not in names:
-                    if before % BLOCK_TOKENS == 0:
-                        failed -= written
+                    failed.difference_update(table[before // BLOCK_TOKENS : after // BLOCK_TOKENS])
                 elif failed.intersection(table[: -(-before // BLOCK_TOKENS)]):
                     failed |= written
                 else:

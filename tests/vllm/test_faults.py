@@ -63,6 +63,22 @@ def test_only_the_host_part_of_a_prefix_is_computed_again(make_rig, prompt, host
     rig.require_clean()
 
 
+def test_a_preempted_request_whose_load_fails_is_right(make_rig, prompt, host, load_async):
+    rig = make_rig(load_async=load_async)
+    rig.add("first", prompt("p", 100), 40)
+    while rig.index.num_ready < 7:
+        rig.step()
+        rig.workers[0].worker.drain()
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone
+    with refused(host, rig, "H2D") as loads:
+        rig.run()
+    assert len(rig.outputs("first")) == 40
+    assert loads or not rig.half.reload_preempted
+    rig.forget_device()
+    rig.serve("second", prompt("p", 100), 40)
+    rig.require_clean()
+
+
 def test_several_loads_that_fail_at_once_are_all_computed(make_rig, prompt, host, load_async):
     rig = make_rig(load_async=load_async)
     for name in "abc":

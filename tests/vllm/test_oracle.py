@@ -55,6 +55,7 @@ def life_of_a_late_save(rig, prompt, host):
     rig.add("second", prompt("p", 100))
     for _ in range(5):
         rig.step()
+        part.drain()
     for step in late:
         part.start_save(step)
     rig.run()

@@ -14,13 +14,13 @@ SCHEDULES, STEPS = (400, 600) if os.environ.get("KVORTEX_SOAK") == "1" else (6, 
 OUT_OF_MEMORY = 2
 
 
-def refuse_some(host, rig, draw):
+def refuse_some(host, rig, draw, directions):
     """Let the driver refuse one transfer in fifteen."""
     for worker in rig.workers:
         part = worker.worker
 
         def submit(queue, transfer, stream, submit=part.submit):
-            if draw.random() < 1 / 15:
+            if queue.direction in directions and draw.random() < 1 / 15:
                 host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
             return submit(queue, transfer, stream)
 
@@ -68,10 +68,12 @@ def test_no_schedule_reads_a_wrong_token(make_rig, host, seed, load_async, pipel
             extra={"max_jobs": draw.choice([2, 64])},
         )
         host.set_delay_us(0, draw.choice([100, 3000]), seed)
-        # vLLM loses count of tokens in flight at a reset (0.15), and after a failed load inside a step.
+        # vLLM 0.15 loses count of tokens in flight at a reset.
         resets = draw.random() < 0.5 and (HAS_WORKER_METADATA or not pipelined)
-        if draw.random() < 0.5 and (load_async or not pipelined):
-            refuse_some(host, rig, draw)
+        if draw.random() < 0.5:
+            # Where a load inside a step fails, vLLM itself may serve the garbage: a request preempted before it has
+            # computed those blocks again finds them in the device's prefix cache.
+            refuse_some(host, rig, draw, ["D2H", "H2D"] if load_async else ["D2H"])
         try:
             live(rig, draw, resets=resets)
         except BaseException as error:

@@ -46,6 +46,9 @@ class SchedulerHalf:
         Whether requests wait for their load between steps or inside one.
     save_late : bool, default False
         Save what earlier steps wrote, not what this one writes: a drafter has yet to write its part of it.
+    reload_preempted : bool, default True
+        Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
+        such a load fails: it looks only at blocks that were computed when the request ran first.
     events : bool, default False
         Whether to keep what `take_events` yields.
 
@@ -55,8 +58,9 @@ class SchedulerHalf:
     its load was decided until every rank has reported that one.
     """
 
-    def __init__(self, shape, *, load_async, save_late=False, events=False):
+    def __init__(self, shape, *, load_async, save_late=False, reload_preempted=True, events=False):
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
+        self.reload_preempted = reload_preempted or load_async
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
@@ -93,6 +97,8 @@ class SchedulerHalf:
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
         if rest or first >= limit or request.skip_reading_prefix_cache:
+            return 0, False
+        if request.num_preemptions and not self.reload_preempted:
             return 0, False
         hashes = request.block_hashes[first:limit]
         _, leading = self.index.lookup(as_keys(hashes))
