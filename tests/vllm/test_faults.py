@@ -18,11 +18,13 @@ def refused(host, rig, direction, rank=0):
         if queue.direction == direction:
             seen.append(transfer)
             host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
-        return submit(queue, transfer, stream)
+        try:
+            return submit(queue, transfer, stream)
+        finally:
+            host.fail_call(0, 0)  # where no job was free, nothing has been copied
 
     part.submit = submit_refused
     yield seen
-    host.fail_call(0, 0)
     del part.submit
 
 

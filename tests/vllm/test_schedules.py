@@ -22,7 +22,10 @@ def refuse_some(host, rig, draw, directions):
         def submit(queue, transfer, stream, submit=part.submit):
             if queue.direction in directions and draw.random() < 1 / 15:
                 host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
-            return submit(queue, transfer, stream)
+            try:
+                return submit(queue, transfer, stream)
+            finally:
+                host.fail_call(0, 0)  # where no job was free, nothing has been copied
 
         part.submit = submit
 
