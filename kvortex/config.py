@@ -76,7 +76,7 @@ class KVortexConfig:
         blocks (0: never; 4 reach the link), each of which takes a streaming multiprocessor from the model while it
         runs. Costs 16 MiB of device memory (or two blocks) a stream.
     pool_huge_pages : bool, default True
-        Ask for transparent huge pages; without them pinning takes twice as long.
+        Ask for transparent huge pages; without them pinning took 1.7 times as long (`python -m bench.gpu`).
     enable_numa : bool, default True
         Prefer memory of the GPU's NUMA node for the pool (`engine.pool.numa_node` tells what came of it).
 

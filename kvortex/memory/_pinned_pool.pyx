@@ -72,7 +72,7 @@ cdef class PinnedPool(Lender):
     first_chunk_bytes, chunk_bytes : int
         Sizes of the first and of every later registration, rounded down to whole slots (at least one).
     huge_pages : bool, default True
-        Ask for transparent huge pages; without them touching and registering take twice as long.
+        Ask for transparent huge pages; without them touching and registering take longer.
     numa : bool, default True
         Prefer memory of the device's NUMA node, where the driver names one; advice, as memory of other nodes serves
         too. `numa_node` tells what came of it.
@@ -176,7 +176,7 @@ cdef class PinnedPool(Lender):
         madvise(self.slots.base, nbytes, MADV_HUGEPAGE if huge_pages else MADV_NOHUGEPAGE)
         if huge_pages and transparent_huge_pages() == "never":
             warn_once("huge_pages_off", "the kernel gives this process no transparent huge pages, so pinning takes "
-                      "twice as long; write madvise into /sys/kernel/mm/transparent_hugepage/enabled")
+                      "longer; write madvise into /sys/kernel/mm/transparent_hugepage/enabled")
         if node is not None:
             if kv_prefer_node(self.slots.base, nbytes, node) == 0:
                 self.numa_node = node
