@@ -28,3 +28,4 @@ cdef class Copier:
     cdef int copy_gathered(self, const kv_plan *plan, const char **call) noexcept nogil
     cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
     cdef int copy_batch(self, size_t count) noexcept nogil
+    cdef int issue_batch(self, size_t count) noexcept nogil

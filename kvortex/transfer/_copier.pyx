@@ -159,17 +159,15 @@ cdef class Copier:
         return self.device.drv.memcpy_2d_async(&copy_2d, self.stream)
 
     cdef int copy_batch(self, size_t count) noexcept nogil:
-        """The first `count` of sources, targets and sizes in one call; one by one where the driver knows no batches."""
-        cdef _c.kv_memcpy_attributes attributes
-        cdef size_t index, attribute_index = 0, fail_index = 0
+        """The first `count` of sources, targets and sizes: in one call, or by plain calls where that cannot be or is
+        slower.
+        """
+        cdef size_t index
         cdef int code = _c.KV_CUDA_NOT_SUPPORTED
         if count == 0:
             return 0
         if count > 1:
-            memset(&attributes, 0, sizeof(attributes))
-            attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
-            code = self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
-                                                      &attribute_index, 1, &fail_index, self.stream)
+            code = self.issue_batch(count)
         if code == _c.KV_CUDA_NOT_SUPPORTED:
             code = 0
             for index in range(count):
@@ -179,4 +177,14 @@ cdef class Copier:
                 elif code == 0:
                     code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
                                                              self.sizes[index], self.stream)
+        if count == 1 and code == _c.KV_CUDA_INVALID_VALUE:
+            code = self.issue_batch(count)  # the block is the CPU's memory, which CUDA takes in batches only
         return code
+
+    cdef int issue_batch(self, size_t count) noexcept nogil:
+        cdef _c.kv_memcpy_attributes attributes
+        cdef size_t attribute_index = 0, fail_index = 0
+        memset(&attributes, 0, sizeof(attributes))
+        attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
+        return self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
+                                                  &attribute_index, 1, &fail_index, self.stream)

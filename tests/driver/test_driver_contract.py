@@ -92,6 +92,21 @@ def test_batch_copy_moves_every_piece(calls, stream, seed):
     assert calls.bytes_of(target, n * PIECE, stream.handle) == expected
 
 
+@pytest.mark.parametrize("n", [1, 40])
+def test_batch_copy_moves_pageable_memory(calls, stream, seed, n):
+    content = pattern(n * PIECE, seed)
+    source, target = ctypes.create_string_buffer(content, n * PIECE), calls.host_alloc(n * PIECE)
+    back = ctypes.create_string_buffer(n * PIECE)
+
+    def places(start):
+        return [start + i * PIECE for i in range(n)]
+
+    for into, out_of in ((target, ctypes.addressof(source)), (ctypes.addressof(back), target)):
+        assert calls.copy_batch(stream.handle, places(into), places(out_of), [PIECE] * n)[0] == 0
+        calls.ok("stream_synchronize", stream.handle)
+    assert back.raw == content
+
+
 @pytest.mark.parametrize("handle", [0, 1])
 def test_batch_copy_on_the_legacy_stream_is_refused(calls, handle):
     source, target = calls.alloc(PIECE), calls.alloc(PIECE)

@@ -37,8 +37,8 @@ def make_bench(device, stream):
     """Build a `Bench`; engine and cache are closed after the test."""
     built = []
 
-    def build(num_slots=8, shape="one_allocation", **settings):
-        cache = DeviceCache(device, shape)
+    def build(num_slots=8, shape="one_allocation", piece_bytes=256, **settings):
+        cache = DeviceCache(device, shape, piece_bytes=piece_bytes)
         bench = Bench(cache, make_engine(cache, num_slots, **settings), stream)
         built.append(bench)
         return bench

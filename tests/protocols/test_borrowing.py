@@ -14,6 +14,7 @@ from producers import CPU, CUDA, CUDA_HOST, IS_COPIED, MANAGED, READ_ONLY, ROCM,
 import kvortex
 from kvortex import DeviceBuffer, KVLayout, Stream
 
+INVALID_VALUE = 1  # CUresult
 KINDS = {
     "numpy": lambda array: array,
     "memoryview": memoryview,
@@ -446,6 +447,19 @@ def test_objects_and_addresses_mix_where_sizes_are_given(engine):
     target = np.zeros(1000, np.uint8)
     engine.load_blocks(keys(2)[1:], data_ptrs=[target]).wait()
     assert (target == arrays[1][:1000]).all()
+
+
+@pytest.mark.host
+def test_a_lone_block_of_cpu_memory_goes_where_plain_copies_refuse_it(engine, host):
+    """As CUDA does, which takes memory of the CPU for both sides of a copy in batches only."""
+    source, target = memory(4096, dtype=np.uint8), np.zeros(4096, np.uint8)
+    host.fail_call(1, INVALID_VALUE, field="memcpy_dtoh_async")
+    engine.save_blocks(keys(1), data_ptrs=[source]).wait()
+    host.fail_call(1, INVALID_VALUE, field="memcpy_htod_async")
+    assert engine.load_blocks(keys(1), data_ptrs=[target]).num_blocks == 1
+    assert not host.fail_pending()
+    engine.shutdown()
+    assert np.array_equal(source, target)
 
 
 def test_memory_of_a_job_is_held_until_it_is_over_however_soon_its_handle_goes(engine, device, host):

@@ -2,9 +2,9 @@
 """One scenario in a real vLLM engine with random weights and token-id prompts, on a GPU where torch finds one.
 
     python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 120 --graphs --verify
-    python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 60 --verify --mutant after-load
+    python tests/vllm/engine_run.py stress --size heavy --short 0.9 --device-gib 2 --host-gib 16 --verify
     python tests/vllm/engine_run.py throughput --size 8b --mode simple --shared 80 --device-gib 16 --host-gib 40
-    python tests/vllm/engine_run.py first_token --size 8b --prompt-tokens 32768 --device-gib 10 --host-gib 16 --repeat 9
+    python tests/vllm/engine_run.py first_token --size 8b --prompt-tokens 16384 32768 --device-gib 10 --host-gib 16
 
 Each scenario is a function below, with what it shows. It prints one line of JSON, the last of stdout, and exits with 0
 whatever it found: to judge is the caller's part, but for what would make the numbers worthless, which is asserted.
@@ -28,7 +28,7 @@ SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabular
     "3b": (28, 24, 8, 128, 3072, 8192, 128256),
     "small": (8, 16, 8, 128, 2048, 5632, 32000),
     "tiny": (2, 4, 2, 128, 512, 1024, 1024),
-    "heavy": (8, 16, 16, 128, 512, 512, 1024),  # much KV for little work: saves are behind the forwards all the time
+    "heavy": (16, 32, 32, 128, 512, 512, 1024),  # 4 MiB a block for little work: with --short 0.9 the link is behind
 }
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, where its parts can be reached
@@ -257,6 +257,11 @@ class Engine:
             time.sleep(0.02)
         raise AssertionError(f"transfers that do not end: {self.scheduler_half.in_flight}")
 
+    def wait_ready(self):
+        """Until all host memory is pinned, which happens in the background; then no mode waits for it later."""
+        if self.worker_half is not None:
+            self.worker_half.pool.wait_ready()
+
     def forget(self, *, host=False):
         """Empty the device's prefix cache, so that what hits now comes from the host; or both."""
         for _ in range(100):
@@ -327,7 +332,7 @@ class Workload:
 
     def max_tokens(self, number):
         rng = random.Random(f"{self.args.seed}/{number}/out")
-        if self.scale == 1 and rng.random() < 0.4:  # their blocks are free again while they are being saved
+        if rng.random() < self.args.short:  # their blocks are free again while they are being saved
             return rng.randint(1, 3)
         return rng.randint(16, 128) // (1 if self.scale == 1 else 4)
 
@@ -379,19 +384,17 @@ def throughput(engine, args):
     cache that knows them. Each repetition has prompts of its own.
     """
     rng = random.Random(args.seed)
-    shared = args.prompt_tokens * args.shared // 100
+    (prompt_tokens,) = args.prompt_tokens
+    shared = prompt_tokens * args.shared // 100
 
     def prompts(count):
         heads = [rng.choices(range(3, engine.vocabulary), k=shared) for _ in range(args.groups)]
         return [
-            heads[number % args.groups] + rng.choices(range(3, engine.vocabulary), k=args.prompt_tokens - shared)
+            heads[number % args.groups] + rng.choices(range(3, engine.vocabulary), k=prompt_tokens - shared)
             for number in range(count)
         ]
 
-    if engine.worker_half is not None:  # memory is pinned in the background; here it is ready for everyone
-        pool = engine.worker_half.pool
-        while pool.slots_ready < pool.num_slots:
-            time.sleep(0.01)
+    engine.wait_ready()
     for _ in range(args.warmup):
         some = prompts(max(1, args.requests // 8))
         for _ in range(2):
@@ -404,7 +407,7 @@ def throughput(engine, args):
             began = time.perf_counter()
             outcome = engine.generate(batch, args.output_tokens)
             seconds = time.perf_counter() - began
-            tokens = args.requests * (args.prompt_tokens + args.output_tokens)
+            tokens = args.requests * (prompt_tokens + args.output_tokens)
             rounds.append({
                 "repetition": repetition,
                 "again": again,
@@ -416,7 +419,7 @@ def throughput(engine, args):
             engine.forget()
     return {
         "requests": args.requests,
-        "prompt_tokens": args.prompt_tokens,
+        "prompt_tokens": prompt_tokens,
         "output_tokens": args.output_tokens,
         "shared_percent": args.shared,
         "groups": args.groups,
@@ -426,35 +429,35 @@ def throughput(engine, args):
 
 def first_token(engine, args):
     """Milliseconds to the first token of one prompt: computed, with its prefix on the device, and back from the host
-    (or computed again, in a mode without one). Each repetition has a prompt of its own; the first ones warm up.
+    (or computed again, in a mode without one), for each of the lengths. Each repetition has a prompt of its own; the
+    first ones warm up.
     """
     rng = random.Random(args.seed)
-    if engine.worker_half is not None:
-        pool = engine.worker_half.pool
-        while pool.slots_ready < pool.num_slots:
-            time.sleep(0.01)
-    times, cached, same = {"cold": [], "device": [], "back": []}, {}, True
-    for repetition in range(args.warmup + args.repeat):
-        prompt, tokens = rng.choices(range(3, engine.vocabulary), k=args.prompt_tokens), []
-        for phase in times:
-            began = time.perf_counter()
-            outcome = engine.generate([prompt], 1)
-            seconds = time.perf_counter() - began
-            tokens += outcome["tokens"]
-            cached[phase] = outcome["cached"][0]
-            if repetition >= args.warmup:
-                times[phase].append(1000 * seconds)
-            engine.settle()
-            if phase != "cold":
-                engine.forget()
-        same &= tokens[0] == tokens[1] == tokens[2]
-    return {
-        "prompt_tokens": args.prompt_tokens,
-        "milliseconds": {phase: [round(each, 1) for each in found] for phase, found in times.items()},
-        **{f"{phase}_ms": round(statistics.median(found), 1) for phase, found in times.items()},
-        "tokens_cached": cached,
-        "same_tokens": same,
-    }
+    engine.wait_ready()
+    results = {}
+    for prompt_tokens in args.prompt_tokens:
+        times, cached, same = {"cold": [], "device": [], "back": []}, {}, True
+        for repetition in range(args.warmup + args.repeat):
+            prompt, tokens = rng.choices(range(3, engine.vocabulary), k=prompt_tokens), []
+            for phase in times:
+                began = time.perf_counter()
+                outcome = engine.generate([prompt], 1)
+                seconds = time.perf_counter() - began
+                tokens += outcome["tokens"]
+                cached[phase] = outcome["cached"][0]
+                if repetition >= args.warmup:
+                    times[phase].append(1000 * seconds)
+                engine.settle()
+                if phase != "cold":
+                    engine.forget()
+            same &= tokens[0] == tokens[1] == tokens[2]
+        results[prompt_tokens] = {
+            **{f"{phase}_ms": round(statistics.median(found), 1) for phase, found in times.items()},
+            "milliseconds": {phase: [round(each, 1) for each in found] for phase, found in times.items()},
+            "tokens_cached": cached,
+            "same_tokens": same,
+        }
+    return {"prompts": results}
 
 
 def restore(engine, args):
@@ -552,10 +555,11 @@ def arguments():
     group.add_argument("--concurrency", type=int, default=64)
     group.add_argument("--seconds", type=float, default=60.0)
     group.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
+    group.add_argument("--short", type=float, default=0.0, help="share of requests that get 1 to 3 tokens")
     group.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
     group.add_argument("--tokens", action="store_true", help="print the tokens of every request")
     group = parser.add_argument_group("throughput, first_token")
-    group.add_argument("--prompt-tokens", type=int, default=4096)
+    group.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096], help="first_token: several lengths")
     group.add_argument("--output-tokens", type=int, default=64)
     group.add_argument("--shared", type=int, default=0, help="percent of a prompt that a group of requests shares")
     group.add_argument("--groups", type=int, default=1, help="how many such groups")
@@ -572,7 +576,7 @@ def main():
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[args.runner]
     if {"throughput", "first_token"} & set(args.scenarios):
         args.requests = args.requests or 64
-        engine = Engine(args, max_model_len=args.prompt_tokens + args.output_tokens + 16, max_num_seqs=64)
+        engine = Engine(args, max_model_len=max(args.prompt_tokens) + args.output_tokens + 16, max_num_seqs=64)
     else:
         import torch
 
