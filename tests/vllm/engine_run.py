@@ -2,19 +2,18 @@
 """One scenario in a real vLLM engine with random weights and token-id prompts, on a GPU where torch finds one.
 
     python tests/vllm/engine_run.py stress --size small --concurrency 64 --seconds 120 --graphs --verify
-    python tests/vllm/engine_run.py stress --size heavy --short 0.9 --device-gib 2 --host-gib 16 --verify
-    python tests/vllm/engine_run.py throughput --size 8b --mode simple --shared 80 --device-gib 16 --host-gib 40
+    python tests/vllm/engine_run.py stress --size heavy --short 0.9 --busy-link --device-gib 2 --host-gib 16 --verify
+    python tests/vllm/engine_run.py throughput decode --size 8b --shared 0 80 --device-gib 16 --host-gib 40
     python tests/vllm/engine_run.py first_token --size 8b --prompt-tokens 16384 32768 --device-gib 10 --host-gib 16
 
-Each scenario is a function below, with what it shows. It prints one line of JSON, the last of stdout, and exits with 0
-whatever it found: to judge is the caller's part, but for what would make the numbers worthless, which is asserted.
+Each scenario is a function of engine_scenarios.py or engine_numbers.py, with what it shows. It prints one line of JSON,
+the last of stdout, and exits with 0 whatever it found: to judge is the caller's part, but for what would make the
+numbers worthless, which is asserted.
 """
 
 import argparse
 import json
 import os
-import random
-import statistics
 import sys
 import tempfile
 import time
@@ -22,6 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+import engine_numbers  # noqa: E402
+import engine_scenarios  # noqa: E402
 
 SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabulary
     "8b": (32, 32, 8, 128, 4096, 14336, 128256),
@@ -187,6 +189,9 @@ class Engine:
             faults.plant(args.mutant)
         self.folder = tempfile.TemporaryDirectory(prefix="kvortex-model-")
         write_model(self.folder.name, args.size, with_weights=not self.on_gpu)
+        self.connector_seconds = 0.0
+        if args.mode == "custom":
+            self.time_connector()
         began = time.perf_counter()
         self.llm = vllm.LLM(model=self.folder.name, **options)
         self.start_seconds = time.perf_counter() - began
@@ -197,6 +202,24 @@ class Engine:
             self.count_preemptions()
             if args.mode == "custom":
                 self.find_halves()
+
+    def time_connector(self):
+        """Add up what the connector's constructors and its `register_kv_caches` take of the start."""
+        from kvortex.integrations.vllm import KVortexConnector
+
+        def timed(method):
+            def call(*args, **kwargs):
+                began = time.perf_counter()
+                try:
+                    return method(*args, **kwargs)
+                finally:
+                    self.connector_seconds += time.perf_counter() - began
+
+            return call
+
+        for name in ("__init__", "register_kv_caches", "register_cross_layers_kv_cache"):
+            if hasattr(KVortexConnector, name):
+                setattr(KVortexConnector, name, timed(getattr(KVortexConnector, name)))
 
     def count_preemptions(self):
         scheduler = self.core.scheduler
@@ -306,224 +329,14 @@ class Engine:
         return sums
 
 
-# ---- scenarios -------------------------------------------------------------------------------------------------------
+NUMBERS = (engine_numbers.throughput, engine_numbers.first_token, engine_numbers.decode)
+JUDGED = (engine_scenarios.stress, engine_scenarios.restore, engine_scenarios.overflow, engine_scenarios.leave)
+SCENARIOS = {scenario.__name__: scenario for scenario in (*NUMBERS, *JUDGED)}
 
 
-class Workload:
-    """Prompts by number, the same in every run: some share a prefix, some none, some go on where another's ended."""
-
-    def __init__(self, args, vocabulary, scale):
-        self.args, self.vocabulary, self.scale = args, vocabulary, scale
-        rng = random.Random(f"{args.seed}/prefixes")
-        lengths = [rng.choice([0, rng.randint(0, int(2000 * scale))]) for _ in range(args.prefixes)]
-        self.prefixes = [self.tokens(rng, length) for length in lengths]
-        self.longest = int(2500 * scale)
-
-    def tokens(self, rng, count):
-        return [rng.randrange(3, self.vocabulary) for _ in range(count)]
-
-    def prompt(self, number):
-        rng = random.Random(f"{self.args.seed}/{number}")
-        earlier = number - rng.randint(1, 3 * self.args.concurrency)
-        head = self.prompt(earlier) if earlier >= 0 and rng.random() < 0.3 else rng.choice(self.prefixes)
-        length = rng.randint(int(200 * self.scale), self.longest)
-        head = head[: length - 1]
-        return head + self.tokens(rng, min(length - len(head), max(1, int(600 * self.scale))))
-
-    def max_tokens(self, number):
-        rng = random.Random(f"{self.args.seed}/{number}/out")
-        if rng.random() < self.args.short:  # their blocks are free again while they are being saved
-            return rng.randint(1, 3)
-        return rng.randint(16, 128) // (1 if self.scale == 1 else 4)
-
-
-def stress(engine, args):
-    """Many requests at once on few device blocks, aborts among them. With ``--requests`` every run of one seed must
-    yield the same tokens for the same request, which ``--tokens`` prints.
-    """
-    workload = Workload(args, engine.vocabulary, 1 if engine.on_gpu else 0.1)
-    rng = random.Random(f"{args.seed}/aborts")
-    active, outputs, cached, aborted, added = {}, {}, 0, 0, 0
-    began = time.monotonic()
-    llm_engine = engine.llm.llm_engine
-    while True:
-        more = added < args.requests if args.requests else time.monotonic() - began < args.seconds
-        while more and len(active) < args.concurrency:
-            engine.add(f"stress-{added}", workload.prompt(added), workload.max_tokens(added))
-            active[f"stress-{added}"] = added
-            added += 1
-            more = not args.requests or added < args.requests
-        if not active:
-            break
-        for output in llm_engine.step():
-            if output.finished and output.request_id in active:
-                outputs[active.pop(output.request_id)] = output.outputs[0]
-                cached += output.num_cached_tokens or 0
-        if active and rng.random() < args.abort_rate:
-            # Half of them among the last to come, which wait, load or have just begun.
-            name = rng.choice(list(active)[-4:] if rng.random() < 0.5 else list(active))
-            llm_engine.abort_request([name])
-            del active[name]
-            aborted += 1
-    engine.drain()
-    seconds = time.monotonic() - began
-    result = {
-        "requests": len(outputs),
-        "aborted": aborted,
-        "tokens": sum(len(output.token_ids) for output in outputs.values()),
-        "tokens_cached": cached,
-        "seconds": round(seconds, 2),
-    }
-    if args.tokens:
-        result["output"] = {number: list(output.token_ids) for number, output in outputs.items()}
-    return result
-
-
-def throughput(engine, args):
-    """All requests at once, then all of them again with nothing left on the device but, if the mode has one, a host
-    cache that knows them. Each repetition has prompts of its own.
-    """
-    rng = random.Random(args.seed)
-    (prompt_tokens,) = args.prompt_tokens
-    shared = prompt_tokens * args.shared // 100
-
-    def prompts(count):
-        heads = [rng.choices(range(3, engine.vocabulary), k=shared) for _ in range(args.groups)]
-        return [
-            heads[number % args.groups] + rng.choices(range(3, engine.vocabulary), k=prompt_tokens - shared)
-            for number in range(count)
-        ]
-
-    engine.wait_ready()
-    for _ in range(args.warmup):
-        some = prompts(max(1, args.requests // 8))
-        for _ in range(2):
-            engine.generate(some, args.output_tokens)
-            engine.forget()
-    rounds = []
-    for repetition in range(args.repeat):
-        batch = prompts(args.requests)
-        for again in (False, True):
-            began = time.perf_counter()
-            outcome = engine.generate(batch, args.output_tokens)
-            seconds = time.perf_counter() - began
-            tokens = args.requests * (prompt_tokens + args.output_tokens)
-            rounds.append({
-                "repetition": repetition,
-                "again": again,
-                "seconds": round(seconds, 4),
-                "tokens_per_second": round(tokens / seconds, 1),
-                "output_tokens_per_second": round(args.requests * args.output_tokens / seconds, 1),
-                "tokens_cached": sum(outcome["cached"]),
-            })  # fmt: skip
-            engine.forget()
-    return {
-        "requests": args.requests,
-        "prompt_tokens": prompt_tokens,
-        "output_tokens": args.output_tokens,
-        "shared_percent": args.shared,
-        "groups": args.groups,
-        "rounds": rounds,
-    }
-
-
-def first_token(engine, args):
-    """Milliseconds to the first token of one prompt: computed, with its prefix on the device, and back from the host
-    (or computed again, in a mode without one), for each of the lengths. Each repetition has a prompt of its own; the
-    first ones warm up.
-    """
-    rng = random.Random(args.seed)
-    engine.wait_ready()
-    results = {}
-    for prompt_tokens in args.prompt_tokens:
-        times, cached, same = {"cold": [], "device": [], "back": []}, {}, True
-        for repetition in range(args.warmup + args.repeat):
-            prompt, tokens = rng.choices(range(3, engine.vocabulary), k=prompt_tokens), []
-            for phase in times:
-                began = time.perf_counter()
-                outcome = engine.generate([prompt], 1)
-                seconds = time.perf_counter() - began
-                tokens += outcome["tokens"]
-                cached[phase] = outcome["cached"][0]
-                if repetition >= args.warmup:
-                    times[phase].append(1000 * seconds)
-                engine.settle()
-                if phase != "cold":
-                    engine.forget()
-            same &= tokens[0] == tokens[1] == tokens[2]
-        results[prompt_tokens] = {
-            **{f"{phase}_ms": round(statistics.median(found), 1) for phase, found in times.items()},
-            "milliseconds": {phase: [round(each, 1) for each in found] for phase, found in times.items()},
-            "tokens_cached": cached,
-            "same_tokens": same,
-        }
-    return {"prompts": results}
-
-
-def restore(engine, args):
-    """A few prompts cold, back from the host, with what they generated, after a reset of the host's cache, and with
-    wrong content in the host's memory.
-    """
-    rng = random.Random(f"{args.seed}/restore")
-    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(count)] for count in (150, 128, 200)]
-    result = {"lengths": [len(prompt) for prompt in prompts], "cold": engine.generate(prompts, 40)}
-    follow_ups = [prompt + out for prompt, out in zip(prompts, result["cold"]["tokens"], strict=True)]
-    engine.forget()
-    result["back"] = engine.generate(prompts, 40)
-    engine.forget()
-    result["follow_up_back"] = engine.generate(follow_ups, 40)
-    engine.forget(host=True)
-    result["follow_up_cold"] = engine.generate(follow_ups, 40)
-    engine.forget(host=True)
-    result["cold_again"] = engine.generate(prompts, 40)
-    if engine.worker_half is not None:
-        # One block of one prompt, then every block of every prompt; then the engine is itself again.
-        engine.forget(host=True)
-        engine.saved_slots.clear()
-        engine.generate(prompts[:1], 1)
-        engine.forget()
-        engine.scribble(engine.saved_slots[2:3])
-        result["one_block_wrong"] = engine.generate(prompts[:1], 40)
-        engine.forget(host=True)
-        engine.generate(prompts, 1)
-        engine.forget()
-        engine.scribble(range(engine.worker_half.pool.num_slots))
-        result["all_blocks_wrong"] = engine.generate(prompts, 40)
-    engine.forget(host=True)
-    result["cold_at_last"] = engine.generate(prompts, 40)
-    engine.forget(host=True)
-    return result
-
-
-def overflow(engine, args):
-    """Every prompt twice, the second time from the last to the first, while the host's pool holds less than all."""
-    rng = random.Random(f"{args.seed}/overflow")
-    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(rng.randint(60, 300))] for _ in range(12)]
-    result = {}
-    for name in ("first", "backwards"):  # where something is left to find
-        result[name] = {"tokens": [], "cached": []}
-        for prompt in prompts:
-            for what, value in engine.generate([prompt], 8).items():
-                result[name][what] += value
-        engine.forget()
-        prompts.reverse()
-    return result
-
-
-def leave(engine, args):
-    """Go with a load and a save under way: the process must end well by itself."""
-    rng = random.Random(f"{args.seed}/leave")
-    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(120)] for _ in range(2)]
-    engine.generate(prompts[:1], 1)
-    engine.forget()
-    engine.add("loads", prompts[0], 8)
-    engine.add("saves", prompts[1], 8)
-    engine.llm.llm_engine.step()
-    running = engine.worker_half.running.values()
-    return {"in_flight": sorted("load" if transfer.load else "save" for transfer in running)}
-
-
-SCENARIOS = {scenario.__name__: scenario for scenario in (stress, throughput, first_token, restore, overflow, leave)}
+def resident_bytes():
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def arguments():
@@ -550,19 +363,22 @@ def arguments():
     engine.add_argument("--block-size", type=int, default=0, help="tokens a block; vLLM's choice without")
     engine.add_argument("--batched", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--requests", type=int, default=0, help="stress: so many instead of --seconds; throughput: 64")
+    parser.add_argument(
+        "--requests", type=int, default=0, help="stress: so many instead of --seconds; throughput: of 64"
+    )
     group = parser.add_argument_group("stress")
     group.add_argument("--concurrency", type=int, default=64)
     group.add_argument("--seconds", type=float, default=60.0)
     group.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
     group.add_argument("--short", type=float, default=0.0, help="share of requests that get 1 to 3 tokens")
+    group.add_argument("--busy-link", action="store_true", help="on a GPU: other copies to the host all the while")
     group.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
     group.add_argument("--tokens", action="store_true", help="print the tokens of every request")
-    group = parser.add_argument_group("throughput, first_token")
+    group = parser.add_argument_group("throughput, first_token, decode")
     group.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096], help="first_token: several lengths")
     group.add_argument("--output-tokens", type=int, default=64)
-    group.add_argument("--shared", type=int, default=0, help="percent of a prompt that a group of requests shares")
-    group.add_argument("--groups", type=int, default=1, help="how many such groups")
+    group.add_argument("--shared", type=int, nargs="+", default=[0], help="percents of a prompt that requests share")
+    group.add_argument("--every", type=int, default=20, help="decode: steps between two others that come")
     group.add_argument("--warmup", type=int, default=2)
     group.add_argument("--repeat", type=int, default=1)
     return parser.parse_args()
@@ -574,9 +390,10 @@ def main():
         os.environ.setdefault(name, value)
     if args.runner:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[args.runner]
-    if {"throughput", "first_token"} & set(args.scenarios):
+    if set(args.scenarios) & {scenario.__name__ for scenario in NUMBERS}:
         args.requests = args.requests or 64
-        engine = Engine(args, max_model_len=max(args.prompt_tokens) + args.output_tokens + 16, max_num_seqs=64)
+        most_tokens = max(*args.prompt_tokens, engine_numbers.DECODE_PROMPT + args.every * (2 * args.repeat + 1))
+        engine = Engine(args, max_model_len=most_tokens + args.output_tokens + 16, max_num_seqs=64)
     else:
         import torch
 
@@ -590,6 +407,7 @@ def main():
         "vllm": engine.version,
         "device": engine.device,
         "start_seconds": round(engine.start_seconds, 2),
+        "connector_seconds": round(engine.connector_seconds, 3),
         **{name: getattr(args, name) for name in ("size", "mode", "runner", "load", "graphs", "mutant")},
     }
     for name in args.scenarios:
@@ -597,6 +415,7 @@ def main():
         result = SCENARIOS[name](engine, args)
         sums = {counter: value - before[counter] for counter, value in engine.counters().items()}
         report[name] = {**sums, **result}
+    report["resident_gib"] = round(resident_bytes() / GIB, 3)
     if len(args.scenarios) == 1:  # one flat line, for tables
         report |= report.pop(name)
     print(json.dumps(report), flush=True)
