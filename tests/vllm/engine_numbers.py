@@ -92,14 +92,14 @@ def decode(engine, args):
     rng = random.Random(f"{args.seed}/decode")
     (prompt_tokens,) = args.prompt_tokens
     engine.wait_ready()
-    known = [tokens(engine, rng, prompt_tokens) for _ in range(args.repeat)]
+    known = [tokens(engine, rng, prompt_tokens) for _ in range(args.others // 2)]
     for prompt in known:
         engine.generate([prompt], 1)
     engine.forget()
     results = {}
     for name, others in (("alone", []), ("beside_others", known)):
         arrivals = [each for prompt in others for each in (prompt, tokens(engine, rng, prompt_tokens))]
-        num_steps = args.every * (2 * args.repeat + 1)
+        num_steps = args.every * (args.others + 1)
         running = {f"{name}-{index}": 0 for index in range(DECODE_BATCH)}
         for request in running:
             engine.add(request, tokens(engine, rng, DECODE_PROMPT), num_steps + 8)
@@ -121,7 +121,7 @@ def decode(engine, args):
         while engine.llm.llm_engine.has_unfinished_requests():
             step(engine, running)
         engine.forget()
-    return {"others": 2 * args.repeat, "prompt_tokens": prompt_tokens, **results}
+    return {"others": args.others, "prompt_tokens": prompt_tokens, **results}
 
 
 def step(engine, running):

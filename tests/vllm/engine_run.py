@@ -378,7 +378,8 @@ def arguments():
     group.add_argument("--prompt-tokens", type=int, nargs="+", default=[4096], help="first_token: several lengths")
     group.add_argument("--output-tokens", type=int, default=64)
     group.add_argument("--shared", type=int, nargs="+", default=[0], help="percents of a prompt that requests share")
-    group.add_argument("--every", type=int, default=20, help="decode: steps between two others that come")
+    group.add_argument("--others", type=int, default=24, help="decode: requests that come, an even number")
+    group.add_argument("--every", type=int, default=20, help="decode: steps between two of them")
     group.add_argument("--warmup", type=int, default=2)
     group.add_argument("--repeat", type=int, default=1)
     return parser.parse_args()
@@ -392,7 +393,7 @@ def main():
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = {"v1": "0", "v2": "1"}[args.runner]
     if set(args.scenarios) & {scenario.__name__ for scenario in NUMBERS}:
         args.requests = args.requests or 64
-        most_tokens = max(*args.prompt_tokens, engine_numbers.DECODE_PROMPT + args.every * (2 * args.repeat + 1))
+        most_tokens = max(*args.prompt_tokens, engine_numbers.DECODE_PROMPT + args.every * (args.others + 1))
         engine = Engine(args, max_model_len=most_tokens + args.output_tokens + 16, max_num_seqs=64)
     else:
         import torch
