@@ -117,6 +117,59 @@ def test_a_model_with_two_kv_groups_is_served_without_offloading(make_rig, promp
     assert rig.wrong_tokens == 0 and rig.outputs("first") == rig.outputs("second")
 
 
+def test_what_others_are_loading_is_loaded_once(make_rig, prompt, host):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 160) + prompt("a", 60))
+    rig.serve("second", prompt("p", 160) + prompt("b", 60))
+    rig.forget_device()
+    host.hold()
+    matched = rig.half.blocks_matched
+    for name in "abc":
+        rig.add(name + " again", prompt("p", 160) + prompt(name, 60))
+    for _ in range(3):
+        rig.step()
+    assert rig.half.blocks_matched - matched == 13 and len(rig.half.loading) == 1
+    host.release()
+    rig.run()
+    assert [rig.computed_at_first[name + " again"] for name in "abc"] == [208, 208, 160]
+    assert rig.half.blocks_matched - matched == 13 + 3  # and what "a" and "b" do not share
+    rig.require_clean()
+
+
+def test_a_request_that_shares_little_with_a_load_does_not_wait_for_it(make_rig, prompt, host):
+    rig = make_rig(num_blocks=101)
+    rig.serve("first", prompt("p", 32) + prompt("a", 160))
+    rig.serve("second", prompt("p", 32) + prompt("b", 160))
+    rig.forget_device()
+    host.hold()
+    matched = rig.half.blocks_matched
+    for name in "ab":
+        rig.add(name + " again", prompt("p", 32) + prompt(name, 160))
+    rig.step()
+    assert rig.half.blocks_matched - matched == 2 * 11 and len(rig.half.loading) == 2
+    host.release()
+    rig.run()
+    rig.require_clean()
+
+
+def test_who_waits_for_the_load_of_another_goes_on_when_that_is_aborted(make_rig, prompt, host):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 160))
+    rig.forget_device()
+    host.hold()
+    for name in ("second", "third"):
+        rig.add(name, prompt("p", 160))
+    rig.step()
+    assert list(rig.half.loading) == ["second"]
+    rig.abort("second")
+    rig.step()
+    assert list(rig.half.loading) == ["third"]
+    host.release()
+    rig.run()
+    assert rig.computed_at_first["third"] == 144
+    rig.require_clean()
+
+
 # ---- saves in flight -------------------------------------------------------------------------------------------------
 
 

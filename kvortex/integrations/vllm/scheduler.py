@@ -5,6 +5,7 @@ index in one call.
 """
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,13 @@ class RequestState:
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
+
+
+class Loading(NamedTuple):
+    """A request between the start of its load and its next step, when others find its blocks on the device."""
+
+    blocks_needed: int  # by that step
+    hashes: frozenset  # of the blocks that it loads
 
 
 @dataclass
@@ -64,7 +72,7 @@ class SchedulerHalf:
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
-        self.loading = {}  # requests between the start of their load and their next step -> blocks they need by then
+        self.loading = {}  # request id -> Loading
         self.landed, self.idle = set(), False  # those of them whose load is over
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
@@ -86,6 +94,8 @@ class SchedulerHalf:
         vLLM to go on with the next request and to ask again in the next step:
 
         * the next block is just being saved, and waiting for it costs less than computing it;
+        * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
+          load of its own would end no earlier, because loads are done one after the other;
         * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
           request that finds no free blocks;
         * requests that load would fill the device, and then none of them finds a block to go on.
@@ -106,7 +116,10 @@ class SchedulerHalf:
             return None, False
         load_async = self.load_async and leading > 0
         if load_async and self.loading:
-            needed = sum(self.loading.values()) + self.blocks_to_go_on(request)
+            middle = hashes[(leading - 1) // 2]  # those before it are in whatever prefix it is in
+            if any(middle in other.hashes for other in self.loading.values()):
+                return None, False
+            needed = sum(other.blocks_needed for other in self.loading.values()) + self.blocks_to_go_on(request)
             if needed >= self.shape.num_device_blocks:  # one of them is vLLM's null block
                 return None, False
         self.matches[request.request_id] = first
@@ -129,13 +142,13 @@ class SchedulerHalf:
         self.loading.pop(request.request_id, None)
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated = False
-        if self.load_async and count:
-            self.loading[request.request_id] = self.blocks_to_go_on(request)
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
         if not count:
             return
         hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
+        if self.load_async:
+            self.loading[request.request_id] = Loading(self.blocks_to_go_on(request), frozenset(hashes))
         slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
         assert len(slots) == count, "nothing leaves the index between a match and its allocation"
         self.blocks_matched += count
