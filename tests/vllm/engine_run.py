@@ -411,6 +411,9 @@ def main():
         "connector_seconds": round(engine.connector_seconds, 3),
         **{name: getattr(args, name) for name in ("size", "mode", "runner", "load", "graphs", "mutant")},
     }
+    if engine.worker_half is not None:
+        rows = engine.worker_half.layout.planner
+        report["planner"] = [f"{row.direction} {row.rows} x {row.piece_bytes} {row.backend}" for row in rows]
     for name in args.scenarios:
         before = engine.counters()
         result = SCENARIOS[name](engine, args)
