@@ -487,8 +487,8 @@ static kv_result check_side(const void *start, size_t bytes, int side, size_t *h
     if ((uintptr_t)start < LOWEST_ADDRESS || bytes > UINTPTR_MAX - (uintptr_t)start)
         return KV_CUDA_INVALID_VALUE;
     switch (kv_ranges_find((uintptr_t)start, bytes, hint, NULL)) {
-    case KV_RANGE_STRADDLES:
     case KV_RANGE_IS_CLOSED:
+    case KV_RANGE_STRADDLES:
         return KV_CUDA_INVALID_VALUE;
     case KV_RANGE_OUTSIDE: /* on the device side it serves as device memory */
         *pageable |= side == SIDE_HOST;
