@@ -1,6 +1,5 @@
 """The device pool: a limit kept here, stream order kept by the driver's pools, contiguous growth by virtual memory."""
 
-import contextlib
 import threading
 from typing import NamedTuple
 
@@ -224,6 +223,8 @@ cdef class DevicePool:
         ------
         DriverError, EngineClosed
         """
+        self.require_open()
+        self.sweep(False)
         return DevicePoolUsage(
             self.limit_bytes, self.used, self.used_high,
             self.reserved(_c.KV_MEMPOOL_RESERVED_CURRENT) + self.arenas,
@@ -244,6 +245,7 @@ cdef class DevicePool:
         require_size("keep_bytes", keep_bytes, 0)
         cdef size_t keep = keep_bytes
         self.require_open()
+        self.sweep(False)
         self.num_out += 1
         with nogil:
             code = self.device.enter(&mode)
@@ -257,7 +259,7 @@ cdef class DevicePool:
         """Hand out no more, and give back what nobody holds. Idempotent.
 
         Buffers and arenas that are out stay usable until their holders let go; the driver's pool ends with the last of
-        them. That blocks only for copies of freed buffers that still use memory of the host.
+        them. That blocks only for copies that freed buffers left on other streams.
         """
         cdef uint64_t threshold = 0
         cdef int mode = 0
@@ -267,6 +269,7 @@ cdef class DevicePool:
         cdef bint is_out = self.num_out != 0
         self.closed = True
         self.num_out += 1
+        self.sweep(True)
         with nogil:
             if is_out and self.device.enter(&mode) == 0:  # what others hold goes back when they let go
                 self.device.drv.mem_pool_set_attribute(self.pool, _c.KV_MEMPOOL_RELEASE_THRESHOLD, &threshold)
@@ -278,6 +281,20 @@ cdef class DevicePool:
         self.closed = True
         self.pool = NULL
 
+    cdef void sweep(self, bint waiting) noexcept:
+        """Let go of what freed buffers copied from or to, where that is over; with `waiting`, when it is."""
+        before, self.resting = self.resting, ()
+        for own, born, lent in before:
+            if lent is not None:
+                try:
+                    if waiting:
+                        (<Stream>own).synchronize()
+                    if waiting or (<Stream>own).query():
+                        lent = None
+                except (DriverError, EngineClosed):
+                    pass  # nobody knows, so it is kept
+            self.resting += ((own, born, lent),)
+
     cdef void come_back(self) noexcept:
         cdef void *pool = self.pool
         cdef int mode = 0
@@ -285,10 +302,7 @@ cdef class DevicePool:
         if self.num_out or not self.closed or getpid() != self.device.pid:
             return
         self.pool = NULL
-        for own, born, lent in self.resting:
-            if lent is not None:
-                with contextlib.suppress(DriverError, EngineClosed):  # a dead context copies nothing any more
-                    (<Stream>own).synchronize()
+        for own, born, _ in self.resting:
             (<Stream>own).close()
             (<Event>born).close()
         self.resting = ()
@@ -480,6 +494,8 @@ cdef class PooledBuffer(DeviceBuffer):
     cdef void rest(self) noexcept:
         self.pool.resting += ((self.stream, self.born, self.lent),)
         self.lent = None
+        if self.pool.closed:  # nobody would ask later
+            self.pool.sweep(True)
 
     def __dealloc__(self):
         if self.start != 0:
@@ -532,6 +548,7 @@ cdef class DeviceArena(DeviceBuffer):
         require_size("nbytes", nbytes, 1)
         with self.growing:
             self.require_open()
+            self.pool.require_open()
             offset, needed = self.nbytes, self.nbytes + <size_t>nbytes
             if needed > self.reserve_bytes:
                 raise PoolExhausted(f"{nbytes} bytes more than {offset} exceed the arena's address space of "
@@ -557,8 +574,7 @@ cdef class DeviceArena(DeviceBuffer):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                if self.pool.pool is not NULL:  # what it keeps for later is not to come on top of the limit
-                    self.device.drv.mem_pool_trim_to(self.pool.pool, keep)
+                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would come on top of the limit
                 code = self.map_at(address, nbytes, &call)
                 self.device.leave(mode)
         if code:
