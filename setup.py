@@ -19,7 +19,7 @@ os.chdir(ROOT)
 # C sources a module is built from besides its own .pyx.
 EXTRA_SOURCES = {
     "kvortex.driver._host": [
-        f"kvortex/driver/host_{part}.c" for part in ("driver", "device", "stream", "memory", "control")
+        f"kvortex/driver/host_{part}.c" for part in ("driver", "device", "stream", "memory", "pool", "space", "control")
     ],
 }
 

@@ -16,7 +16,7 @@ from kvortex.errors import (
 )
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.keys import block_keys
-from kvortex.memory import PinnedPool
+from kvortex.memory import DevicePool, PinnedPool
 from kvortex.metrics import prometheus_text
 from kvortex.stats import EngineStats
 from kvortex.transfer import Job, KVLayout, TransferQueue
@@ -30,6 +30,7 @@ __all__ = [
     "CorruptBlock",
     "Device",
     "DeviceBuffer",
+    "DevicePool",
     "DriverError",
     "EngineClosed",
     "EngineStats",

@@ -16,6 +16,10 @@ cdef extern from "kvortex/driver.h" nogil:
     const int KV_SRC_ACCESS_ORDER_STREAM
     const int KV_POINTER_MEMORY_TYPE, KV_POINTER_DEVICE_ORDINAL, KV_POINTER_RANGE_START_ADDR, KV_POINTER_RANGE_SIZE
     const int KV_DEVICE_ATTRIBUTE_MAX_PITCH, KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+    const int KV_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, KV_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED
+    const int KV_MEM_ALLOCATION_TYPE_PINNED, KV_MEM_LOCATION_TYPE_DEVICE, KV_MEM_ACCESS_READWRITE
+    const int KV_MEM_GRANULARITY_RECOMMENDED
+    const int KV_MEMPOOL_RELEASE_THRESHOLD, KV_MEMPOOL_RESERVED_CURRENT, KV_MEMPOOL_RESERVED_HIGH
 
     ctypedef struct kv_memcpy_2d:
         size_t source_x_bytes, source_y
@@ -39,6 +43,22 @@ cdef extern from "kvortex/driver.h" nogil:
         int source_access_order
         kv_mem_location source_hint, target_hint
         unsigned int flags
+
+    ctypedef struct kv_mem_pool_props:
+        int allocation_type, handle_types
+        kv_mem_location location
+        void *security_attributes
+        size_t max_bytes
+        unsigned short usage
+
+    ctypedef struct kv_mem_allocation_props:
+        int type, handle_types
+        kv_mem_location location
+        void *security_attributes
+
+    ctypedef struct kv_mem_access:
+        kv_mem_location location
+        int flags
 
     ctypedef struct kv_driver_row:
         const char *field
@@ -65,6 +85,7 @@ cdef extern from "kvortex/driver.h" nogil:
         int (*ctx_get_current)(void **context) noexcept nogil
         int (*ctx_set_current)(void *context) noexcept nogil
         int (*ctx_get_device)(int *device) noexcept nogil
+        int (*ctx_synchronize)() noexcept nogil
         int (*thread_exchange_stream_capture_mode)(int *mode) noexcept nogil
         int (*stream_create)(void **stream, unsigned int flags) noexcept nogil
         int (*stream_create_with_priority)(void **stream, unsigned int flags, int priority) noexcept nogil
@@ -82,6 +103,26 @@ cdef extern from "kvortex/driver.h" nogil:
         int (*mem_get_info)(size_t *free_bytes, size_t *total_bytes) noexcept nogil
         int (*mem_alloc)(kv_devptr *address, size_t bytes) noexcept nogil
         int (*mem_free)(kv_devptr address) noexcept nogil
+        int (*mem_pool_create)(void **pool, const kv_mem_pool_props *props) noexcept nogil
+        int (*mem_pool_destroy)(void *pool) noexcept nogil
+        int (*mem_pool_set_attribute)(void *pool, int attribute, void *value) noexcept nogil
+        int (*mem_pool_get_attribute)(void *pool, int attribute, void *value) noexcept nogil
+        int (*mem_pool_trim_to)(void *pool, size_t keep_bytes) noexcept nogil
+        int (*mem_alloc_from_pool_async)(kv_devptr *address, size_t nbytes, void *pool, void *stream) noexcept nogil
+        int (*mem_free_async)(kv_devptr address, void *stream) noexcept nogil
+        int (*mem_get_allocation_granularity)(size_t *nbytes, const kv_mem_allocation_props *props,
+                                              int option) noexcept nogil
+        int (*mem_address_reserve)(kv_devptr *address, size_t nbytes, size_t alignment, kv_devptr hint,
+                                   unsigned long long flags) noexcept nogil
+        int (*mem_address_free)(kv_devptr address, size_t nbytes) noexcept nogil
+        int (*mem_create)(unsigned long long *handle, size_t nbytes, const kv_mem_allocation_props *props,
+                          unsigned long long flags) noexcept nogil
+        int (*mem_release)(unsigned long long handle) noexcept nogil
+        int (*mem_map)(kv_devptr address, size_t nbytes, size_t offset, unsigned long long handle,
+                       unsigned long long flags) noexcept nogil
+        int (*mem_set_access)(kv_devptr address, size_t nbytes, const kv_mem_access *access,
+                              size_t count) noexcept nogil
+        int (*mem_unmap)(kv_devptr address, size_t nbytes) noexcept nogil
         int (*mem_host_alloc)(void **address, size_t bytes, unsigned int flags) noexcept nogil
         int (*mem_free_host)(void *address) noexcept nogil
         int (*mem_host_register)(void *address, size_t bytes, unsigned int flags) noexcept nogil

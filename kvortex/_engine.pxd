@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from kvortex._c cimport kv_histogram, kv_monitor
 from kvortex.driver._device cimport Device
 from kvortex.index._block_index cimport BlockIndex
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
@@ -37,6 +38,7 @@ cdef class Source:
 cdef class EngineCore:
     cdef readonly Device device
     cdef readonly PinnedPool pool
+    cdef readonly DevicePool device_pool  # or None; with a Device of its own, as memory of it may outlive us
     cdef readonly BlockIndex index
     cdef readonly KVLayout layout        # None when the engine moves raw memory only
     cdef readonly tuple queues           # D2H ones, then H2D ones; a job's words name them by position

@@ -6,7 +6,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvortex.driver import Device
 from kvortex.index import BlockIndex
-from kvortex.memory import PinnedPool
+from kvortex.memory import DevicePool, PinnedPool
 from kvortex.stats import EngineStats
 from kvortex.transfer import Job, JobSignals, KVLayout, TransferQueue
 
@@ -17,6 +17,7 @@ class BlockHits(NamedTuple):
 class EngineCore:
     device: Device
     pool: PinnedPool
+    device_pool: DevicePool | None
     index: BlockIndex
     layout: KVLayout | None
     queues: tuple[TransferQueue, ...]
@@ -29,6 +30,7 @@ class EngineCore:
         savers: Sequence[TransferQueue],
         loaders: Sequence[TransferQueue],
         layout: KVLayout | None = None,
+        device_pool: DevicePool | None = None,
     ) -> None: ...
     def save_blocks(
         self,

@@ -12,6 +12,7 @@ from kvortex.driver._device cimport Device, check
 from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
@@ -64,7 +65,8 @@ cdef class EngineCore:
         self.monitors_ready = True
 
     def __init__(self, Device device not None, PinnedPool pool not None, BlockIndex index not None,
-                 JobSignals signals not None, savers, loaders, KVLayout layout=None):
+                 JobSignals signals not None, savers, loaders, KVLayout layout=None,
+                 DevicePool device_pool=None):
         cdef int position
         if self.queues is not None:
             raise RuntimeError("an engine is created once")
@@ -76,6 +78,7 @@ cdef class EngineCore:
             if self.last_job is NULL or self.stamps is NULL:
                 raise MemoryError(f"no memory for the words of {layout.num_blocks} device blocks")
         self.device, self.pool, self.index, self.layout, self.signals = device, pool, index, layout, signals
+        self.device_pool = device_pool
         if layout is not None:
             for base, _, _ in layout.runs:
                 self.device_memory |= self.device.lies_on_device(base)
@@ -271,6 +274,7 @@ cdef class EngineCore:
             count[0] = self.count
             _c.kv_monitor_unlock(&self.counting)
             index = self.index.counters()
+            limit, used, reserved = device_pool_bytes(self.device_pool)
             return EngineStats(
                 blocks_checked=count.blocks_checked, blocks_hit=count.blocks_hit, blocks_saved=count.blocks_saved,
                 blocks_loaded=count.blocks_loaded, blocks_present=count.blocks_present,
@@ -281,6 +285,7 @@ cdef class EngineCore:
                 jobs_in_flight=sum((<TransferQueue>queue).jobs_in_flight for queue in self.queues),
                 pool_blocks=self.pool.num_slots, pool_blocks_used=index["slots_added"] - index["num_free"],
                 pool_bytes=self.pool.nbytes, pool_bytes_ready=self.pool.bytes_ready,
+                device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,
                 strided=self.layout is not None and self.layout.strided,
                 planner=() if self.layout is None else self.layout.planner, device=self.device.name,
                 failed=self.failure != 0,
@@ -627,9 +632,13 @@ cdef class EngineCore:
             self.leaked = True
             Py_INCREF(self.loans)
             self.pool.abandon()
+            if self.device_pool is not None:
+                self.device_pool.abandon()
         else:
             self.loans = ()
             self.pool.close()
+            if self.device_pool is not None:
+                self.device_pool.close()
         self.device.close()
 
     def __dealloc__(self):
@@ -755,6 +764,17 @@ def require_disjoint(addresses, lengths):
     for index in np.flatnonzero(starts[1:] < ends[:len(ends) - 1])[:1]:
         raise ValueError(f"data_ptrs[{order[index]}] and data_ptrs[{order[index + 1]}] overlap; each target of a load "
                          f"must be its own memory")
+
+
+cdef tuple device_pool_bytes(DevicePool pool):
+    """Limit, use and what the device misses; zeros for a pool that there is not, or whose context is dead."""
+    if pool is None:
+        return 0, 0, 0
+    try:
+        usage = pool.usage()
+    except (DriverError, EngineClosed):
+        return pool.limit_bytes, 0, 0
+    return usage.limit_bytes, usage.used_bytes, usage.reserved_bytes
 
 
 cdef dict latencies(str what, const _c.kv_histogram *histogram):

@@ -150,10 +150,10 @@ def run_info(args):
         settings[name] = settings[name]._replace(source="command line")
     facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces)
     print(json.dumps(facts, indent=2) if args.json else info.table(facts))
-    if facts["pool"]["problem"]:
-        print(f"kvortex info: error: {facts['pool']['problem']}", file=sys.stderr)
-        return BAD_INPUT
-    return OK
+    problems = list(filter(None, (facts[pool]["problem"] for pool in ("pool", "device_pool"))))
+    for problem in problems:
+        print(f"kvortex info: error: {problem}", file=sys.stderr)
+    return BAD_INPUT if problems else OK
 
 
 def _parser():

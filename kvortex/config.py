@@ -74,9 +74,12 @@ class KVortexConfig:
     gather_ctas : int, default 0
         Pieces below 32 KiB that strided copies cannot move are gathered on the device by a kernel of so many thread
         blocks (0: never; 4 reach the link), each of which takes a streaming multiprocessor from the model while it
-        runs. Costs 16 MiB of device memory (or two blocks) a stream.
+        runs. Costs 16 MiB of device memory (or two blocks) a stream, of the `device_pool` if there is one.
     pool_huge_pages : bool, default True
         Ask for transparent huge pages; without them pinning took 1.7 times as long (`python -m bench.gpu`).
+    gpu_pool_size_bytes : int, default 0
+        Limit of `engine.device_pool`, a `DevicePool` for device memory: the gather's, and whatever the runtime takes
+        from it. 0: there is none. Nothing is taken before it is asked for.
     enable_numa : bool, default True
         Prefer memory of the GPU's NUMA node for the pool (`engine.pool.numa_node` tells what came of it).
 
@@ -98,6 +101,7 @@ class KVortexConfig:
     pool_driver_allocated: bool = False
     pool_huge_pages: bool = True
     gather_ctas: int = 0
+    gpu_pool_size_bytes: int = 0
     enable_numa: bool = True
 
     _LIMITS = {
@@ -107,6 +111,7 @@ class KVortexConfig:
         "header_bytes": (0, 4096),
         "max_jobs": (1, 65536),
         "gather_ctas": (0, 1024),
+        "gpu_pool_size_bytes": (0, (1 << 48) - 1),
         "shutdown_timeout_ms": (0, 3_600_000),
         "pool_first_chunk_bytes": (1, 1 << 50),
         "pool_chunk_bytes": (1, 1 << 50),

@@ -13,7 +13,7 @@ from kvortex.driver import Device
 from kvortex.errors import ConfigError
 from kvortex.index import BlockIndex
 from kvortex.log import log
-from kvortex.memory import PinnedPool
+from kvortex.memory import DevicePool, PinnedPool
 from kvortex.transfer import JobSignals, TransferQueue, gather_pays, probe_layout
 
 __all__ = ["BlockHits", "KVortexEngine"]
@@ -31,6 +31,8 @@ class KVortexEngine(EngineCore):
     ----------
     device : Device
     pool : PinnedPool
+    device_pool : DevicePool or None
+        Of `gpu_pool_size_bytes`; closed with the engine, after its jobs.
     index : BlockIndex
     layout : KVLayout or None
     config : KVortexConfig
@@ -59,7 +61,8 @@ class KVortexEngine(EngineCore):
             A setting does not fit: no block size, a pool smaller than one slot, blocks of the layout above block_bytes,
             no such device.
         PoolExhausted
-            The machine or its cgroup cannot hold the pool; asked before any page is touched.
+            The machine or its cgroup cannot hold the pool, asked before any page is touched; or `gpu_pool_size_bytes`
+            is too small for the gather.
         DriverError
             The driver refused. Whatever was made by then is given back.
         """
@@ -98,6 +101,10 @@ class KVortexEngine(EngineCore):
                 driver_allocated=config.pool_driver_allocated,
             )
             undo.callback(pool.close)
+            device_pool = None
+            if config.gpu_pool_size_bytes:
+                device_pool = DevicePool(config.gpu_pool_size_bytes, device.name)
+                undo.callback(device_pool.close)
             index = BlockIndex(pool.num_slots)
             signals = JobSignals()
             savers, loaders = [], []
@@ -111,11 +118,11 @@ class KVortexEngine(EngineCore):
                 probe_layout(layout, loaders[0])
                 gathered = [queue for queue in (*savers, *loaders) if gather_pays(layout, queue.direction)]
                 for queue in gathered if config.gather_ctas else ():
-                    queue.use_gather(layout, config.gather_ctas)
+                    queue.use_gather(layout, config.gather_ctas, device_pool)
                 if config.gather_ctas and not gathered:
                     message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
                     log(logging.INFO, "gather_unused", message, device=device.name, piece_bytes=layout.piece_bytes)
-            engine = cls(device, pool, index, signals, savers, loaders, layout)
+            engine = cls(device, pool, index, signals, savers, loaders, layout, device_pool)
             undo.pop_all()
         engine.config = config
         engine._shutting_down = threading.RLock()

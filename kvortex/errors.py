@@ -14,7 +14,7 @@ class ConfigError(KVortexError, ValueError):
 
 
 class PoolExhausted(KVortexError, MemoryError):
-    """Pinned memory could not be had: more was asked for than the machine or its limits allow."""
+    """Memory could not be had: more was asked for than the machine, its limits or the limit of a pool allow."""
 
 
 class DriverError(KVortexError, RuntimeError):

@@ -23,8 +23,8 @@ _NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
 def collect(settings, *, probe=False, num_pieces=64):
     """Return what an engine of these settings would meet, as a dict that JSON can carry.
 
-    Opens the device in force and no other; makes no pool. With `probe`, takes 32 MiB of device memory (or two blocks)
-    for a moment.
+    Opens the device in force and no other; takes no memory for a pool. With `probe`, takes 32 MiB of device memory (or
+    two blocks) for a moment.
 
     Parameters
     ----------
@@ -62,6 +62,7 @@ def collect(settings, *, probe=False, num_pieces=64):
             "cpu": {"usable_cpus": usable_cpus(), "sha_instructions": uses_sha_instructions()},
             "memory": _memory(),
             "pool": _pool(values.get("cpu_pool_size_bytes"), block_bytes, config.header_bytes),
+            "device_pool": _device_pool(device, config.gpu_pool_size_bytes),
             "settings": [{"name": name, **setting._asdict()} for name, setting in known.items()],
             "planner": None,
             "tiers": [],
@@ -131,6 +132,17 @@ def _pool(pool_bytes, block_bytes, header_bytes):
     }
 
 
+def _device_pool(device, limit_bytes):
+    """The limit of the pool of device memory, and why there can be none."""
+    problem = None
+    if limit_bytes:
+        try:
+            kvortex.DevicePool(limit_bytes, device).close()  # takes no memory
+        except kvortex.KVortexError as error:
+            problem = str(error)
+    return {"limit_bytes": limit_bytes, "problem": problem}
+
+
 def _probe(device, block_bytes, num_pieces):
     piece_bytes, rest = divmod(block_bytes, num_pieces)
     if rest or piece_bytes % 16 or num_pieces % 2:
@@ -190,10 +202,13 @@ def table(facts):
         ("  memlock", _size(memory["memlock_bytes"], "no limit")),
         ("huge pages", _huge_pages(memory["transparent_huge_pages"], facts["settings"])),
         ("pool", _pool_text(pool)),
+        ("device pool", _size(facts["device_pool"]["limit_bytes"] or None, "none: gpu_pool_size_bytes is 0")),
         ("tiers", ", ".join(facts["tiers"]) or "none: evicted blocks are forgotten"),
     ]
     if pool["problem"]:
-        rows.insert(-1, ("  problem", pool["problem"]))
+        rows.insert(-2, ("  problem", pool["problem"]))
+    if facts["device_pool"]["problem"]:
+        rows.insert(-1, ("  problem", facts["device_pool"]["problem"]))
     lines = [f"  {name:<12}{value}" for name, value in rows]
     lines += ["", "settings"]
     for setting in facts["settings"]:

@@ -30,6 +30,9 @@ GAUGES = {
     "pool_blocks_used": ("pool_blocks_used", "Blocks in the pool, those being written included."),
     "pool_bytes": ("pool_bytes", "Bytes of the whole pool."),
     "pool_bytes_ready": ("pool_ready_bytes", "Bytes of the pool that are registered and serve."),
+    "device_pool_bytes": ("device_pool_bytes", "Limit of the pool of device memory, 0 without one."),
+    "device_pool_bytes_used": ("device_pool_used_bytes", "Bytes of device memory that the pool has handed out."),
+    "device_pool_bytes_reserved": ("device_pool_reserved_bytes", "Bytes that the pool takes from the device."),
     "strided": ("strided_copies", "1 where strided copies are legal for the layout, else 0."),
     "failed": ("failed", "1 after an error that ended the engine, else 0."),
 }

@@ -10,7 +10,8 @@ class EngineStats:
     Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
     released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
     at most 25 % above the true percentile, 0 without samples. `planner` has a `PlannerRow` for each direction and shape
-    of group: which back end moves it, and what the probe measured.
+    of group: which back end moves it, and what the probe measured. The `device_pool` is that of `gpu_pool_size_bytes`,
+    zeros without one: its limit, what is handed out, and what it takes from the device.
     """
 
     blocks_checked: int
@@ -31,6 +32,9 @@ class EngineStats:
     pool_blocks_used: int
     pool_bytes: int
     pool_bytes_ready: int
+    device_pool_bytes: int
+    device_pool_bytes_used: int
+    device_pool_bytes_reserved: int
     strided: bool
     planner: tuple
     device: str

@@ -66,7 +66,23 @@ enum {                                       /* CUpointer_attribute */
     KV_POINTER_RANGE_START_ADDR = 11,        /* kv_devptr */
     KV_POINTER_RANGE_SIZE = 12               /* size_t */
 };
-enum { KV_DEVICE_ATTRIBUTE_MAX_PITCH = 11, KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID = 134 };
+enum { /* CUdevice_attribute */
+    KV_DEVICE_ATTRIBUTE_MAX_PITCH = 11,
+    KV_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED = 102,
+    KV_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED = 115,
+    KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID = 134
+};
+enum { KV_MEM_ALLOCATION_TYPE_PINNED = 1 }; /* CUmemAllocationType: that of device memory, too */
+enum { KV_MEM_LOCATION_TYPE_DEVICE = 1 };   /* CUmemLocationType */
+enum { KV_MEM_ACCESS_READWRITE = 3 };       /* CUmemAccess_flags */
+enum { KV_MEM_GRANULARITY_MINIMUM = 0, KV_MEM_GRANULARITY_RECOMMENDED = 1 };
+enum {                                      /* CUmemPool_attribute; values are uint64_t */
+    KV_MEMPOOL_RELEASE_THRESHOLD = 4,
+    KV_MEMPOOL_RESERVED_CURRENT = 5,
+    KV_MEMPOOL_RESERVED_HIGH = 6,
+    KV_MEMPOOL_USED_CURRENT = 7,
+    KV_MEMPOOL_USED_HIGH = 8
+};
 
 typedef struct kv_memcpy_2d { /* CUDA_MEMCPY2D */
     size_t source_x_bytes, source_y;
@@ -94,6 +110,27 @@ typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
     unsigned int flags;
 } kv_memcpy_attributes;
 
+typedef struct kv_mem_pool_props { /* CUmemPoolProps; what is not named here must be 0 */
+    int allocation_type, handle_types;
+    kv_mem_location location;
+    void *security_attributes;
+    size_t max_bytes; /* 0: as much as there is */
+    unsigned short usage;
+    unsigned char reserved[54];
+} kv_mem_pool_props;
+
+typedef struct kv_mem_allocation_props { /* CUmemAllocationProp; the same */
+    int type, handle_types;
+    kv_mem_location location;
+    void *security_attributes;
+    unsigned char flags[8];
+} kv_mem_allocation_props;
+
+typedef struct kv_mem_access { /* CUmemAccessDesc */
+    kv_mem_location location;
+    int flags;
+} kv_mem_access;
+
 /* X(field, symbol, version, parameters) */
 #define KV_DRIVER_ROWS(X) \
     X(init, cuInit, 2000, (unsigned int flags)) \
@@ -111,6 +148,7 @@ typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
     X(ctx_get_current, cuCtxGetCurrent, 4000, (void **context)) \
     X(ctx_set_current, cuCtxSetCurrent, 4000, (void *context)) \
     X(ctx_get_device, cuCtxGetDevice, 2000, (int *device)) \
+    X(ctx_synchronize, cuCtxSynchronize, 2000, (void)) \
     X(thread_exchange_stream_capture_mode, cuThreadExchangeStreamCaptureMode, 10010, (int *mode)) \
     X(stream_create, cuStreamCreate, 2000, (void **stream, unsigned int flags)) \
     X(stream_create_with_priority, cuStreamCreateWithPriority, 5050, \
@@ -129,6 +167,27 @@ typedef struct kv_memcpy_attributes { /* CUmemcpyAttributes */
     X(mem_get_info, cuMemGetInfo, 3020, (size_t *free_bytes, size_t *total_bytes)) \
     X(mem_alloc, cuMemAlloc, 3020, (kv_devptr *address, size_t bytes)) \
     X(mem_free, cuMemFree, 3020, (kv_devptr address)) \
+    X(mem_pool_create, cuMemPoolCreate, 11020, (void **pool, const kv_mem_pool_props *props)) \
+    X(mem_pool_destroy, cuMemPoolDestroy, 11020, (void *pool)) \
+    X(mem_pool_set_attribute, cuMemPoolSetAttribute, 11020, (void *pool, int attribute, void *value)) \
+    X(mem_pool_get_attribute, cuMemPoolGetAttribute, 11020, (void *pool, int attribute, void *value)) \
+    X(mem_pool_trim_to, cuMemPoolTrimTo, 11020, (void *pool, size_t keep_bytes)) \
+    X(mem_alloc_from_pool_async, cuMemAllocFromPoolAsync, 11020, \
+      (kv_devptr *address, size_t bytes, void *pool, void *stream)) \
+    X(mem_free_async, cuMemFreeAsync, 11020, (kv_devptr address, void *stream)) \
+    X(mem_get_allocation_granularity, cuMemGetAllocationGranularity, 10020, \
+      (size_t *bytes, const kv_mem_allocation_props *props, int option)) \
+    X(mem_address_reserve, cuMemAddressReserve, 10020, \
+      (kv_devptr *address, size_t bytes, size_t alignment, kv_devptr hint, unsigned long long flags)) \
+    X(mem_address_free, cuMemAddressFree, 10020, (kv_devptr address, size_t bytes)) \
+    X(mem_create, cuMemCreate, 10020, \
+      (unsigned long long *handle, size_t bytes, const kv_mem_allocation_props *props, unsigned long long flags)) \
+    X(mem_release, cuMemRelease, 10020, (unsigned long long handle)) \
+    X(mem_map, cuMemMap, 10020, \
+      (kv_devptr address, size_t bytes, size_t offset, unsigned long long handle, unsigned long long flags)) \
+    X(mem_set_access, cuMemSetAccess, 10020, \
+      (kv_devptr address, size_t bytes, const kv_mem_access *access, size_t count)) \
+    X(mem_unmap, cuMemUnmap, 10020, (kv_devptr address, size_t bytes)) \
     X(mem_host_alloc, cuMemHostAlloc, 2020, (void **address, size_t bytes, unsigned int flags)) \
     X(mem_free_host, cuMemFreeHost, 2000, (void *address)) \
     X(mem_host_register, cuMemHostRegister, 6050, (void *address, size_t bytes, unsigned int flags)) \

@@ -16,6 +16,8 @@ cdef class DeviceBuffer(Lender):
     # waits for it has waited for all of it.
     cdef Stream stream
     cdef bint worked_elsewhere        # there was such work
+    cdef bint followed                # by a call with a stream, here: that work may not be over
+    cdef bint shown                   # to others, by a protocol of GPUs: their work on it is not known here
     cdef object lent                  # what it reads or writes, as (older, BorrowedMemory) pairs; None: nothing
     cdef object __weakref__
 

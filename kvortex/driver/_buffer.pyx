@@ -204,7 +204,7 @@ cdef class DeviceBuffer(Lender):
     cdef int follow(self, void *handle) except -1:
         """Let the private stream wait for the work that was just put on another one."""
         cdef int mode = 0
-        self.worked_elsewhere = True
+        self.worked_elsewhere = self.followed = True
         try:
             order_streams(self.device, self.stream.stream, handle)
         except BaseException:
@@ -233,6 +233,7 @@ cdef class DeviceBuffer(Lender):
         if self.device is None or self.device.is_host:
             raise AttributeError("only a DeviceBuffer on a GPU has __cuda_array_interface__; here it is a host buffer")
         self.require_open()
+        self.shown = True
         return {
             "shape": (self.nbytes,),
             "strides": None,
@@ -283,6 +284,7 @@ cdef class DeviceBuffer(Lender):
             if self.worked_elsewhere:
                 order_streams(self.device, consumer, self.stream.stream)
         self.require_open()
+        self.shown = True
         return self.capsule(self.start, self.nbytes, device[0], device[1], max_version)
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
@@ -345,17 +347,18 @@ cdef class DeviceBuffer(Lender):
 
     def __repr__(self):
         if self.closed:
-            return "<DeviceBuffer closed>"
-        return f"<DeviceBuffer {self.nbytes} bytes at {self.start:#x} of {self.device.name}>"
+            return f"<{type(self).__name__} closed>"
+        return f"<{type(self).__name__} {self.nbytes} bytes at {self.start:#x} of {self.device.name}>"
 
     cdef int require_open(self) except -1:
         if self.closed:
-            raise EngineClosed("this DeviceBuffer is closed; allocate another")
+            raise EngineClosed(f"this {type(self).__name__} is closed; allocate another")
         return self.device.require_open()
 
     cdef int require_inside(self, size_t offset, size_t nbytes) except -1:
         if offset > self.nbytes or nbytes > self.nbytes - offset:
-            raise ValueError(f"{nbytes} bytes at offset {offset} do not fit into a DeviceBuffer of {self.nbytes} bytes")
+            raise ValueError(f"{nbytes} bytes at offset {offset} do not fit into a {type(self).__name__} of "
+                             f"{self.nbytes} bytes")
         return 0
 
     cdef void *stream_for(self, object stream) except? NULL:

@@ -16,6 +16,7 @@ cdef extern from "host_driver.h" nogil:
 
     ctypedef struct kv_host_live:
         size_t contexts, streams, events, device_allocations, host_allocations, registrations, reaped
+        size_t pools, pool_allocations, reservations, physical_allocations
 
     const kv_driver *kv_host_driver()
     int kv_host_control_set_num_devices(int count)
@@ -155,7 +156,7 @@ def end_capture(size_t stream):
 
 
 def live_objects():
-    """Count what lives: contexts, streams, events, allocations, registrations.
+    """Count what lives: contexts, streams, events, allocations, registrations, pools, reserved address space.
 
     ``reaped`` counts the objects that were still alive when the last holder released their context, since `reset`.
     """

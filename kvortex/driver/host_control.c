@@ -130,6 +130,11 @@ static int is_unsafe_in_capture(int row)
     switch (row) {
     case KV_ROW_mem_alloc:
     case KV_ROW_mem_free:
+    case KV_ROW_mem_pool_trim_to:
+    case KV_ROW_mem_create:
+    case KV_ROW_mem_map:
+    case KV_ROW_mem_set_access:
+    case KV_ROW_mem_unmap:
     case KV_ROW_mem_host_alloc:
     case KV_ROW_mem_free_host:
     case KV_ROW_mem_host_register:
@@ -321,6 +326,10 @@ void kv_host_control_live(kv_host_live *live)
     live->device_allocations = kv_ranges_count(KV_RANGE_DEVICE);
     live->host_allocations = kv_ranges_count(KV_RANGE_HOST);
     live->registrations = kv_ranges_count(KV_RANGE_REGISTERED);
+    live->pools = kv_host_pools_live();
+    live->pool_allocations = kv_ranges_count(KV_RANGE_POOLED);
+    live->reservations = kv_host_spaces_live();
+    live->physical_allocations = kv_host_physical_live();
 }
 
 void kv_host_control_reset(void)

@@ -151,10 +151,22 @@ kv_result kv_host_device_get_attribute(int *value, int attribute, int dev)
     KV_HOST_BEGIN(device_get_attribute);
     if (!is_device(dev))
         return KV_CUDA_INVALID_DEVICE;
-    if (!value || (attribute != KV_DEVICE_ATTRIBUTE_MAX_PITCH && attribute != KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID))
+    if (!value)
         return KV_CUDA_INVALID_VALUE;
-    *value = attribute == KV_DEVICE_ATTRIBUTE_MAX_PITCH ? KV_HOST_MAX_PITCH : atomic_load(&kv_host_numa_node);
-    return KV_CUDA_SUCCESS;
+    switch (attribute) {
+    case KV_DEVICE_ATTRIBUTE_MAX_PITCH:
+        *value = KV_HOST_MAX_PITCH;
+        return KV_CUDA_SUCCESS;
+    case KV_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED:
+    case KV_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED:
+        *value = 1;
+        return KV_CUDA_SUCCESS;
+    case KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID:
+        *value = atomic_load(&kv_host_numa_node);
+        return KV_CUDA_SUCCESS;
+    default:
+        return KV_CUDA_INVALID_VALUE;
+    }
 }
 
 /* Contexts --------------------------------------------------------------------------------------------------------- */

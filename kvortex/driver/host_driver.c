@@ -1,7 +1,8 @@
 /* Streams, events, memory and copies: the rows of the driver table that do the work, and the table. See host_driver.h.
  *
  * The parts: host_device.c (devices and contexts), host_stream.c (the workers), host_memory.c (known address ranges),
- * host_control.c (captures, failures, dead devices), host_state.h (what they share). */
+ * host_pool.c (memory pools), host_space.c (reserved address space), host_control.c (captures, failures, dead devices),
+ * host_state.h (what they share). */
 
 #include "host_memory.h"
 #include "host_state.h"
@@ -43,7 +44,7 @@ kv_result kv_host_find_stream(void *handle, kv_stream **stream)
 }
 
 /* For submissions: there must be a current context, and the stream must belong to it. */
-static kv_result find_own_stream(void *handle, kv_stream **stream)
+kv_result kv_host_find_own_stream(void *handle, kv_stream **stream)
 {
     kv_host_device *dev = kv_host_current_device();
     if (!dev)
@@ -59,9 +60,7 @@ static kv_result wait_ticket(uint64_t ticket, int ordinal)
     return atomic_load(&kv_host_devices[ordinal].sticky);
 }
 
-/* Hands an operation to its stream, and waits for it if `synchronous`. Takes it over, also when it fails; NULL is an
- * answer of kv_op_new. */
-static kv_result submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket)
+kv_result kv_host_submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket)
 {
     int captured;
     if (!op)
@@ -135,7 +134,9 @@ kv_result kv_host_stream_synchronize(void *handle)
     kv_result code = kv_host_find_stream(handle, &stream);
     if (code || (code = kv_host_refuse_wait(stream)))
         return code;
-    return wait_ticket(kv_stream_last_ticket(stream), stream->ordinal);
+    code = wait_ticket(kv_stream_last_ticket(stream), stream->ordinal);
+    kv_host_pools_settle(stream->ordinal);
+    return code;
 }
 
 kv_result kv_host_stream_is_capturing(void *handle, int *status)
@@ -243,13 +244,13 @@ kv_result kv_host_event_record(void *handle, void *stream_handle)
     KV_HOST_BEGIN(event_record);
     kv_stream *stream;
     event *recorded;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code || (code = find_event(handle, &recorded)))
         return code;
     if (recorded->ordinal != stream->ordinal)
         return KV_CUDA_INVALID_HANDLE;
     uint64_t ticket;
-    if (!(code = submit(stream, kv_op_new(KV_OP_MARK, 0), 0, &ticket)))
+    if (!(code = kv_host_submit(stream, kv_op_new(KV_OP_MARK, 0), 0, &ticket)))
         atomic_store_explicit(&recorded->ticket, ticket, memory_order_release);
     return code;
 }
@@ -281,7 +282,7 @@ kv_result kv_host_stream_wait_event(void *stream_handle, void *handle, unsigned 
     kv_op *op = kv_op_new(KV_OP_WAIT, 0);
     if (op)
         op->ticket = ticket;
-    return submit(stream, op, 0, NULL);
+    return kv_host_submit(stream, op, 0, NULL);
 }
 
 kv_result kv_host_event_query(void *handle)
@@ -305,7 +306,11 @@ kv_result kv_host_event_synchronize(void *handle)
     kv_result code = ticket_now(handle, &asked, &ticket);
     if (code)
         return code;
-    return ticket == CAPTURED_TICKET ? KV_CUDA_CAPTURED_EVENT : wait_ticket(ticket, asked->ordinal);
+    if (ticket == CAPTURED_TICKET)
+        return KV_CUDA_CAPTURED_EVENT;
+    code = wait_ticket(ticket, asked->ordinal);
+    kv_host_pools_settle(asked->ordinal);
+    return code;
 }
 
 /* Memory ----------------------------------------------------------------------------------------------------------- */
@@ -318,6 +323,28 @@ static void wait_for_streams(kv_range_kind kind, int ordinal)
     for (size_t i = 0; (stream = kv_stream_at(i)); i++)
         if (kind != KV_RANGE_DEVICE || stream->ordinal == ordinal)
             kv_ticket_wait(kv_stream_last_ticket(stream), -1);
+}
+
+void kv_host_wait_for_device(int ordinal)
+{
+    wait_for_streams(KV_RANGE_DEVICE, ordinal);
+}
+
+/* Refused beside any capture of the context, whatever the thread's mode: the capturing stream is part of it. */
+kv_result kv_host_ctx_synchronize(void)
+{
+    KV_HOST_BEGIN(ctx_synchronize);
+    kv_stream *stream;
+    kv_host_device *dev = kv_host_current_device();
+    if (!dev)
+        return KV_CUDA_INVALID_CONTEXT;
+    int ordinal = (int)(dev - kv_host_devices);
+    for (size_t i = 0; (stream = kv_stream_at(i)); i++)
+        if (stream->ordinal == ordinal && kv_host_capture_status(stream) != KV_CAPTURE_STATUS_NONE)
+            return KV_CUDA_STREAM_CAPTURE_UNSUPPORTED;
+    kv_host_wait_for_device(ordinal);
+    kv_host_pools_settle(ordinal);
+    return atomic_load(&dev->sticky);
 }
 
 kv_result kv_host_mem_get_info(size_t *free_bytes, size_t *total_bytes)
@@ -344,7 +371,7 @@ static kv_result allocate(size_t bytes, size_t alignment, kv_range_kind kind, ui
     void *memory = NULL;
     if (bytes > physical_bytes || posix_memalign(&memory, alignment, bytes))
         return KV_CUDA_OUT_OF_MEMORY;
-    kv_result code = kv_ranges_add((kv_range){(uintptr_t)memory, bytes, kind, (int)(dev - kv_host_devices)});
+    kv_result code = kv_ranges_add((kv_range){(uintptr_t)memory, bytes, kind, (int)(dev - kv_host_devices), 0});
     if (code)
         free(memory);
     else
@@ -410,7 +437,7 @@ kv_result kv_host_mem_host_register(void *address, size_t bytes, unsigned int fl
         return KV_CUDA_INVALID_CONTEXT;
     if ((uintptr_t)address < LOWEST_ADDRESS || !bytes || bytes > UINTPTR_MAX - (uintptr_t)address || flags > 15)
         return KV_CUDA_INVALID_VALUE;
-    return kv_ranges_add((kv_range){(uintptr_t)address, bytes, KV_RANGE_REGISTERED, (int)(dev - kv_host_devices)});
+    return kv_ranges_add((kv_range){(uintptr_t)address, bytes, KV_RANGE_REGISTERED, (int)(dev - kv_host_devices), 0});
 }
 
 kv_result kv_host_mem_host_unregister(void *address)
@@ -431,7 +458,9 @@ kv_result kv_host_pointer_get_attribute(void *value, int attribute, kv_devptr ad
         return KV_CUDA_INVALID_VALUE;
     switch (attribute) {
     case KV_POINTER_MEMORY_TYPE:
-        *(unsigned int *)value = range.kind == KV_RANGE_DEVICE ? KV_MEMORY_TYPE_DEVICE : KV_MEMORY_TYPE_HOST;
+        *(unsigned int *)value = range.kind == KV_RANGE_HOST || range.kind == KV_RANGE_REGISTERED
+                                     ? KV_MEMORY_TYPE_HOST
+                                     : KV_MEMORY_TYPE_DEVICE;
         return KV_CUDA_SUCCESS;
     case KV_POINTER_DEVICE_ORDINAL:
         *(int *)value = range.ordinal;
@@ -458,6 +487,7 @@ static kv_result check_side(const void *start, size_t bytes, int side, size_t *h
     if ((uintptr_t)start < LOWEST_ADDRESS || bytes > UINTPTR_MAX - (uintptr_t)start)
         return KV_CUDA_INVALID_VALUE;
     switch (kv_ranges_find((uintptr_t)start, bytes, hint, NULL)) {
+    case KV_RANGE_IS_CLOSED:
     case KV_RANGE_STRADDLES:
         return KV_CUDA_INVALID_VALUE;
     case KV_RANGE_OUTSIDE: /* on the device side it serves as device memory */
@@ -472,7 +502,7 @@ static kv_result copy(const void *target, int target_side, const void *source, i
                       void *stream_handle)
 {
     kv_stream *stream;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code || !bytes)
         return code;
     int pageable = 0;
@@ -486,7 +516,7 @@ static kv_result copy(const void *target, int target_side, const void *source, i
     kv_op *op = kv_op_new(KV_OP_COPY, 1);
     if (op)
         op->pieces[0] = (kv_piece){(char *)target, source, bytes};
-    return submit(stream, op, pageable, NULL);
+    return kv_host_submit(stream, op, pageable, NULL);
 }
 
 static const void *pointer(kv_devptr address)
@@ -537,7 +567,7 @@ kv_result kv_host_memcpy_2d_async(const kv_memcpy_2d *copy, void *stream_handle)
 {
     KV_HOST_BEGIN(memcpy_2d_async);
     kv_stream *stream;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code)
         return code;
     if (!copy)
@@ -562,7 +592,7 @@ kv_result kv_host_memcpy_2d_async(const kv_memcpy_2d *copy, void *stream_handle)
         op->source_pitch = copy->source_pitch;
         op->pieces[0] = (kv_piece){(char *)target, source, copy->width_bytes};
     }
-    return submit(stream, op, pageable, NULL);
+    return kv_host_submit(stream, op, pageable, NULL);
 }
 
 /* Any order but that of the stream lets the source be read during the call already, so here it always is. */
@@ -616,7 +646,7 @@ kv_result kv_host_memcpy_batch_async(kv_devptr *targets, kv_devptr *sources, siz
     if ((uintptr_t)stream_handle <= 2)
         return KV_CUDA_INVALID_VALUE;
     kv_stream *stream;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code)
         return code;
     if (!targets || !sources || !sizes || !count || !fail_index ||
@@ -644,14 +674,14 @@ kv_result kv_host_memcpy_batch_async(kv_devptr *targets, kv_devptr *sources, siz
     }
     if (reads_early(attributes, num_attributes))
         op = read_now(op);
-    return submit(stream, op, pageable, NULL);
+    return kv_host_submit(stream, op, pageable, NULL);
 }
 
 kv_result kv_host_memset_d8_async(kv_devptr target, unsigned char value, size_t bytes, void *stream_handle)
 {
     KV_HOST_BEGIN(memset_d8_async);
     kv_stream *stream;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code || !bytes)
         return code;
     size_t hint = 0;
@@ -666,7 +696,7 @@ kv_result kv_host_memset_d8_async(kv_devptr target, unsigned char value, size_t 
         op->value = value;
         op->pieces[0] = (kv_piece){(char *)pointer(target), NULL, bytes};
     }
-    return submit(stream, op, 0, NULL);
+    return kv_host_submit(stream, op, 0, NULL);
 }
 
 /* Kernels: the one there is, named as in its PTX ------------------------------------------------------------------- */
@@ -709,7 +739,7 @@ kv_result kv_host_launch_kernel(void *function, unsigned int grid_x, unsigned in
 {
     KV_HOST_BEGIN(launch_kernel);
     kv_stream *stream;
-    kv_result code = find_own_stream(stream_handle, &stream);
+    kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code)
         return code;
     if (function != &gather_function)
@@ -728,7 +758,7 @@ kv_result kv_host_launch_kernel(void *function, unsigned int grid_x, unsigned in
         op->pieces[i] = (kv_piece){(char *)(gather->to_staging ? staged : piece),
                                    gather->to_staging ? piece : staged, run->bytes};
     }
-    return submit(stream, op, 0, NULL);
+    return kv_host_submit(stream, op, 0, NULL);
 }
 
 /* The end of a context, and the table ------------------------------------------------------------------------------ */
@@ -753,6 +783,7 @@ void kv_host_reap(int ordinal)
         if (handle && events[i].ordinal == ordinal)
             kv_host_num_reaped += event_close((void *)(uintptr_t)handle);
     }
+    kv_host_num_reaped += kv_host_pools_reap(ordinal) + kv_host_spaces_reap(ordinal);
     for (kv_range range; kv_ranges_remove_any(ordinal, &range); kv_host_num_reaped++)
         if (range.kind != KV_RANGE_REGISTERED)
             free((void *)range.start);

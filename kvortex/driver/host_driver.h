@@ -8,6 +8,8 @@
  *   - Streams are FIFO worker threads, started at their first work. Copies run on them, never in the caller, so a
  *     forgotten wait shows. An asynchronous copy that touches unregistered host memory is waited for inside the call.
  *   - Copies of one batch call run in a random order.
+ *   - Memory freed to a pool, and reserved address space without access, is refused to copies at once. Of virtual
+ *     memory only what KVortex does is imitated: whole allocations, mapped once, read and written by their own device.
  *   - In a forked child every call answers NOT_INITIALIZED and touches no lock.
  *
  * Costs: a call checks the controls with one relaxed load. A submission is one malloc, one stream mutex and one or two
@@ -62,6 +64,7 @@ kv_result kv_host_control_end_capture(void *stream, size_t *num_captured);
 
 typedef struct kv_host_live {
     size_t contexts, streams, events, device_allocations, host_allocations, registrations;
+    size_t pools, pool_allocations, reservations, physical_allocations;
     size_t reaped; /* objects that were still alive when their context was destroyed, since the last reset */
 } kv_host_live;
 void kv_host_control_live(kv_host_live *live);

@@ -1,7 +1,8 @@
 /* host_state.h: what the parts of the host driver share. Private to them.
  *
- * Locks: the contexts' mutex (host_device.c) is held over the end of a context and so over all others; apart from that
- * no two locks of the host driver are ever held together. */
+ * Locks: the contexts' mutex (host_device.c) is held over the end of a context and so over all others, the mutexes of
+ * host_pool.c and host_space.c over the lock of the ranges; apart from that no two locks of the host driver are ever
+ * held together. */
 #ifndef KVORTEX_HOST_STATE_H
 #define KVORTEX_HOST_STATE_H
 
@@ -33,9 +34,24 @@ kv_host_device *kv_host_current_device(void); /* of the thread's current context
 
 /* host_driver.c */
 kv_result kv_host_find_stream(void *handle, kv_stream **stream);
+kv_result kv_host_find_own_stream(void *handle, kv_stream **stream);
+/* Hands an operation to its stream, and waits for it if `synchronous`. Takes it over, also when it fails; NULL is an
+ * answer of kv_op_new. */
+kv_result kv_host_submit(kv_stream *stream, kv_op *op, int synchronous, uint64_t *ticket);
+void kv_host_wait_for_device(int ordinal); /* for everything queued on it; ends early when it drops its work */
 size_t kv_host_events_live(void);
 void kv_host_reap(int ordinal); /* the end of a context: its work is dropped, its objects go with it */
 extern _Atomic size_t kv_host_num_reaped;
+
+/* host_pool.c */
+void kv_host_pools_settle(int ordinal); /* after a wait: frees that are over count, thresholds are honoured */
+size_t kv_host_pools_reap(int ordinal); /* the end of a context; how many objects were alive */
+size_t kv_host_pools_live(void);
+
+/* host_space.c */
+size_t kv_host_spaces_reap(int ordinal);
+size_t kv_host_spaces_live(void);
+size_t kv_host_physical_live(void);
 
 /* host_control.c: what is out of the ordinary. Zero in production, so that a call pays one relaxed load for it all. */
 enum {

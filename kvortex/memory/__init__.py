@@ -1,5 +1,6 @@
-"""Rank 3: host memory that the device can reach. It knows addresses and devices, never keys."""
+"""Rank 3: memory of the device, and of the host that it can reach. It knows addresses and devices, never keys."""
 
+from kvortex.memory._device_pool import DeviceArena, DevicePool, DevicePoolUsage, PooledBuffer
 from kvortex.memory._pinned_pool import PinnedPool, PoolSlot
 
-__all__ = ["PinnedPool", "PoolSlot"]
+__all__ = ["DeviceArena", "DevicePool", "DevicePoolUsage", "PinnedPool", "PoolSlot", "PooledBuffer"]

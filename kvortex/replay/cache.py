@@ -4,7 +4,6 @@ It is reached with plain copies of one run of rows each (or directly, on the hos
 planner: the planner is what is being checked.
 """
 
-import ctypes
 import os
 import queue
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ import kvortex
 from kvortex.memory.limits import require_memory
 from kvortex.replay.oracle import POISON, rows_differ
 
+_ARENA_UNIT_BYTES = 2 << 20  # arenas round up to it
 _MAX_COPY_THREADS = 8  # copies to and from a GPU; more than this and the memory bus is the limit
 
 
@@ -45,10 +45,9 @@ class ModelCache:
         self.piece_bytes = oracle.piece_bytes
         self._num_blocks = num_blocks
         self._oracle = oracle
-        num_bytes = num_blocks * num_pieces * self.piece_bytes
-        self._buffer = _allocate(device, num_bytes)
+        self._buffer = _allocate(device, num_pieces, num_blocks * self.piece_bytes)
         self.layout = kvortex.KVLayout.contiguous(
-            self._buffer.address,
+            self._buffer,
             kv=2,
             num_layers=num_pieces // 2,
             num_blocks=num_blocks,
@@ -60,8 +59,7 @@ class ModelCache:
         self._threads = self._view = self._pinned = None
         workers = 1
         if device.is_host if direct is None else direct:
-            memory = (ctypes.c_uint8 * num_bytes).from_address(self._buffer.address)
-            self._view = np.frombuffer(memory, dtype=np.uint8).reshape(num_pieces, num_blocks, self.piece_bytes)
+            self._view = np.frombuffer(self._buffer, dtype=np.uint8).reshape(num_pieces, num_blocks, self.piece_bytes)
         else:
             workers = min(_MAX_COPY_THREADS, os.cpu_count(), num_pieces)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="kvortex-replay")
@@ -82,7 +80,7 @@ class ModelCache:
         """Free the device memory. No job may still use it."""
         if self._threads is not None:
             self._threads.shutdown()
-        self._view = None
+        self._view = self.layout = None
         self._buffer.close()
         if self._pinned is not None:
             self._pinned.close()
@@ -142,13 +140,19 @@ class ModelCache:
         return [result for part in self._threads.map(every_nth, range(self._workers)) for result in part]
 
 
-def _allocate(device, num_bytes):
+def _allocate(device, num_layers, layer_bytes):
+    """Memory for all layers, grown one by one as a runtime would, and one range all the same: a `DeviceArena`."""
+    num_bytes = num_layers * layer_bytes
     try:
         if device.is_host:  # it would hand out address space, and the process would be killed when it is touched
             require_memory(num_bytes)
-        return kvortex.DeviceBuffer(num_bytes, device)
+        with kvortex.DevicePool(num_bytes + _ARENA_UNIT_BYTES, device) as pool:
+            arena = pool.arena(num_bytes)
+            for _ in range(num_layers):
+                arena.grow(layer_bytes)
     except (kvortex.DriverError, kvortex.PoolExhausted) as error:
         raise kvortex.ConfigError(
             f"{device.name} cannot hold the replayed model's KV cache of {num_bytes} bytes; lower --inflight or "
             "--block-bytes, or leave the largest requests out with --limit"
         ) from error
+    return arena

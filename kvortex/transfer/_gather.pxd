@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t
 
 from kvortex._c cimport kv_devptr, kv_gather
 from kvortex.driver._device cimport Device
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.transfer._layout cimport KVLayout
 
 
@@ -17,11 +18,17 @@ cdef class Gather:
     cdef void *began                   # on the queue's stream: what the job has to wait for is over
     cdef void *filled[2]               # of each half of the staging: the first step is done, the second may begin
     cdef void *emptied[2]              # and the second step: the half may be filled again
+    cdef readonly DevicePool pool      # where the next two come from; None: from the device
     cdef kv_devptr runs, staging       # device memory, ours
+    cdef size_t runs_bytes
+    cdef object refusal                # what the pool raised while this was made
     cdef size_t half_bytes, blocks_at_once
     cdef int half                      # the next to be filled
     cdef kv_gather told                # scratch of the queue's one submitter
 
     cdef int launch(self, const int64_t *block_ids, size_t n, bint to_staging) noexcept nogil
-    cdef int build(self, const char *image, const void *table, size_t table_bytes, const char **call) noexcept nogil
+    cdef int build(self, const char *image, const char **call) noexcept nogil
+    cdef int allocate(self, const char **call) noexcept nogil
+    cdef int upload(self, const void *table, const char **call) noexcept nogil
+    cdef void give_back(self) noexcept
     cdef void close(self) noexcept nogil

@@ -11,6 +11,7 @@ from libc.string cimport memset
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.transfer._layout cimport KVLayout
 
 import os
@@ -48,7 +49,7 @@ def misfit(KVLayout layout):
 cdef class Gather:
     """Made by `TransferQueue.use_gather`, used under its submitting lock, closed with it; it leaks with it, too."""
 
-    def __init__(self, Device device not None, KVLayout layout not None, num_ctas):
+    def __init__(self, Device device not None, KVLayout layout not None, num_ctas, DevicePool pool=None):
         cdef _c.kv_gather_run *table
         cdef uint32_t num_runs = len(layout.runs), index
         cdef size_t offset = 0
@@ -78,18 +79,26 @@ cdef class Gather:
         memset(&self.told, 0, sizeof(self.told))
         self.told.num_runs = num_runs
         self.told.block_bytes = layout.block_bytes
+        self.runs_bytes = num_runs * sizeof(_c.kv_gather_run)
+        self.pool = pool
         with nogil:
             call = b"cuCtxPushCurrent"
             code = device.enter(&mode)
             if code == 0:
-                code = self.build(text, table, num_runs * sizeof(_c.kv_gather_run), &call)
+                code = self.build(text, &call)
+                if code == 0:
+                    code = self.allocate(&call)
+                if code == 0:
+                    code = self.upload(table, &call)
                 if code:
                     self.close()
                 device.leave(mode)
         free(table)
+        if self.refusal is not None:
+            raise self.refusal
         check(device, code, call)
 
-    cdef int build(self, const char *image, const void *table, size_t table_bytes, const char **call) noexcept nogil:
+    cdef int build(self, const char *image, const char **call) noexcept nogil:
         cdef const _c.kv_driver *drv = self.device.drv
         cdef int code, index
         call[0] = b"cuModuleLoadData"
@@ -108,15 +117,30 @@ cdef class Gather:
                 code = drv.event_create(&self.filled[index], _c.KV_EVENT_DISABLE_TIMING)
             if code == 0:
                 code = drv.event_create(&self.emptied[index], _c.KV_EVENT_DISABLE_TIMING)
-        if code == 0:
+        return code
+
+    cdef int allocate(self, const char **call) noexcept nogil:
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef int code
+        if self.pool is None:
             call[0] = b"cuMemAlloc"
-            code = drv.mem_alloc(&self.runs, table_bytes)
-        if code == 0:
-            code = drv.mem_alloc(&self.staging, 2 * self.half_bytes)
-        if code == 0:
-            call[0] = b"cuMemcpyHtoDAsync"
-            code = drv.memcpy_htod_async(self.runs, table, table_bytes, self.stream)
-        if code == 0:
+            code = drv.mem_alloc(&self.runs, self.runs_bytes)
+            return code if code else drv.mem_alloc(&self.staging, 2 * self.half_bytes)
+        with gil:
+            try:
+                self.runs = self.pool.take(self.runs_bytes, self.stream)
+                self.staging = self.pool.take(2 * self.half_bytes, self.stream)
+            except BaseException as error:  # raised when the rest has been undone
+                self.refusal = error
+                return _c.KV_CUDA_OUT_OF_MEMORY
+        return 0
+
+    cdef int upload(self, const void *table, const char **call) noexcept nogil:
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef int code
+        call[0] = b"cuMemcpyHtoDAsync"
+        code = drv.memcpy_htod_async(self.runs, table, self.runs_bytes, self.stream)
+        if code == 0:  # from here on the memory is there for other streams, too
             call[0] = b"cuStreamSynchronize"
             code = drv.stream_synchronize(self.stream)
         self.told.runs = self.runs
@@ -139,10 +163,14 @@ cdef class Gather:
         """Give everything back; no job is in flight, and the context is current."""
         cdef const _c.kv_driver *drv = self.device.drv
         cdef int index
-        if self.staging:
-            drv.mem_free(self.staging)
-        if self.runs:
-            drv.mem_free(self.runs)
+        if self.pool is not None:
+            with gil:
+                self.give_back()
+        else:
+            if self.staging:
+                drv.mem_free(self.staging)
+            if self.runs:
+                drv.mem_free(self.runs)
         for index in range(2):
             if self.filled[index] is not NULL:
                 drv.event_destroy(self.filled[index])
@@ -154,3 +182,9 @@ cdef class Gather:
             drv.stream_destroy(self.stream)
         if self.module is not NULL:
             drv.module_unload(self.module)
+
+    cdef void give_back(self) noexcept:
+        if self.staging:
+            self.pool.give(self.staging, 2 * self.half_bytes, self.stream)
+        if self.runs:
+            self.pool.give(self.runs, self.runs_bytes, self.stream)

@@ -9,6 +9,7 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._gather cimport Gather
@@ -462,7 +463,7 @@ cdef class TransferQueue:
         self.device.leave(mode)
         return retired
 
-    def use_gather(self, KVLayout layout not None, num_ctas):
+    def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
 
         For small pieces in separate allocations, where copy engines alone stay far below the link; it takes streaming
@@ -474,6 +475,8 @@ cdef class TransferQueue:
             Bases, strides and pieces in multiples of 16 bytes. One layout a queue.
         num_ctas : int
             Thread blocks of the kernel, 1 to 1024; four are enough for the link of an H200.
+        pool : DevicePool, optional
+            Where the staging memory comes from, and goes back to when the queue is closed.
 
         Raises
         ------
@@ -481,11 +484,13 @@ cdef class TransferQueue:
             Numbers that do not fit, or the queue gathers already.
         DriverError
             The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
+        PoolExhausted
+            The pool has no such memory; nothing has changed.
         """
         self._require_open()
         if self.copier.gather is not None:
             raise ValueError("this queue gathers already; use one queue a layout")
-        self.copier.gather = Gather(self.device, layout, num_ctas)
+        self.copier.gather = Gather(self.device, layout, num_ctas, pool)
         layout.planner = tuple([row._replace(backend="gather") if row.direction == self.direction else row
                                 for row in layout.planner])
 

@@ -2,8 +2,8 @@
  *
  * Eight threads on two devices. Each moves blocks through a chain of two streams of its own, pinned -> device on the
  * first, device -> pinned on the second, ordered by an event alone, and compares what arrives; between rounds streams,
- * events and memory are destroyed and made anew, and one device dies and comes back. Prints one line, exits 1 on a
- * difference. */
+ * events and memory are destroyed and made anew, and one device dies and comes back. In a second pass the device memory
+ * comes from a pool of each device, too small for all threads at once. Prints one line, exits 1 on a difference. */
 
 #include "../../kvortex/driver/host_driver.h"
 
@@ -17,6 +17,7 @@ enum { BLOCK_BYTES = NUM_PIECES * PIECE_BYTES };
 
 static const kv_driver *drv;
 static _Atomic size_t num_compared, num_wrong;
+static void *pools[2]; /* of each device, in the second pass */
 
 static void must(kv_result code, const char *what)
 {
@@ -79,8 +80,15 @@ static void *work(void *argument)
         MUST(mem_alloc(&device, BLOCK_BYTES));
         MUST(mem_host_alloc(&host, BLOCK_BYTES, 0));
         MUST(mem_host_register(back, BLOCK_BYTES, 0));
-        for (size_t i = 0; i < NUM_BLOCKS; i++)
-            save_and_load(host, back, device, first, second, event, (unsigned char)(number + round + i));
+        for (size_t i = 0; i < NUM_BLOCKS; i++) {
+            kv_devptr pooled = 0;
+            if (pools[ordinal]) /* refused when the others have all of it */
+                (void)drv->mem_alloc_from_pool_async(&pooled, BLOCK_BYTES, pools[ordinal], first);
+            save_and_load(host, back, pooled ? pooled : device, first, second, event,
+                          (unsigned char)(number + round + i));
+            if (pooled)
+                MUST(mem_free_async(pooled, i % 2 ? first : second));
+        }
         MUST(memset_d8_async(device, 0, BLOCK_BYTES, NULL));
         MUST(stream_destroy(first));
         MUST(mem_host_unregister(back));
@@ -121,17 +129,29 @@ int main(void)
     drv = kv_host_driver();
     MUST(init(0));
     for (int pass = 0; pass < 2; pass++) {
+        void *contexts[2];
+        kv_mem_pool_props props = {.allocation_type = KV_MEM_ALLOCATION_TYPE_PINNED, .max_bytes = 2 * BLOCK_BYTES};
+        props.location.type = KV_MEM_LOCATION_TYPE_DEVICE;
+        for (int i = 0; i < 2 && pass; i++) {
+            props.location.id = i;
+            MUST(device_primary_ctx_retain(&contexts[i], i));
+            MUST(mem_pool_create(&pools[i], &props));
+        }
         kv_host_control_set_delay_us(0, pass ? 30 : 0, 1);
         for (size_t i = 0; i < NUM_THREADS; i++)
             pthread_create(&threads[i], NULL, work, (void *)i);
         for (size_t i = 0; i < NUM_THREADS; i++)
             pthread_join(threads[i], NULL);
+        for (int i = 0; i < 2 && pass; i++) {
+            MUST(mem_pool_destroy(pools[i]));
+            MUST(device_primary_ctx_release(i));
+        }
         die();
     }
     kv_host_live live;
     kv_host_control_live(&live);
     size_t num_left = live.contexts + live.streams + live.events + live.device_allocations + live.host_allocations +
-                      live.registrations;
+                      live.registrations + live.pools + live.pool_allocations;
     printf("host driver: %zu blocks compared, %zu wrong, %zu objects left\n", num_compared, num_wrong, num_left);
     return num_wrong || num_left;
 }

@@ -12,7 +12,7 @@ from kvortex.cli import main
 from kvortex.memory import limits
 
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
-SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "settings", "planner", "tiers"]
+SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "device_pool", "settings", "planner", "tiers"]
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +95,23 @@ def test_the_pool_it_names_is_the_one_that_is_made(facts, device, monkeypatch, b
     assert found["problem"] is None
 
 
+def test_the_pool_of_device_memory_is_shown(facts, monkeypatch):
+    assert facts()["device_pool"] == {"limit_bytes": 0, "problem": None}
+    monkeypatch.setenv("KVORTEX_GPU_POOL_SIZE_BYTES", "3GiB")
+    assert facts()["device_pool"] == {"limit_bytes": 3 << 30, "problem": None}
+
+
+@pytest.mark.host
+def test_a_device_without_pools_is_shown_and_exits_2(host, capsys, monkeypatch):
+    monkeypatch.setenv("KVORTEX_GPU_POOL_SIZE_BYTES", "3GiB")
+    assert main(["info", "--device", DEVICE]) == 0
+    assert "device pool 3 GiB" in capsys.readouterr().out
+    host.fail_call(2, 1, field="device_get_attribute")  # after that for the NUMA node
+    assert main(["info", "--device", DEVICE]) == 2
+    printed = capsys.readouterr()
+    assert "  problem   host:0 has no memory pools" in printed.out and "no memory pools" in printed.err
+
+
 @pytest.mark.parametrize(
     "pool_bytes, complaint",
     [("100000GiB", "exceeds what available memory leaves"), ("100", "holds no slot of 4096 bytes")],
@@ -138,7 +155,7 @@ def test_bad_settings_exit_2_with_a_reason(args, complaint, capsys):
 
 
 def test_a_misspelt_variable_exits_2_with_the_nearest(monkeypatch, capsys):
-    monkeypatch.setenv("KVORTEX_POOL_SIZE", "1GiB")
+    monkeypatch.setenv("KVORTEX_CPU_POOL_SIZE", "1GiB")
     assert main(["info", "--device", DEVICE]) == 2
     assert "did you mean KVORTEX_CPU_POOL_SIZE_BYTES?" in capsys.readouterr().err
 

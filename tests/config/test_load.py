@@ -56,6 +56,7 @@ def test_every_setting_can_be_given_each_way(toml):
         "pool_driver_allocated": ("yes", True),
         "pool_huge_pages": ("0", False),
         "gather_ctas": ("4", 4),
+        "gpu_pool_size_bytes": ("8GiB", 8 << 30),
         "enable_numa": ("Off", False),
     }
     assert sorted(given) == sorted(KVortexConfig.names()), "a new setting: say here how it is written"

@@ -41,6 +41,24 @@ SAME_FIELD(kv_memcpy_attributes, source_hint, CUmemcpyAttributes, srcLocHint);
 SAME_FIELD(kv_memcpy_attributes, target_hint, CUmemcpyAttributes, dstLocHint);
 SAME_FIELD(kv_memcpy_attributes, flags, CUmemcpyAttributes, flags);
 
+SAME(sizeof(kv_mem_pool_props), sizeof(CUmemPoolProps));
+SAME_FIELD(kv_mem_pool_props, allocation_type, CUmemPoolProps, allocType);
+SAME_FIELD(kv_mem_pool_props, handle_types, CUmemPoolProps, handleTypes);
+SAME_FIELD(kv_mem_pool_props, location, CUmemPoolProps, location);
+SAME_FIELD(kv_mem_pool_props, security_attributes, CUmemPoolProps, win32SecurityAttributes);
+SAME_FIELD(kv_mem_pool_props, max_bytes, CUmemPoolProps, maxSize);
+SAME_FIELD(kv_mem_pool_props, usage, CUmemPoolProps, usage);
+SAME(sizeof(kv_mem_allocation_props), sizeof(CUmemAllocationProp));
+SAME_FIELD(kv_mem_allocation_props, type, CUmemAllocationProp, type);
+SAME_FIELD(kv_mem_allocation_props, handle_types, CUmemAllocationProp, requestedHandleTypes);
+SAME_FIELD(kv_mem_allocation_props, location, CUmemAllocationProp, location);
+SAME_FIELD(kv_mem_allocation_props, security_attributes, CUmemAllocationProp, win32HandleMetaData);
+SAME_FIELD(kv_mem_allocation_props, flags, CUmemAllocationProp, allocFlags);
+SAME(sizeof(kv_mem_access), sizeof(CUmemAccessDesc));
+SAME_FIELD(kv_mem_access, location, CUmemAccessDesc, location);
+SAME_FIELD(kv_mem_access, flags, CUmemAccessDesc, flags);
+SAME(sizeof(unsigned long long), sizeof(CUmemGenericAllocationHandle));
+
 SAME(KV_CUDA_SUCCESS, CUDA_SUCCESS);
 SAME(KV_CUDA_INVALID_VALUE, CUDA_ERROR_INVALID_VALUE);
 SAME(KV_CUDA_OUT_OF_MEMORY, CUDA_ERROR_OUT_OF_MEMORY);
@@ -87,6 +105,19 @@ SAME(KV_POINTER_RANGE_START_ADDR, CU_POINTER_ATTRIBUTE_RANGE_START_ADDR);
 SAME(KV_POINTER_RANGE_SIZE, CU_POINTER_ATTRIBUTE_RANGE_SIZE);
 SAME(KV_DEVICE_ATTRIBUTE_MAX_PITCH, CU_DEVICE_ATTRIBUTE_MAX_PITCH);
 SAME(KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID, CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID);
+SAME(KV_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED,
+     CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED);
+SAME(KV_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED);
+SAME(KV_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_ALLOCATION_TYPE_PINNED);
+SAME(KV_MEM_LOCATION_TYPE_DEVICE, CU_MEM_LOCATION_TYPE_DEVICE);
+SAME(KV_MEM_ACCESS_READWRITE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
+SAME(KV_MEM_GRANULARITY_MINIMUM, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
+SAME(KV_MEM_GRANULARITY_RECOMMENDED, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
+SAME(KV_MEMPOOL_RELEASE_THRESHOLD, CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+SAME(KV_MEMPOOL_RESERVED_CURRENT, CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT);
+SAME(KV_MEMPOOL_RESERVED_HIGH, CU_MEMPOOL_ATTR_RESERVED_MEM_HIGH);
+SAME(KV_MEMPOOL_USED_CURRENT, CU_MEMPOOL_ATTR_USED_MEM_CURRENT);
+SAME(KV_MEMPOOL_USED_HIGH, CU_MEMPOOL_ATTR_USED_MEM_HIGH);
 
 /* Every row exists at exactly the version it is asked for. */
 #define ROW_EXISTS(field, symbol, version, parameters) typedef PFN_##symbol##_v##version kv_exists_##field;

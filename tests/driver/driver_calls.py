@@ -9,6 +9,7 @@ from kvortex.driver._device import driver_rows, entry_points
 KIND = os.environ.get("KVORTEX_TEST_DEVICE", "host").partition(":")[0]
 
 INVALID_VALUE = 1
+OUT_OF_MEMORY = 2
 INVALID_CONTEXT = 201
 INVALID_HANDLE = 400
 NOT_FOUND = 500
@@ -25,6 +26,7 @@ C_TYPES = {
     "kv_devptr": ctypes.c_uint64,
     "size_t": ctypes.c_size_t,
     "unsigned int": ctypes.c_uint,
+    "unsigned long long": ctypes.c_ulonglong,
     "unsigned char": ctypes.c_ubyte,
     "int": ctypes.c_int,
     "kv_result": ctypes.c_int,
@@ -62,6 +64,35 @@ class Attributes(ctypes.Structure):
     ]
 
 
+class Location(ctypes.Structure):
+    _fields_ = [("type", ctypes.c_int), ("id", ctypes.c_int)]
+
+
+class PoolProps(ctypes.Structure):
+    _fields_ = [
+        ("allocation_type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", Location),
+        ("security_attributes", ctypes.c_void_p),
+        ("max_bytes", ctypes.c_size_t),
+        ("rest", ctypes.c_char * 56),
+    ]
+
+
+class AllocationProps(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", Location),
+        ("security_attributes", ctypes.c_void_p),
+        ("flags", ctypes.c_char * 8),
+    ]
+
+
+class Access(ctypes.Structure):
+    _fields_ = [("location", Location), ("flags", ctypes.c_int)]
+
+
 def begin_capture(handle):
     """Let a stream capture a graph in GLOBAL mode, so that unsafe calls of other threads spoil it too."""
     if KIND == "host":
@@ -96,7 +127,8 @@ class Calls:
     def __init__(self, device):
         addresses = entry_points(device)
         for field, _, _, parameters in driver_rows():
-            types = [c_type(parameter.strip()) for parameter in parameters.strip("()").split(",")]
+            named = parameters.strip("()").split(",") if parameters != "(void)" else []
+            types = [c_type(parameter.strip()) for parameter in named]
             setattr(self, field, ctypes.CFUNCTYPE(ctypes.c_int, *types)(addresses[field]))
 
     def ok(self, field, *arguments):
@@ -114,6 +146,33 @@ class Calls:
 
     def host_alloc(self, nbytes):
         return self.out("mem_host_alloc", ctypes.c_void_p, nbytes, 0)
+
+    def pool(self, max_bytes=0):
+        """A memory pool of the first device."""
+        props = PoolProps(allocation_type=1, location=Location(1, 0), max_bytes=max_bytes)
+        return self.out("mem_pool_create", ctypes.c_void_p, ctypes.byref(props))
+
+    def pool_bytes(self, pool, attribute):
+        """What a pool answers: RESERVED (5), its mark (6), USED (7) or its mark (8)."""
+        value = ctypes.c_uint64()
+        self.ok("mem_pool_get_attribute", pool, attribute, ctypes.byref(value))
+        return value.value
+
+    def pool_alloc(self, pool, nbytes, stream):
+        return self.out("mem_alloc_from_pool_async", ctypes.c_uint64, nbytes, pool, stream)
+
+    def granularity(self):
+        props = AllocationProps(type=1, location=Location(1, 0))
+        return self.out("mem_get_allocation_granularity", ctypes.c_size_t, ctypes.byref(props), 0)
+
+    def physical(self, nbytes):
+        """Physical memory of the first device, mapped nowhere; its handle."""
+        props = AllocationProps(type=1, location=Location(1, 0))
+        return self.out("mem_create", ctypes.c_ulonglong, nbytes, ctypes.byref(props), 0)
+
+    def set_access(self, address, nbytes):
+        """Let the first device read and write a range; the CUresult."""
+        return self.mem_set_access(address, nbytes, ctypes.byref(Access(Location(1, 0), 3)), 1)
 
     def copy_2d(self, stream, source, source_pitch, target, target_pitch, width, height):
         """Copy device to device, strided; the CUresult."""

@@ -1,4 +1,4 @@
-"""Stream, Event and DeviceBuffer as users see them."""
+"""Stream, Event and DeviceBuffer, of its own or of a DevicePool, as users see them."""
 
 import copy
 import gc
@@ -11,11 +11,24 @@ from driver_calls import KIND
 
 from kvortex.driver import Device, DeviceBuffer, Event, Stream
 from kvortex.errors import ConfigError, EngineClosed
+from kvortex.memory import DevicePool
 
 
-@pytest.fixture
-def buffer(device):
-    with DeviceBuffer(4096, device) as allocated:
+def pooled(device):
+    with DevicePool(4096, device) as pool, Stream.create(device) as stream:
+        return pool.alloc(4096, stream)
+
+
+def arena(device):
+    with DevicePool(32 << 20, device) as pool:
+        made = pool.arena(4096)
+        made.grow(4096)
+        return made
+
+
+@pytest.fixture(params=[lambda device: DeviceBuffer(4096, device), pooled, arena], ids=["own", "pooled", "arena"])
+def buffer(device, request):
+    with request.param(device) as allocated:
         yield allocated
 
 
@@ -67,7 +80,7 @@ def test_read_only_target_is_refused(buffer):
 
 @pytest.mark.parametrize(("nbytes", "offset"), [(4097, 0), (1, 4096), (4096, 1), (0, 4097), (8, 1 << 62)])
 def test_range_outside_of_the_buffer_is_refused(buffer, nbytes, offset):
-    message = f"{nbytes} bytes at offset {offset} do not fit into a DeviceBuffer of 4096"
+    message = f"{nbytes} bytes at offset {offset} do not fit into a {type(buffer).__name__} of 4096"
     with pytest.raises(ValueError, match=message):
         buffer.copy_from(bytes(nbytes), offset=offset)
     with pytest.raises(ValueError, match=message):

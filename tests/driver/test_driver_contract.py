@@ -13,7 +13,11 @@ from driver_calls import (
     KIND,
     NOT_FOUND,
     NOT_REGISTERED,
+    OUT_OF_MEMORY,
+    AllocationProps,
     Attributes,
+    Location,
+    PoolProps,
 )
 
 from kvortex.driver import Stream
@@ -272,3 +276,196 @@ def test_a_stream_of_any_priority_is_created(calls):
         calls.ok("stream_synchronize", stream)
         calls.ok("stream_destroy", stream)
     assert calls.stream_create_with_priority(ctypes.byref(ctypes.c_void_p()), 64, 0) == INVALID_VALUE
+
+
+# ---- memory pools ---------------------------------------------------------------------------------------------------
+
+RESERVED, RESERVED_HIGH, USED, USED_HIGH = 5, 6, 7, 8
+LARGE = 64 << 20  # CUDA reserves for a pool in units of 32 MiB
+
+
+@pytest.fixture
+def pool(calls):
+    made = calls.pool()
+    yield made
+    calls.ok("mem_pool_destroy", made)
+
+
+def set_threshold(calls, pool, nbytes):
+    calls.ok("mem_pool_set_attribute", pool, 4, ctypes.byref(ctypes.c_uint64(nbytes)))
+
+
+def test_pools_and_virtual_memory_are_supported(calls):
+    assert calls.out("device_get_attribute", ctypes.c_int, 115, 0) == 1
+    assert calls.out("device_get_attribute", ctypes.c_int, 102, 0) == 1
+
+
+def test_memory_of_a_pool_is_there_in_the_order_of_its_stream(calls, pool, stream, seed):
+    for step in range(10):
+        content = pattern(PIECE, seed + step)
+        address = calls.pool_alloc(pool, PIECE, stream.handle)
+        calls.ok("memcpy_htod_async", address, pinned_bytes(calls, content), PIECE, stream.handle)
+        assert calls.bytes_of(address, PIECE, stream.handle) == content
+        calls.ok("mem_free_async", address, stream.handle)
+
+
+def test_memory_of_a_pool_is_device_memory(calls, pool, stream):
+    address = calls.pool_alloc(pool, 10 * PIECE, stream.handle)
+    assert calls.out("pointer_get_attribute", ctypes.c_uint, 2, address + PIECE) == 2
+    assert calls.out("pointer_get_attribute", ctypes.c_int, 9, address + PIECE) == 0
+    calls.ok("mem_free_async", address, stream.handle)
+
+
+def test_pool_counts_what_is_used_and_what_it_keeps(calls, pool, stream):
+    set_threshold(calls, pool, 1 << 40)
+    address = calls.pool_alloc(pool, LARGE, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)
+    assert LARGE <= calls.pool_bytes(pool, USED) <= calls.pool_bytes(pool, RESERVED)
+    calls.ok("mem_free_async", address, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)
+    assert calls.pool_bytes(pool, USED) == 0
+    assert calls.pool_bytes(pool, RESERVED) >= LARGE
+    assert calls.pool_bytes(pool, USED_HIGH) >= LARGE and calls.pool_bytes(pool, RESERVED_HIGH) >= LARGE
+    calls.ok("mem_pool_trim_to", pool, 0)
+    assert calls.pool_bytes(pool, RESERVED) == 0
+    calls.ok("mem_pool_set_attribute", pool, USED_HIGH, ctypes.byref(ctypes.c_uint64(0)))
+    assert calls.pool_bytes(pool, USED_HIGH) == 0
+
+
+def test_what_exceeds_the_threshold_goes_back_when_the_stream_is_waited_for(calls, pool, stream):
+    addresses = [calls.pool_alloc(pool, LARGE, stream.handle) for _ in range(2)]
+    for address in addresses:
+        calls.ok("mem_free_async", address, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)
+    assert calls.pool_bytes(pool, RESERVED) == 0
+
+
+def test_pool_keeps_its_limit(calls, stream):
+    pool = calls.pool(LARGE)
+    address = calls.pool_alloc(pool, LARGE // 2, stream.handle)
+    answer = ctypes.c_uint64()
+    assert calls.mem_alloc_from_pool_async(ctypes.byref(answer), LARGE, pool, stream.handle) == OUT_OF_MEMORY
+    calls.ok("mem_free_async", address, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)  # only then may any way of cutting the memory up serve again
+    address = calls.pool_alloc(pool, LARGE, stream.handle)
+    calls.ok("mem_free_async", address, stream.handle)
+    calls.ok("mem_pool_destroy", pool)
+
+
+def test_memory_outlives_its_pool(calls, stream, seed):
+    pool, content = calls.pool(), pattern(PIECE, seed)
+    address = calls.pool_alloc(pool, PIECE, stream.handle)
+    calls.ok("mem_pool_destroy", pool)
+    calls.ok("memcpy_htod_async", address, pinned_bytes(calls, content), PIECE, stream.handle)
+    assert calls.bytes_of(address, PIECE, stream.handle) == content
+    calls.ok("mem_free_async", address, stream.handle)
+    calls.ok("stream_synchronize", stream.handle)
+
+
+def test_freed_memory_of_a_pool_cannot_be_freed_again(calls, pool, stream):
+    address = calls.pool_alloc(pool, PIECE, stream.handle)
+    calls.ok("mem_free_async", address, stream.handle)
+    assert calls.mem_free_async(address, stream.handle) == INVALID_VALUE
+
+
+def test_unfit_pools_and_allocations_are_refused(calls, pool, stream):
+    answer = ctypes.c_void_p()
+    for props in (PoolProps(location=Location(1, 0)), PoolProps(allocation_type=1, location=Location(1, 1000))):
+        assert calls.mem_pool_create(ctypes.byref(answer), ctypes.byref(props)) in (INVALID_VALUE, 101)
+    assert calls.mem_pool_get_attribute(pool, 1000, ctypes.byref(ctypes.c_uint64())) == INVALID_VALUE
+    assert calls.mem_alloc_from_pool_async(None, PIECE, pool, stream.handle) == INVALID_VALUE
+
+
+def test_context_is_synchronised_as_a_whole(calls, device):
+    target = calls.alloc(4 * PIECE)
+    with Stream.create(device) as first, Stream.create(device) as second:
+        for index, stream in enumerate((first, second)):
+            calls.ok("memset_d8_async", target + index * PIECE, 7, PIECE, stream.handle)
+        calls.ok("ctx_synchronize")
+        assert first.query() and second.query()
+
+
+# ---- virtual memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def space(calls):
+    """Reserved address space of eight units, and the unit."""
+    unit = calls.granularity()
+    address = calls.out("mem_address_reserve", ctypes.c_uint64, 8 * unit, 0, 0, 0)
+    yield address, unit
+    calls.ok("mem_address_free", address, 8 * unit)
+
+
+def map_memory(calls, address, nbytes):
+    handle = calls.physical(nbytes)
+    calls.ok("mem_map", address, nbytes, 0, handle, 0)
+    assert calls.set_access(address, nbytes) == 0
+    calls.ok("mem_release", handle)  # the mapping keeps it
+
+
+@pytest.fixture
+def mapped(calls, space):
+    """Four units of memory, from three allocations that meet inside of copies."""
+    address, unit = space
+    for first, count in ((0, 1), (1, 1), (2, 2)):
+        map_memory(calls, address + first * unit, count * unit)
+    yield address, unit
+    for first, count in ((0, 1), (1, 1), (2, 2)):
+        calls.ok("mem_unmap", address + first * unit, count * unit)
+
+
+def test_mapped_memory_is_device_memory(calls, mapped):
+    address, unit = mapped
+    for inside in (address, address + 3 * unit - 1):
+        assert calls.out("pointer_get_attribute", ctypes.c_uint, 2, inside) == 2
+        assert calls.out("pointer_get_attribute", ctypes.c_int, 9, inside) == 0
+
+
+def test_copies_cross_from_one_mapping_into_the_next(calls, mapped, stream, seed):
+    address, unit = mapped
+    content = pattern(3 * unit, seed)
+    calls.ok("memcpy_htod_async", address + PIECE, pinned_bytes(calls, content), len(content), stream.handle)
+    assert calls.bytes_of(address + PIECE, len(content), stream.handle) == content
+    source, target = address + unit - 3 * PIECE, calls.alloc(6 * PIECE)
+    assert calls.copy_batch(stream.handle, [target], [source], [6 * PIECE])[0] == 0
+    expected = content[unit - 4 * PIECE :][: 6 * PIECE]
+    assert calls.bytes_of(target, 6 * PIECE, stream.handle) == expected
+
+
+def test_strided_copies_cross_from_one_mapping_into_the_next(calls, mapped, stream, seed):
+    """Each of these rows lies in another unit, one of them on a border: what no copy over separate allocations may."""
+    address, unit = mapped
+    content = pattern(4 * unit, seed)
+    calls.ok("memcpy_htod_async", address, pinned_bytes(calls, content), len(content), stream.handle)
+    pitch, first, target = unit - PIECE, unit - PIECE // 2, calls.alloc(3 * PIECE)
+    assert calls.copy_2d(stream.handle, address + first, pitch, target, PIECE, PIECE, 3) == 0
+    expected = b"".join(content[first + row * pitch :][:PIECE] for row in range(3))
+    assert calls.bytes_of(target, 3 * PIECE, stream.handle) == expected
+    calls.ok("memset_d8_async", target, 0, 3 * PIECE, stream.handle)
+    assert calls.copy_2d(stream.handle, target, PIECE, address + first, pitch, PIECE, 3) == 0
+    expected = bytearray(content)
+    for row in range(3):
+        expected[first + row * pitch : first + row * pitch + PIECE] = bytes(PIECE)
+    assert calls.bytes_of(address, 4 * unit, stream.handle) == expected
+
+
+def test_virtual_memory_comes_in_units(calls, space):
+    address, unit = space
+    props = AllocationProps(type=1, location=Location(1, 0))
+    answer = ctypes.c_ulonglong()
+    assert calls.mem_create(ctypes.byref(answer), unit + 4096, ctypes.byref(props), 0) == INVALID_VALUE
+    handle = calls.physical(unit)
+    assert calls.mem_map(address + 4096, unit, 0, handle, 0) == INVALID_VALUE
+    calls.ok("mem_map", address, unit, 0, handle, 0)
+    assert calls.mem_map(address, unit, 0, calls.physical(unit), 0) == INVALID_VALUE
+    calls.ok("mem_unmap", address, unit)
+    calls.ok("mem_release", handle)
+
+
+def test_access_needs_a_mapping(calls, space):
+    address, unit = space
+    map_memory(calls, address, unit)
+    assert calls.set_access(address + unit, unit) == INVALID_VALUE
+    calls.ok("mem_unmap", address, unit)
+    assert calls.mem_unmap(address, unit) == INVALID_VALUE

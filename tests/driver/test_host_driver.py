@@ -16,6 +16,7 @@ from driver_calls import (
     ILLEGAL_ADDRESS,
     INVALID_HANDLE,
     INVALID_VALUE,
+    OUT_OF_MEMORY,
     Attributes,
     Calls,
 )
@@ -351,6 +352,154 @@ def test_capture_ends_with_its_stream(device, event):
     with Stream.create(device) as successor:
         event.record(successor)
         event.synchronize()
+
+
+@pytest.fixture
+def pool(calls):
+    """A pool of two pages that keeps what it has."""
+    made = calls.pool(2 * 4096)
+    calls.ok("mem_pool_set_attribute", made, 4, ctypes.byref(ctypes.c_uint64(1 << 40)))
+    yield made
+    calls.mem_pool_destroy(made)
+
+
+def test_freed_memory_is_not_reused_by_another_stream_before_the_free_is_over(calls, device, stream, pool):
+    with Stream.create(device) as other:
+        first = calls.pool_alloc(pool, 4096, stream.handle)
+        _host.hold()
+        calls.ok("mem_free_async", first, stream.handle)
+        second = calls.pool_alloc(pool, 4096, other.handle)
+        assert second != first
+        assert calls.pool_bytes(pool, 7) == 2 * 4096  # the free is still to come
+        _host.release()
+        stream.synchronize()
+        assert calls.pool_bytes(pool, 7) == 4096
+        assert calls.pool_alloc(pool, 4096, other.handle) == first
+
+
+def test_freed_memory_is_reused_by_its_own_stream_at_once(calls, stream, pool):
+    first = calls.pool_alloc(pool, 4096, stream.handle)
+    _host.hold()
+    calls.ok("mem_free_async", first, stream.handle)
+    assert calls.pool_alloc(pool, 4000, stream.handle) == first
+
+
+def test_at_the_limit_a_stream_waits_for_the_free_of_another(calls, device, stream, pool):
+    """The order of the streams decides what is read, although the second stream has nothing else to do."""
+    host = calls.host_alloc(2 * 4096)
+    with Stream.create(device) as other:
+        first = calls.pool_alloc(pool, 2 * 4096, stream.handle)
+        calls.ok("memset_d8_async", first, 1, 2 * 4096, stream.handle)
+        _host.set_delay_us(5000, 5000)
+        calls.ok("memcpy_dtoh_async", host, first, 2 * 4096, stream.handle)
+        calls.ok("mem_free_async", first, stream.handle)
+        assert calls.pool_alloc(pool, 2 * 4096, other.handle) == first
+        calls.ok("memset_d8_async", first, 2, 2 * 4096, other.handle)
+        other.synchronize()
+        assert ctypes.string_at(host, 2 * 4096) == bytes([1]) * 2 * 4096
+
+
+def test_memory_freed_to_a_pool_is_refused_at_once(calls, stream, pool, pinned):
+    memory, host = pinned
+    freed = calls.pool_alloc(pool, PIECE, stream.handle)
+    calls.ok("mem_free_async", freed, stream.handle)
+    for use in (
+        lambda: calls.memcpy_htod_async(freed, host, PIECE, stream.handle),
+        lambda: calls.memcpy_dtod_async(memory, freed, PIECE, stream.handle),
+        lambda: calls.memset_d8_async(freed, 0, PIECE, stream.handle),
+        lambda: calls.pointer_get_attribute(ctypes.byref(ctypes.c_uint()), 2, freed),
+        lambda: calls.mem_free(freed),
+        lambda: calls.copy_batch(stream.handle, [freed], [host], [PIECE])[0],
+    ):
+        assert use() == INVALID_VALUE
+
+
+def test_pool_gives_idle_memory_back_for_another_size(calls, stream, pool):
+    for size in (4096, 2 * 4096, 4096):
+        calls.ok("mem_free_async", calls.pool_alloc(pool, size, stream.handle), stream.handle)
+        stream.synchronize()
+        assert calls.pool_bytes(pool, 5) == size
+    answer = ctypes.c_uint64()
+    assert calls.mem_alloc_from_pool_async(ctypes.byref(answer), 3 * 4096, pool, stream.handle) == OUT_OF_MEMORY
+
+
+def test_capturing_stream_allocates_nothing(calls, device, pool):
+    with Stream.create(device) as capturing:
+        memory = calls.pool_alloc(pool, PIECE, capturing.handle)
+        assert _host.begin_capture(capturing.handle) == 0
+        answer = ctypes.c_uint64()
+        code = calls.mem_alloc_from_pool_async(ctypes.byref(answer), PIECE, pool, capturing.handle)
+        assert code == calls.mem_free_async(memory, capturing.handle) == CAPTURE_UNSUPPORTED
+        assert calls.ctx_synchronize() == CAPTURE_UNSUPPORTED
+        assert _host.end_capture(capturing.handle) == (0, 0)
+
+
+def test_address_space_is_refused_wherever_nothing_is_mapped(calls, stream, pinned):
+    memory, host = pinned
+    unit = calls.granularity()
+    address = calls.out("mem_address_reserve", ctypes.c_uint64, 4 * unit, 0, 0, 0)
+    handles = [calls.physical(unit) for _ in range(2)]
+    for index, handle in zip((1, 2), handles, strict=True):
+        calls.ok("mem_map", address + index * unit, unit, 0, handle, 0)
+    assert calls.memset_d8_async(address + unit, 1, PIECE, stream.handle) == INVALID_VALUE  # no access yet
+    assert calls.set_access(address + unit, 2 * unit) == 0
+    calls.ok("memset_d8_async", address + unit, 1, 2 * unit, stream.handle)
+    for start in (address, address + unit - PIECE, address + 3 * unit - PIECE, address + 3 * unit):
+        assert calls.memcpy_htod_async(start, host, 2 * PIECE, stream.handle) == INVALID_VALUE
+        assert calls.copy_2d(stream.handle, memory, PIECE, start, 2 * PIECE, PIECE, 2) == INVALID_VALUE
+    assert calls.mem_address_free(address, 4 * unit) == INVALID_VALUE
+    assert calls.mem_unmap(address + unit, unit + unit // 2) == INVALID_VALUE
+    calls.ok("mem_unmap", address + unit, 2 * unit)
+    assert calls.memset_d8_async(address + unit, 1, PIECE, stream.handle) == INVALID_VALUE
+    for handle in handles:
+        calls.ok("mem_release", handle)
+        assert calls.mem_release(handle) == INVALID_VALUE
+    calls.ok("mem_address_free", address, 4 * unit)
+
+
+def test_copies_across_two_address_spaces_are_refused(calls, stream):
+    """They may lie side by side, and are two all the same."""
+    unit = calls.granularity()
+    spaces = [calls.out("mem_address_reserve", ctypes.c_uint64, unit, 0, 0, 0) for _ in range(4)]
+    for address in spaces:
+        calls.ok("mem_map", address, unit, 0, calls.physical(unit), 0)
+        assert calls.set_access(address, unit) == 0
+        assert calls.memset_d8_async(address, 1, unit + 1, stream.handle) == INVALID_VALUE
+    low, high = sorted(spaces)[:2]
+    assert calls.copy_2d(stream.handle, spaces[2], PIECE, low, high - low, PIECE, 2) == INVALID_VALUE
+
+
+def test_unmapping_waits_for_the_work_that_uses_the_memory(calls, stream):
+    unit, host = calls.granularity(), calls.host_alloc(1 << 16)
+    address = calls.out("mem_address_reserve", ctypes.c_uint64, unit, 0, 0, 0)
+    calls.ok("mem_map", address, unit, 0, calls.physical(unit), 0)
+    assert calls.set_access(address, unit) == 0
+    _host.set_delay_us(1000, 3000, 2)
+    for _ in range(5):
+        calls.ok("memcpy_dtoh_async", host, address, 1 << 16, stream.handle)
+    calls.ok("mem_unmap", address, unit)
+    assert stream.query()
+
+
+def test_the_end_of_a_context_takes_pools_and_address_space_along():
+    before = _host.live_objects()
+    with Device.open("host:0") as device, Stream.create(device) as stream:
+        calls = Calls(device)
+        context = calls.out("device_primary_ctx_retain", ctypes.c_void_p, 0)
+        calls.ok("ctx_push_current", context)
+        pool, unit = calls.pool(), calls.granularity()
+        for _ in range(3):
+            calls.ok("mem_free_async", calls.pool_alloc(pool, PIECE, stream.handle), stream.handle)
+        assert calls.pool_alloc(pool, PIECE, stream.handle)
+        address = calls.out("mem_address_reserve", ctypes.c_uint64, 2 * unit, 0, 0, 0)
+        calls.ok("mem_map", address, unit, 0, calls.physical(unit), 0)
+        assert calls.set_access(address, unit) == 0
+        assert calls.physical(unit)
+        calls.ok("ctx_pop_current", ctypes.byref(ctypes.c_void_p()))
+        calls.ok("device_primary_ctx_release", 0)
+    after = _host.live_objects()
+    assert after.pop("reaped") - before.pop("reaped") == 5  # pool, allocation, address space, two of physical memory
+    assert after == before
 
 
 def test_interpreter_exits_with_work_in_flight():

@@ -145,18 +145,23 @@ def test_unfit_gathers_are_refused(device, moved, d2h):
 
 
 @pytest.mark.host
-def test_a_refused_gather_leaves_nothing_and_the_queue_as_it_was(device, moved, d2h, host):
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_refused_gather_leaves_nothing_and_the_queue_as_it_was(device, moved, d2h, host, pooled):
+    pool = kvortex.DevicePool(32 << 20, device) if pooled else None
     before = host.live_objects()
-    for n in range(1, 30):
+    for n in range(1, 40):
         host.fail_call(n, OUT_OF_MEMORY)
         try:
-            d2h.use_gather(moved.cache.layout, 4)
-        except DriverError:
+            d2h.use_gather(moved.cache.layout, 4, pool)
+        except (DriverError, PoolExhausted):
+            assert pool is None or pool.usage().used_bytes == 0, f"call {n}"
             assert host.live_objects() == before and d2h.gather is None, f"call {n}"
             continue
         break
-    assert 8 < n < 29
+    assert 8 < n < 39
     host.fail_call(0, 0)
+    if pooled:
+        pool.close()
 
 
 def test_the_probe_tells_what_moves_each_group_and_measures_it(device, moved, d2h, h2d):
