@@ -387,6 +387,36 @@ def test_requests_that_load_never_fill_the_device_so_that_none_can_go_on(make_ri
     rig.require_clean()
 
 
+def test_loads_leave_room_for_those_that_run(make_rig, prompt):
+    rig = make_rig(num_blocks=32, num_slots=200)
+    for name in "abc":
+        rig.serve(name, prompt(name, 161))
+    rig.forget_device()
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 161), 40)  # 10 blocks by a load, 13 in the end; 31 are there
+    rig.run()
+    assert [rig.requests[name + " again"].num_preemptions for name in "abc"] == [0, 0, 0]
+    assert [rig.computed_at_first[name + " again"] for name in "abc"] == [160, 160, 160]
+    rig.require_clean()
+
+
+def test_nobody_overtakes_a_load_that_finds_no_room(make_rig, prompt):
+    rig = make_rig(num_blocks=32, num_slots=200, max_seqs=20)
+    rig.serve("first", prompt("p", 161))
+    rig.forget_device()
+    rig.add("runs", prompt("q", 340), 60)
+    rig.step()
+    rig.add("again", prompt("p", 161), 4)
+    for number in range(12):
+        rig.add(f"small {number}", prompt(number, 20), 30)
+    while "again" not in rig.half.loading:
+        assert list(rig.computed_at_first) == ["first", "runs"]
+        rig.step()
+    rig.run()
+    assert rig.computed_at_first["again"] == 160
+    rig.require_clean()
+
+
 # ---- forgetting ------------------------------------------------------------------------------------------------------
 
 

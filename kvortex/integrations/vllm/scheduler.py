@@ -74,6 +74,8 @@ class SchedulerHalf:
         self.requests, self.matches = {}, {}
         self.loading = {}  # request id -> Loading
         self.landed, self.idle = set(), False  # those of them whose load is over
+        self.holders = np.zeros(shape.num_device_blocks, dtype=np.int32)  # requests that have a device block
+        self.num_held, self.no_room = 0, False
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
@@ -98,11 +100,16 @@ class SchedulerHalf:
           load of its own would end no earlier, because loads are done one after the other;
         * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
           request that finds no free blocks;
-        * requests that load would fill the device, and then none of them finds a block to go on.
+        * requests that load would fill the device, and then none of them finds a block to go on;
+        * it would load, and there is no room for it beside those that run, one of which would be preempted for it as
+          soon as it wants a block. vLLM looks at the blocks to be loaded alone. Who comes later waits, too, as behind
+          any request that finds no room.
         """
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
         if self.idle and self.landed:
+            return None, False
+        if self.no_room:
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -122,8 +129,35 @@ class SchedulerHalf:
             needed = sum(other.blocks_needed for other in self.loading.values()) + self.blocks_to_go_on(request)
             if needed >= self.shape.num_device_blocks:  # one of them is vLLM's null block
                 return None, False
+        if load_async and not self.has_room(self.blocks_to_go_on(request) - first):
+            self.no_room = True
+            return None, False
         self.matches[request.request_id] = first
         return leading * self.shape.block_tokens, load_async
+
+    def has_room(self, count):
+        """Whether so many device blocks are free beside those that are held, and those that their holders need next.
+
+        True, whatever is held, when nothing runs that would give blocks back.
+        """
+        if not self.num_held or (self.idle and not self.loading):
+            return True
+        for state in self.requests.values():
+            if state.block_ids:  # else it was preempted, and waits as well
+                count += max(1, self.blocks_to_go_on(state.request) - len(state.block_ids))
+        return count < self.shape.num_device_blocks - self.num_held  # one is vLLM's null block
+
+    def hold(self, state, block_ids):
+        """From now on the request has these device blocks, instead of those it had."""
+        self.count_holders(state.block_ids, -1)
+        self.count_holders(block_ids, 1)
+        state.block_ids = list(block_ids)
+
+    def count_holders(self, block_ids, change):
+        ids = np.asarray(block_ids, dtype=np.int64)
+        self.num_held -= np.count_nonzero(self.holders[ids])
+        self.holders[ids] += change
+        self.num_held += np.count_nonzero(self.holders[ids])
 
     def blocks_to_go_on(self, request):
         """Device blocks for all tokens of a request and the next one."""
@@ -136,6 +170,7 @@ class SchedulerHalf:
         """
         state = self.requests.setdefault(request.request_id, RequestState(request))
         state.request = request
+        self.hold(state, block_ids)
         first = self.matches.pop(request.request_id, 0)
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
@@ -160,6 +195,9 @@ class SchedulerHalf:
     def build(self, output):
         """The metadata of the step that vLLM has just scheduled."""
         block_tokens = self.shape.block_tokens
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self.requests:
+                self.hold(self.requests[request_id], ())
         for new in output.scheduled_new_reqs:
             self.replace_blocks(new.req_id, new.block_ids[0], new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
@@ -169,7 +207,9 @@ class SchedulerHalf:
             if request_id in cached.resumed_req_ids:
                 self.replace_blocks(request_id, ids[0], num_computed)
             elif ids is not None:
-                self.requests[request_id].block_ids.extend(ids[0])
+                state = self.requests[request_id]
+                self.count_holders(ids[0], 1)
+                state.block_ids.extend(ids[0])
                 self.fence(ids[0])
         hashes, sources = [], []
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
@@ -187,7 +227,7 @@ class SchedulerHalf:
                     sources += state.block_ids[state.num_offered : full]
                 state.num_offered = full
         step = StepMetadata(sorted(self.fences), self.loads, has_forward=bool(output.num_scheduled_tokens))
-        self.fences, self.loads = set(), []
+        self.fences, self.loads, self.no_room = set(), [], False
         self.idle = not step.has_forward
         step.save = self.save(hashes, sources) if hashes else None
         return step
@@ -195,7 +235,8 @@ class SchedulerHalf:
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
-        state.block_ids, state.num_offered = list(block_ids), 0
+        self.hold(state, block_ids)
+        state.num_offered = 0
         self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
 
     def save(self, hashes, block_ids):
@@ -276,6 +317,8 @@ class SchedulerHalf:
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
         state = self.requests.pop(request.request_id, None)
+        if state is not None:
+            self.hold(state, ())
         if state is not None and state.num_offered:
             self.index.touch(as_keys(request.block_hashes[: state.num_offered]))
 
