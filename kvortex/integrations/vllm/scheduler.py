@@ -107,9 +107,7 @@ class SchedulerHalf:
         """
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
-        if self.idle and self.landed:
-            return None, False
-        if self.no_room:
+        if self.no_room or (self.idle and self.landed):
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -196,7 +194,7 @@ class SchedulerHalf:
         """The metadata of the step that vLLM has just scheduled."""
         block_tokens = self.shape.block_tokens
         for request_id in output.preempted_req_ids or ():
-            if request_id in self.requests:
+            if request_id in self.requests and request_id not in self.loading:  # or it is back already, with others
                 self.hold(self.requests[request_id], ())
         for new in output.scheduled_new_reqs:
             self.replace_blocks(new.req_id, new.block_ids[0], new.num_computed_tokens)
