@@ -19,11 +19,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import engine_numbers
+import engine_scenarios
+
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-
-import engine_numbers  # noqa: E402
-import engine_scenarios  # noqa: E402
 
 SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabulary
     "8b": (32, 32, 8, 128, 4096, 14336, 128256),
