@@ -485,3 +485,24 @@ def test_what_was_being_loaded_at_a_reset_is_not_stored_again(make_rig, prompt, 
     rig.run()
     assert rig.index.num_ready == 0 and rig.index.num_free == 64
     rig.require_clean()
+
+
+# ---- sleep -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_copy_is_in_flight_when_sleep_unmaps_the_cache_and_what_was_kept_comes_back(make_rig, prompt, host):
+    rig = make_rig()
+    host.set_delay_us(20_000, 20_000)
+    rig.add("first", prompt("p", 100))
+    rig.step_until_served()
+    connector = rig.workers[0]
+    assert connector.worker.saver.jobs_in_flight
+    connector.unregister_kv_caches()
+    assert not connector.worker.saver.jobs_in_flight
+    assert rig.scheduler.reset_prefix_cache()
+    for cache in rig.caches:
+        for tensor in cache.values():
+            tensor.fill_(-1)  # what is mapped after sleep is other memory
+    connector.restore_kv_caches()
+    assert rig.serve("second", prompt("p", 100)) == 96
+    rig.require_clean()
