@@ -5,6 +5,7 @@ Every test ends with `require_clean`: no token was read wrong, nothing is left p
 
 import pytest
 from rig import BLOCK_TOKENS
+from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
@@ -167,6 +168,21 @@ def test_who_waits_for_the_load_of_another_goes_on_when_that_is_aborted(make_rig
     host.release()
     rig.run()
     assert rig.computed_at_first["third"] == 144
+    rig.require_clean()
+
+
+@pytest.mark.parametrize(
+    "apart", [{"cache_salt": "tenant"}, {"lora_request": LoRARequest("adapter", 1, "nowhere")}], ids=["salt", "lora"]
+)
+def test_the_same_tokens_under_another_salt_or_adapter_are_other_blocks(make_rig, prompt, apart):
+    rig = make_rig()
+    rig.serve("plain", prompt("p", 100))
+    rig.forget_device()
+    assert rig.serve("apart", prompt("p", 100), **apart) == 0
+    rig.forget_device()
+    assert rig.serve("plain again", prompt("p", 100)) == 96
+    rig.forget_device()
+    assert rig.serve("apart again", prompt("p", 100), **apart) == 96
     rig.require_clean()
 
 
