@@ -621,8 +621,9 @@ cdef class Job:
             if self._state() == OUTCOME_PENDING and self.queue.device.enter(&mode) == 0:
                 self.queue.poll_once()
                 self.queue.device.leave(mode)
-        self.give_loan_back()
-        return self._state() != OUTCOME_PENDING
+        cdef bint is_over = self._state() != OUTCOME_PENDING
+        self.give_loan_back()  # after the last look: who sees the job over finds its memory let go
+        return is_over
 
     def wait(self, timeout_ms=None):
         """Block the calling thread (GIL released) until the copies are complete and their slots committed or released.
