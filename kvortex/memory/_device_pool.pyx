@@ -97,6 +97,8 @@ cdef class DevicePool:
         props.allocation_type = _c.KV_MEM_ALLOCATION_TYPE_PINNED
         props.location.type, props.location.id = _c.KV_MEM_LOCATION_TYPE_DEVICE, opened.ordinal
         props.max_bytes = round_up(self.limit_bytes, RESERVE_UNIT_BYTES)
+        if release_threshold_bytes is None:  # in whole units, or each wait would give the last one back
+            threshold = props.max_bytes
         with nogil:
             code = opened.enter(&mode)
             if code == 0:
@@ -202,8 +204,7 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_get_allocation_granularity(&unit, &props,
-                                                                      _c.KV_MEM_GRANULARITY_RECOMMENDED)
+                code = self.device.drv.mem_get_allocation_granularity(&unit, &props, _c.KV_MEM_GRANULARITY_MINIMUM)
                 if code == 0:
                     call = b"cuMemAddressReserve"
                     size = round_up(size, unit)

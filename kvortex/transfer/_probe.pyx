@@ -19,6 +19,9 @@ from typing import NamedTuple
 cdef size_t TRIAL_BYTES = 8 << 20   # moved in one trial: 0.2 ms at the rate of the link
 cdef int NUM_REPEATS = 3            # the fastest counts
 cdef int MAX_TRIALS = 16            # shapes tried in one layout; later ones go by their legality alone
+# For a layout: a shape that would need more alone goes by the copies of one block, what is left then by its legality. A
+# copy over thousands of mappings (arenas, torch's expandable segments) may take a thousand times as long as others.
+cdef uint64_t BUDGET_NS = 300_000_000
 # Strided copies cost a thirtieth of the CPU time of batches, so they may be this much slower and are still preferred.
 cdef double STRIDED_HANDICAP = 1.15
 
@@ -66,13 +69,15 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
 
     Notes
     -----
-    Blocks for a few milliseconds a shape (GIL released). Nobody may write the first and the last block meanwhile; a
-    mismatch counts as illegal, so that the worst outcome is slower copies.
+    Blocks for a few milliseconds a shape (GIL released), and not much longer than 0.3 s unless single copies do. Nobody
+    may write the first and the last block meanwhile; a mismatch counts as illegal, so that the worst outcome is slower
+    copies.
     """
     cdef uint32_t bit = 1 << <int>queue.direction_
     cdef uint32_t index
     cdef _c.kv_group *group
     cdef double strided_ns, batch_ns
+    cdef uint64_t deadline = _c.kv_now_ns() + BUDGET_NS
     queue._require_open()
     if measure is None:
         measure = not queue.device.is_host
@@ -86,8 +91,9 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
         shape = (group.row_bytes, group.rows, group.device_pitch, group.slot_pitch)
         if shape not in tried:
             strided_ns = batch_ns = 0
-            if layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS:
-                time_group(queue, layout, group, &strided_ns, &batch_ns)
+            if (layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS
+                    and (not tried or _c.kv_now_ns() < deadline)):
+                time_group(queue, layout, group, deadline, &strided_ns, &batch_ns)
             tried[shape] = strided_ns, batch_ns
         counts[shape] = counts.get(shape, 0) + 1
         strided_ns, batch_ns = tried[shape]
@@ -168,8 +174,8 @@ cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char
     return code
 
 
-cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *group, double *strided_ns,
-                    double *batch_ns) except -1:
+cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *group, uint64_t deadline,
+                    double *strided_ns, double *batch_ns) except -1:
     """Nanoseconds of moving `trial_blocks` blocks of one group either way; both 0 without memory for it."""
     cdef const _c.kv_driver *drv = queue.device.drv
     cdef const char *call = b"a trial copy"
@@ -199,7 +205,8 @@ cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *gro
                 for index in range(n):
                     ids[index] = index if queue.direction_ == H2D else index % layout.num_blocks
                     slots[index] = <uint32_t>index
-                code = time_both(queue, layout, &trial, host, stride, ids, slots, n, strided_ns, batch_ns, &call)
+                code = time_both(queue, layout, &trial, host, stride, ids, slots, n, deadline, strided_ns, batch_ns,
+                                 &call)
             elif code == _c.KV_CUDA_OUT_OF_MEMORY:
                 code = 0
             if scratch:
@@ -213,8 +220,8 @@ cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *gro
 
 
 cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *trial, void *host, size_t stride,
-                   const int64_t *ids, const uint32_t *slots, size_t n, double *strided_ns, double *batch_ns,
-                   const char **call) noexcept nogil:
+                   const int64_t *ids, const uint32_t *slots, size_t n, uint64_t deadline, double *strided_ns,
+                   double *batch_ns, const char **call) noexcept nogil:
     cdef _c.kv_slots space = scratch_slots(<char *>host, stride, <uint32_t>n)
     cdef _c.kv_plan plan
     cdef int code = 0, finished, repeat
@@ -222,10 +229,19 @@ cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *tria
     cdef uint64_t start
     cdef double elapsed
     cdef double *best
-    for repeat in range(2 * (NUM_REPEATS + 1)):  # in turn; the first of each warms up
+    # In turn. First one block: once to warm up, once to see how long all of them will take.
+    for repeat in range(2 * (NUM_REPEATS + 2)):
+        if repeat == 4 and n * (strided_ns[0] + batch_ns[0]) > BUDGET_NS:
+            strided_ns[0] *= n
+            batch_ns[0] *= n
+            break
+        if repeat > 4 and not repeat & 1 and _c.kv_now_ns() > deadline:
+            break
+        if repeat in (2, 4):
+            strided_ns[0] = batch_ns[0] = 0
         strided = 3 * (repeat & 1)
         best = strided_ns if strided else batch_ns
-        plan = _c.kv_plan_of_blocks(trial, 1, strided, ids, &space, slots, n)
+        plan = _c.kv_plan_of_blocks(trial, 1, strided, ids, &space, slots, n if repeat > 3 else 1)
         start = _c.kv_now_ns()
         _c.kv_monitor_lock(&queue.submitting)
         code = queue.copier.copy_plan(&plan, layout, call)
@@ -235,7 +251,7 @@ cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *tria
         if code:
             return code
         elapsed = _c.kv_now_ns() - start
-        if repeat > 1 and (best[0] == 0 or elapsed < best[0]):
+        if best[0] == 0 or elapsed < best[0]:
             best[0] = elapsed
     return 0
 

@@ -362,7 +362,9 @@ def test_memory_outlives_its_pool(calls, stream, seed):
     calls.ok("stream_synchronize", stream.handle)
 
 
+@pytest.mark.host
 def test_freed_memory_of_a_pool_cannot_be_freed_again(calls, pool, stream):
+    """CUDA leaves this undefined; the host driver makes the mistake show."""
     address = calls.pool_alloc(pool, PIECE, stream.handle)
     calls.ok("mem_free_async", address, stream.handle)
     assert calls.mem_free_async(address, stream.handle) == INVALID_VALUE
@@ -458,8 +460,10 @@ def test_virtual_memory_comes_in_units(calls, space):
     handle = calls.physical(unit)
     assert calls.mem_map(address + 4096, unit, 0, handle, 0) == INVALID_VALUE
     calls.ok("mem_map", address, unit, 0, handle, 0)
-    assert calls.mem_map(address, unit, 0, calls.physical(unit), 0) == INVALID_VALUE
+    second = calls.physical(unit)
+    assert calls.mem_map(address, unit, 0, second, 0) == INVALID_VALUE
     calls.ok("mem_unmap", address, unit)
+    calls.ok("mem_release", second)
     calls.ok("mem_release", handle)
 
 
@@ -468,4 +472,4 @@ def test_access_needs_a_mapping(calls, space):
     map_memory(calls, address, unit)
     assert calls.set_access(address + unit, unit) == INVALID_VALUE
     calls.ok("mem_unmap", address, unit)
-    assert calls.mem_unmap(address, unit) == INVALID_VALUE
+    assert calls.mem_unmap(address, unit) != 0  # which error, CUDA does not say

@@ -202,6 +202,19 @@ def test_strided_copies_that_are_slow_are_not_used(device, moved, host):
         cache.close()
 
 
+@pytest.mark.host
+def test_probe_of_very_slow_copies_ends_with_single_blocks(device, host):
+    cache = DeviceCache(device, "one_allocation", num_blocks=4, num_layers=4, piece_bytes=64 << 10)
+    host.set_delay_us(10_000, 10_000)
+    host.count_calls()
+    with TransferQueue(device, "D2H") as saves:
+        [row] = probe_layout(cache.layout, saves, measure=True)
+    host.set_delay_us(0, 0)
+    assert row.strided_gbps and row.batch_gbps
+    assert host.num_calls("memcpy_2d_async") < 10, "trials of 32 blocks, which take 0.3 s each"
+    cache.close()
+
+
 def test_only_the_named_blocks_and_slots_are_written(moved, d2h, h2d):
     moved.fill_slots()
     moved.submit(h2d, [2], [5]).wait(TIMEOUT_MS)
