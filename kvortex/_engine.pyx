@@ -268,7 +268,7 @@ cdef class EngineCore:
         try:
             if self.device is None:
                 raise EngineClosed("this engine was never created; use KVortexEngine.create")
-            self.device.require_open()
+            self.require_open()
             self.tell()
             _c.kv_monitor_lock(&self.counting)
             count[0] = self.count
@@ -307,9 +307,10 @@ cdef class EngineCore:
         return self.device.require_open()
 
     cdef int enter_call(self) except -1:
+        self.require_open()  # before any lock: a forked child may find it held for ever
         if self.loans:
             self.give_loans_back()  # may run Python code of their owners
-        self.require_open()
+            self.require_open()
         if self.tell():  # ran Python code, which may have shut the engine down
             self.require_open()
         self.calls += 1
@@ -636,7 +637,7 @@ cdef class EngineCore:
                 self.device_pool.abandon()
         else:
             self.loans = ()
-            self.pool.close()
+            self.pool.end()
             if self.device_pool is not None:
                 self.device_pool.close()
         self.device.close()

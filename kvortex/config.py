@@ -32,7 +32,7 @@ OTHER_VARIABLES = {
     "KVORTEX_WERROR",
 }
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_SIZE = re.compile(r"(\d+) ?(KiB|MiB|GiB|TiB)?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,20}) ?(KiB|MiB|GiB|TiB)?", re.ASCII)
 _DEVICE = re.compile(r"auto|(host|cuda)(:\d{1,4})?", re.ASCII)
 
 
@@ -260,7 +260,7 @@ class KVortexConfig:
         if name.endswith("_bytes"):
             return parse_bytes(text)
         if name in cls._LIMITS:
-            return int(text) if re.fullmatch(r"-?\d+", text, re.ASCII) else text  # which the check refuses
+            return int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else text  # which the check refuses
         if name == "device":
             return text
         if text.lower() in (*_TRUE, *_FALSE):

@@ -25,6 +25,8 @@ cdef class DeviceBuffer(Lender):
     cdef int require_inside(self, size_t offset, size_t nbytes) except -1
     cdef void *stream_for(self, object stream) except? NULL
     cdef int copy(self, object other, size_t offset, object stream, bint inward) except -1
+    cdef int copy_held(self, object other, size_t offset, object stream, bint inward) except -1
+    cdef int fill_held(self, int byte, size_t offset, object nbytes, object stream) except -1
     cdef int follow(self, void *handle) except -1
     cdef void release(self) noexcept
     cdef void give_back(self) noexcept

@@ -133,6 +133,14 @@ cdef class DeviceBuffer(Lender):
         self.copy(target, offset, stream, False)
 
     cdef int copy(self, object other, size_t offset, object stream, bint inward) except -1:
+        self.require_open()
+        self.exports += 1  # ours: a close or free meanwhile must not give back what the copy uses
+        try:
+            return self.copy_held(other, offset, stream, inward)
+        finally:
+            self.take_back()
+
+    cdef int copy_held(self, object other, size_t offset, object stream, bint inward) except -1:
         cdef void *handle = self.stream_for(stream)
         cdef BorrowedMemory memory = borrow_memory(other, dlpack_stream(handle))
         cdef bint blocking = stream is None, on_device
@@ -182,6 +190,14 @@ cdef class DeviceBuffer(Lender):
             `byte` is not in 0..255, the range is outside of the buffer, or the stream is refused.
         DriverError, EngineClosed
         """
+        self.require_open()
+        self.exports += 1  # ours, as in `copy`
+        try:
+            self.fill_held(byte, offset, nbytes, stream)
+        finally:
+            self.take_back()
+
+    cdef int fill_held(self, int byte, size_t offset, object nbytes, object stream) except -1:
         cdef int code, mode = 0
         if not 0 <= byte <= 255:
             raise ValueError(f"byte must be in 0..255, got {byte}")
@@ -200,6 +216,7 @@ cdef class DeviceBuffer(Lender):
         check(self.device, code, b"cuMemsetD8Async")
         if not blocking:
             self.follow(handle)
+        return 0
 
     cdef int follow(self, void *handle) except -1:
         """Let the private stream wait for the work that was just put on another one."""

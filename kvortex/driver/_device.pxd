@@ -1,6 +1,6 @@
 """Device: one driver table, one primary context. The map; the code is in _device.pyx."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 
 from kvortex._c cimport kv_driver
 
@@ -31,6 +31,9 @@ cdef class Device:
     # Whether the driver says so; host memory, pinned or not, and what it does not know, is not.
     cdef bint lies_on_device(self, uint64_t address) noexcept nogil
 
+
+# Milliseconds of a timeout as it comes from Python; -1 for None, which waits for ever. Refuses what is no whole number.
+cdef int64_t require_timeout(object timeout_ms) except? -2
 
 # Raises DriverError(code, name, call) unless code is 0. Needs no GIL when it is 0.
 cdef int check(Device device, int code, const char *call) except -1 nogil

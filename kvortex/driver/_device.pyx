@@ -3,7 +3,7 @@
 import re
 import threading
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
 from posix.unistd cimport getpid
 
 from kvortex._c cimport (
@@ -300,6 +300,16 @@ cdef object refuse_stream(Device device, object stream, int code):
     check(device, code, b"cuStreamIsCapturing")
 
 
+cdef int64_t require_timeout(object timeout_ms) except? -2:
+    if timeout_ms is None:
+        return -1
+    if not is_integer(timeout_ms):
+        raise TypeError(f"timeout_ms must be whole milliseconds or None, got {timeout_ms!r}")
+    if timeout_ms < 0:
+        raise ValueError(f"timeout_ms must be at least 0, or None to wait as long as it takes, got {timeout_ms}")
+    return min(int(timeout_ms), 1 << 62)  # which is for ever, too
+
+
 cdef int check(Device device, int code, const char *call) except -1 nogil:
     if code == 0:
         return 0
@@ -370,7 +380,8 @@ cdef const kv_driver *load_table(bint is_host) except NULL:
         code = host_table().init(0)
         if code != 0:
             raise DriverError(
-                code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit", "the host driver cannot serve a forked child"
+                code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit",
+                "the host driver cannot serve a forked child; start workers with the spawn method",
             )
         return host_table()
     with cuda_lock:

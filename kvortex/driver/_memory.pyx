@@ -3,6 +3,7 @@
 import math
 import numbers
 import operator
+import re
 
 from cpython.buffer cimport PyObject_CheckBuffer
 from cpython.mem cimport PyMem_RawFree, PyMem_RawMalloc
@@ -128,6 +129,9 @@ cdef class BorrowedMemory:
         cdef Py_buffer *buffer = PyMemoryView_GET_BUFFER(view)
         if view.suboffsets:
             raise ValueError(f"{type(memory).__name__} is an array of pointers, not one piece of memory")
+        if "O" in re.sub(":[^:]*:", "", view.format):  # without the names of fields
+            raise TypeError(f"{type(memory).__name__} has elements of type {view.format!r}, Python objects, which "
+                            f"cannot be moved as bytes; pass an array of numbers")
         self.view = view
         self.address = <uint64_t>buffer.buf
         self.shape, self.strides, self.itemsize = view.shape, view.strides, view.itemsize

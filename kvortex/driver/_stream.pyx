@@ -162,6 +162,8 @@ cdef class Stream:
         self.close()
 
     def __repr__(self):
+        if self.device is None:
+            return "<Stream never created>"
         state = "closed" if self.closed else "owned" if self.is_owned else "borrowed"
         return f"<Stream {<size_t>self.stream:#x} of {self.device.name}, {state}>"
 
@@ -285,6 +287,8 @@ cdef class Event:
         self.close()
 
     def __repr__(self):
+        if self.device is None:
+            return "<Event never created>"
         return f"<Event {<size_t>self.event:#x} of {self.device.name}{' closed' if self.closed else ''}>"
 
     cdef int require_open(self) except -1:

@@ -31,7 +31,8 @@ cdef class PinnedPool(Lender):
     cdef uint64_t longest_call_ns
     cdef readonly object numa_node  # the node whose memory is preferred, or None
     cdef slots_ready_hook hook
-    cdef void *hook_owner           # borrowed: the engine keeps the owner until close() has joined the thread
+    cdef void *hook_owner           # borrowed: the engine keeps the owner until end() has joined the thread
+    cdef bint is_attached           # to an engine, which ends it
     cdef object __weakref__
 
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
@@ -39,6 +40,7 @@ cdef class PinnedPool(Lender):
     cdef void register_rest(self) noexcept nogil
     cdef void register_chunks(self) noexcept nogil
     cdef void join(self) noexcept nogil
+    cdef void end(self) noexcept
     cdef void abandon(self) noexcept
     cdef void unmap(self) noexcept
 

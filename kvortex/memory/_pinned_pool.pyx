@@ -7,7 +7,7 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex._c cimport pthread_t
-from kvortex.driver._device cimport Device, check
+from kvortex.driver._device cimport Device, check, require_timeout
 from kvortex.driver._memory cimport Lender
 
 from kvortex.driver._memory import require_shareable
@@ -262,6 +262,7 @@ cdef class PinnedPool(Lender):
         _c.kv_monitor_lock(&self.monitor)
         self.hook = hook
         self.hook_owner = owner
+        self.is_attached = True
         hook(owner, 0, self.num_ready)
         _c.kv_monitor_unlock(&self.monitor)
 
@@ -278,7 +279,7 @@ cdef class PinnedPool(Lender):
             The pool was closed.
         """
         cdef uint64_t deadline
-        cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
+        cdef int64_t limit = require_timeout(timeout_ms)
         cdef bint ready, timed_out = False
         self._require_open()
         with nogil:
@@ -300,7 +301,7 @@ cdef class PinnedPool(Lender):
 
     def _require_open(self):
         if self.device is None or self.device.pid != getpid():
-            raise EngineClosed("this pool belongs to the parent process; create one after the fork")
+            raise EngineClosed("this pool belongs to the parent process; start workers with the spawn method")
         if self.closed:
             raise EngineClosed("the pool is closed; create another one")
 
@@ -404,7 +405,17 @@ cdef class PinnedPool(Lender):
 
         No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
         unregistered now and unmapped when the last of them is released.
+
+        Raises
+        ------
+        BufferError
+            An engine moves blocks through this pool.
         """
+        if self.is_attached and not self.closed:
+            raise BufferError("an engine moves blocks through this pool; call the engine's shutdown() instead")
+        self.end()
+
+    cdef void end(self) noexcept:
         cdef uint32_t chunk, first = 0
         cdef int mode = 0, entered, refused = 0
         if self.closed or self.device.pid != getpid():
@@ -455,7 +466,7 @@ cdef class PinnedPool(Lender):
         if self.device is not None and self.device.pid != getpid():
             return  # a forked child has neither the mapping nor the thread
         if not self.closed:
-            self.close()
+            self.end()
         if self.monitor_ready:
             _c.kv_monitor_destroy(&self.monitor)
 

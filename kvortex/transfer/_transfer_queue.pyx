@@ -8,7 +8,7 @@ from libc.string cimport memcpy
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
-from kvortex.driver._device cimport Device, check
+from kvortex.driver._device cimport Device, check, require_timeout
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, H2D, Copier
@@ -519,7 +519,7 @@ cdef class TransferQueue:
     @property
     def gather(self):
         """The `Gather` of `use_gather`, or None."""
-        return self.copier.gather
+        return None if self.copier is None else self.copier.gather
 
     @property
     def direction(self):
@@ -539,7 +539,7 @@ cdef class TransferQueue:
         """
         cdef uint32_t index
         cdef int mode = 0, code
-        cdef int64_t limit = timeout_ms
+        cdef int64_t limit = require_timeout(timeout_ms)
         cdef const _c.kv_driver *drv
         if self.closed or self.device.pid != getpid():
             return
@@ -637,7 +637,7 @@ cdef class Job:
         """
         cdef int mode = 0, code
         cdef OutcomeState state
-        cdef int64_t limit = -1 if timeout_ms is None else timeout_ms
+        cdef int64_t limit = require_timeout(timeout_ms)
         cdef uint64_t deadline = _c.kv_deadline_ns(limit), pause
         if self.queue is None:
             self.give_loan_back()
@@ -651,8 +651,11 @@ cdef class Job:
                     pause = _c.kv_now_ns() + SIGNALS_NS
                     state = self.queue.wait_outcome(&self.outcome, pause if pause < deadline else deadline)
                     self.queue.device.leave(mode)
-            check(self.queue.device, code, b"cuCtxPushCurrent")
             PyErr_CheckSignals()
+            if code:  # the device is gone, by a signal handler perhaps, which ended the job before
+                state = self._state()
+            if state == OUTCOME_PENDING:
+                check(self.queue.device, code, b"cuCtxPushCurrent")
             if state == OUTCOME_PENDING and _c.kv_now_ns() >= deadline:
                 raise TimeoutError(f"the job is not done after {timeout_ms} ms")
         self.give_loan_back()

@@ -169,6 +169,33 @@ engine.shutdown()
 
 
 @pytest.mark.host
+def test_forked_child_leaves_memory_lent_to_the_parent_alone(device):
+    """Nor does it ask whether the job is over: the lock may be held for ever there."""
+    done = run_python(
+        PROLOGUE
+        + """
+import time
+from producers import Producer
+producer = Producer(np.zeros(cache.block_bytes, np.uint8))
+job = engine.save_blocks(keys_of([1]), data_ptrs=[producer], stream=stream)
+while engine.queues[0].jobs_in_flight:
+    time.sleep(0.001)
+assert producer.deletions == 0
+pid = os.fork()
+if pid == 0:
+    try:
+        engine.check_blocks(keys_of([1]))
+    except kvortex.EngineClosed:
+        os._exit(10 + producer.deletions)
+_, status = os.waitpid(pid, 0)
+print(os.waitstatus_to_exitcode(status))
+""",
+        device.name,
+    )
+    assert done.stdout == "10\n", done.stderr
+
+
+@pytest.mark.host
 def test_child_forked_while_locks_are_held_and_the_gate_is_closed_exits(device):
     done = run_python(
         PROLOGUE
@@ -302,12 +329,26 @@ def test_view_outlives_the_pool_however_it_was_allocated(device, driver_allocate
     view.release()
 
 
+def test_pool_of_an_engine_ends_with_the_engine_alone(device, stream):
+    cache = DeviceCache(device)
+    engine = make_engine(cache, 4)
+    with pytest.raises(BufferError, match="shutdown"):
+        engine.pool.close()
+    engine.save_blocks(keys_of([1]), [0], stream=stream).wait(20_000)
+    engine.shutdown()
+    engine.pool.close()
+
+
 def test_objects_that_were_never_created_refuse_every_call():
+    for made in (kvortex.Stream.__new__(kvortex.Stream), kvortex.Event.__new__(kvortex.Event)):
+        assert "never created" in repr(made)
+    assert kvortex.TransferQueue.__new__(kvortex.TransferQueue).gather is None
     for call in (
         lambda: kvortex.TransferQueue.__new__(kvortex.TransferQueue).poll(),
         lambda: kvortex.KVortexEngine.__new__(kvortex.KVortexEngine).get_stats(),
         lambda: kvortex.KVortexEngine.__new__(kvortex.KVortexEngine).clear(),
         lambda: kvortex.PinnedPool.__new__(kvortex.PinnedPool).view(0),
+        lambda: kvortex.Stream.__new__(kvortex.Stream).query(),
     ):
         with pytest.raises(kvortex.EngineClosed):
             call()
@@ -344,3 +385,27 @@ def test_signal_handlers_run_while_a_job_is_waited_for(bench, host):
         signal.signal(signal.SIGUSR1, before)
     host.release()
     job.wait(20_000)
+
+
+@pytest.mark.host
+def test_wait_tells_how_a_job_ended_that_a_signal_handler_saw_to_its_end(device, stream, host):
+    cache = DeviceCache(device)
+    engine = make_engine(cache, 4)
+    host.set_delay_us(300_000, 300_000)
+    job = engine.save_blocks(keys_of([1]), [0], stream=stream)
+    before = signal.signal(signal.SIGUSR1, lambda *_: engine.shutdown())
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGUSR1]).start()
+    try:
+        job.wait(20_000)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert job.num_blocks == 1
+
+
+@pytest.mark.parametrize("timeout, error", [(0.9, TypeError), ("5", TypeError), (True, TypeError), (-5, ValueError)])
+def test_timeouts_are_whole_milliseconds(bench, timeout, error):
+    job = bench.save([1])
+    for wait in (job.wait, bench.engine.wait_ready):
+        with pytest.raises(error, match="timeout_ms must be"):
+            wait(timeout)
+    job.wait(2**70)

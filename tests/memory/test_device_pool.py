@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import random
+import sys
 import threading
 import time
 import weakref
@@ -156,6 +157,28 @@ def test_whatever_a_buffer_does_comes_after_its_memory_was_there(device, pool, s
         assert content_of(witness) == bytes([1]) * LARGE
         assert content_of(successor) == bytes([2]) * LARGE
         successor.close()
+
+
+def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream):
+    wrong, interval = 0, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    for _ in range(400):
+        buffer = pool.alloc(64 << 10, stream)
+
+        def fill(buffer=buffer):
+            with contextlib.suppress(EngineClosed):
+                while True:
+                    buffer.fill(0xEE)
+
+        filler = threading.Thread(target=fill)
+        filler.start()
+        buffer.free(stream)
+        with pool.alloc(64 << 10, stream) as successor:
+            successor.fill(0x11)
+            filler.join()
+            wrong += content_of(successor) != b"\x11" * (64 << 10)
+    sys.setswitchinterval(interval)
+    assert wrong == 0
 
 
 @pytest.mark.host

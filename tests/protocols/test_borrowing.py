@@ -321,6 +321,14 @@ def test_a_device_buffer_copies_from_and_to_every_kind_of_host_memory(device, ma
     assert source.tobytes() == target.tobytes()
 
 
+def test_arrays_of_python_objects_are_no_bytes(device):
+    with kvortex.DeviceBuffer(64, device) as buffer:
+        for dtype in ("O", [("number", "i8"), ("thing", "O")]):
+            with pytest.raises(TypeError, match="Python objects"):
+                buffer.copy_from(np.zeros(2, dtype))
+        buffer.copy_from(np.zeros(2, [("O", "i8"), ("xOx", "i8")]))
+
+
 def test_a_device_buffer_copies_to_another_after_the_work_that_is_on_it(device, stream):
     with DeviceBuffer(1 << 20, device) as first, DeviceBuffer(1 << 20, device) as second:
         for byte in range(1, 6):

@@ -66,7 +66,10 @@ class ConnectorOptions:
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
         for name in ENGINE_OPTIONS:
             if name.endswith("_bytes") and isinstance(extra.get(name), str):
-                extra[name] = parse_bytes(extra[name])
+                try:
+                    extra[name] = parse_bytes(extra[name])
+                except ConfigError as error:
+                    raise ConfigError(f"{name} of kv_connector_extra_config: {error}") from None
         engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra})
         return cls(engine=engine, **{name: extra[name] for name in own & extra.keys()})
 
