@@ -175,18 +175,27 @@ def test_forked_child_leaves_memory_lent_to_the_parent_alone(device):
         PROLOGUE
         + """
 import time
-from producers import Producer
-producer = Producer(np.zeros(cache.block_bytes, np.uint8))
-job = engine.save_blocks(keys_of([1]), data_ptrs=[producer], stream=stream)
+
+class Lent:
+    num_gone = 0
+
+    def __init__(self):
+        self.memory = np.zeros(cache.block_bytes, np.uint8)
+        self.__array_interface__ = self.memory.__array_interface__
+
+    def __del__(self):
+        Lent.num_gone += 1
+
+job = engine.save_blocks(keys_of([1]), data_ptrs=[Lent()], stream=stream)
 while engine.queues[0].jobs_in_flight:
     time.sleep(0.001)
-assert producer.deletions == 0
+assert Lent.num_gone == 0
 pid = os.fork()
 if pid == 0:
     try:
         engine.check_blocks(keys_of([1]))
     except kvortex.EngineClosed:
-        os._exit(10 + producer.deletions)
+        os._exit(10 + Lent.num_gone)
 _, status = os.waitpid(pid, 0)
 print(os.waitstatus_to_exitcode(status))
 """,
