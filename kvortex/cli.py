@@ -1,4 +1,4 @@
-"""The command line: ``python -m kvortex replay`` and ``python -m kvortex info``."""
+"""The command line: ``kvortex replay`` and ``kvortex info``, or ``python -m kvortex ...`` where it is not installed."""
 
 import argparse
 import json
@@ -13,6 +13,15 @@ from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
 
 OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+_EXAMPLES = """\
+examples:
+  kvortex info                          what is in force on this machine
+  kvortex replay --plot demo.png        the bundled trace, on the GPU if there is one
+  kvortex replay --help                 every option, and more examples
+
+exit status: 0 all right, 1 wrong blocks, 2 bad input or nothing to run on, 130 interrupted
+"""
 
 _REPLAY_DESCRIPTION = """\
 Replay a request trace through a real engine: for each request check, load the
@@ -157,7 +166,12 @@ def run_info(args):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="kvortex", description="KVortex keeps KV-cache blocks in pinned host memory.")
+    parser = argparse.ArgumentParser(
+        prog="kvortex",
+        description="KVortex keeps KV-cache blocks in pinned host memory.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"kvortex {kvortex.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -146,7 +146,7 @@ def test_failed_submission_returns_when_the_copies_it_had_submitted_are_over(mak
     assert bench.engine.get_stats().pool_blocks_used == 0
 
 
-# Section 3: graph capture, dead contexts
+# graph capture, dead contexts
 
 
 def test_no_verb_spoils_the_capture_of_another_stream(bench, device, host):
@@ -201,7 +201,7 @@ def is_mapped(address):
     return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
-# Section 7: what the driver refuses is not asked of it
+# what the driver refuses is not asked of it
 
 
 def test_no_copy_spans_two_registrations_of_the_pool(device, stream):

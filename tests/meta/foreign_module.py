@@ -56,7 +56,13 @@ def use(saver):
         save = saver.Saver(index, pool, saves, layout, b"tenant-a")
         assert save(tokens[: BLOCK_TOKENS * 12], blocks, stream.handle) == 12
         assert save(tokens, blocks, stream.handle) == 20
-        assert save(tokens, blocks[:0:-1].copy(), stream.handle) == 20, "what is there is not saved again"
+        assert save(tokens, blocks[::-1].copy(), stream.handle) == 20, "what is there is not saved again"
+        for unfit in (blocks[:19], blocks + 45):
+            try:
+                save(tokens, unfit, stream.handle)
+                raise AssertionError(f"{unfit} was taken")
+            except ValueError:
+                pass
         slots = index.acquire(keys, layout.block_bytes)
         assert len(slots) == 20 and index.lookup(keys)[1] == 20
         loads.submit(layout, np.arange(40, 60), pool, slots, stream=stream).wait()
