@@ -1,5 +1,7 @@
 """DeviceBuffer: memory of a device, for callers without a framework."""
 
+import operator
+
 from cpython.buffer cimport PyBuffer_FillInfo
 from cython cimport auto_pickle, no_gc_clear
 from libc.stdint cimport uint64_t
@@ -46,7 +48,7 @@ cdef class DeviceBuffer(Lender):
     Raises
     ------
     ConfigError
-        `nbytes` is not positive.
+        `nbytes` is not in 1..2**48-1.
     DriverError
         E.g. CUDA_ERROR_OUT_OF_MEMORY.
     """
@@ -54,6 +56,7 @@ cdef class DeviceBuffer(Lender):
     def __init__(self, nbytes, device="auto"):
         if self.device is not None:
             raise TypeError("a DeviceBuffer cannot be initialised twice")
+        nbytes = operator.index(nbytes)
         if not 0 < nbytes < 1 << 48:
             raise ConfigError(f"nbytes must be in 1..2**48-1, got {nbytes}")
         from_name = not isinstance(device, Device)

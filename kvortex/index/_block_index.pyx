@@ -3,6 +3,7 @@
 The C headers know buckets, links and fields; here is what they mean: when a slot may be given, shown, taken back.
 """
 
+import operator
 import os
 from enum import IntEnum
 
@@ -84,6 +85,7 @@ cdef class BlockIndex:
 
     def __cinit__(self, object num_slots):
         cdef object limit = 0xFFFFFFFF - 3
+        num_slots = operator.index(num_slots)
         if not 1 <= num_slots <= limit:
             raise ValueError(f"num_slots must be in 1 .. {limit}, got {num_slots}")
         cdef bytes seed = os.urandom(KEY_BYTES)
@@ -124,6 +126,7 @@ cdef class BlockIndex:
         ValueError
             If the range is not within the capacity, or one of its slots was added before.
         """
+        first, count = operator.index(first), operator.index(count)
         if first < 0 or count < 0 or first + count > self.num_slots:
             raise ValueError(f"slots {first} .. {first + count - 1} are not within the {self.num_slots} of this index")
         cdef uint32_t slot, begin = first, end = first + count, taken = _c.KV_NO_SLOT
@@ -356,7 +359,7 @@ cdef class BlockIndex:
 
     # --- Forgetting ---------------------------------------------------------------------------------------------
 
-    def evict(self, size_t n):
+    def evict(self, n):
         """Drop the `n` least recently used blocks, or as many as are not pinned.
 
         Parameters
@@ -367,10 +370,17 @@ cdef class BlockIndex:
         -------
         count : int
             How many were dropped.
+
+        Raises
+        ------
+        ValueError
+            If `n` is negative.
         """
-        cdef size_t count
+        if operator.index(n) < 0:
+            raise ValueError(f"n must be at least 0, got {n}")
+        cdef size_t count, most = min(operator.index(n), self.num_slots)
         with nogil:
-            count = self.evict_slots(n)
+            count = self.evict_slots(most)
         return count
 
     def discard(self, keys):

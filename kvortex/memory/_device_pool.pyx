@@ -1,5 +1,6 @@
 """The device pool: a limit kept here, stream order kept by the driver's pools, contiguous growth by virtual memory."""
 
+import operator
 import threading
 from typing import NamedTuple
 
@@ -661,6 +662,7 @@ cdef int fill_props(_c.kv_mem_allocation_props *props, Device device) noexcept n
 
 
 cdef int require_size(str name, object nbytes, int least) except -1:
+    operator.index(nbytes)  # 1.5 is no size
     if not least <= nbytes < 1 << 48:
         raise ConfigError(f"{name} must be in {least}..2**48-1, got {nbytes}")
     return 0

@@ -1,5 +1,7 @@
 """The pinned pool: address space at once, memory in chunks, slots that straddle no chunk."""
 
+import operator
+
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
@@ -100,17 +102,18 @@ cdef class PinnedPool(Lender):
             raise MemoryError("pthread_mutex_init failed")
         self.monitor_ready = True
 
-    def __init__(self, size_t pool_bytes, size_t payload_bytes, device="auto", *, size_t header_bytes=0,
+    def __init__(self, pool_bytes, payload_bytes, device="auto", *, header_bytes=0,
                  size_t first_chunk_bytes=128 << 20, size_t chunk_bytes=256 << 20, bint huge_pages=True,
                  bint numa=True, bint driver_allocated=False):
         if self.slots.base is not NULL:
             raise RuntimeError("PinnedPool.__init__ may be called once")
+        pool_bytes, payload_bytes = operator.index(pool_bytes), operator.index(payload_bytes)
         if not 0 < payload_bytes < 1 << 32:
             raise ConfigError(f"payload_bytes must be 1 to 2^32 - 1, got {payload_bytes}")
         if header_bytes not in (0, 4096):
             raise ConfigError(f"header_bytes must be 0 or 4096, got {header_bytes}")
         cdef size_t stride = (header_bytes + payload_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-        cdef size_t num_slots = pool_bytes // stride
+        cdef size_t num_slots = max(0, min(pool_bytes, 1 << 62)) // stride
         if num_slots == 0:
             raise ConfigError(f"a pool of {pool_bytes} bytes holds no slot of {stride} bytes; set cpu_pool_size_bytes "
                               f"to at least {stride}")

@@ -16,6 +16,8 @@ from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
 
+import operator
+
 import numpy as np
 
 from kvortex.errors import EngineClosed
@@ -74,8 +76,9 @@ cdef class TransferQueue:
         cdef int mode = 0, code
         if self.records is not NULL:
             raise RuntimeError("TransferQueue.__init__ may be called once")
-        if direction not in DIRECTIONS:
+        if not isinstance(direction, str) or direction not in DIRECTIONS:
             raise ValueError(f"direction must be 'D2H' or 'H2D', got {direction!r}")
+        max_jobs = operator.index(max_jobs)
         if not 1 <= max_jobs <= 1 << 20:
             raise ValueError(f"max_jobs must be 1 to {1 << 20}, got {max_jobs}")
         device.require_open()

@@ -418,3 +418,21 @@ def test_timeouts_are_whole_milliseconds(bench, timeout, error):
         with pytest.raises(error, match="timeout_ms must be"):
             wait(timeout)
     job.wait(2**70)
+
+
+def test_sizes_and_counts_are_whole_numbers(device):
+    index = kvortex.BlockIndex(np.int64(4))
+    for call in (
+        lambda: kvortex.BlockIndex(3.7),
+        lambda: index.add_slots(0.5, 3.9),
+        lambda: index.evict(1.9),
+        lambda: kvortex.TransferQueue(device, "D2H", max_jobs=2.5),
+        lambda: kvortex.DeviceBuffer(100.9, device),
+        lambda: kvortex.PinnedPool(1.5e6, 4096, device),
+        lambda: kvortex.DevicePool(1.5e6, device),
+    ):
+        with pytest.raises(TypeError, match="integer"):
+            call()
+    for call in (lambda: kvortex.PinnedPool(-1, 4096, device), lambda: index.evict(-1)):
+        with pytest.raises(ValueError, match="-1"):
+            call()
