@@ -74,16 +74,18 @@ class Rig:
         KV cache groups; with two, half of the layers have a window.
     hash_function : callable, default sha256
         Makes vLLM's block hashes.
+    policy : str, default "fcfs"
+        Whom vLLM schedules first.
     """
 
     def __init__(self, *, num_blocks=67, num_slots=64, load_async=True, num_ranks=1, max_tokens=128, max_seqs=8,
                  pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
-                 hash_function=sha256):  # fmt: skip
+                 hash_function=sha256, policy="fcfs"):  # fmt: skip
         model = ModelConfig(model=str(TINY), skip_tokenizer_init=True, dtype="float32", seed=0)
         scheduling = SchedulerConfig(
             **known(
                 SchedulerConfig, max_num_seqs=max_seqs, max_num_batched_tokens=max_tokens, max_model_len=2048,
-                enable_chunked_prefill=True, is_encoder_decoder=False,
+                enable_chunked_prefill=True, is_encoder_decoder=False, policy=policy,
             )
         )  # fmt: skip
         caching = CacheConfig(

@@ -186,6 +186,26 @@ def test_the_same_tokens_under_another_salt_or_adapter_are_other_blocks(make_rig
     rig.require_clean()
 
 
+def test_who_shares_a_load_does_not_wait_until_one_with_less_priority_may_run(make_rig, prompt, host):
+    rig = make_rig(num_blocks=101, max_seqs=2, policy="priority")
+    rig.serve("first", prompt("p", 161))
+    rig.forget_device()
+    host.hold()
+    rig.add("low", prompt("p", 161), priority=9)
+    rig.step()
+    for number in range(20):
+        rig.add(f"middle {number}", prompt(number, 20), 8 + number % 2, priority=5)
+    rig.step()
+    rig.add("high", prompt("p", 161), priority=0)
+    host.release()
+    while "high" not in rig.computed_at_first:
+        rig.step()
+    assert "middle 6" not in rig.computed_at_first
+    rig.run()
+    assert rig.computed_at_first["high"] == 160
+    rig.require_clean()
+
+
 # ---- saves in flight -------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +450,75 @@ def test_nobody_overtakes_a_load_that_finds_no_room(make_rig, prompt):
         rig.step()
     rig.run()
     assert rig.computed_at_first["again"] == 160
+    rig.require_clean()
+
+
+def test_requests_that_a_reset_preempted_hold_no_blocks(make_rig, prompt):
+    rig = make_rig(num_slots=200)
+    for name in "abc":
+        rig.add(name, prompt(name, 226), 60)
+    for _ in range(10):
+        rig.step()
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone: they come back by loads
+    rig.step()
+    pool = rig.scheduler.kv_cache_manager.block_pool
+    assert rig.half.num_held == pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    rig.run()
+    rig.require_clean()
+
+
+def test_those_that_find_no_room_do_not_overtake_one_that_was_preempted(make_rig, prompt):
+    rig = make_rig(num_blocks=32, num_slots=200, max_seqs=20)
+    for number in range(12):
+        rig.serve(f"first {number}", prompt(number, 97))
+    rig.forget_device()
+    rig.add("one", prompt("q", 230), 200)
+    rig.add("two", prompt("r", 215), 60)
+    for _ in range(3):
+        rig.step()
+    for number in range(12):
+        rig.add(f"again {number}", prompt(number, 97), 30)  # 6 blocks by a load, and 8 in the end
+    while not rig.requests["two"].num_preemptions:
+        rig.step()
+    produced = len(rig.outputs("two"))
+    while len(rig.outputs("two")) == produced:
+        rig.step()
+    assert "again 3" not in rig.computed_at_first  # in the steps of its load others may go on beside it
+    rig.run()
+    rig.require_clean()
+
+
+def test_small_loads_do_not_overtake_a_large_one_for_ever(make_rig, prompt, host):
+    rig = make_rig(num_blocks=41, num_slots=800)
+    rig.serve("large", prompt("large", 465))  # 30 blocks of 40
+    for number in range(12):
+        rig.serve(f"small {number}", prompt(number, 161))  # 11 blocks
+    rig.forget_device()
+    host.set_delay_us(3000, 3000)
+    rig.add("small 0 again", prompt(0, 161))
+    rig.step()
+    rig.add("large again", prompt("large", 465))
+    for number in range(1, 12):
+        rig.add(f"small {number} again", prompt(number, 161))
+    while "large again" not in rig.half.loading:
+        rig.step()
+    assert [name for name in rig.computed_at_first if name.endswith("again")] == ["small 0 again"]
+    rig.run()
+    rig.require_clean()
+
+
+def test_room_is_found_for_what_nobody_holds_on_the_device_too(make_rig, prompt):
+    rig = make_rig(num_blocks=41, num_slots=200)
+    rig.serve("long", prompt("p", 321))
+    rig.forget_device()
+    rig.serve("head", prompt("p", 161))  # 10 blocks, which are on the device, and free
+    for name in "abc":
+        rig.add(name, prompt(name, 94), 24)  # 6 blocks, and 8 in the end
+    rig.step()
+    rig.add("long again", prompt("p", 321), 30)  # 21 blocks, only 10 of them by a load
+    rig.run()
+    assert not any(request.num_preemptions for request in rig.requests.values())
+    assert rig.computed_at_first["long again"] == 320
     rig.require_clean()
 
 

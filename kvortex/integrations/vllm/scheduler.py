@@ -5,7 +5,6 @@ index in one call.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,13 +23,6 @@ class RequestState:
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
-
-
-class Loading(NamedTuple):
-    """A request between the start of its load and its next step, when others find its blocks on the device."""
-
-    blocks_needed: int  # by that step
-    hashes: frozenset  # of the blocks that it loads
 
 
 @dataclass
@@ -72,10 +64,12 @@ class SchedulerHalf:
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
         self.requests, self.matches = {}, {}
-        self.loading = {}  # request id -> Loading
+        # Request id -> hashes of the blocks that it loads, until its next step, when others find them on the device.
+        self.loading = {}
         self.landed, self.idle = set(), False  # those of them whose load is over
         self.holders = np.zeros(shape.num_device_blocks, dtype=np.int32)  # requests that have a device block
         self.num_held, self.no_room = 0, False
+        self.preempted = None  # vLLM's request: the first of those that have been preempted, and wait
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
@@ -95,19 +89,25 @@ class SchedulerHalf:
         Changes nothing in the index; a request that is asked about has no load any more. None instead of a number asks
         vLLM to go on with the next request and to ask again in the next step:
 
+        * one that came before it was preempted and waits: vLLM 0.26 goes on with all that waited longer first;
         * the next block is just being saved, and waiting for it costs less than computing it;
         * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
-          load of its own would end no earlier, because loads are done one after the other;
+          load of its own would end no earlier, because loads are done one after the other. Once that has landed, vLLM
+          goes on with it before it asks, but for one with less priority (before 0.32), which may have to wait long;
         * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
           request that finds no free blocks;
-        * requests that load would fill the device, and then none of them finds a block to go on;
-        * it would load, and there is no room for it beside those that run, one of which would be preempted for it as
-          soon as it wants a block. vLLM looks at the blocks to be loaded alone. Who comes later waits, too, as behind
-          any request that finds no room.
+        * it would load, and there is no room for it beside those that load, of which none would find a block to go on,
+          and those that run, one of which would be preempted for it as soon as it wants a block. vLLM looks at the
+          blocks to be loaded alone. Who comes later waits, too, as behind any request that finds no room: small loads
+          could overtake a large one for ever.
         """
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
+        if request.request_id in self.requests:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
+            self.hold(self.requests[request.request_id], ())
         if self.no_room or (self.idle and self.landed):
+            return None, False
+        if self.preempted is not None and self.preempted < request:
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -122,28 +122,30 @@ class SchedulerHalf:
         load_async = self.load_async and leading > 0
         if load_async and self.loading:
             middle = hashes[(leading - 1) // 2]  # those before it are in whatever prefix it is in
-            if any(middle in other.hashes for other in self.loading.values()):
+            if any(middle in others and name not in self.landed for name, others in self.loading.items()):
                 return None, False
-            needed = sum(other.blocks_needed for other in self.loading.values()) + self.blocks_to_go_on(request)
-            if needed >= self.shape.num_device_blocks:  # one of them is vLLM's null block
-                return None, False
-        if load_async and not self.has_room(self.blocks_to_go_on(request) - first):
+        if load_async and not self.has_room(request, first):
             self.no_room = True
             return None, False
         self.matches[request.request_id] = first
         return leading * self.shape.block_tokens, load_async
 
-    def has_room(self, count):
-        """Whether so many device blocks are free beside those that are held, and those that their holders need next.
+    def has_room(self, request, num_hits):
+        """Whether a request fits beside the device blocks that are held, and those that their holders need next.
 
-        True, whatever is held, when nothing runs that would give blocks back.
+        It finds `num_hits` blocks on the device; those that nobody holds count as well, they are free until then. True,
+        whatever is held, when nothing runs that would give blocks back.
         """
         if not self.num_held or (self.idle and not self.loading):
             return True
+        count, shared = self.blocks_to_go_on(request), 0
         for state in self.requests.values():
             if state.block_ids:  # else it was preempted, and waits as well
                 count += max(1, self.blocks_to_go_on(state.request) - len(state.block_ids))
-        return count < self.shape.num_device_blocks - self.num_held  # one is vLLM's null block
+                hashes = state.request.block_hashes
+                while shared < min(num_hits, len(hashes)) and hashes[shared] == request.block_hashes[shared]:
+                    shared += 1
+        return count - shared < self.shape.num_device_blocks - self.num_held  # one is vLLM's null block
 
     def hold(self, state, block_ids):
         """From now on the request has these device blocks, instead of those it had."""
@@ -173,6 +175,8 @@ class SchedulerHalf:
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
         self.loading.pop(request.request_id, None)
+        if request is self.preempted:
+            self.preempted = None
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated = False
         if first:  # hits on the device are hits
@@ -181,7 +185,7 @@ class SchedulerHalf:
             return
         hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
         if self.load_async:
-            self.loading[request.request_id] = Loading(self.blocks_to_go_on(request), frozenset(hashes))
+            self.loading[request.request_id] = frozenset(hashes)
         slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
         assert len(slots) == count, "nothing leaves the index between a match and its allocation"
         self.blocks_matched += count
@@ -209,6 +213,8 @@ class SchedulerHalf:
                 self.count_holders(ids[0], 1)
                 state.block_ids.extend(ids[0])
                 self.fence(ids[0])
+        waiting = [state.request for state in self.requests.values() if not state.block_ids]
+        self.preempted = min(waiting, default=None)  # by priority and arrival
         hashes, sources = [], []
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             state = self.requests[request_id]
@@ -314,6 +320,8 @@ class SchedulerHalf:
         self.matches.pop(request.request_id, None)
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
+        if request is self.preempted:
+            self.preempted = None
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.hold(state, ())
