@@ -30,10 +30,12 @@ class KVortexEngine(EngineCore):
     Attributes
     ----------
     device : Device
-    pool : PinnedPool
     device_pool : DevicePool or None
         Of `gpu_pool_size_bytes`; closed with the engine, after its jobs.
+    pool : PinnedPool
     index : BlockIndex
+        Both to look at. Slots that the engine moves blocks through are its own to commit, abort and release: who does
+        that beside it ends the process.
     layout : KVLayout or None
     config : KVortexConfig
     """

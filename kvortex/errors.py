@@ -28,16 +28,19 @@ class DriverError(KVortexError, RuntimeError):
         Its name, e.g. ``CUDA_ERROR_INVALID_VALUE``.
     call : str
         The driver function that answered it, or a short description of the step.
+    detail : str
+        What is known beyond that, or nothing.
     """
 
     def __init__(self, code, name, call, detail=""):
         self.code = code
         self.name = name
         self.call = call
+        self.detail = detail
         super().__init__(f"{call} answered {name} ({code})" + (f": {detail}" if detail else ""))
 
     def __reduce__(self):
-        return type(self), (self.code, self.name, self.call)
+        return type(self), (self.code, self.name, self.call, self.detail)
 
 
 class TierError(KVortexError, OSError):
