@@ -405,7 +405,8 @@ class Rig:
         half = self.half
         assert self.wrong_tokens == 0, f"{self.wrong_tokens} of {self.read_tokens} tokens were read wrong"
         assert not half.in_flight and not half.requests and not half.writing and not half.loads
-        assert not half.landed and not half.loading and not half.num_held and not half.holders.any()
+        assert not half.landed and not half.loading and not half.waits_for
+        assert not half.num_held and not half.holders.any()
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
         for worker in self.workers:
             part = worker.worker

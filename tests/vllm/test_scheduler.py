@@ -206,6 +206,26 @@ def test_who_shares_a_load_does_not_wait_until_one_with_less_priority_may_run(ma
     rig.require_clean()
 
 
+def test_those_that_wait_for_a_load_are_not_looked_up_in_every_step(make_rig, prompt, host, monkeypatch):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 160))
+    rig.forget_device()
+    host.hold()
+    for number in range(20):
+        rig.add(f"again {number}", prompt("p", 160) + prompt(number, 20))
+    rig.step()
+    looked_up = []
+    monkeypatch.setattr("kvortex.integrations.vllm.scheduler.as_keys", looked_up.append)
+    for _ in range(5):
+        rig.step()
+    monkeypatch.undo()
+    assert not looked_up and len(rig.half.loading) == 1
+    host.release()
+    rig.run()
+    assert all(rig.computed_at_first[f"again {number}"] >= 144 for number in range(20))
+    rig.require_clean()
+
+
 # ---- saves in flight -------------------------------------------------------------------------------------------------
 
 
@@ -453,41 +473,6 @@ def test_nobody_overtakes_a_load_that_finds_no_room(make_rig, prompt):
     rig.require_clean()
 
 
-def test_requests_that_a_reset_preempted_hold_no_blocks(make_rig, prompt):
-    rig = make_rig(num_slots=200)
-    for name in "abc":
-        rig.add(name, prompt(name, 226), 60)
-    for _ in range(10):
-        rig.step()
-    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone: they come back by loads
-    rig.step()
-    pool = rig.scheduler.kv_cache_manager.block_pool
-    assert rig.half.num_held == pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
-    rig.run()
-    rig.require_clean()
-
-
-def test_those_that_find_no_room_do_not_overtake_one_that_was_preempted(make_rig, prompt):
-    rig = make_rig(num_blocks=32, num_slots=200, max_seqs=20)
-    for number in range(12):
-        rig.serve(f"first {number}", prompt(number, 97))
-    rig.forget_device()
-    rig.add("one", prompt("q", 230), 200)
-    rig.add("two", prompt("r", 215), 60)
-    for _ in range(3):
-        rig.step()
-    for number in range(12):
-        rig.add(f"again {number}", prompt(number, 97), 30)  # 6 blocks by a load, and 8 in the end
-    while not rig.requests["two"].num_preemptions:
-        rig.step()
-    produced = len(rig.outputs("two"))
-    while len(rig.outputs("two")) == produced:
-        rig.step()
-    assert "again 3" not in rig.computed_at_first  # in the steps of its load others may go on beside it
-    rig.run()
-    rig.require_clean()
-
-
 def test_small_loads_do_not_overtake_a_large_one_for_ever(make_rig, prompt, host):
     rig = make_rig(num_blocks=41, num_slots=800)
     rig.serve("large", prompt("large", 465))  # 30 blocks of 40
@@ -519,6 +504,40 @@ def test_room_is_found_for_what_nobody_holds_on_the_device_too(make_rig, prompt)
     rig.run()
     assert not any(request.num_preemptions for request in rig.requests.values())
     assert rig.computed_at_first["long again"] == 320
+    rig.require_clean()
+
+
+def test_a_queue_is_not_asked_in_every_step_while_the_device_is_full(make_rig, prompt):
+    rig = make_rig(num_blocks=32, num_slots=200)
+    rig.serve("first", prompt("p", 161))
+    rig.forget_device()
+    rig.add("runs", prompt("q", 400), 30)  # 26 of 31 blocks
+    for _ in range(5):
+        rig.step()
+    asked = []
+    match = rig.half.match
+    rig.half.match = lambda request, num_computed: asked.append(request.request_id) or match(request, num_computed)
+    for number in range(20):
+        rig.add(f"again {number}", prompt("p", 161) + prompt(number, 20), 4)
+    for _ in range(5):
+        rig.step()
+    assert asked == ["again 0"] * 5
+    rig.run()
+    assert rig.computed_at_first["again 0"] == 160
+    rig.require_clean()
+
+
+def test_requests_that_a_reset_preempted_hold_no_blocks(make_rig, prompt):
+    rig = make_rig(num_blocks=50, num_slots=200)
+    for name in "abc":
+        rig.add(name, prompt(name, 226), 60)
+    for _ in range(10):
+        rig.step()
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone: they come back by loads
+    rig.step()
+    pool = rig.scheduler.kv_cache_manager.block_pool
+    assert rig.half.num_held == pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    rig.run()
     rig.require_clean()
 
 

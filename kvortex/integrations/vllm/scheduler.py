@@ -66,10 +66,10 @@ class SchedulerHalf:
         self.requests, self.matches = {}, {}
         # Request id -> hashes of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
+        self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
         self.landed, self.idle = set(), False  # those of them whose load is over
         self.holders = np.zeros(shape.num_device_blocks, dtype=np.int32)  # requests that have a device block
         self.num_held, self.no_room = 0, False
-        self.preempted = None  # vLLM's request: the first of those that have been preempted, and wait
         self.in_flight, self.chunk_ranks = {}, {}
         self.writing = set()  # hashes of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
@@ -89,7 +89,6 @@ class SchedulerHalf:
         Changes nothing in the index; a request that is asked about has no load any more. None instead of a number asks
         vLLM to go on with the next request and to ask again in the next step:
 
-        * one that came before it was preempted and waits: vLLM 0.26 goes on with all that waited longer first;
         * the next block is just being saved, and waiting for it costs less than computing it;
         * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
           load of its own would end no earlier, because loads are done one after the other. Once that has landed, vLLM
@@ -107,7 +106,8 @@ class SchedulerHalf:
             self.hold(self.requests[request.request_id], ())
         if self.no_room or (self.idle and self.landed):
             return None, False
-        if self.preempted is not None and self.preempted < request:
+        waits_for = self.waits_for.get(request.request_id)
+        if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
@@ -122,9 +122,13 @@ class SchedulerHalf:
         load_async = self.load_async and leading > 0
         if load_async and self.loading:
             middle = hashes[(leading - 1) // 2]  # those before it are in whatever prefix it is in
-            if any(middle in others and name not in self.landed for name, others in self.loading.items()):
-                return None, False
-        if load_async and not self.has_room(request, first):
+            for name, others in self.loading.items():
+                if middle in others and name not in self.landed:
+                    self.waits_for[request.request_id] = name
+                    return None, False
+        # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is dear.
+        could_fit = leading < self.shape.num_device_blocks - self.num_held
+        if load_async and could_fit and not self.has_room(request, first):
             self.no_room = True
             return None, False
         self.matches[request.request_id] = first
@@ -175,8 +179,6 @@ class SchedulerHalf:
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
         self.loading.pop(request.request_id, None)
-        if request is self.preempted:
-            self.preempted = None
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated = False
         if first:  # hits on the device are hits
@@ -213,8 +215,6 @@ class SchedulerHalf:
                 self.count_holders(ids[0], 1)
                 state.block_ids.extend(ids[0])
                 self.fence(ids[0])
-        waiting = [state.request for state in self.requests.values() if not state.block_ids]
-        self.preempted = min(waiting, default=None)  # by priority and arrival
         hashes, sources = [], []
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             state = self.requests[request_id]
@@ -320,8 +320,7 @@ class SchedulerHalf:
         self.matches.pop(request.request_id, None)
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
-        if request is self.preempted:
-            self.preempted = None
+        self.waits_for.pop(request.request_id, None)
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.hold(state, ())
