@@ -541,6 +541,20 @@ def test_requests_that_a_reset_preempted_hold_no_blocks(make_rig, prompt):
     rig.require_clean()
 
 
+def test_a_request_whose_load_failed_computes_though_others_have_saved_its_blocks_since(make_rig, prompt, host):
+    rig = make_rig(num_blocks=29)
+    rig.serve("first", prompt("p", 260))
+    rig.forget_device()
+    rig.half.failed = lambda transfer: None  # as if they were there again before vLLM asks
+    host.fail_call(1, 2, field="memcpy_batch_async")
+    rig.add("second", prompt("p", 260))  # 17 of 28 blocks
+    rig.run()
+    host.fail_call(0, 0)
+    assert len(rig.outputs("second")) == 2
+    assert rig.computed_at_first["second"] == 0
+    rig.require_clean()
+
+
 # ---- forgetting ------------------------------------------------------------------------------------------------------
 
 

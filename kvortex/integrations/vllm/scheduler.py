@@ -23,6 +23,7 @@ class RequestState:
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
+    load_failed: bool = False  # and it has no device blocks since
 
 
 @dataclass
@@ -86,8 +87,10 @@ class SchedulerHalf:
     def match(self, request, num_computed_tokens):
         """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
 
-        Changes nothing in the index; a request that is asked about has no load any more. None instead of a number asks
-        vLLM to go on with the next request and to ask again in the next step:
+        Changes nothing in the index; a request that is asked about has no load any more. If its load failed, it
+        computes, and at once: until then vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its
+        own too.
+        None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
 
         * the next block is just being saved, and waiting for it costs less than computing it;
         * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
@@ -100,10 +103,14 @@ class SchedulerHalf:
           blocks to be loaded alone. Who comes later waits, too, as behind any request that finds no room: small loads
           could overtake a large one for ever.
         """
+        state = self.requests.get(request.request_id)
+        if self.loading.pop(request.request_id, None):
+            state.load_failed = True
+        if state is not None:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
+            self.hold(state, ())
+        if state is not None and state.load_failed:
+            return 0, False
         self.landed.discard(request.request_id)
-        self.loading.pop(request.request_id, None)  # its load failed, and it starts anew
-        if request.request_id in self.requests:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
-            self.hold(self.requests[request.request_id], ())
         if self.no_room or (self.idle and self.landed):
             return None, False
         waits_for = self.waits_for.get(request.request_id)
@@ -173,7 +180,7 @@ class SchedulerHalf:
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
         state = self.requests.setdefault(request.request_id, RequestState(request))
-        state.request = request
+        state.request, state.load_failed = request, False
         self.hold(state, block_ids)
         first = self.matches.pop(request.request_id, 0)
         self.landed.discard(request.request_id)
