@@ -159,9 +159,17 @@ def test_whatever_a_buffer_does_comes_after_its_memory_was_there(device, pool, s
         successor.close()
 
 
-def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream):
-    wrong, interval = 0, sys.getswitchinterval()
+@pytest.fixture
+def restless():
+    """Threads take turns as often as they can."""
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream, restless):
+    wrong = 0
     for _ in range(400):
         buffer = pool.alloc(64 << 10, stream)
 
@@ -177,7 +185,6 @@ def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream):
             successor.fill(0x11)
             filler.join()
             wrong += content_of(successor) != b"\x11" * (64 << 10)
-    sys.setswitchinterval(interval)
     assert wrong == 0
 
 
