@@ -4,7 +4,6 @@ import contextlib
 import gc
 import os
 import random
-import sys
 import threading
 import time
 import weakref
@@ -159,33 +158,27 @@ def test_whatever_a_buffer_does_comes_after_its_memory_was_there(device, pool, s
         successor.close()
 
 
-@pytest.fixture
-def restless():
-    """Threads take turns as often as they can."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval)
-
-
-def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream, restless):
-    wrong = 0
-    for _ in range(400):
-        buffer = pool.alloc(64 << 10, stream)
-
-        def fill(buffer=buffer):
-            with contextlib.suppress(EngineClosed):
-                while True:
-                    buffer.fill(0xEE)
-
-        filler = threading.Thread(target=fill)
-        filler.start()
-        buffer.free(stream)
-        with pool.alloc(64 << 10, stream) as successor:
-            successor.fill(0x11)
-            filler.join()
-            wrong += content_of(successor) != b"\x11" * (64 << 10)
-    assert wrong == 0
+@pytest.mark.host
+@pytest.mark.parametrize("call", ["fill", "copy"])
+def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream, host, call):
+    buffer = pool.alloc(4096, stream)
+    stream.synchronize()
+    host.hold()
+    host.count_calls()
+    target, argument, row = {
+        "fill": (buffer.fill, 1, "memset_d8_async"),
+        "copy": (buffer.copy_from, bytes(4096), "memcpy_htod_async"),
+    }[call]
+    calling = threading.Thread(target=target, args=[argument])
+    calling.start()
+    deadline = time.monotonic() + 20
+    while not host.num_calls(row):
+        assert time.monotonic() < deadline, "the call never began"
+    buffer.free(stream)
+    assert pool.usage().used_bytes == 4096
+    host.release()
+    calling.join()
+    assert pool.usage().used_bytes == 0 and buffer.closed
 
 
 @pytest.mark.host

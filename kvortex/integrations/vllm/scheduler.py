@@ -87,8 +87,9 @@ class SchedulerHalf:
     def match(self, request, num_computed_tokens):
         """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
 
-        Changes nothing in the index; a request that is asked about has no load any more. If its load failed, it computes,
-        and at once: until then vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its own too.
+        Changes nothing in the index; a request that is asked about has no load any more. If its load failed, it
+        computes, and at once: until then vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its
+        own too.
 
         None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
 
