@@ -17,6 +17,7 @@ import os
 import sys
 import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import engine_numbers
@@ -188,12 +189,14 @@ class Engine:
 
             faults.plant(args.mutant)
         self.folder = tempfile.TemporaryDirectory(prefix="kvortex-model-")
-        write_model(self.folder.name, args.size, with_weights=not self.on_gpu)
+        model = args.model or self.folder.name
+        if not args.model:
+            write_model(model, args.size, with_weights=not self.on_gpu)
         self.connector_seconds = 0.0
         if args.mode == "custom":
             self.time_connector()
         began = time.perf_counter()
-        self.llm = vllm.LLM(model=self.folder.name, **options)
+        self.llm = vllm.LLM(model=model, **options)
         self.start_seconds = time.perf_counter() - began
         self.counted, self.preemptions, self.saved_slots = {}, 0, []
         self.core = getattr(self.llm.llm_engine.engine_core, "engine_core", None)  # None: in another process
@@ -280,6 +283,26 @@ class Engine:
             time.sleep(0.02)
         raise AssertionError(f"transfers that do not end: {self.scheduler_half.in_flight}")
 
+    def fingerprint(self):
+        """What this process computes before a block was moved: its weights, and the odds of a few tokens. Two engines
+        that differ in it yield other tokens whatever a connector does.
+        """
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
+        output = self.llm.generate([{"prompt_token_ids": [5, 6, 7]}], greedy, use_tqdm=False)[0].outputs[0]
+        odds = [round(odds[token].logprob, 4) for token, odds in zip(output.token_ids, output.logprobs, strict=True)]
+        return {"weights": self.weights_crc(), "odds": odds}
+
+    def weights_crc(self):
+        """Of every weight as it is in memory now; None for an engine in another process."""
+        if self.core is None:
+            return None
+        crc = 0
+        for _, weight in self.core.model_executor.driver_worker.worker.model_runner.model.named_parameters():
+            crc = zlib.crc32(weight.detach().contiguous().numpy().tobytes(), crc)
+        return crc
+
     def wait_ready(self):
         """Until all host memory is pinned, which happens in the background; then no mode waits for it later."""
         if self.worker_half is not None:
@@ -344,6 +367,7 @@ def arguments():
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, help="one after the other in one engine")
     engine = parser.add_argument_group("engine")
     engine.add_argument("--size", default="tiny", choices=SIZES)
+    engine.add_argument("--model", default="", help="a folder of write_model's, for several runs; a new one without")
     engine.add_argument("--mode", default="custom", choices=["none", "custom", "native", "simple"])
     engine.add_argument(
         "--runner", default="", choices=["", "v1", "v2"], help="vLLM's model runner; its choice without"
@@ -400,6 +424,7 @@ def main():
 
         max_model_len = 4096 if torch.cuda.is_available() else 384
         engine = Engine(args, max_model_len=max_model_len, max_num_seqs=min(64, args.concurrency))
+    fingerprint = None if engine.on_gpu else engine.fingerprint()
     if args.late_us:
         from kvortex.driver import _host
 
@@ -419,6 +444,8 @@ def main():
         result = SCENARIOS[name](engine, args)
         sums = {counter: value - before[counter] for counter, value in engine.counters().items()}
         report[name] = {**sums, **result}
+    if fingerprint is not None:
+        report |= {"fingerprint": fingerprint, "weights_at_the_end": engine.weights_crc()}
     report["resident_gib"] = round(resident_bytes() / GIB, 3)
     if len(args.scenarios) == 1:  # one flat line, for tables
         report |= report.pop(name)
