@@ -190,14 +190,29 @@ cdef class EngineCore:
             self.calls -= 1
 
     def check_blocks(self, keys):
-        """Which of the keys are in RAM, and how long the leading run is.
+        """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
 
-        Changes nothing in the cache and reads the index without a lock; the GIL is released.
+        Parameters
+        ----------
+        keys
+            As for `save_blocks`.
 
         Returns
         -------
         BlockHits
-            ``leading`` and ``mask``. A block may be evicted before it is loaded; `Job.num_blocks` is the truth.
+            ``leading``, a count, and ``mask``, a bool for each key. A block may be evicted before it is loaded;
+            `Job.num_blocks` is the truth.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Those are not keys.
+        EngineClosed
+            After `shutdown`, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe; reads the index without a lock and waits for no copy. The GIL is released.
         """
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef size_t n = rows.shape[0], leading = 0
@@ -222,7 +237,24 @@ cdef class EngineCore:
     def touch_blocks(self, keys):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
 
-        Returns how many are in RAM.
+        Parameters
+        ----------
+        keys
+            As for `save_blocks`.
+
+        Returns
+        -------
+        int
+            How many are in RAM.
+
+        Raises
+        ------
+        ValueError, TypeError, EngineClosed
+            As for `check_blocks`.
+
+        Notes
+        -----
+        Thread-safe; waits for the index's lock at the most. The GIL is released.
         """
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef size_t n = rows.shape[0], touched = 0
@@ -236,9 +268,28 @@ cdef class EngineCore:
         return touched
 
     def discard_blocks(self, keys):
-        """Forget the keys at once, saves in flight included; returns how many were there.
+        """Forget the keys at once, saves in flight included.
 
         A slot that is being written or read is reused only when its copy is over.
+
+        Parameters
+        ----------
+        keys
+            As for `save_blocks`.
+
+        Returns
+        -------
+        int
+            How many were there.
+
+        Raises
+        ------
+        ValueError, TypeError, EngineClosed
+            As for `check_blocks`.
+
+        Notes
+        -----
+        Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef size_t n = rows.shape[0], discarded = 0
@@ -252,7 +303,17 @@ cdef class EngineCore:
         return discarded
 
     def clear(self):
-        """Forget every block at once, saves in flight included: after a weight update nothing older is ever served."""
+        """Forget every block at once, saves in flight included: after a weight update nothing older is ever served.
+
+        Raises
+        ------
+        EngineClosed
+            After `shutdown`, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
+        """
         self.enter_call()
         try:
             with nogil:
@@ -261,7 +322,13 @@ cdef class EngineCore:
             self.calls -= 1
 
     def get_stats(self):
-        """All counters and latencies as one `EngineStats`, without stopping anything."""
+        """All counters and latencies as one `EngineStats`, without stopping anything.
+
+        Raises
+        ------
+        EngineClosed
+            After `shutdown`, or in a forked child.
+        """
         cdef Counters *count = <Counters *>malloc(sizeof(Counters))
         if count is NULL:
             raise MemoryError("no memory for a snapshot of the counters")
