@@ -112,14 +112,13 @@ def test_an_engine_without_connector_computes_everything(plain):
 @pytest.mark.parametrize("name", RUNS)
 def test_all_engines_compute_the_same_before_a_block_moves(plain, runs, name):
     """Where this fails, what the tests below say of tokens is not about blocks."""
-    expected, found = plain["fingerprint"], runs(name)["fingerprint"]
-    assert found["odds"] == expected["odds"]
-    assert found["weights"] in (expected["weights"], None)  # None: in another process
+    assert runs(name)["fingerprint"]["odds"] == plain["fingerprint"]["odds"]
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_no_weight_changes_while_blocks_move(runs, name):
-    assert runs(name)["weights_at_the_end"] == runs(name)["fingerprint"]["weights"]
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "other process"])  # its weights are out of reach
+def test_all_engines_have_the_same_weights_and_none_changes_while_blocks_move(plain, runs, name):
+    expected = plain["fingerprint"]["weights"]
+    assert runs(name)["fingerprint"]["weights"] == runs(name)["weights_at_the_end"] == expected is not None
 
 
 def test_kv_back_from_the_host_gives_the_same_tokens(plain, offloaded):
