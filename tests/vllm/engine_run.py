@@ -291,11 +291,13 @@ class Engine:
 
         greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=1)
         output = self.llm.generate([{"prompt_token_ids": [5, 6, 7]}], greedy, use_tqdm=False)[0].outputs[0]
-        odds = [round(odds[token].logprob, 4) for token, odds in zip(output.token_ids, output.logprobs, strict=True)]
+        odds = [odds[token].logprob for token, odds in zip(output.token_ids, output.logprobs, strict=True)]
         return {"weights": self.weights_crc(), "odds": odds}
 
     def weights_crc(self):
-        """Of every weight as it is in memory now; None for an engine in another process."""
+        """Of the weights in memory now, but for those that vLLM packed for its CPU kernels: the odds speak for them.
+        None for an engine in another process.
+        """
         if self.core is None:
             return None
         crc = 0

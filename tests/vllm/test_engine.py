@@ -111,8 +111,10 @@ def test_an_engine_without_connector_computes_everything(plain):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_all_engines_compute_the_same_before_a_block_moves(plain, runs, name):
-    """Where this fails, what the tests below say of tokens is not about blocks."""
-    assert runs(name)["fingerprint"]["odds"] == plain["fingerprint"]["odds"]
+    """Where this fails, what the tests below say of tokens is not about blocks. Another number of threads changes the
+    odds by 6e-6, and 1e-3 are enough for another token.
+    """
+    assert runs(name)["fingerprint"]["odds"] == pytest.approx(plain["fingerprint"]["odds"], abs=2e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if name != "other process"])  # its weights are out of reach
