@@ -103,11 +103,12 @@ cdef class PinnedPool(Lender):
         self.monitor_ready = True
 
     def __init__(self, pool_bytes, payload_bytes, device="auto", *, header_bytes=0,
-                 size_t first_chunk_bytes=128 << 20, size_t chunk_bytes=256 << 20, bint huge_pages=True,
+                 first_chunk_bytes=128 << 20, chunk_bytes=256 << 20, bint huge_pages=True,
                  bint numa=True, bint driver_allocated=False):
         if self.slots.base is not NULL:
             raise RuntimeError("PinnedPool.__init__ may be called once")
         pool_bytes, payload_bytes = operator.index(pool_bytes), operator.index(payload_bytes)
+        first_chunk_bytes, chunk_bytes = operator.index(first_chunk_bytes), operator.index(chunk_bytes)
         if not 0 < payload_bytes < 1 << 32:
             raise ConfigError(f"payload_bytes must be 1 to 2^32 - 1, got {payload_bytes}")
         if header_bytes not in (0, 4096):
@@ -120,7 +121,7 @@ cdef class PinnedPool(Lender):
         if num_slots >= 0xFFFFFFFF:
             raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and may hold "
                               f"2^32 - 2; use larger blocks or a smaller pool")
-        if first_chunk_bytes == 0 or chunk_bytes == 0:
+        if first_chunk_bytes <= 0 or chunk_bytes <= 0:
             raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
         require_memory(num_slots * stride)
         self.device = device if isinstance(device, Device) else Device.open(device)
@@ -129,8 +130,8 @@ cdef class PinnedPool(Lender):
         self.slots.header_bytes = header_bytes
         self.slots.payload_bytes = payload_bytes
         self.slots.num_slots = <uint32_t>num_slots
-        self.slots.first_chunk_slots = <uint32_t>min(num_slots, max(<size_t>1, first_chunk_bytes // stride))
-        self.slots.chunk_slots = <uint32_t>min(num_slots, max(<size_t>1, chunk_bytes // stride))
+        self.slots.first_chunk_slots = <uint32_t>min(num_slots, max(1, first_chunk_bytes // stride))
+        self.slots.chunk_slots = <uint32_t>min(num_slots, max(1, chunk_bytes // stride))
         self.driver_allocated = driver_allocated
         if driver_allocated:
             self.slots.first_chunk_slots = <uint32_t>num_slots

@@ -429,10 +429,15 @@ def test_sizes_and_counts_are_whole_numbers(device):
         lambda: kvortex.TransferQueue(device, "D2H", max_jobs=2.5),
         lambda: kvortex.DeviceBuffer(100.9, device),
         lambda: kvortex.PinnedPool(1.5e6, 4096, device),
+        lambda: kvortex.PinnedPool(1 << 20, 4096, device, chunk_bytes=8192.7),
         lambda: kvortex.DevicePool(1.5e6, device),
     ):
         with pytest.raises(TypeError, match="integer"):
             call()
-    for call in (lambda: kvortex.PinnedPool(-1, 4096, device), lambda: index.evict(-1)):
+    for call in (
+        lambda: kvortex.PinnedPool(-1, 4096, device),
+        lambda: kvortex.PinnedPool(1 << 20, 4096, device, first_chunk_bytes=-1),
+        lambda: index.evict(-1),
+    ):
         with pytest.raises(ValueError, match="-1"):
             call()
