@@ -46,6 +46,16 @@ class ModelCache:
         self._num_blocks = num_blocks
         self._oracle = oracle
         self._buffer = _allocate(device, num_pieces, num_blocks * self.piece_bytes)
+        self._threads = self._view = self._pinned = None
+        try:
+            self._reach(device, max_rows, device.is_host if direct is None else direct)
+        except BaseException:
+            self.close()  # or a traceback would keep it, and its memory would outlive the device that frees it
+            raise
+
+    def _reach(self, device, max_rows, direct):
+        """Make what the memory is reached with."""
+        num_pieces, num_blocks = self.num_pieces, self._num_blocks
         self.layout = kvortex.KVLayout.contiguous(
             self._buffer,
             kv=2,
@@ -56,9 +66,8 @@ class ModelCache:
             head_dim=self.piece_bytes,
             itemsize=1,
         )
-        self._threads = self._view = self._pinned = None
         workers = 1
-        if device.is_host if direct is None else direct:
+        if direct:
             self._view = np.frombuffer(self._buffer, dtype=np.uint8).reshape(num_pieces, num_blocks, self.piece_bytes)
         else:
             workers = min(_MAX_COPY_THREADS, os.cpu_count(), num_pieces)
@@ -148,8 +157,12 @@ def _allocate(device, num_layers, layer_bytes):
             require_memory(num_bytes)
         with kvortex.DevicePool(num_bytes + _ARENA_UNIT_BYTES, device) as pool:
             arena = pool.arena(num_bytes)
-            for _ in range(num_layers):
-                arena.grow(layer_bytes)
+            try:
+                for _ in range(num_layers):
+                    arena.grow(layer_bytes)
+            except BaseException:
+                arena.close()
+                raise
     except (kvortex.DriverError, kvortex.PoolExhausted) as error:
         raise kvortex.ConfigError(
             f"{device.name} cannot hold the replayed model's KV cache of {num_bytes} bytes; lower --inflight or "

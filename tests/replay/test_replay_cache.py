@@ -10,6 +10,7 @@ from kvortex.replay.cache import ModelCache
 from kvortex.replay.oracle import POISON, Oracle
 
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
+OUT_OF_MEMORY = 2
 NUM_BLOCKS, NUM_PIECES, PIECE_BYTES = 12, 6, 512
 WORDS = np.arange(100, 105, dtype=np.uint64)
 GENERATIONS = np.array([1, 2, 3, 1, 1], dtype=np.uint32)
@@ -33,6 +34,18 @@ def content(cache):
     memory = np.zeros(NUM_PIECES * NUM_BLOCKS * PIECE_BYTES, dtype=np.uint8)
     cache._buffer.copy_to(memory)
     return memory.reshape(NUM_PIECES, NUM_BLOCKS, PIECE_BYTES)
+
+
+@pytest.mark.host
+@pytest.mark.parametrize(
+    ("field", "call"), [("mem_create", 1), ("mem_create", 3), ("mem_set_access", 2), ("mem_host_register", 1)]
+)
+def test_a_cache_that_is_refused_leaves_nothing_even_while_its_error_is_kept(device, host, field, call):
+    oracle, before = Oracle(1 << 20), host.live_objects()
+    host.fail_call(call, OUT_OF_MEMORY, field=field)
+    with pytest.raises(kvortex.KVortexError) as raised:
+        ModelCache(device, NUM_BLOCKS, NUM_PIECES, oracle, max_rows=5, direct=False)
+    assert raised.tb is not None and host.live_objects() == before
 
 
 def test_layout_names_the_memory_that_is_written(cache):
