@@ -330,7 +330,7 @@ void kv_host_wait_for_device(int ordinal)
     wait_for_streams(KV_RANGE_DEVICE, ordinal);
 }
 
-/* Refused beside any capture of the context, whatever the thread's mode: the capturing stream is part of it. */
+/* Refused beside any capture of the context, whatever the thread's mode, and spoils it: the stream is part of it. */
 kv_result kv_host_ctx_synchronize(void)
 {
     KV_HOST_BEGIN(ctx_synchronize);
@@ -338,10 +338,14 @@ kv_result kv_host_ctx_synchronize(void)
     kv_host_device *dev = kv_host_current_device();
     if (!dev)
         return KV_CUDA_INVALID_CONTEXT;
-    int ordinal = (int)(dev - kv_host_devices);
+    int ordinal = (int)(dev - kv_host_devices), is_capturing = 0;
     for (size_t i = 0; (stream = kv_stream_at(i)); i++)
-        if (stream->ordinal == ordinal && kv_host_capture_status(stream) != KV_CAPTURE_STATUS_NONE)
-            return KV_CUDA_STREAM_CAPTURE_UNSUPPORTED;
+        if (stream->ordinal == ordinal && kv_host_capture_status(stream) != KV_CAPTURE_STATUS_NONE) {
+            atomic_store(&stream->capture_status, KV_CAPTURE_STATUS_INVALIDATED);
+            is_capturing = 1;
+        }
+    if (is_capturing)
+        return KV_CUDA_STREAM_CAPTURE_UNSUPPORTED;
     kv_host_wait_for_device(ordinal);
     kv_host_pools_settle(ordinal);
     return atomic_load(&dev->sticky);

@@ -616,8 +616,7 @@ cdef class DeviceArena(DeviceBuffer):
     def close(self):
         """Free the memory, after all work of the device, for which this blocks (GIL released). Idempotent.
 
-        Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go. No
-        stream of the device may be capturing a graph then, or the memory stays taken.
+        Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go.
         """
         DeviceBuffer.close(self)
 
@@ -682,14 +681,23 @@ cdef bint supports(Device device, int attribute) noexcept:
 
 
 cdef bint wait_for_device(Device device) noexcept:
-    """Wait for all work of the context; False if that cannot be."""
+    """Wait for all work of the context; False if that cannot be.
+
+    By freeing memory, for which CUDA waits: cuCtxSynchronize is refused beside a capture of the context, whatever the
+    thread's mode, and spoils it.
+    """
+    cdef kv_devptr scratch = 0
     cdef int code, mode = 0
     if device.closed or getpid() != device.pid:
         return False
     with nogil:
         code = device.enter(&mode)
         if code == 0:
-            code = device.drv.ctx_synchronize()
+            code = device.drv.mem_alloc(&scratch, 1)
+            if code == 0:
+                code = device.drv.mem_free(scratch)
+            elif code == _c.KV_CUDA_OUT_OF_MEMORY:
+                code = device.drv.ctx_synchronize()
             device.leave(mode)
     return code == 0
 

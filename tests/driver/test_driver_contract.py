@@ -7,6 +7,8 @@ from importlib import resources
 import pytest
 from driver_calls import (
     ALREADY_REGISTERED,
+    CAPTURE_INVALIDATED,
+    CAPTURE_UNSUPPORTED,
     INVALID_CONTEXT,
     INVALID_HANDLE,
     INVALID_VALUE,
@@ -18,9 +20,11 @@ from driver_calls import (
     Attributes,
     Location,
     PoolProps,
+    begin_capture,
+    end_capture,
 )
 
-from kvortex.driver import Stream
+from kvortex.driver import Stream, _host
 
 PIECE = 512
 
@@ -232,6 +236,26 @@ def test_freed_memory_cannot_be_freed_again(calls):
     address = calls.alloc(PIECE)
     calls.ok("mem_free", address)
     assert calls.mem_free(address) == INVALID_VALUE
+
+
+def test_freeing_memory_waits_for_all_work(calls, stream):
+    """CUDA says that it may; that it does is how an arena waits, since cuCtxSynchronize spoils captures."""
+    nbytes = PIECE if KIND == "host" else 256 << 20
+    busy, address = calls.alloc(nbytes), calls.alloc(1)
+    if KIND == "host":
+        _host.set_delay_us(1000, 1000)
+    for value in range(100):
+        calls.ok("memset_d8_async", busy, value, nbytes, stream.handle)
+    assert not stream.query()
+    calls.ok("mem_free", address)
+    assert stream.query()
+
+
+def test_waiting_for_the_context_spoils_a_capture(calls, device):
+    with Stream.create(device) as capturing:
+        begin_capture(capturing.handle)
+        assert calls.ctx_synchronize() == CAPTURE_UNSUPPORTED
+        end_capture(capturing.handle, CAPTURE_INVALIDATED)
 
 
 def test_largest_pitch_is_what_the_planner_assumes(calls):

@@ -10,6 +10,7 @@ import weakref
 
 import numpy as np
 import pytest
+from driver_calls import begin_capture, end_capture
 
 import kvortex
 from kvortex import ConfigError, DeviceBuffer, DevicePool, EngineClosed, KVLayout, PinnedPool, PoolExhausted, Stream
@@ -414,16 +415,18 @@ def test_threads_grow_an_arena_in_turns(pool):
     arena.close()
 
 
-@pytest.mark.host
-def test_arena_that_cannot_wait_keeps_its_memory(pool, device, host):
-    """Beside a capture the context cannot be waited for, and unmapping what is in use would end it."""
+def test_arena_ends_after_all_work_and_leaves_a_capture_alone(pool, device, stream, slow):
+    """cuCtxSynchronize would spoil the capture, and unmapping what is in use would end the context."""
     arena = pool.arena(UNIT)
     arena.grow(UNIT)
     with Stream.create(device) as capturing:
-        assert host.begin_capture(capturing.handle) == 0
+        begin_capture(capturing.handle)
+        slow(stream)
+        arena.fill(1, stream=stream)
         arena.close()
-        assert host.end_capture(capturing.handle) == (0, 0)
-    assert pool.usage().used_bytes == UNIT and host.live_objects()["physical_allocations"] == 1
+        assert stream.query()
+        assert end_capture(capturing.handle) == 0
+    assert pool.usage().used_bytes == 0
 
 
 # ---- in others' hands -----------------------------------------------------------------------------------------------
