@@ -63,7 +63,7 @@ class LooksLanded:
     def done(self):
         return True
 
-    def wait(self):
+    def wait(self, timeout_ms=None):
         pass
 
     def wait_on(self, stream):
@@ -72,19 +72,17 @@ class LooksLanded:
 
 def after_load():
     """A forward reads a block that is still being loaded."""
-    original = WorkerHalf.submit_slice
+    original = WorkerHalf.submit
     in_flight = []  # whoever drops a job may wait for it
 
-    def submit_slice(self, running, most):
-        before, known = running.submitted, len(running.jobs)
-        submitted = original(self, running, most)
-        if len(running.jobs) > known:
-            job = running.jobs[-1]
-            running.jobs[-1] = LooksLanded(job, running.submitted - before)
-            in_flight[:] = [*(earlier for earlier in in_flight if not earlier.done()), job]
-        return submitted
+    def submit(self, queue, transfer, stream):
+        job = original(self, queue, transfer, stream)
+        if queue is self.saver or job is None:
+            return job
+        in_flight[:] = [*(earlier for earlier in in_flight if not earlier.done()), job]
+        return LooksLanded(job, len(transfer.slots))
 
-    WorkerHalf.submit_slice = submit_slice
+    WorkerHalf.submit = submit
 
 
 FAULTS = {"before-save": before_save, "after-save": after_save, "before-load": before_load, "after-load": after_load}

@@ -1,5 +1,6 @@
 """Copies that the driver refuses, and more copies than there are jobs: a miss, never a wrong token, never a leak."""
 
+import threading
 from contextlib import contextmanager
 
 import pytest
@@ -11,21 +12,28 @@ OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 @contextmanager
 def refused(host, rig, direction, rank=0):
     """Let the driver refuse every save or every load of one rank; yields the list of those."""
-    part = rig.workers[rank].worker
-    submit, seen = part.submit, []
+    parts, one_at_a_time, seen = [worker.worker for worker in rig.workers], threading.Lock(), []
 
-    def submit_refused(queue, transfer, stream):
-        if queue.direction == direction:
-            seen.append(transfer)
-            host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
-        try:
-            return submit(queue, transfer, stream)
-        finally:
-            host.fail_call(0, 0)  # where no job was free, nothing has been copied
+    def wrapped(part):
+        submit = part.submit
 
-    part.submit = submit_refused
+        def submit_refused(queue, transfer, stream):
+            with one_at_a_time:  # the driver refuses whoever calls it next, and every rank's loads have a thread
+                if part is parts[rank] and queue.direction == direction:
+                    seen.append(transfer)
+                    host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
+                try:
+                    return submit(queue, transfer, stream)
+                finally:
+                    host.fail_call(0, 0)  # where no job was free, nothing has been copied
+
+        return submit_refused
+
+    for part in parts:
+        part.submit = wrapped(part)
     yield seen
-    del part.submit
+    for part in parts:
+        del part.submit
 
 
 def summed(rig, name):
@@ -213,6 +221,33 @@ def test_loads_that_find_no_job_wait(make_rig, prompt, host, load_async):
     rig.require_clean()
 
 
+def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    part, submitting, go_on = rig.workers[0].worker, threading.Event(), threading.Event()
+    submit = part.submit
+
+    def submit_slowly(queue, transfer, stream):
+        if queue is part.loader:
+            submitting.set()
+            assert go_on.wait(20)
+        return submit(queue, transfer, stream)
+
+    part.submit = submit_slowly
+    rig.add("second", prompt("p", 100))
+    rig.step()
+    assert submitting.wait(20)
+    rig.add("other", prompt("q", 40))
+    while rig.outputs("other") != rig.truths["other"].tokens[40:42]:
+        rig.step()
+    assert not rig.outputs("second")
+    go_on.set()
+    rig.run()
+    assert rig.computed_at_first["second"] == 96
+    rig.require_clean()
+
+
 def test_an_aborted_load_that_waits_for_a_job_never_starts_on_anothers_blocks(make_rig, prompt, host):
     rig = make_rig(num_blocks=17, extra={"max_jobs": 1})
     for name in "ab":
@@ -222,7 +257,8 @@ def test_an_aborted_load_that_waits_for_a_job_never_starts_on_anothers_blocks(ma
     for name in "ab":
         rig.add(name + " again", prompt(name, 100))
     rig.step()
-    assert [running.submitted for running in rig.workers[0].worker.running.values()] == [6, 0]
+    first, second = rig.workers[0].worker.running.values()
+    assert first.job() is not None and not second.submission.done()
     rig.abort("b again")
     rig.step()
     rig.add("other", prompt("q", 130), 10)  # vLLM 0.15 gives it the blocks of the load that waits

@@ -71,8 +71,7 @@ def with_saves_before_the_forward(monkeypatch):
     def begin_and_save(self, step):
         begin(self, step)
         start_save(self, step)
-        for running in list(self.running.values()):
-            self.await_jobs(running)
+        self.drain()
 
     monkeypatch.setattr(WorkerHalf, "begin", begin_and_save)
     monkeypatch.setattr(WorkerHalf, "start_save", lambda self, step: None)
@@ -92,19 +91,18 @@ def with_a_watermark_one_too_high(monkeypatch):
 
 
 def with_loads_reported_at_once(monkeypatch):
-    submit_slice, end = WorkerHalf.submit_slice, WorkerHalf.end
+    start_loads, end = WorkerHalf.start_loads, WorkerHalf.end
 
-    def submit_and_report(self, running, most):
-        submitted = submit_slice(self, running, most)
-        self.received.add(running.load.request_id)
-        return submitted
+    def start_and_report(self, step):
+        start_loads(self, step)
+        self.received.update(load.request_id for load in step.loads)
 
     def end_in_silence(self, running, where):
         received = set(self.received)
         end(self, running, where)
         self.received = received
 
-    monkeypatch.setattr(WorkerHalf, "submit_slice", submit_and_report)
+    monkeypatch.setattr(WorkerHalf, "start_loads", start_and_report)
     monkeypatch.setattr(WorkerHalf, "end", end_in_silence)
 
 

@@ -239,7 +239,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def get_finished(self, finished_req_ids):
         if not self.worker:
             return None, None
-        self.worker.collect(finished_req_ids, self._get_connector_metadata().has_forward)
+        self.worker.collect(finished_req_ids)
         return None, self.worker.take_received()
 
     def get_block_ids_with_load_errors(self):

@@ -33,14 +33,11 @@ class StepMetadata(base.KVConnectorMetadata):
     loads : list of Load
     save : Transfer or None
         Blocks whose last token this step's forward writes, or an earlier one wrote.
-    has_forward : bool
-        Whether the step computes anything.
     """
 
     fences: list = field(default_factory=list)
     loads: list = field(default_factory=list)
     save: Transfer | None = None
-    has_forward: bool = False
 
 
 # vLLM 0.15 has no such class and no way to send one: there the report travels inside the statistics.

@@ -6,8 +6,11 @@ are marked, and `verify` is their judge.
 
 import contextlib
 import logging
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from kvortex import Device, DriverError, Event, PinnedPool, Stream, TransferQueue
 from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
@@ -15,8 +18,7 @@ from kvortex.transfer import gather_pays, probe_layout
 
 logger = logging.getLogger("vllm.kvortex")
 
-SLICE_COPIES = 2048  # of a load, submitted at once: about 2 ms of the host's time
-SUBMITTING_SHARE = 0.5  # of a step's time at the most, while the GPU is busy with the step's forward
+FREE_JOB_MS = 1  # after so long the loads' thread looks whether the load that waits for a job is still wanted
 
 
 class HostCompute:
@@ -66,15 +68,15 @@ class Running:
 
     transfer: Transfer
     load: Load | None = None  # None: a save
-    jobs: list = field(default_factory=list)
-    submitted: int = 0  # blocks, from the first on; a load goes in slices
+    submission: Future = field(default_factory=Future)  # of its job, or of None if it was given up
+    is_unwanted: bool = False  # somebody else writes what it would load
     began: float = field(default_factory=time.perf_counter)
     is_captured: bool = False  # by `verify`, or there was no room for it
     check: object = None
 
-    @property
-    def is_submitted(self):
-        return self.submitted == len(self.transfer.slots)
+    def job(self):
+        """Its job, None if nothing is copied; waits until that is known."""
+        return None if self.submission.exception() else self.submission.result()
 
 
 class WorkerHalf:
@@ -90,18 +92,17 @@ class WorkerHalf:
 
     Notes
     -----
-    Called by the thread that runs the model. Nothing blocks the host but a synchronous load (on the CPU, and when all
-    jobs are taken), fences on the CPU, `drain` and `close`. The driver takes a microsecond for each piece, 65 ms for a
-    prompt of 32k tokens: loads are submitted while the GPU computes, and in slices, so that the next step need not wait
-    for that.
+    Called by the thread that runs the model. Nothing blocks the host but a synchronous load, fences on the CPU, `drain`
+    and `close`. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread of their own
+    submits loads, which no step waits for. A save is submitted between two steps, because it is of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
         self.device = self.pool = self.saver = self.loader = self.compute = self.layout = self.verifier = None
+        self.submitter = None
         self.running = {}  # by number, ascending
         self.aborted = set()
-        self.step_began, self.step_seconds = time.perf_counter(), 0.0
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
         self.next_chunk, self.has_failed = 1, False
@@ -130,9 +131,9 @@ class WorkerHalf:
             probe_layout(layout, queue)
             if engine.gather_ctas and gather_pays(layout, queue.direction):
                 queue.use_gather(layout, engine.gather_ctas)
-        loads = [row for row in layout.planner if row.direction == "H2D"]
-        copies = sum(row.num_groups * (row.rows if row.backend == "batch" else 1) for row in loads)
-        self.slice_blocks = max(1, SLICE_COPIES // copies)
+        self.wanted = SimpleQueue()  # loads, in the order in which they are submitted
+        self.submitter = threading.Thread(target=self.submit_loads, name="kvortex-loads", daemon=True)
+        self.submitter.start()
         if self.options.verify:
             from kvortex.integrations.vllm.verify import Verifier
 
@@ -142,14 +143,11 @@ class WorkerHalf:
 
     def begin(self, step):
         """Before the forward: it may overwrite blocks that are being copied."""
-        now = time.perf_counter()
-        self.step_seconds, self.step_began = now - self.step_began, now
         for number in step.fences:
             running = self.running.get(number)
             if running is not None:
+                running.is_unwanted = True  # a load that was aborted: vLLM 0.15 gives its blocks to another at once
                 self.order(running)  # the wait after a save
-                if not running.is_submitted:  # aborted, its blocks are another's: vLLM 0.15 does not wait for us
-                    running.transfer = cut(running.transfer, 0, running.submitted)
                 self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
         if step.loads:
             self.compute.mark()
@@ -157,13 +155,10 @@ class WorkerHalf:
     def start_loads(self, step):
         for load in step.loads:
             running = self.running[load.transfer.number] = Running(load.transfer, load)
+            self.wanted.put(running)
             if not self.options.load_async:
-                while not self.submit_slice(running, len(load.transfer.slots)):
-                    self.await_jobs(next(other for other in self.running.values() if other.load and other.jobs))
-                    self.retire()
                 self.order(running)  # the wait after a load
-                if running.jobs:  # else it failed
-                    self.capture(running)
+                self.capture(running)
 
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
@@ -179,60 +174,51 @@ class WorkerHalf:
             self.count(saves_dropped=len(step.save.slots))
             self.end(running, self.report.failed)
             return
-        running.jobs.append(job)
-        running.submitted = len(step.save.slots)
+        running.submission.set_result(job)
         self.capture(running)
 
-    def collect(self, finished_request_ids, has_forward):
-        """After the forward was launched: submit loads while it runs, and note which copies are over."""
-        loads = [running for running in self.running.values() if running.load]
+    def collect(self, finished_request_ids):
+        """Note which copies are over."""
         if not self.reports_aborted_loads and self.options.load_async:
-            self.aborted |= {running.load.request_id for running in loads} & set(finished_request_ids)
-        deadline = time.perf_counter() + SUBMITTING_SHARE * self.step_seconds
-        for running in loads:
-            free = True
-            while free and not running.is_submitted:
-                free = self.submit_slice(running, self.slice_blocks if has_forward else len(running.transfer.slots))
-                if has_forward and time.perf_counter() > deadline:
-                    free = False
-            if not free:
-                break
+            loads = {running.load.request_id for running in self.running.values() if running.load}
+            self.aborted |= loads & set(finished_request_ids)
         self.retire()
 
-    def submit_slice(self, running, most):
-        """Submit up to `most` further blocks of a load; False when every job is in flight."""
-        part = cut(running.transfer, running.submitted, running.submitted + most)
-        try:
-            job = self.submit(self.loader, part, self.compute.marked)  # the wait before a load
-        except DriverError as error:  # raised when no copy of this stream is in flight any more
-            self.fail(running, error)
-            return True
-        if job is None:
-            return False
-        running.jobs.append(job)
-        running.submitted += len(part.slots)
-        return True
+    def submit_loads(self):
+        """What the loads' thread does."""
+        before = None
+        while (running := self.wanted.get()) is not None:
+            job = None
+            try:
+                while job is None and not running.is_unwanted:
+                    job = self.submit(self.loader, running.transfer, self.compute.marked)  # the wait before a load
+                    if job is None:  # all are in flight, that of the load before it among them
+                        with contextlib.suppress(TimeoutError, DriverError):
+                            before.wait(FREE_JOB_MS)
+                running.submission.set_result(job)
+            except Exception as error:  # raised in `retire`
+                running.submission.set_exception(error)
+            before = job or before
 
     def order(self, running):
         """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
-        for job in running.jobs:
+        job = running.job()
+        if job is not None:
             with contextlib.suppress(DriverError):
                 self.compute.wait_for(job)
-
-    def await_jobs(self, running):
-        for job in running.jobs:
-            with contextlib.suppress(DriverError):
-                job.wait()
 
     def submit(self, queue, transfer, stream):
         return queue.submit(self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream)
 
     def retire(self):
         for running in list(self.running.values()):
-            if not running.is_submitted or not all(job.done() for job in running.jobs) or not self.verified(running):
+            if not running.submission.done():
                 continue
             try:
-                num_blocks = sum(job.num_blocks for job in running.jobs)
+                job = running.submission.result()  # raises what the loads' thread met
+                if job is not None and not (job.done() and self.verified(running)):
+                    continue
+                num_blocks = 0 if job is None else job.num_blocks
             except DriverError as error:
                 self.fail(running, error)
                 continue
@@ -247,7 +233,6 @@ class WorkerHalf:
         if not self.has_failed:  # once: when a device dies, every transfer fails
             logger.error("KVortex: a transfer failed, its blocks will be computed: %s", error)
         self.has_failed = True
-        running.submitted = len(running.transfer.slots)
         self.count(transfers_failed=1)
         if running.load is not None and running.load.request_id not in self.aborted:  # else they are another's by now
             self.load_errors.update(running.load.transfer.block_ids.tolist())
@@ -267,7 +252,7 @@ class WorkerHalf:
 
     def capture(self, running):
         """For `verify`: what the device holds of these blocks at this point of vLLM's stream."""
-        if self.verifier is not None and not running.is_captured:
+        if self.verifier is not None and not running.is_captured and running.job() is not None:
             running.is_captured = True
             running.check = self.verifier.capture(running.transfer.block_ids, running.transfer.slots)
 
@@ -318,21 +303,25 @@ class WorkerHalf:
     def drain(self):
         """Wait for every copy in flight: the memory they use is about to go."""
         for running in self.running.values():
-            self.await_jobs(running)
+            job = running.job()
+            if job is not None:
+                with contextlib.suppress(DriverError):
+                    job.wait()
 
     def close(self):
         """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
+        deadline = time.monotonic() + self.options.engine.shutdown_timeout_ms / 1000
+        for running in self.running.values():
+            running.is_unwanted = True
+        if self.submitter is not None:
+            self.wanted.put(None)
+            self.submitter.join(max(0, deadline - time.monotonic()))
         queues = [queue for queue in (self.saver, self.loader) if queue is not None]
         for queue in queues:
-            queue.close(self.options.engine.shutdown_timeout_ms)
+            queue.close(max(0, int(1000 * (deadline - time.monotonic()))))
         parts = [self.verifier, self.compute, self.pool, self.device]
         if any(queue.jobs_in_flight for queue in queues):
             parts = [self.verifier]
         for part in parts:
             if part is not None:
                 part.close()
-
-
-def cut(transfer, first, last):
-    """The blocks `first` to `last` of a transfer."""
-    return transfer._replace(slots=transfer.slots[first:last], block_ids=transfer.block_ids[first:last])
