@@ -190,6 +190,19 @@ def test_a_device_that_dies_with_copies_in_flight_serves_without_them(make_rig, 
     rig.require_clean()
 
 
+def test_what_a_failed_save_held_for_verify_is_let_go(make_rig, prompt, host):
+    rig = make_rig(extra={"verify": True})
+    part = rig.workers[0].worker
+    host.hold()
+    rig.add("first", prompt("p", 100))
+    rig.step()
+    assert part.verifier.bytes_held
+    host.kill(0, ILLEGAL_ADDRESS)
+    rig.run()
+    assert not part.verifier.bytes_held and not part.verifier.blocks_compared
+    rig.require_clean()
+
+
 # ---- more copies than jobs -------------------------------------------------------------------------------------------
 
 

@@ -89,7 +89,9 @@ class SchedulerHalf:
 
         Changes nothing in the index; a request that is asked about has no load any more. If its load failed, it
         computes, and at once: until then vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its
-        own too.
+        own too. One token is computed in any case: after a load between steps vLLM does that into the last block it
+        loaded, whole as it is, so that all of a prompt may come from here; not for that block alone, whose tokens are
+        computed sooner.
 
         None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
 
@@ -118,9 +120,12 @@ class SchedulerHalf:
         if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
-        limit = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # one token is left
+        num_hashes = len(request.block_hashes)
+        limit = min((request.num_tokens - 1) // self.shape.block_tokens, num_hashes)
         if rest or first >= limit or request.skip_reading_prefix_cache:
             return 0, False
+        if self.load_async:
+            limit = min(request.num_tokens // self.shape.block_tokens, num_hashes)
         if request.num_preemptions and not self.reload_preempted:
             return 0, False
         hashes = request.block_hashes[first:limit]

@@ -98,13 +98,17 @@ class Verifier:
             capture.future = self.threads.submit(self.mismatches, capture)
         if not capture.future.done():
             return None
-        self.bytes_held -= capture.content.nbytes
+        self.release(capture)
         wrong = capture.future.result()
         self.blocks_compared += len(capture.slots)
         self.blocks_wrong += len(wrong)
         if wrong:
             logger.error("KVortex verify: device blocks %s differ from their slots", wrong)
         return {"verify_blocks": len(capture.slots), "verify_mismatches": len(wrong)}
+
+    def release(self, capture):
+        """Make room: nobody will ask for the verdict any more."""
+        self.bytes_held -= capture.content.nbytes
 
     def mismatches(self, capture):
         """Device blocks whose slot holds something else."""

@@ -216,9 +216,11 @@ class WorkerHalf:
                 continue
             try:
                 job = running.submission.result()  # raises what the loads' thread met
-                if job is not None and not (job.done() and self.verified(running)):
+                if job is not None and not job.done():
                     continue
-                num_blocks = 0 if job is None else job.num_blocks
+                num_blocks = 0 if job is None else job.num_blocks  # raises what the copies met: nothing to verify then
+                if job is not None and not self.verified(running):
+                    continue
             except DriverError as error:
                 self.fail(running, error)
                 continue
@@ -234,6 +236,8 @@ class WorkerHalf:
             logger.error("KVortex: a transfer failed, its blocks will be computed: %s", error)
         self.has_failed = True
         self.count(transfers_failed=1)
+        if running.check is not None:
+            self.verifier.release(running.check)
         if running.load is not None and running.load.request_id not in self.aborted:  # else they are another's by now
             self.load_errors.update(running.load.transfer.block_ids.tolist())
         self.end(running, self.report.failed)
