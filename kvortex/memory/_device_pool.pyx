@@ -491,7 +491,7 @@ cdef class PooledBuffer(DeviceBuffer):
         self.start = 0  # taken under the GIL, so that nobody frees it twice
         if start != 0 and (not self.shown or self.device.is_host or wait_for_device(self.device)):
             self.pool.give(start, self.nbytes, self.stream.stream)
-        # else: a capture or a dead context forbids to wait, and memory that may be in use is nobody's to reuse
+        # else: a dead context forbids to wait, and memory that may be in use is nobody's to reuse
 
     cdef void rest(self) noexcept:
         self.pool.resting += ((self.stream, self.born, self.lent),)

@@ -334,7 +334,7 @@ class Engine:
             while self.worker_half.running:
                 assert time.monotonic() < deadline, f"transfers that do not end: {self.worker_half.running}"
                 self.worker_half.drain()
-                self.worker_half.collect((), False)
+                self.worker_half.collect(())
                 time.sleep(0.001)
 
     def counters(self):

@@ -96,10 +96,14 @@ def plain(runs):
     return runs("plain")
 
 
-def whole_blocks(num_tokens):
-    """Tokens of a prompt that may come from a cache: whole blocks, and one token is left to compute."""
+def from_host(num_tokens, load="async"):
+    """Tokens of a prompt that may come from host memory: whole blocks. A token is left to compute, for which a load
+    inside a step leaves a block out; after one between steps vLLM computes it anew, and before 0.16 counts it so.
+    """
     size = BLOCK_TOKENS[VERSION]
-    return (num_tokens - 1) // size * size
+    if load == "sync":
+        return (num_tokens - 1) // size * size
+    return min(num_tokens // size * size, num_tokens - (VERSION == "0.15.1"))
 
 
 # ---- back from the host ----------------------------------------------------------------------------------------------
@@ -127,14 +131,14 @@ def test_kv_back_from_the_host_gives_the_same_tokens(plain, offloaded):
     restore = offloaded["restore"]
     assert restore["cold"] == {"tokens": plain["restore"]["cold"]["tokens"], "cached": [0, 0, 0]}
     assert restore["back"]["tokens"] == restore["cold"]["tokens"]
-    assert restore["back"]["cached"] == [whole_blocks(length) for length in restore["lengths"]]
+    assert restore["back"]["cached"] == [from_host(length, offloaded["load"]) for length in restore["lengths"]]
 
 
 def test_generated_kv_comes_back_too_but_for_the_last_token(plain, offloaded):
     restore = offloaded["restore"]
     assert restore["follow_up_back"]["tokens"] == plain["restore"]["follow_up_cold"]["tokens"]
-    # A follow-up is a prompt with all that came of it, and the last token of that has no KV.
-    assert restore["follow_up_back"]["cached"] == [whole_blocks(length + 40) for length in restore["lengths"]]
+    # A follow-up is a prompt with all that came of it, and the last token of that has no KV: its block is not there.
+    assert restore["follow_up_back"]["cached"] == [from_host(length + 40, "sync") for length in restore["lengths"]]
 
 
 def test_after_a_reset_of_the_connector_nothing_hits(offloaded):
@@ -195,7 +199,7 @@ def test_by_its_name_alone_and_with_the_engine_in_a_process_of_its_own(plain, ru
     restore = runs("other process")
     assert restore["back"] == {
         "tokens": plain["restore"]["cold"]["tokens"],
-        "cached": [whole_blocks(length) for length in restore["lengths"]],
+        "cached": [from_host(length) for length in restore["lengths"]],
     }
     assert restore["cold_again"]["cached"] == [0, 0, 0]
 
