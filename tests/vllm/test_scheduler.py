@@ -32,7 +32,7 @@ def test_a_prompt_seen_before_comes_from_host_memory(make_rig, prompt, load_asyn
 
 
 def test_of_a_whole_prompt_in_host_memory_one_token_is_computed(make_rig, prompt, load_async):
-    """One block, where the load is inside the step: vLLM computes at least one token, and only whole blocks are loaded."""
+    """Where the load is inside the step, a block is: vLLM computes at least one token, and we load whole blocks."""
     rig = make_rig(load_async=load_async)
     rig.serve("first", prompt("p", 96), 20)
     rig.forget_device()
