@@ -617,6 +617,7 @@ cdef class DeviceArena(DeviceBuffer):
         """Free the memory, after all work of the device, for which this blocks (GIL released). Idempotent.
 
         Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go.
+        Where the device has not a byte left, no stream of it may be capturing a graph, or the memory stays taken.
         """
         DeviceBuffer.close(self)
 

@@ -160,21 +160,30 @@ class Rig:
 
     def add(self, request_id, tokens, max_tokens=2, **more):
         """A new request; `more` goes to vLLM's `Request`."""
+        request = self.make_request(request_id, tokens, max_tokens, **more)
+        self.requests[request_id], self.truths[request_id] = request, Truth(tokens)
+        self.scheduler.add_request(request)
+        return request
+
+    def make_request(self, request_id, tokens, max_tokens, **more):
         parameters = SamplingParams(max_tokens=max_tokens, ignore_eos=True, **more.pop("sampling", {}))
         try:
             parameters.update_from_generation_config({}, 2)
         except TypeError:
             parameters.update_from_generation_config({})
-        request = Request(
+        return Request(
             **known(
                 Request.__init__, request_id=request_id, prompt_token_ids=list(tokens), sampling_params=parameters,
                 pooling_params=None, eos_token_id=2, block_hasher=self.hash_blocks,
             ),
             **more,
         )  # fmt: skip
-        self.requests[request_id], self.truths[request_id] = request, Truth(tokens)
-        self.scheduler.add_request(request)
-        return request
+
+    def add_to_session(self, request_id, kept, tokens, max_tokens):
+        """More tokens of a streaming session, behind those of its tokens that it keeps."""
+        more = self.make_request(request_id, tokens, max_tokens, resumable=True)
+        self.truths[request_id] = Truth([*kept, *tokens])
+        self.scheduler.add_request(more)
 
     def abort(self, request_id):
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import pytest
 from vllm.v1.request import RequestStatus
 
+from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
+
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 
 
@@ -258,6 +260,47 @@ def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt):
     go_on.set()
     rig.run()
     assert rig.computed_at_first["second"] == 96
+    rig.require_clean()
+
+
+def test_a_load_that_finds_no_job_is_submitted_later_even_if_none_is_in_flight(make_rig, prompt):
+    """A job's list of slots grows to the largest batch, for which there may be no memory at that moment."""
+    rig = make_rig()
+    rig.serve("first", prompt("p", 96))
+    rig.forget_device()
+    part = rig.workers[0].worker
+    submit, refusals = part.submit, [None, None]
+    part.submit = lambda queue, *more: refusals.pop() if queue is part.loader and refusals else submit(queue, *more)
+    assert rig.serve("second", prompt("p", 96)) == 95
+    rig.require_clean()
+
+
+def test_no_step_waits_for_the_loads_before_an_aborted_one(make_rig, prompt):
+    """vLLM 0.15 gives its blocks to another at once, later versions when it is told that the load is over."""
+    rig = make_rig(num_blocks=25)
+    for name in "abc":
+        rig.serve(name, prompt(name, 100))
+    rig.forget_device()
+    part, go_on = rig.workers[0].worker, threading.Event()
+    submit = part.submit
+
+    def submit_slowly(queue, *more):
+        if queue is part.loader:
+            assert go_on.wait(20)
+        return submit(queue, *more)
+
+    part.submit = submit_slowly
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 100))
+    rig.step()
+    assert len(part.running) == 3
+    rig.abort("c again")
+    rig.add("other", prompt("q", 20 if keeps_blocks_of_aborted_loads() else 130), 10)
+    while len(rig.outputs("other")) < 5:
+        rig.step()
+    go_on.set()
+    rig.run()
+    assert [rig.computed_at_first[name + " again"] for name in "ab"] == [96, 96]
     rig.require_clean()
 
 

@@ -3,8 +3,12 @@
 Every test ends with `require_clean`: no token was read wrong, nothing is left pinned, written or in flight.
 """
 
+from importlib.util import find_spec
+
 import pytest
 from rig import BLOCK_TOKENS
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 
@@ -47,6 +51,68 @@ def test_the_last_block_alone_is_not_worth_a_load(make_rig, prompt, load_async):
     assert rig.serve("second", prompt("p", 96)) == 80  # by vLLM's own prefix cache
     assert rig.half.blocks_matched == matched
     rig.require_clean()
+
+
+def test_the_last_block_alone_is_not_worth_waiting_for_its_save(make_rig, prompt, host):
+    rig = make_rig()
+    rig.serve("first", prompt("p", 80))
+    host.hold()
+    rig.add("writer", prompt("p", 96), 1)
+    rig.step_until_served()
+    assert len(rig.half.writing) == 1 and rig.scheduler.reset_prefix_cache()
+    rig.add("second", prompt("p", 96), 1)
+    rig.step()
+    assert list(rig.half.loading) == ["second"]
+    host.release()
+    rig.run()
+    assert rig.computed_at_first["second"] == 80
+    rig.require_clean()
+
+
+@pytest.mark.skipif(
+    not find_spec("vllm.distributed.aux_output_connector"), reason="vLLM keeps such outputs from 0.33 on"
+)
+def test_where_outputs_are_kept_beside_the_kv_a_token_is_left(make_rig, prompt):
+    """There vLLM refuses a hit that leaves none."""
+    from vllm.config.aux_output import AuxOutputConfig
+    from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector
+
+    class WithoutWorkers(AuxOutputSchedulerConnector):
+        def build_connector_meta(self, *args):
+            return None
+
+        def take_output(self, *args):
+            return None
+
+    rig = make_rig()
+    rig.config.aux_output_config = AuxOutputConfig(enable_return_routed_experts=True)
+    rig.connector = KVConnectorFactory.create_connector(rig.config, KVConnectorRole.SCHEDULER, rig.cache_config)
+    rig.scheduler.connector = rig.connector
+    rig.scheduler.aux_output_connector = WithoutWorkers(rig.scheduler.kv_cache_manager, rig.connector)
+    for count, hits in ((96, 80), (97, 96)):
+        rig.serve(f"first {count}", prompt(str(count), count))
+        rig.run()
+        rig.scheduler.kv_cache_manager.block_pool.reset_prefix_cache()
+        assert rig.serve(f"second {count}", prompt(str(count), count)) == hits
+    rig.require_clean()
+
+
+def test_a_session_loads_nothing(make_rig, prompt):
+    """Up to vLLM 0.31 its hashes keep a token that it has dropped: another request's block would be found by it."""
+    rig = make_rig()
+    rig.serve("plain", prompt("p", 90), 8)
+    rig.forget_device()
+    tokens = rig.truths["plain"].tokens
+    session = rig.add("session", prompt("p", 90), 6, resumable=True)
+    while session.status.name != "WAITING_FOR_STREAMING_REQ":
+        rig.step()
+    rig.add_to_session("session", tokens[:95], [(tokens[95] + 5) % 990 + 3], 4)
+    rig.step()
+    rig.scheduler.reset_prefix_cache(reset_running_requests=True)  # of the device alone
+    matched = rig.half.blocks_matched
+    for _ in range(20):
+        rig.step()
+    assert rig.half.blocks_matched == matched and not rig.wrong_tokens and rig.read_tokens
 
 
 def test_what_the_device_has_is_not_loaded(make_rig, prompt, load_async):

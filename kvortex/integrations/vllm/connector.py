@@ -89,6 +89,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 shape,
                 load_async=options.load_async,
                 save_late=vllm_config.speculative_config is not None and not saves_after_drafting(),
+                whole_prompts=not getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False),
                 reload_preempted=HAS_WORKER_METADATA,
                 events=events is not None and events.enable_kv_cache_events,
             )

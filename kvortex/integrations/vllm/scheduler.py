@@ -47,6 +47,9 @@ class SchedulerHalf:
         Whether requests wait for their load between steps or inside one.
     save_late : bool, default False
         Save what earlier steps wrote, not what this one writes: a drafter has yet to write its part of it.
+    whole_prompts : bool, default True
+        Whether all of a prompt may be loaded between steps. Not where vLLM 0.33 keeps outputs beside the KV: it refuses
+        hits that leave no token.
     reload_preempted : bool, default True
         Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
         such a load fails: it looks only at blocks that were computed when the request ran first.
@@ -59,8 +62,9 @@ class SchedulerHalf:
     its load was decided until every rank has reported that one.
     """
 
-    def __init__(self, shape, *, load_async, save_late=False, reload_preempted=True, events=False):
+    def __init__(self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, events=False):
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
+        self.whole_prompts = whole_prompts and load_async
         self.reload_preempted = reload_preempted or load_async
         self.index = BlockIndex(shape.num_slots)
         self.index.add_slots(*shape.chunk(0))
@@ -95,7 +99,7 @@ class SchedulerHalf:
 
         None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
 
-        * the next block is just being saved, and waiting for it costs less than computing it;
+        * the next block is just being saved, and waiting for it costs less than computing it and what follows;
         * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
           load of its own would end no earlier, because loads are done one after the other. Once that has landed, vLLM
           goes on with it before it asks, but for one with less priority (before 0.32), which may have to wait long;
@@ -120,17 +124,15 @@ class SchedulerHalf:
         if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
             return None, False
         first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
-        num_hashes = len(request.block_hashes)
-        limit = min((request.num_tokens - 1) // self.shape.block_tokens, num_hashes)
-        if rest or first >= limit or request.skip_reading_prefix_cache:
+        least = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # a token is left
+        most = (request.num_tokens if self.whole_prompts else request.num_tokens - 1) // self.shape.block_tokens
+        if rest or first >= least or request.skip_reading_prefix_cache or is_session(request):
             return 0, False
-        if self.load_async:
-            limit = min(request.num_tokens // self.shape.block_tokens, num_hashes)
         if request.num_preemptions and not self.reload_preempted:
             return 0, False
-        hashes = request.block_hashes[first:limit]
+        hashes = request.block_hashes[first:most]
         _, leading = self.index.lookup(as_keys(hashes))
-        if leading < len(hashes) and hashes[leading] in self.writing:
+        if first + leading < least and leading < len(hashes) and hashes[leading] in self.writing:
             return None, False
         load_async = self.load_async and leading > 0
         if load_async and self.loading:

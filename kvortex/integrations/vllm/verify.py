@@ -107,7 +107,7 @@ class Verifier:
         return {"verify_blocks": len(capture.slots), "verify_mismatches": len(wrong)}
 
     def release(self, capture):
-        """Make room: nobody will ask for the verdict any more."""
+        """Make room: what was captured is no longer needed."""
         self.bytes_held -= capture.content.nbytes
 
     def mismatches(self, capture):

@@ -18,7 +18,7 @@ from kvortex.transfer import gather_pays, probe_layout
 
 logger = logging.getLogger("vllm.kvortex")
 
-FREE_JOB_MS = 1  # after so long the loads' thread looks whether the load that waits for a job is still wanted
+FREE_JOB_SECONDS = 0.001  # after which a load that found no job looks for one again, and whether it is still wanted
 
 
 class HostCompute:
@@ -68,7 +68,7 @@ class Running:
 
     transfer: Transfer
     load: Load | None = None  # None: a save
-    submission: Future = field(default_factory=Future)  # of its job, or of None if it was given up
+    submission: Future = field(default_factory=Future)  # of its job; None, or cancelled: it was given up
     is_unwanted: bool = False  # somebody else writes what it would load
     began: float = field(default_factory=time.perf_counter)
     is_captured: bool = False  # by `verify`, or there was no room for it
@@ -76,7 +76,14 @@ class Running:
 
     def job(self):
         """Its job, None if nothing is copied; waits until that is known."""
-        return None if self.submission.exception() else self.submission.result()
+        if self.submission.cancelled() or self.submission.exception():
+            return None
+        return self.submission.result()
+
+    def give_up(self):
+        """Submit it no more; True if that is certain, False if its thread is at it or it is submitted."""
+        self.is_unwanted = True
+        return self.submission.cancel()
 
 
 class WorkerHalf:
@@ -92,15 +99,16 @@ class WorkerHalf:
 
     Notes
     -----
-    Called by the thread that runs the model. Nothing blocks the host but a synchronous load, fences on the CPU, `drain`
-    and `close`. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread of their own
-    submits loads, which no step waits for. A save is submitted between two steps, because it is of what the last wrote.
+    Called by the thread that runs the model. Nothing blocks the host but a synchronous load, a fence on a load that is
+    just being submitted, fences on the CPU, `drain` and `close`. The driver takes a microsecond for each piece, 65 ms
+    for a prompt of 32k tokens: a thread of their own submits loads, which no step waits for. A save is submitted
+    between two steps, because it is of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
         self.device = self.pool = self.saver = self.loader = self.compute = self.layout = self.verifier = None
-        self.submitter = None
+        self.wanted, self.submitter = SimpleQueue(), None  # loads, in the order in which they are submitted
         self.running = {}  # by number, ascending
         self.aborted = set()
         self.received, self.load_errors = set(), set()
@@ -131,7 +139,6 @@ class WorkerHalf:
             probe_layout(layout, queue)
             if engine.gather_ctas and gather_pays(layout, queue.direction):
                 queue.use_gather(layout, engine.gather_ctas)
-        self.wanted = SimpleQueue()  # loads, in the order in which they are submitted
         self.submitter = threading.Thread(target=self.submit_loads, name="kvortex-loads", daemon=True)
         self.submitter.start()
         if self.options.verify:
@@ -145,10 +152,10 @@ class WorkerHalf:
         """Before the forward: it may overwrite blocks that are being copied."""
         for number in step.fences:
             running = self.running.get(number)
-            if running is not None:
-                running.is_unwanted = True  # a load that was aborted: vLLM 0.15 gives its blocks to another at once
-                self.order(running)  # the wait after a save
-                self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
+            if running is None or (running.load and running.give_up()):  # aborted: vLLM 0.15 gives its blocks away
+                continue
+            self.order(running)  # the wait after a save
+            self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
         if step.loads:
             self.compute.mark()
 
@@ -186,19 +193,19 @@ class WorkerHalf:
 
     def submit_loads(self):
         """What the loads' thread does."""
-        before = None
         while (running := self.wanted.get()) is not None:
+            if not running.submission.set_running_or_notify_cancel():
+                continue
             job = None
             try:
                 while job is None and not running.is_unwanted:
                     job = self.submit(self.loader, running.transfer, self.compute.marked)  # the wait before a load
-                    if job is None:  # all are in flight, that of the load before it among them
-                        with contextlib.suppress(TimeoutError, DriverError):
-                            before.wait(FREE_JOB_MS)
+                    if job is None:  # all are in flight
+                        self.loader.poll()
+                        time.sleep(FREE_JOB_SECONDS)
                 running.submission.set_result(job)
             except Exception as error:  # raised in `retire`
                 running.submission.set_exception(error)
-            before = job or before
 
     def order(self, running):
         """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
@@ -215,12 +222,14 @@ class WorkerHalf:
             if not running.submission.done():
                 continue
             try:
-                job = running.submission.result()  # raises what the loads' thread met
-                if job is not None and not job.done():
-                    continue
-                num_blocks = 0 if job is None else job.num_blocks  # raises what the copies met: nothing to verify then
-                if job is not None and not self.verified(running):
-                    continue
+                job = None if running.submission.cancelled() else running.submission.result()  # or what its thread met
+                num_blocks = 0
+                if job is not None:
+                    if not job.done():
+                        continue
+                    num_blocks = job.num_blocks  # raises what the copies met: nothing to verify then
+                    if not self.verified(running):
+                        continue
             except DriverError as error:
                 self.fail(running, error)
                 continue
@@ -316,7 +325,7 @@ class WorkerHalf:
         """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
         deadline = time.monotonic() + self.options.engine.shutdown_timeout_ms / 1000
         for running in self.running.values():
-            running.is_unwanted = True
+            running.give_up()
         if self.submitter is not None:
             self.wanted.put(None)
             self.submitter.join(max(0, deadline - time.monotonic()))
