@@ -132,7 +132,7 @@ class SchedulerHalf:
             return 0, False
         hashes = request.block_hashes[first:most]
         _, leading = self.index.lookup(as_keys(hashes))
-        if first + leading < least and leading < len(hashes) and hashes[leading] in self.writing:
+        if first + leading < least and hashes[leading] in self.writing:
             return None, False
         load_async = self.load_async and leading > 0
         if load_async and self.loading:
