@@ -63,7 +63,7 @@ class LooksLanded:
     def done(self):
         return True
 
-    def wait(self, timeout_ms=None):
+    def wait(self):
         pass
 
     def wait_on(self, stream):
