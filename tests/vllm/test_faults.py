@@ -1,11 +1,13 @@
 """Copies that the driver refuses, and more copies than there are jobs: a miss, never a wrong token, never a leak."""
 
 import threading
+from concurrent.futures import wait
 from contextlib import contextmanager
 
 import pytest
 from vllm.v1.request import RequestStatus
 
+from kvortex.integrations.vllm import worker
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
@@ -14,7 +16,7 @@ OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
 @contextmanager
 def refused(host, rig, direction, rank=0):
     """Let the driver refuse every save or every load of one rank; yields the list of those."""
-    parts, one_at_a_time, seen = [worker.worker for worker in rig.workers], threading.Lock(), []
+    parts, one_at_a_time, seen = [half.worker for half in rig.workers], threading.Lock(), []
 
     def wrapped(part):
         submit = part.submit
@@ -260,6 +262,40 @@ def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt):
     go_on.set()
     rig.run()
     assert rig.computed_at_first["second"] == 96
+    rig.require_clean()
+
+
+def test_a_step_that_computes_nothing_leaves_its_time_to_the_loads_thread(make_rig, prompt, monkeypatch):
+    """Or it would step again at once, and keep the GIL from the thread that it waits for."""
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    part, go_on, waited_for = rig.workers[0].worker, threading.Event(), []
+    submit = part.submit
+
+    def submit_slowly(queue, *more):
+        assert queue is not part.loader or go_on.wait(20)
+        return submit(queue, *more)
+
+    def noted(submissions, *more):
+        waited_for.extend(submissions)
+        return wait(submissions, *more)
+
+    part.submit = submit_slowly
+    monkeypatch.setattr(worker, "wait", noted)
+    rig.add("second", prompt("p", 100))
+    for count in range(1, 4):
+        rig.step()
+        assert len(waited_for) == count
+    rig.add("other", prompt("q", 40), 5)
+    rig.step()
+    assert len(waited_for) == 3  # there is a forward, and others wait for its tokens
+    go_on.set()
+    rig.run()
+    waited_for.clear()
+    rig.add("third", prompt("r", 20))
+    rig.run()
+    assert not waited_for
     rig.require_clean()
 
 

@@ -33,11 +33,14 @@ class StepMetadata(base.KVConnectorMetadata):
     loads : list of Load
     save : Transfer or None
         Blocks whose last token this step's forward writes, or an earlier one wrote.
+    is_idle : bool
+        The step computes nothing.
     """
 
     fences: list = field(default_factory=list)
     loads: list = field(default_factory=list)
     save: Transfer | None = None
+    is_idle: bool = False
 
 
 # vLLM 0.15 has no such class and no way to send one: there the report travels inside the statistics.

@@ -245,9 +245,9 @@ class SchedulerHalf:
                     hashes += state.request.block_hashes[state.num_offered : full]
                     sources += state.block_ids[state.num_offered : full]
                 state.num_offered = full
-        step = StepMetadata(sorted(self.fences), self.loads)
-        self.fences, self.loads, self.no_room = set(), [], False
         self.idle = not output.num_scheduled_tokens
+        step = StepMetadata(sorted(self.fences), self.loads, is_idle=self.idle)
+        self.fences, self.loads, self.no_room = set(), [], False
         step.save = self.save(hashes, sources) if hashes else None
         return step
 
