@@ -1,12 +1,13 @@
 """Four faults of order, one for each wait that `WorkerHalf` must make; `verify` has to notice every one on a GPU.
 
 On a CPU vLLM's work is over before a copy is asked for, so that a wait left out before a copy does no harm. The waits
-after a copy are missed there too, when the copies of the host driver run late. On an H100 each one showed with
+after a copy are missed there too, when the copies of the host driver run late. On a GPU each one shows with
 
-    python tests/vllm/engine_run.py stress --size heavy --short 0.9 --device-gib 2 --host-gib 12 --verify --graphs \\
-        --mutant after-save
+    python tests/vllm/engine_run.py stress --verify --graphs --seconds 30 --mutant ... and, for
 
-but before-load, which needs saves that are late: ``--device-gib 1.1 --host-gib 8 --busy-link`` instead.
+    before-save               --size small --device-gib 0.5 --host-gib 4: saves begin at once, while the forward writes
+    after-save, before-load   --size heavy --short 0.9 --device-gib 1.1 --host-gib 8 --busy-link: saves are late
+    after-load                --size heavy --short 0.9 --device-gib 2 --host-gib 12
 """
 
 from kvortex import Stream
