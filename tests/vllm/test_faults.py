@@ -1,8 +1,9 @@
 """Copies that the driver refuses, and more copies than there are jobs: a miss, never a wrong token, never a leak."""
 
 import threading
-from concurrent.futures import wait
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from vllm.v1.request import RequestStatus
@@ -265,37 +266,37 @@ def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt):
     rig.require_clean()
 
 
-def test_a_step_that_computes_nothing_leaves_its_time_to_the_loads_thread(make_rig, prompt, monkeypatch):
+def test_a_step_that_computes_nothing_leaves_a_moment_to_other_threads(make_rig, prompt, monkeypatch):
     """Or it would step again at once, and keep the GIL from the thread that it waits for."""
     rig = make_rig()
     rig.serve("first", prompt("p", 100))
     rig.forget_device()
-    part, go_on, waited_for = rig.workers[0].worker, threading.Event(), []
+    part, go_on, model_thread, naps = rig.workers[0].worker, threading.Event(), threading.get_ident(), []
     submit = part.submit
 
     def submit_slowly(queue, *more):
         assert queue is not part.loader or go_on.wait(20)
         return submit(queue, *more)
 
-    def noted(submissions, *more):
-        waited_for.extend(submissions)
-        return wait(submissions, *more)
+    def sleep(seconds):
+        if threading.get_ident() == model_thread:
+            naps.append(seconds)
+        time.sleep(seconds)
 
     part.submit = submit_slowly
-    monkeypatch.setattr(worker, "wait", noted)
+    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
     rig.add("second", prompt("p", 100))
     for count in range(1, 4):
         rig.step()
-        assert len(waited_for) == count
+        assert len(naps) == count and 50e-6 <= naps[-1] <= 1e-3
     rig.add("other", prompt("q", 40), 5)
     rig.step()
-    assert len(waited_for) == 3  # there is a forward, and others wait for its tokens
+    assert len(naps) == 3  # there is a forward, and others wait for its tokens
     go_on.set()
     rig.run()
-    waited_for.clear()
-    rig.add("third", prompt("r", 20))
-    rig.run()
-    assert not waited_for
+    naps.clear()
+    rig.step()
+    assert not naps  # nothing is under way
     rig.require_clean()
 
 

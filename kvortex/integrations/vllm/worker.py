@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
@@ -19,7 +19,7 @@ from kvortex.transfer import gather_pays, probe_layout
 logger = logging.getLogger("vllm.kvortex")
 
 FREE_JOB_SECONDS = 0.001  # after which a load that found no job looks for one again, and whether it is still wanted
-IDLE_SECONDS = 0.001  # that a step which computes nothing leaves to the loads' thread
+IDLE_SECONDS = 0.0002  # that a step which computes nothing leaves to other threads
 
 
 class HostCompute:
@@ -101,9 +101,9 @@ class WorkerHalf:
     Notes
     -----
     Called by the thread that runs the model. Nothing blocks the host but a synchronous load, a fence on a load that is
-    just being submitted, fences on the CPU, `drain` and `close`. The driver takes a microsecond for each piece, 65 ms
-    for a prompt of 32k tokens: a thread of their own submits loads, which no step waits for that has a forward. A save
-    is submitted between two steps, because it is of what the last wrote.
+    just being submitted, fences on the CPU, `drain` and `close`, and a nap in steps that compute nothing. The driver
+    takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread of their own submits loads, which no
+    step waits for. A save is submitted between two steps, because it is of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
@@ -167,11 +167,10 @@ class WorkerHalf:
             if not self.options.load_async:
                 self.order(running)  # the wait after a load
                 self.capture(running)
-        submissions = [running.submission for running in self.running.values() if not running.submission.done()]
-        if step.is_idle and submissions:
-            # Nothing to do but to step again, and a thread that lets go of the GIL for moments only keeps all others
-            # from it, for tenths of a second at times: the loads' thread would not get to its submissions.
-            wait(submissions, IDLE_SECONDS, FIRST_COMPLETED)
+        if step.is_idle and self.running:
+            # Nothing to do but to step again, and a thread that lets go of the GIL for moments only keeps others from
+            # it, for seconds at times: the loads' thread and the judges of `verify`.
+            time.sleep(IDLE_SECONDS)
 
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
