@@ -183,6 +183,7 @@ cdef extern from "kvortex/list.h" nogil:
     uint32_t kv_list_before(const kv_entry *entries, uint32_t entry)
     void kv_list_prefetch_neighbours(const kv_entry *entries, uint32_t entry)
     void kv_list_unlink(kv_entry *entries, uint32_t entry)
+    void kv_list_link_after(kv_entry *entries, uint32_t prev, uint32_t entry)
     void kv_list_push_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
     void kv_list_push_last(kv_entry *entries, uint32_t sentinel, uint32_t entry)
     void kv_list_move_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)

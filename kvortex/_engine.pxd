@@ -69,7 +69,8 @@ cdef class EngineCore:
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream)
     cdef void give_loans_back(self) noexcept
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses)
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses,
+                 const uint8_t[:, ::1] after)
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
     cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
                     const char **call) noexcept nogil

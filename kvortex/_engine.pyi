@@ -40,6 +40,7 @@ class EngineCore:
         data_ptrs: ArrayLike | Sequence[Any] | None = None,
         sizes: ArrayLike | None = None,
         stream: Any = None,
+        after: NDArray[np.uint8] | None = None,
     ) -> Job: ...
     def load_blocks(
         self,

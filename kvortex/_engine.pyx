@@ -94,7 +94,7 @@ cdef class EngineCore:
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
-    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None):
+    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, after=None):
         """Copy device blocks into the pool; returns once the copies are submitted.
 
         The copies wait on the device for `stream` as it stands at the call. The source must not be overwritten before
@@ -114,6 +114,11 @@ cdef class EngineCore:
         stream : int or stream object
             Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and is
             ready.
+        after : uint8 array (m, 32), optional
+            The keys that these blocks continue, from the first block of the prefix on: ``keys[:n]`` where ``keys[n:]``
+            is saved. What is in RAM of them and of `keys` becomes most recently used and is not evicted for a later
+            block of the prefix: where the pool is smaller than the prompt, its tail gets FULL and its head stays.
+            Without `after` a prompt longer than the pool evicts its own head.
 
         Returns
         -------
@@ -137,14 +142,16 @@ cdef class EngineCore:
         device blocks, and, when the driver refused, until the copies already issued are over.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef const uint8_t[:, ::1] rows = as_keys(keys), before
+        if after is not None:
+            before = as_keys(after)
         # What runs Python code comes before the call is counted: a signal handler in it may shut the engine down.
         self.require_open()
         source = self.source_of(D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
         self.enter_call()
         try:
-            return self.run(D2H, rows, source, stream, statuses)
+            return self.run(D2H, rows, source, stream, statuses, before)
         finally:
             self.calls -= 1
 
@@ -185,7 +192,7 @@ cdef class EngineCore:
                     twice = self.names_block_twice(&source.block_ids[0], rows.shape[0])
                 if twice:
                     raise ValueError("block_ids names a target twice; each target of a load must be its own block")
-            return self.run(H2D, rows, source, stream, None)
+            return self.run(H2D, rows, source, stream, None, None)
         finally:
             self.calls -= 1
 
@@ -435,10 +442,17 @@ cdef class EngineCore:
             raise ValueError(f"{n} keys but {named} blocks; they must pair up")
         return source
 
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses):
-        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses,
+                 const uint8_t[:, ::1] after):
+        """Reserve (`after` is the run that the keys continue, or None) or acquire, submit, and hand out the job.
+
+        What was reserved or acquired is undone when that fails.
+        """
         cdef size_t n = keys.shape[0], moved, index
         cdef uint8_t[::1] status
+        cdef bint chained = after is not None
+        cdef const uint8_t *before = &after[0, 0] if chained and after.shape[0] else NULL
+        cdef size_t num_before = after.shape[0] if chained else 0
         cdef const char *call = NULL
         cdef void *caller = NULL
         cdef JobRecord *record_of_job
@@ -489,7 +503,7 @@ cdef class EngineCore:
         with nogil:
             if direction == D2H:
                 moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
-                                                record_of_job.slots, &status[0])
+                                                record_of_job.slots, &status[0], chained, before, num_before)
                 source.keep(record_of_job.slots, n)
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,

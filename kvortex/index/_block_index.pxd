@@ -36,8 +36,11 @@ cdef class BlockIndex:
     # slots[i] is NO_SLOT where no slot was given, and is passed over where slots are handed back. None of them touches
     # a device or Python; each takes the index's mutex once for the batch (lookup_keys takes none). A slot handed back
     # in the wrong state aborts the process: going on would serve wrong bytes.
+    # -> how many are NEW. `chained`: the keys continue `after`, num_after * 32 bytes that may be none. `stops` (may be
+    # NULL) has the slot at which eviction for each key ends.
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
-                             uint32_t *slots, uint8_t *statuses) noexcept nogil          # -> how many are NEW
+                             uint32_t *slots, uint8_t *statuses, bint chained=*, const uint8_t *after=*,
+                             size_t num_after=*, const uint32_t *stops=*) noexcept nogil
     # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not.
     cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*) noexcept nogil
     cdef void abort_slots(self, const uint32_t *slots, size_t n) noexcept nogil
@@ -48,6 +51,8 @@ cdef class BlockIndex:
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
     # Tail-first; -> how many are READY; mask (may be NULL) tells which.
     cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=*) noexcept nogil
+    # slots[i] is NO_SLOT where the key is not there, READY or being written.
+    cdef void find_keys(self, const uint8_t *keys, size_t n, uint32_t *slots) noexcept nogil
     cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil   # -> how many were there
     cdef size_t evict_slots(self, size_t n) noexcept nogil                                # coldest n; -> how many went
     cdef void clear_all(self) noexcept nogil
@@ -58,7 +63,8 @@ cdef class BlockIndex:
     cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil
     cdef uint64_t hash_of(self, uint32_t slot) noexcept nogil
     cdef uint32_t find(self, const uint8_t *key, uint64_t hash) noexcept nogil
-    cdef uint32_t take_slot(self) noexcept nogil
+    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too) noexcept nogil
+    cdef size_t touch_locked(self, const uint8_t *keys, size_t n, uint8_t *mask, uint32_t *coldest) noexcept nogil
     cdef void free_slot(self, uint32_t slot) noexcept nogil
     cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil

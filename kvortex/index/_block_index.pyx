@@ -144,12 +144,12 @@ cdef class BlockIndex:
 
     # --- Writing ------------------------------------------------------------------------------------------------
 
-    def reserve(self, keys, lengths):
+    def reserve(self, keys, lengths, *, after=None, stops=None):
         """Ask for a slot for each key that is not there yet.
 
-        A free slot is taken, else the least recently used block that is not pinned is evicted; where there is none
-        the answer is FULL. A key that is PRESENT becomes the most recently used; a batch that needs every slot there is
-        may still evict it later on. A key that is READY with another length is discarded and reserved anew (its bytes
+        A free slot is taken, else the least recently used block that is not pinned is evicted; where there is none the
+        answer is FULL. Keys that are PRESENT become the most recently used, the first of them most of all, and no later
+        key of the batch evicts them. A key that is READY with another length is discarded and reserved anew (its bytes
         would serve nobody who asks for this length), or PENDING while it is pinned. A key that occurs twice in the
         batch is PENDING the second time.
 
@@ -158,6 +158,14 @@ cdef class BlockIndex:
         keys : (n, 32) uint8 array
         lengths : int or (n,) array-like of int
             Bytes that will be written, for all or each; `acquire` compares with it.
+        after : (m, 32) uint8 array, optional
+            The keys that this batch continues, from the first block of the prefix on. Both are one chain: what is there
+            of it is touched first, tail-first, and a key evicts no block of the chain that comes before it. So where
+            room ends, the tail gets FULL and the head stays. Without it the index can't know what comes before.
+        stops : (n,) array-like of int, optional
+            For each key the slot at which eviction for it ends: neither the block there nor any that was used later is
+            evicted, the answer is FULL. `NO_SLOT` where eviction has no such end. For whoever reserves for several
+            chains at once, and knows the least recently used block of each.
 
         Returns
         -------
@@ -185,11 +193,26 @@ cdef class BlockIndex:
             length_view = as_lengths(lengths, n)
             length_ptr = &length_view[0]
             length_step = length_view.shape[0] > 1
+        cdef const uint8_t[:, ::1] after_view
+        cdef const uint8_t *after_ptr = NULL
+        cdef size_t num_after = 0
+        if after is not None:
+            after_view = as_keys(after)
+            num_after = after_view.shape[0]
+            after_ptr = &after_view[0, 0] if num_after else NULL
+        cdef const uint32_t[::1] stop_view
+        cdef const uint32_t *stop_ptr = NULL
+        if stops is not None:
+            stop_view = as_slots(stops, "stops")
+            if <size_t>stop_view.shape[0] != n:
+                raise ValueError(f"stops must be {n}, one a key; got {stop_view.shape[0]}")
+            stop_ptr = &stop_view[0]
         slots, statuses = np.empty(n, UINT32), np.empty(n, UINT8)
         cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
         cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
         with nogil:
-            self.reserve_keys(key_ptr, length_ptr, length_step, n, slot_ptr, status_ptr)
+            self.reserve_keys(key_ptr, length_ptr, length_step, n, slot_ptr, status_ptr, after is not None, after_ptr,
+                              num_after, stop_ptr)
         return slots, statuses
 
     def commit(self, slots, bint pin=False):
@@ -357,6 +380,28 @@ cdef class BlockIndex:
             count = self.touch_keys(&key_view[0, 0], n)
         return count
 
+    def slots_of(self, keys):
+        """Tell which slots have these keys, READY or being written. Takes the lock.
+
+        Nothing is pinned: where others reserve, a slot may have another tenant right after.
+
+        Parameters
+        ----------
+        keys : (n, 32) uint8 array
+
+        Returns
+        -------
+        slots : (n,) uint32 array
+            `NO_SLOT` where a key is not there.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0]
+        slots = np.empty(n, UINT32)
+        cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
+        with nogil:
+            self.find_keys(&key_view[0, 0], n, slot_ptr)
+        return slots
+
     # --- Forgetting ---------------------------------------------------------------------------------------------
 
     def evict(self, n):
@@ -505,12 +550,17 @@ cdef class BlockIndex:
     # --- The verbs, for callers without the GIL -----------------------------------------------------------------
 
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
-                             uint32_t *slots, uint8_t *statuses) noexcept nogil:
+                             uint32_t *slots, uint8_t *statuses, bint chained=False, const uint8_t *after=NULL,
+                             size_t num_after=0, const uint32_t *stops=NULL) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
         cdef uint32_t slot, length, scout = self.lru_list
+        cdef uint32_t kept = self.lru_list  # the least recently used block that this batch must not evict; none yet
         cdef size_t i, num_new = 0
         cdef _c.kv_entry *entry
         _c.pthread_mutex_lock(&self.mutex)
+        if chained:  # from now on nothing was used later than the chain, nor any of it later than what comes before
+            self.touch_locked(keys, n, NULL, NULL)
+            self.touch_locked(after, num_after, NULL, &kept)
         for i in range(n):
             if i % CHUNK == 0:
                 self.hash_chunk(keys, n, i, hashes)
@@ -524,17 +574,22 @@ cdef class BlockIndex:
                     continue
                 if entry.length == length:
                     statuses[i] = _c.KV_RESERVE_PRESENT
-                    if entry.pins == 0:
-                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
+                    if entry.pins == 0 and slot != kept:
+                        # Among the most recent, and behind what comes before it: heads outlive their tails.
+                        _c.kv_list_unlink(self.entries, slot)
+                        _c.kv_list_link_after(self.entries, kept, slot)
+                        kept = slot
                     continue
                 self.count.length_mismatches += 1
                 if entry.pins > 0:
                     statuses[i] = _c.KV_RESERVE_PENDING
                     continue
+                if slot == kept:
+                    kept = _c.kv_list_before(self.entries, slot)
                 self.forget(slot, hashes[i % CHUNK])
             if _c.kv_list_is_empty(self.entries, self.free_list):
                 scout = self.look_ahead(scout)
-            slot = self.take_slot()
+            slot = self.take_slot(kept, stops[i] if stops is not NULL else _c.KV_NO_SLOT)
             if slot == _c.KV_NO_SLOT:
                 statuses[i] = _c.KV_RESERVE_FULL
                 self.count.full += 1
@@ -612,32 +667,21 @@ cdef class BlockIndex:
         return leading
 
     cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=NULL) noexcept nogil:
-        cdef uint64_t hashes[CHUNK]
-        cdef uint32_t slots[CHUNK]
-        cdef uint32_t slot
-        cdef size_t i, first, last = n, count = 0
+        cdef size_t count
         _c.pthread_mutex_lock(&self.mutex)
-        while last > 0:
-            first = (last - 1) // CHUNK * CHUNK
-            self.hash_chunk(keys, n, first, hashes)
-            for i in range(first, last):
-                slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
-                if slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) != _c.KV_READY:
-                    slot = _c.KV_NO_SLOT
-                if slot != _c.KV_NO_SLOT:
-                    _c.kv_list_prefetch_neighbours(self.entries, slot)
-                if mask != NULL:
-                    mask[i] = slot != _c.KV_NO_SLOT
-                slots[i - first] = slot
-            for i in range(last, first, -1):
-                slot = slots[i - 1 - first]
-                if slot != _c.KV_NO_SLOT:
-                    count += 1
-                    if self.entries[slot].pins == 0:
-                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
-            last = first
+        count = self.touch_locked(keys, n, mask, NULL)
         _c.pthread_mutex_unlock(&self.mutex)
         return count
+
+    cdef void find_keys(self, const uint8_t *keys, size_t n, uint32_t *slots) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef size_t i
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n):
+            if i % CHUNK == 0:
+                self.hash_chunk(keys, n, i, hashes)
+            slots[i] = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+        _c.pthread_mutex_unlock(&self.mutex)
 
     cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
@@ -702,14 +746,17 @@ cdef class BlockIndex:
         cdef _c.kv_key key = _c.kv_key_load(key_bytes)
         return _c.kv_table_find(&self.table, &key, hash)
 
-    # A slot off the free list, or the last of the LRU list; NO_SLOT if everything is pinned or being written.
-    cdef uint32_t take_slot(self) noexcept nogil:
+    # A slot off the free list, or the last of the LRU list unless that is one of those kept; otherwise NO_SLOT, as when
+    # everything is pinned or being written.
+    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too) noexcept nogil:
         cdef uint32_t slot
         if not _c.kv_list_is_empty(self.entries, self.free_list):
             slot = _c.kv_list_first(self.entries, self.free_list)
             self.count.num_free -= 1
         elif not _c.kv_list_is_empty(self.entries, self.lru_list):
             slot = _c.kv_list_last(self.entries, self.lru_list)
+            if slot == kept or slot == kept_too:
+                return _c.KV_NO_SLOT
             _c.kv_table_erase(&self.table, self.hash_of(slot), slot)
             self.count.num_ready -= 1
             self.count.evictions += 1
@@ -749,6 +796,36 @@ cdef class BlockIndex:
         _c.kv_entry_set_state(&self.entries[slot], _c.KV_FREE)
         _c.kv_list_push_first(self.entries, self.free_list, slot)
         self.count.num_free += 1
+
+    # Tail-first; -> how many are READY. `mask` tells which; `coldest`, the sentinel before, which was moved first. Both
+    # may be NULL.
+    cdef size_t touch_locked(self, const uint8_t *keys, size_t n, uint8_t *mask, uint32_t *coldest) noexcept nogil:
+        cdef uint64_t hashes[CHUNK]
+        cdef uint32_t slots[CHUNK]
+        cdef uint32_t slot
+        cdef size_t i, first, last = n, count = 0
+        while last > 0:
+            first = (last - 1) // CHUNK * CHUNK
+            self.hash_chunk(keys, n, first, hashes)
+            for i in range(first, last):
+                slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
+                if slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) != _c.KV_READY:
+                    slot = _c.KV_NO_SLOT
+                if slot != _c.KV_NO_SLOT:
+                    _c.kv_list_prefetch_neighbours(self.entries, slot)
+                if mask != NULL:
+                    mask[i] = slot != _c.KV_NO_SLOT
+                slots[i - first] = slot
+            for i in range(last, first, -1):
+                slot = slots[i - 1 - first]
+                if slot != _c.KV_NO_SLOT:
+                    count += 1
+                    if self.entries[slot].pins == 0:
+                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
+                        if coldest != NULL and coldest[0] == self.lru_list:
+                            coldest[0] = slot
+            last = first
+        return count
 
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil:
         cdef uint32_t slot
@@ -881,10 +958,10 @@ cdef object as_lengths(object lengths, size_t n):
     return np.ascontiguousarray(array)
 
 
-cdef object as_slots(object slots):
-    array = as_uint32(slots, "slots")
+cdef object as_slots(object slots, str name="slots"):
+    array = as_uint32(slots, name)
     if array.ndim != 1:
-        raise ValueError(f"slots must be one-dimensional, got shape {array.shape}")
+        raise ValueError(f"{name} must be one-dimensional, got shape {array.shape}")
     return array.copy()  # dense, and nobody changes it between the check and the use
 
 

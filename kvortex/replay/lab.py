@@ -105,7 +105,7 @@ class _Index:
         """Load the leading run, save the rest, touch all; return the length of the run."""
         found = self._index.acquire(keys)
         self._index.release(found)
-        slots, statuses = self._index.reserve(keys[len(found) :], 1)
+        slots, statuses = self._index.reserve(keys[len(found) :], 1, after=keys[: len(found)])
         self._index.commit(slots[statuses == kvortex.ReserveStatus.NEW])
         self._index.touch(keys)
         return len(found)

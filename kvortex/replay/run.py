@@ -272,7 +272,7 @@ class _Replay:
                 generations = self._generations_of(words[loaded:]) + 1
                 self._cache.write(lane.first + loaded, words[loaded:], generations)
             self._saves.begin()
-            job = engine.save_blocks(keys[loaded:], block_ids[loaded:], stream=lane.stream)
+            job = engine.save_blocks(keys[loaded:], block_ids[loaded:], stream=lane.stream, after=keys[:loaded])
             if self._verify:
                 new = job.statuses == kvortex.ReserveStatus.NEW
                 self._generations.update(zip(words[loaded:][new].tolist(), generations[new].tolist(), strict=True))

@@ -271,11 +271,11 @@ def test_save_answers_for_each_key(make_bench):
     bench.saved([1])
     job = bench.save([1, 2, 2, 3, 4])
     job.wait(20_000)
-    assert list(job.statuses) == [PRESENT, NEW, PENDING, NEW, NEW]
-    assert job.num_blocks == 3
+    assert list(job.statuses) == [PRESENT, NEW, PENDING, NEW, FULL]  # what the call met is not evicted for the rest
+    assert job.num_blocks == 2
     stats = bench.engine.get_stats()
-    assert (stats.blocks_saved, stats.blocks_present, stats.blocks_pending) == (4, 1, 1)
-    assert stats.blocks_evicted == 1
+    assert (stats.blocks_saved, stats.blocks_present, stats.blocks_pending, stats.blocks_refused) == (3, 1, 1, 1)
+    assert stats.blocks_evicted == 0
 
 
 def test_load_moves_the_leading_run_and_touches_no_target_beyond_it(bench):
@@ -364,6 +364,38 @@ def test_pool_of_two_slots_works(make_bench):
         bench.saved([key_id])
         bench.load([key_id], [9]).wait(20_000)
         assert bench.holds(9, key_id)
+
+
+# 16: a chain never eats itself
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 12])
+def test_a_repeated_prompt_finds_what_the_pool_holds_of_it(make_bench, num_slots):
+    bench, prompt = make_bench(num_slots), list(range(29))
+    keys = keys_of(prompt)
+    for turn in range(5):
+        found = bench.engine.check_blocks(keys).leading
+        assert found == (min(num_slots, 29) if turn else 0)
+        if found:
+            loaded = bench.load(prompt[:found], range(found))
+            loaded.wait(20_000)
+            assert loaded.num_blocks == found and all(bench.holds(block, block) for block in range(found))
+        for block in range(found, 29):
+            bench.cache.write(block, content(block, 0, bench.cache.block_bytes))
+        for first in range(found, 29, 7):  # in several calls, as a prompt is computed in several steps
+            rest = slice(first, min(first + 7, 29))
+            bench.engine.save_blocks(
+                keys[rest], np.arange(29)[rest], stream=bench.stream, after=keys[: rest.start]
+            ).wait(20_000)
+        bench.engine.touch_blocks(keys)
+
+
+def test_a_save_takes_keys_alone_as_what_it_continues(bench):
+    with pytest.raises(TypeError, match="keys must be an"):
+        bench.engine.save_blocks(keys_of([1]), [0], stream=bench.stream, after=[1, 2])
+    with pytest.raises(ValueError, match=r"keys must have shape"):
+        bench.engine.save_blocks(keys_of([1]), [0], stream=bench.stream, after=np.zeros((1, 31), np.uint8))
+    assert not bench.engine.check_blocks(keys_of([1])).mask.any()
 
 
 def test_two_layouts_of_sizes_that_differ_per_block(make_bench):

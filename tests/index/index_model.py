@@ -12,21 +12,32 @@ class Model:
     def add(self, first, count):
         self.free += range(first, first + count)
 
-    def reserve(self, key, length):
+    def reserve_all(self, keys, length, after=None, stops=None):
+        """A batch: with `after`, everything there of the chain is used now, the head last."""
+        self.kept = []  # in the order of the chain
+        if after is not None:
+            self.touch(keys)
+            self.touch(after)
+            self.kept = [self.by_key[key] for key in after if self.has(key)]
+        stops = [None] * len(keys) if stops is None else stops
+        return [self.reserve(key, length, stop) for key, stop in zip(keys, stops, strict=True)]
+
+    def reserve(self, key, length, stop):
         slot = self.by_key.get(key)
         if slot is not None:
             block = self.slots[slot]
             if not block["written"]:
                 return None, "pending"
             if block["length"] == length:
-                if not block["pins"]:
-                    self.ready.move_to_end(slot)
+                self.kept = [other for other in self.kept if other != slot] + [slot]
+                self.touch([self.slots[other]["key"] for other in self.kept])
                 return None, "present"
             if block["pins"]:
                 return None, "pending"
             self.forget(key)
+            self.kept = [other for other in self.kept if other != slot]
         if not self.free:
-            if not self.ready:
+            if not self.ready or next(iter(self.ready)) in (*self.kept, stop):
                 return None, "full"
             self.evict()
         slot = self.free.pop(0)

@@ -205,6 +205,68 @@ def test_lookup_changes_nothing(make_index, make_keys):
     assert victims(index, keys) == [2, 1, 0]
 
 
+@pytest.mark.parametrize("chained", [True, False])
+def test_a_batch_never_evicts_what_it_has_already_met(make_index, make_keys, chained):
+    index = make_index(4)
+    save(index, make_keys(1, 2))
+    save(index, make_keys(8, 9))
+    after = {"after": make_keys()} if chained else {}
+    statuses = index.reserve(make_keys(1, 2, 3, 4, 5, 6), 100, **after)[1]
+    assert statuses.tolist() == [PRESENT, PRESENT, NEW, NEW, FULL, FULL]
+    assert found(index, make_keys(1, 2, 8, 9)) == [True, True, False, False]
+
+
+def test_what_a_batch_continues_is_not_evicted_for_it(make_index, make_keys):
+    index = make_index(5)
+    save(index, make_keys(1, 2, 3))
+    save(index, make_keys(8, 9))
+    assert index.reserve(make_keys(4, 5, 6, 7), 100, after=make_keys(1, 2, 3))[1].tolist() == [NEW, NEW, FULL, FULL]
+    assert found(index, make_keys(1, 2, 3, 8, 9)) == [True, True, True, False, False]
+
+
+def test_the_tail_of_a_chain_goes_before_its_head(make_index, make_keys):
+    """A block that comes later in the chain may be evicted for one that comes before it, never the other way round."""
+    index = make_index(4)
+    save(index, make_keys(1, 4, 5, 6))
+    slots, statuses = index.reserve(make_keys(2, 3, 4, 5, 6), 100, after=make_keys(1))
+    assert statuses.tolist() == [NEW, NEW, PRESENT, FULL, FULL]
+    index.commit(slots[:2])
+    assert found(index, make_keys(1, 2, 3, 4, 5, 6)) == [True] * 4 + [False] * 2
+
+
+def test_what_is_present_of_a_chain_is_kept_before_what_others_left(make_index, make_keys):
+    index = make_index(4)
+    save(index, make_keys(1, 3))
+    save(index, make_keys(8, 9))
+    assert index.reserve(make_keys(1, 2, 3, 4), 100, after=make_keys())[1].tolist() == [PRESENT, NEW, PRESENT, NEW]
+
+
+def test_present_blocks_become_most_recent_and_the_head_of_them_most_of_all(make_index, make_keys):
+    index = make_index(5)
+    save(index, make_keys(1, 2, 3))
+    save(index, make_keys(8, 9))
+    index.reserve(make_keys(1, 2, 3), 100)
+    assert victims(index, make_keys(8, 9, 1, 2, 3)) == [1, 0, 4, 3, 2]
+
+
+def test_eviction_ends_at_the_stop_of_each_key(make_index, make_keys):
+    index = make_index(4)
+    save(index, make_keys(1))
+    save(index, make_keys(2))
+    stop = int(index.slots_of(make_keys(2))[0])
+    save(index, make_keys(3))
+    save(index, make_keys(4))
+    assert index.reserve(make_keys(5, 6, 7), 100, stops=[stop, stop, NO_SLOT])[1].tolist() == [NEW, FULL, NEW]
+    assert found(index, make_keys(1, 2, 3, 4)) == [False, False, True, True]
+
+
+def test_stops_pair_up_with_keys(make_index, make_keys):
+    index = make_index(2)
+    with pytest.raises(ValueError, match="stops must be 2, one a key; got 1"):
+        index.reserve(make_keys(1, 2), 100, stops=[0])
+    assert index.num_free == 2
+
+
 def test_eviction_is_as_cheap_with_ten_thousand_pinned_as_with_none(make_index, make_keys):
     """Counted, not timed: pinned blocks are on no list, so the first victim is the first that is looked at."""
     index = make_index(10_001)

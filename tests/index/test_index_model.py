@@ -14,6 +14,7 @@ NO_SLOT = 4294967295
 ANSWERS = ["new", "present", "pending", "full"]
 NAMES = [bytes([i]) * 32 for i in range(12)]
 batches = st.lists(st.sampled_from(NAMES), max_size=6)
+chains = st.lists(st.sampled_from(NAMES), max_size=6, unique=True)
 lengths = st.sampled_from([100, 100, 100, 200])
 
 
@@ -36,10 +37,12 @@ class IndexBesideModel(RuleBasedStateMachine):
         self.model.add(self.added, count)
         self.added += count
 
-    @rule(keys=batches, length=lengths)
-    def reserve(self, keys, length):
-        slots, statuses = self.index.reserve(rows(keys), length)
-        expected = [self.model.reserve(key, length) for key in keys]
+    @rule(keys=batches, length=lengths, after=st.none() | chains, data=st.data())
+    def reserve(self, keys, length, after, data):
+        stops = data.draw(st.none() | st.lists(st.integers(0, 9), min_size=len(keys), max_size=len(keys)))
+        given = {} if after is None else {"after": rows(after)}
+        slots, statuses = self.index.reserve(rows(keys), length, stops=stops, **given)
+        expected = self.model.reserve_all(keys, length, after, stops)
         assert [ANSWERS[status] for status in statuses] == [answer for _, answer in expected]
         assert slots.tolist() == [NO_SLOT if slot is None else slot for slot, _ in expected]
         self.writing += [slot for slot, _ in expected if slot is not None]
@@ -87,6 +90,11 @@ class IndexBesideModel(RuleBasedStateMachine):
         else:
             assert self.index.touch(rows(keys)) == sum(expected)
         self.model.touch(keys)
+
+    @rule(keys=batches)
+    def slots_of(self, keys):
+        expected = [self.model.by_key.get(key, NO_SLOT) for key in keys]
+        assert self.index.slots_of(rows(keys)).tolist() == expected
 
     @rule(n=st.integers(0, 4))
     def evict(self, n):

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import random
 
 import numpy as np
 import pytest
@@ -70,6 +71,30 @@ def test_belady_keeps_whole_prefixes_and_no_pool_finds_more(prompts, sizes):
         assert point.lru_blocks <= point.belady_blocks <= result.unbounded_blocks
         assert point.lru_tokens <= point.belady_tokens <= result.unbounded_tokens
     assert [point.pool_blocks for point in result.points] == sorted(set(sizes))
+
+
+def test_a_larger_pool_never_finds_less_of_sessions_that_grow():
+    """Twenty agents in turn, each prompt the former one and some blocks: many prompts are longer than many pools."""
+    draw = random.Random(8)
+    sessions, requests = [[] for _ in range(20)], []
+    while len(requests) < 300:
+        session = draw.choice(sessions)
+        for _ in range(draw.randrange(1, 4)):  # turns in a row
+            grown = len(session) + draw.randrange(20, 250)
+            session += range(1000 * len(requests), 1000 * len(requests) + min(grown, 2100) - len(session))
+            requests.append(request(*session))
+    result = sweep(requests, range(100, 3001, 100))
+    hits = [100 * point.lru_blocks / result.blocks_touched for point in result.points]
+    assert max(smaller - larger for smaller, larger in itertools.pairwise(hits)) <= 0.1
+    assert hits[9] > 0.4 * hits[-1] > 5  # 1 000 blocks hold many a prompt
+
+
+@pytest.mark.parametrize("pool_blocks", [1, 2, 5, 12])
+def test_a_prompt_longer_than_the_pool_finds_its_head_again(pool_blocks):
+    requests = [request(*range(29))] * 5
+    assert sweep(requests, [pool_blocks]).points[0].lru_blocks == 4 * pool_blocks
+    options = ReplayOptions(block_bytes=4096, num_pieces=2, pool_blocks=pool_blocks, device="host")
+    assert replay(requests, options).blocks_loaded == 4 * pool_blocks
 
 
 @settings(deadline=None, max_examples=100)

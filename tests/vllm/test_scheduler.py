@@ -480,6 +480,45 @@ def test_a_prompt_larger_than_the_pool_is_served_right(make_rig, prompt, load_as
     rig.require_clean()
 
 
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 12, 40])
+def test_a_repeated_prompt_finds_what_the_pool_holds_of_it(make_rig, prompt, load_async, num_slots):
+    """The tail of a prompt never evicts its head, in whatever steps it is computed."""
+    rig = make_rig(num_slots=num_slots, load_async=load_async)
+    tokens = prompt("p", 29 * BLOCK_TOKENS + 1)
+    rig.serve("first", tokens)
+    for again in range(4):
+        rig.forget_device()
+        assert rig.serve(f"again {again}", tokens) == min(num_slots, 29) * BLOCK_TOKENS
+    rig.require_clean()
+
+
+def test_of_two_prompts_that_together_exceed_the_pool_one_keeps_its_head(make_rig, prompt):
+    """Whose head was evicted for the other does not evict that one's head for a tail that nobody finds."""
+    rig = make_rig(num_slots=12)
+    prompts = {name: prompt(name, 20 * BLOCK_TOKENS + 1) for name in "ab"}
+    for name, tokens in prompts.items():
+        rig.serve(f"short {name}", tokens[: 6 * BLOCK_TOKENS + 1], 1)
+    for turn in range(3):
+        rig.forget_device()
+        for name, tokens in prompts.items():
+            rig.add(f"{name}{turn}", tokens, 1)
+        rig.run()
+        assert max(leading(rig, f"{name}{turn}") for name in "ab") >= 6
+    rig.require_clean()
+
+
+def test_a_request_whose_blocks_were_evicted_for_others_keeps_what_is_left_of_its_chain(make_rig, prompt):
+    rig = make_rig(num_slots=12, num_blocks=131)
+    rig.serve("short", prompt("p", 8 * BLOCK_TOKENS + 1), 1)
+    rig.add("long", prompt("p", 8 * BLOCK_TOKENS + 1), 8 * BLOCK_TOKENS)  # goes on for eight blocks
+    for _ in range(3):
+        rig.step()
+    rig.serve("other", prompt("q", 9 * BLOCK_TOKENS + 1), 1)
+    rig.run()
+    assert 0 < leading(rig, "long") < 8  # `other` took the tail; what `long` saved since took none of its head
+    rig.require_clean()
+
+
 def test_a_working_set_larger_than_the_pool_is_served_right(make_rig, prompt, host, load_async):
     rig = make_rig(num_blocks=41, num_slots=24, load_async=load_async)
     host.set_delay_us(0, 500)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
-from kvortex.index import CommitStatus
+from kvortex.index import NO_SLOT, CommitStatus
 from kvortex.integrations.vllm.messages import Load, StepMetadata, Transfer
 
 KEY_BYTES = 32
+NO_KEY = bytes(KEY_BYTES)
 
 
 @dataclass
@@ -22,6 +23,8 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
+    stop: bytes | None = None  # hash of the least recently used of its blocks in the index; None: none is there
+    is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
     load_failed: bool = False  # and it has no device blocks since
 
@@ -195,9 +198,11 @@ class SchedulerHalf:
         count = num_external_tokens // self.shape.block_tokens
         self.loading.pop(request.request_id, None)
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
-            state.outdated = False
+            state.outdated, state.is_cut, state.stop = False, False, None
         if first:  # hits on the device are hits
             self.index.touch(as_keys(request.block_hashes[:first]))
+        if first or count:  # both are used now, the tail of each before its head, and what is loaded last
+            state.stop, state.is_cut = request.block_hashes[(first or count) - 1], False
         if not count:
             return
         hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
@@ -230,7 +235,7 @@ class SchedulerHalf:
                 self.count_holders(ids[0], 1)
                 state.block_ids.extend(ids[0])
                 self.fence(ids[0])
-        hashes, sources = [], []
+        offers = []
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             state = self.requests[request_id]
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
@@ -241,14 +246,13 @@ class SchedulerHalf:
             # Fewer are computed than before when a load failed, and what was computed on top of it.
             state.num_offered = min(state.num_offered, state.request.num_computed_tokens // block_tokens)
             if full > state.num_offered:
-                if not (state.outdated or is_session(state.request)):
-                    hashes += state.request.block_hashes[state.num_offered : full]
-                    sources += state.block_ids[state.num_offered : full]
+                if not (state.outdated or state.is_cut or is_session(state.request)):
+                    offers.append((state, state.num_offered, full))
                 state.num_offered = full
         self.idle = not output.num_scheduled_tokens
         step = StepMetadata(sorted(self.fences), self.loads, is_idle=self.idle)
         self.fences, self.loads, self.no_room = set(), [], False
-        step.save = self.save(hashes, sources) if hashes else None
+        step.save = self.save(offers) if offers else None
         return step
 
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
@@ -258,9 +262,31 @@ class SchedulerHalf:
         state.num_offered = 0
         self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
 
-    def save(self, hashes, block_ids):
-        """Reserve slots for what is not there yet; the transfer that fills them, or None."""
-        slots, statuses = self.index.reserve(as_keys(hashes), self.shape.block_bytes)
+    def save(self, offers):
+        """Reserve slots for blocks that requests offer and that are not there yet; the transfer of them, or None.
+
+        An offer is a request's state with the first of its blocks and the one behind the last. No request evicts what
+        its blocks continue: eviction for it ends at the least recently used block of its chain, as long as no other
+        request uses that one too.
+        """
+        hashes, block_ids, stops, parts = [], [], [], []
+        slots = self.index.slots_of(as_keys([state.stop or NO_KEY for state, _, _ in offers])).tolist()
+        for (state, first, end), stop in zip(offers, slots, strict=True):
+            if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
+                state.stop = None
+                state.is_cut = NO_SLOT in self.index.slots_of(as_keys(state.request.block_hashes[:first]))
+            if not state.is_cut:
+                parts.append((state, slice(len(hashes), len(hashes) + end - first)))
+                hashes += state.request.block_hashes[first:end]
+                block_ids += state.block_ids[first:end]
+                stops += [stop] * (end - first)
+        slots, statuses = self.index.reserve(as_keys(hashes), self.shape.block_bytes, stops=stops)
+        for state, part in parts:
+            state.is_cut = bool((statuses[part] == ReserveStatus.FULL).any())
+            if state.stop is None:  # the tail of what was there was used first; what is new will be used later
+                kept = np.flatnonzero(statuses[part] == ReserveStatus.PRESENT)
+                kept = kept if kept.size else np.flatnonzero(statuses[part] != ReserveStatus.FULL)
+                state.stop = hashes[part.start + kept[-1]] if kept.size else None
         new = np.flatnonzero(statuses == ReserveStatus.NEW)
         if not new.size:
             return None
