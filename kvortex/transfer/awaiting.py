@@ -17,11 +17,15 @@ class _LoopListener:
         self.loop = loop
         self.signals = signals
         self.waiting = {}  # future -> job
-        self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.is_told = signals.add_listener(self.eventfd)
-        if self.is_told:
-            loop.add_reader(self.eventfd, self._on_retired)
-        else:
+        self.eventfd, self.is_told = -1, False
+        try:
+            self.eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            if signals.add_listener(self.eventfd):
+                loop.add_reader(self.eventfd, self._on_retired)
+                self.is_told = True
+        except (OSError, NotImplementedError):  # no descriptor is left, or the loop can watch none
+            pass
+        if not self.is_told:
             self.close()
 
     def _on_retired(self):
@@ -36,7 +40,7 @@ class _LoopListener:
     def close(self):
         if self.eventfd >= 0:
             self.signals.remove_listener(self.eventfd)
-            if not self.loop.is_closed():
+            if self.is_told and not self.loop.is_closed():
                 self.loop.remove_reader(self.eventfd)
             os.close(self.eventfd)
             self.eventfd = -1
@@ -51,7 +55,7 @@ async def wait_in_loop(job, signals):
     loop = asyncio.get_running_loop()
     of_loop = _listeners.setdefault(loop, weakref.WeakValueDictionary())
     listener = _listener(of_loop, loop, signals) if signals.served else None
-    if listener is None:  # a queue without an engine, whose jobs nobody else retires; or more loops than can be told
+    if listener is None:  # a queue without an engine, whose jobs nobody else retires; or a loop that cannot be told
         while not job.done():
             await asyncio.sleep(POLL_S)
         return
@@ -69,7 +73,7 @@ async def wait_in_loop(job, signals):
 
 
 def _listener(of_loop, loop, signals):
-    """Return the listener of a loop for these signals; None where so many loops wait that no other can be told."""
+    """Return the listener of a loop for these signals; None where too many wait, or no descriptor is left."""
     listener = of_loop.get(signals)
     if listener is None:
         listener = _LoopListener(loop, signals)

@@ -1,6 +1,7 @@
 """`await job`: many at once, cancelled, in several loops, and with the loop gone early."""
 
 import asyncio
+import errno
 import gc
 import os
 import threading
@@ -244,3 +245,38 @@ def test_loops_dropped_while_jobs_are_awaited_leave_no_file_descriptor(bench, ho
         gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
     asyncio.run(wait_for(bench.load([1], [8])))
+
+
+class NoReaders(asyncio.SelectorEventLoop):
+    def add_reader(self, *args):
+        raise NotImplementedError
+
+
+def no_descriptor(*args):
+    raise OSError(errno.EMFILE, "too many open files")
+
+
+@pytest.mark.host
+@pytest.mark.filterwarnings("error")  # of a listener's end, too
+@pytest.mark.parametrize("lacking", ["a descriptor", "a loop that watches one", "room in the loop's list"])
+def test_await_polls_where_it_cannot_be_told(bench, host, monkeypatch, lacking):
+    loop = NoReaders() if lacking == "a loop that watches one" else asyncio.SelectorEventLoop()
+    if lacking == "a descriptor":
+        monkeypatch.setattr(os, "eventfd", no_descriptor)
+    if lacking == "room in the loop's list":
+        monkeypatch.setattr(loop, "add_reader", no_descriptor)
+    bench.saved([1])
+    before = len(os.listdir("/proc/self/fd"))
+
+    async def load():
+        host.hold()
+        waiting = asyncio.ensure_future(wait_for(bench.load([1], [8])))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        host.release()
+        return await waiting
+
+    assert loop.run_until_complete(load()).num_blocks == 1
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+    loop.close()
