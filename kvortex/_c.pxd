@@ -145,6 +145,13 @@ cdef extern from "kvortex/driver.h" nogil:
         int (*memset_d8_async)(kv_devptr target, unsigned char value, size_t bytes, void *stream) noexcept nogil
 
     int kv_result_is_sticky(int code)
+    int kv_result_at(int code, int row)
+    int kv_result_code(int code)
+    int kv_result_row(int code)
+    const int KV_ROW_ctx_set_current, KV_ROW_thread_exchange_stream_capture_mode, KV_ROW_device_get
+    const int KV_ROW_stream_get_ctx, KV_ROW_stream_query, KV_ROW_stream_synchronize, KV_ROW_stream_create
+    const int KV_ROW_stream_wait_event, KV_ROW_event_create, KV_ROW_event_query, KV_ROW_event_synchronize
+    const int KV_ROW_memcpy_dtod_async, KV_ROW_pointer_get_attribute
 
 
 # kvortex/table.h, entry.h, list.h (index) --------------------------------------------------------------------------

@@ -31,6 +31,11 @@ cdef class Source:
     cdef uint32_t[::1] lengths           # of every block, at i * length_step
     cdef size_t length_step
     cdef tuple memory                    # BorrowedMemory that the addresses came from; None: they came as numbers
+    cdef uint8_t[::1] statuses           # of a save: one a key
+    cdef bint chained                    # a save that continues `after`, which may be empty
+    cdef const uint8_t[:, ::1] after     # keys, the caller's own
+    cdef bint ordered                    # after `stream`
+    cdef void *stream                    # of the caller
 
     cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
 
@@ -59,8 +64,9 @@ cdef class EngineCore:
     cdef bint told_failure, told_pool    # what went wrong in the background was logged
     cdef bint leaked                     # pinned memory was left to copies that may still run into it
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
-    cdef int calls                       # Python threads inside a verb; changed under the GIL
-    cdef bint closing
+    cdef int calls                       # threads inside a verb, where no Python code runs; changed under the GIL
+    cdef bint closing                    # no call is let in any more
+    cdef bint ended                      # everything was given back, or leaked on purpose
     cdef tuple loans                     # Loan of every job on memory that came as objects; let go by later calls
 
     cdef int require_open(self) except -1
@@ -69,12 +75,11 @@ cdef class EngineCore:
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream)
     cdef void give_loans_back(self) noexcept
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses,
-                 const uint8_t[:, ::1] after)
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses)
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
-    cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
-                    const char **call) noexcept nogil
+    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil
     cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil
     cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
-    cdef void close_parts(self, int64_t timeout_ms) noexcept
+    cdef bint any_in_flight(self) noexcept
+    cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

@@ -1,6 +1,7 @@
 """The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook."""
 
 cimport cython
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -55,7 +56,7 @@ cdef class EngineCore:
     """The joined parts; `KVortexEngine` is what users create."""
 
     def __cinit__(self, *args, **kwargs):
-        self.closing = True
+        self.closing = self.ended = True
         self.loans = ()
         if _c.kv_monitor_init(&self.hazards):
             raise MemoryError("pthread_mutex_init failed")
@@ -68,6 +69,7 @@ cdef class EngineCore:
                  JobSignals signals not None, savers, loaders, KVLayout layout=None,
                  DevicePool device_pool=None):
         cdef int position
+        cdef bint on_device = False
         if self.queues is not None:
             raise RuntimeError("an engine is created once")
         if len(savers) + len(loaders) > MAX_STREAMS:
@@ -81,7 +83,8 @@ cdef class EngineCore:
         self.device_pool = device_pool
         if layout is not None:
             for base, _, _ in layout.runs:
-                self.device_memory |= self.device.lies_on_device(base)
+                check(self.device, self.device.lies_on_device(base, &on_device), b"cuPointerGetAttribute")
+                self.device_memory |= on_device
         self.queues = (*savers, *loaders)
         self.num_queues, self.num_savers = len(self.queues), len(savers)
         for position in range(self.num_queues):
@@ -90,7 +93,7 @@ cdef class EngineCore:
             (<TransferQueue>self.queue[position]).hook_owner = <void *>self
         pool.attach(add_ready_slots, <void *>index)
         self.thread = CompletionThread(device, signals, self.queues)
-        self.closing = False
+        self.closing = self.ended = False
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
@@ -145,15 +148,12 @@ cdef class EngineCore:
         cdef const uint8_t[:, ::1] rows = as_keys(keys), before
         if after is not None:
             before = as_keys(after)
-        # What runs Python code comes before the call is counted: a signal handler in it may shut the engine down.
         self.require_open()
         source = self.source_of(D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
+        if after is not None:
+            source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
-        self.enter_call()
-        try:
-            return self.run(D2H, rows, source, stream, statuses, before)
-        finally:
-            self.calls -= 1
+        return self.run(D2H, rows, source, statuses)
 
     def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None):
         """Copy blocks from the pool back to the device; returns once the copies are submitted.
@@ -180,21 +180,11 @@ cdef class EngineCore:
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
-        cdef bint twice
         self.require_open()
         source = self.source_of(H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
-        self.enter_call()
-        try:
-            if source.by_block and rows.shape[0]:
-                with nogil:
-                    twice = self.names_block_twice(&source.block_ids[0], rows.shape[0])
-                if twice:
-                    raise ValueError("block_ids names a target twice; each target of a load must be its own block")
-            return self.run(H2D, rows, source, stream, None, None)
-        finally:
-            self.calls -= 1
+        return self.run(H2D, rows, source, None)
 
     def check_blocks(self, keys):
         """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
@@ -387,7 +377,7 @@ cdef class EngineCore:
             self.require_open()
         if self.tell():  # ran Python code, which may have shut the engine down
             self.require_open()
-        self.calls += 1
+        self.calls += 1  # until this is undone shutdown() waits, so no Python code may run, which could call it
         return 0
 
     cdef int tell(self) except -1:
@@ -410,8 +400,11 @@ cdef class EngineCore:
 
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream):
-        """Check what a call moves and copy it, before anything is changed."""
+        """Check what a call moves and copy it, before anything is changed. Runs other people's Python code."""
         cdef Source source = Source.__new__(Source)
+        cdef BorrowedMemory memory
+        cdef Py_ssize_t index
+        cdef int code = 0
         if (block_ids is None) == (data_ptrs is None):
             raise ValueError("pass either block_ids or data_ptrs with sizes")
         if block_ids is not None:
@@ -427,9 +420,9 @@ cdef class EngineCore:
         else:
             if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
                 source.memory = borrow_all(self.device, data_ptrs, stream, direction == H2D)
-                data_ptrs = [memory.address for memory in source.memory]
+                data_ptrs = [borrowed.address for borrowed in source.memory]
                 if sizes is None:
-                    sizes = [memory.nbytes for memory in source.memory]
+                    sizes = [borrowed.nbytes for borrowed in source.memory]
             if sizes is None or (isinstance(sizes, list) and None in sizes):
                 raise ValueError("data_ptrs need sizes: an int, or one for each")
             source.addresses = as_addresses(data_ptrs)
@@ -440,61 +433,65 @@ cdef class EngineCore:
             named = source.addresses.shape[0]
         if named != n:
             raise ValueError(f"{n} keys but {named} blocks; they must pair up")
+        source.ordered = stream is not None or self.device_memory
+        for memory in source.memory or ():
+            source.ordered |= memory.stream is not None
+        if not source.ordered and not source.by_block:
+            with nogil:
+                for index in range(n):
+                    code = self.device.lies_on_device(source.addresses[index], &source.ordered)
+                    if code or source.ordered:
+                        break
+            check(self.device, code, b"cuPointerGetAttribute")
+        if source.ordered:
+            source.stream = self.device.borrow_stream(stream)
+        if n and source.memory is not None:
+            wait_for_producers(self.device, source.stream, source.memory)
         return source
 
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object stream, object statuses,
-                 const uint8_t[:, ::1] after):
-        """Reserve (`after` is the run that the keys continue, or None) or acquire, submit, and hand out the job.
-
-        What was reserved or acquired is undone when that fails.
-        """
-        cdef size_t n = keys.shape[0], moved, index
-        cdef uint8_t[::1] status
-        cdef bint chained = after is not None
-        cdef const uint8_t *before = &after[0, 0] if chained and after.shape[0] else NULL
-        cdef size_t num_before = after.shape[0] if chained else 0
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses):
+        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
+        cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef const char *call = NULL
-        cdef void *caller = NULL
         cdef JobRecord *record_of_job
-        cdef bint ordered = stream is not None or self.device_memory
-        cdef uint32_t record
-        cdef int number = 0, code = 0
+        cdef bint twice = False
+        cdef uint32_t record = NO_RECORD
+        cdef int number = 0, code = 0, failure
         cdef Loan loan = None
         cdef Job job = Job.__new__(Job)  # done from the start, until it is attached to a record
         job.statuses = statuses
-        if source.memory is not None:
-            for memory in source.memory:
-                ordered |= memory.stream is not None
-        if not ordered and not source.by_block:
-            with nogil:
-                for index in range(n):
-                    if self.device.lies_on_device(source.addresses[index]):
-                        ordered = True
-                        break
-        if ordered:
-            caller = self.device.borrow_stream(stream)
-        if n == 0:
-            return job
-        if source.memory is not None:
-            wait_for_producers(self.device, caller, source.memory)
-        check(self.device, self.failure, b"an earlier job of this engine")
-        if direction == D2H:
-            status = statuses
+        if direction == D2H and n:
+            source.statuses = statuses
             keys = keys.copy()  # the index reads a key twice, and nobody may change it in between
         if source.memory is not None:
             loan = Loan.__new__(Loan)
             loan.memory = source.memory
             self.loans = (*self.loans, loan)
-        with nogil:
-            record = self.claim_job(direction, n, &number)
+        try:
+            self.enter_call()
+        except BaseException:
+            if loan is not None:
+                loan.memory = ()
+            raise
+        failure = self.failure
+        if n and not failure:
+            with nogil:
+                if direction == H2D and source.by_block:
+                    twice = self.names_block_twice(&source.block_ids[0], n)
+                if not twice:
+                    record = self.claim_job(direction, n, &number)
         if record == NO_RECORD:
+            self.calls -= 1
+            if loan is not None:
+                loan.memory = ()
+            if twice:
+                raise ValueError("block_ids names a target twice; each target of a load must be its own block")
+            self.require_open()  # else shut down meanwhile
+            check(self.device, failure if n else 0, b"an earlier job of this engine")
             _c.kv_monitor_lock(&self.counting)
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
-            if loan is not None:
-                loan.memory = ()
             return job  # every status says FULL from the start
-        # From here to the end of the nogil block nothing raises and no Python code runs.
         (<TransferQueue>self.queue[number]).attach(job, record, self)
         record_of_job = &(<TransferQueue>self.queue[number]).records[record]
         if loan is not None:
@@ -503,7 +500,8 @@ cdef class EngineCore:
         with nogil:
             if direction == D2H:
                 moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
-                                                record_of_job.slots, &status[0], chained, before, num_before)
+                                                record_of_job.slots, &source.statuses[0], source.chained,
+                                                &source.after[0, 0] if num_before else NULL, num_before)
                 source.keep(record_of_job.slots, n)
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
@@ -513,7 +511,7 @@ cdef class EngineCore:
             for index in range(moved):
                 record_of_job.nbytes += source.lengths[index * source.length_step]
             if moved:
-                code = self.submit(number, record, source, caller, ordered, &call)
+                code = self.submit(number, record, source, &call)
             if code:
                 if (<TransferQueue>self.queue[number]).failure:
                     self.failure = code  # the context is dead: nothing is reused
@@ -527,10 +525,11 @@ cdef class EngineCore:
             self.count.jobs_failed += code != 0
             if direction == D2H:
                 for index in range(n):
-                    self.count.blocks_present += status[index] == _c.KV_RESERVE_PRESENT
-                    self.count.blocks_pending += status[index] == _c.KV_RESERVE_PENDING
-                    self.count.blocks_refused += status[index] == _c.KV_RESERVE_FULL
+                    self.count.blocks_present += source.statuses[index] == _c.KV_RESERVE_PRESENT
+                    self.count.blocks_pending += source.statuses[index] == _c.KV_RESERVE_PENDING
+                    self.count.blocks_refused += source.statuses[index] == _c.KV_RESERVE_FULL
             _c.kv_monitor_unlock(&self.counting)
+        self.calls -= 1
         check(self.device, code, call)
         job.count = moved
         if not moved:
@@ -558,8 +557,7 @@ cdef class EngineCore:
                 break
         return record
 
-    cdef int submit(self, int number, uint32_t record, Source source, void *caller, bint ordered,
-                    const char **call) noexcept nogil:
+    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil:
         """Submit after the jobs in flight on the same device blocks: one event a queue says it all, as queues are FIFO.
 
         A CUresult, as of `TransferQueue.submit_plan`.
@@ -610,8 +608,8 @@ cdef class EngineCore:
                                         &source.block_ids[0], &self.pool.slots, job.slots, n)
         else:
             plan = _c.kv_plan_of_addresses(&source.addresses[0], &source.lengths[0], &self.pool.slots, job.slots, n)
-        code = (<TransferQueue>self.queue[number]).submit_plan(record, &plan, self.layout, caller, ordered, waits,
-                                                               num_waits, call)
+        code = (<TransferQueue>self.queue[number]).submit_plan(record, &plan, self.layout, source.stream,
+                                                               source.ordered, waits, num_waits, call)
         for other_queue in range(self.num_queues):
             if held[other_queue] != NO_RECORD:
                 (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
@@ -679,36 +677,47 @@ cdef class EngineCore:
 
     def _close(self, timeout_ms):
         """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""
-        if self.device is None or self.device.pid != getpid() or self.closing:
+        if self.device is None or self.device.pid != getpid() or self.ended:
             return
-        if self.tell() and self.closing:  # whoever heard of it shut the engine down
-            return
+        self.tell()
         self.closing = True
-        self.close_parts(timeout_ms)
-        if self.leaked:
+        if self.close_parts(timeout_ms, True) and self.leaked:
             log(logging.WARNING, "memory_leaked", "pinned memory is leaked on purpose, because copies may still run "
                 "into it", device=self.device.name, pool_bytes_ready=self.pool.bytes_ready, timeout_ms=timeout_ms)
 
-    cdef void close_parts(self, int64_t timeout_ms) noexcept:
+    cdef bint any_in_flight(self) noexcept:
+        for queue in self.queues:
+            if (<TransferQueue>queue).jobs_in_flight:
+                return True
+        return False
+
+    cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1:
+        """What `_close` does; False if somebody else did it meanwhile.
+
+        What signal handlers raise ends it, if it is `interruptible`: while jobs are waited for, whom the completion
+        thread still retires, or while the pool is given back. Each step may be done again.
+        """
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
-        cdef uint64_t now
         cdef bint dead = False
-        while self.calls and _c.kv_now_ns() < deadline:
+        while (self.calls or self.any_in_flight()) and _c.kv_now_ns() < deadline:
             with nogil:
                 _c.kv_nap_ns(100_000)
+            if interruptible:
+                PyErr_CheckSignals()
+            if self.ended:  # by a signal handler
+                return False
         with nogil:
             self.thread.stop()
         if self.calls:
-            # A call does not come to its end: a signal handler inside of it is what shuts us down. Leave it its parts.
+            # A call does not come to its end: leave it its parts.
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
-            self.leaked = True
+            self.leaked = self.ended = True
             Py_INCREF(self.loans)
             self.pool.abandon()
-            return
+            return True
         for queue in self.queues:
-            now = _c.kv_now_ns()
-            (<TransferQueue>queue).close((deadline - now) // 1_000_000 if deadline > now else 0)
+            (<TransferQueue>queue).end(deadline, False)
             dead |= (<TransferQueue>queue).failure != 0
         if dead:
             self.leaked = True
@@ -718,17 +727,23 @@ cdef class EngineCore:
                 self.device_pool.abandon()
         else:
             self.loans = ()
-            self.pool.end()
-            if self.device_pool is not None:
+            self.pool.end(interruptible)
+            if self.device_pool is not None and interruptible:
                 self.device_pool.close()
+            elif self.device_pool is not None:
+                self.device_pool.end()
         self.device.close()
+        if self.ended:  # by a signal handler
+            return False
+        self.ended = True
+        return True
 
     def __dealloc__(self):
         if self.device is not None and self.device.pid != getpid():
             return  # a forked child owns none of this
-        if not self.closing:
+        if not self.ended:
             self.closing = True
-            self.close_parts(1000)
+            self.close_parts(1000, False)
         for queue in self.queues or ():
             (<TransferQueue>queue).hook = NULL  # what a queue left open still retires, it retires without us
         free(self.last_job)

@@ -227,11 +227,24 @@ typedef struct kv_driver_row {
     {#field, #symbol, version, offsetof(kv_driver, field), #parameters},
 static const kv_driver_row kv_driver_rows[] = {KV_DRIVER_ROWS(KV_DRIVER_ROW_INFO)};
 #undef KV_DRIVER_ROW_INFO
+#define KV_DRIVER_ROW_NUMBER(field, symbol, version, parameters) KV_ROW_##field,
+enum { KV_DRIVER_ROWS(KV_DRIVER_ROW_NUMBER) };
+#undef KV_DRIVER_ROW_NUMBER
 enum { KV_DRIVER_NUM_ROWS = sizeof(kv_driver_rows) / sizeof(kv_driver_rows[0]) };
+
+/* A code may carry the row that answered it, above its own 16 bits. An error then names that call, and the code equals
+ * none of those above: the failure of a preparation is no answer of the call that it prepares. */
+static inline kv_result kv_result_at(kv_result code, int row)
+{
+    return code && !(code >> 16) ? code | (row + 1) << 16 : code; /* 0 stays 0, and a row that is named stays named */
+}
+static inline kv_result kv_result_code(kv_result code) { return code & 0xFFFF; }
+static inline int kv_result_row(kv_result code) { return (code >> 16) - 1; } /* -1: it carries none */
 
 /* True for errors after which the context is lost and every later call fails too (the driver calls them sticky). */
 static inline int kv_result_is_sticky(kv_result code)
 {
+    code = kv_result_code(code);
     switch (code) {
     case KV_CUDA_DEINITIALIZED:
     case KV_CUDA_ECC_UNCORRECTABLE:

@@ -3,17 +3,25 @@
 import operator
 
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
 from cython cimport auto_pickle, no_gc_clear
 from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
-from kvortex._c cimport KV_DLPACK_CPU, KV_DLPACK_CUDA, kv_devptr
+from kvortex._c cimport (
+    KV_CUDA_NOT_READY,
+    KV_DLPACK_CPU,
+    KV_DLPACK_CUDA,
+    KV_ROW_memcpy_dtod_async,
+    kv_devptr,
+    kv_result_at,
+)
 from kvortex.driver._device cimport Device, check
 from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer
-from kvortex.driver._stream cimport Stream, order_streams
+from kvortex.driver._stream cimport Stream, ask, order_streams
 
 from kvortex.driver._memory import require_shareable
-from kvortex.errors import ConfigError, EngineClosed
+from kvortex.errors import ConfigError, DriverError, EngineClosed
 
 
 @auto_pickle(False)  # copy.copy would make a second owner of the memory
@@ -25,7 +33,8 @@ cdef class DeviceBuffer(Lender):
     the buffer's own earlier calls and nothing else, so memory that other streams write or read needs a stream argument
     or a synchronisation by the caller. With a stream they are ordered on it and may return early: the other memory is
     held, and must stay unchanged, until the stream has passed (pageable memory is copied before the return). All of
-    them release the GIL.
+    them release the GIL. Ctrl-C ends the waiting, and an error may be one of the waiting: then the copy may go on, for
+    which the other memory is held.
 
     Others see the memory as bytes, without a copy, and hold it: through ``__cuda_array_interface__`` and DLPack on a
     GPU, through the buffer protocol and DLPack (as memory of the CPU) on the host device. They find the buffer's own
@@ -159,28 +168,35 @@ cdef class DeviceBuffer(Lender):
             return 0
         if not blocking and self.lent is not None and self.stream.query():
             self.lent = None
-        lent = self.lent
         wait_for_producer(self.device, handle, memory)
+        lent = self.lent
+        held = (lent, memory)
+        self.require_open()  # other people's code may have closed it
+        self.lent = held  # before the copy: whatever fails after it, the memory is in use
         with nogil:
-            on_device = self.device.lies_on_device(address)
-            code = self.device.enter(&mode)
+            code = self.device.lies_on_device(address, &on_device)
+            if code == 0:
+                code = self.device.enter(&mode)
             if code == 0:
                 if on_device and inward:
                     code = self.device.drv.memcpy_dtod_async(self.start + offset, address, size, handle)
+                    code = kv_result_at(code, KV_ROW_memcpy_dtod_async)
                 elif on_device:
                     code = self.device.drv.memcpy_dtod_async(address, self.start + offset, size, handle)
+                    code = kv_result_at(code, KV_ROW_memcpy_dtod_async)
                 elif inward:
                     code = self.device.drv.memcpy_htod_async(self.start + offset, <void *>address, size, handle)
                 else:
                     code = self.device.drv.memcpy_dtoh_async(<void *>address, self.start + offset, size, handle)
-                if code == 0 and blocking:
-                    code = self.device.drv.stream_synchronize(handle)
                 self.device.leave(mode)
+        if code and self.lent is held:  # there is no copy
+            self.lent = lent
         check(self.device, code, b"cuMemcpyHtoDAsync" if inward else b"cuMemcpyDtoHAsync")
         if not blocking:
             self.follow(handle)
-            self.lent = (self.lent, memory)
-        elif self.lent is lent:  # no other thread added to it, and all of it was waited for
+            return 0
+        self.stream.synchronize()
+        if self.lent is held:  # no other thread added to it, and all of it was waited for
             self.lent = None
         return 0
 
@@ -208,31 +224,31 @@ cdef class DeviceBuffer(Lender):
         cdef size_t size = self.nbytes - offset if nbytes is None else nbytes
         self.require_inside(offset, size)
         cdef void *handle = self.stream_for(stream)
-        cdef bint blocking = stream is None
+        self.require_open()  # other people's code may have closed it
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = self.device.drv.memset_d8_async(self.start + offset, byte, size, handle)
-                if code == 0 and blocking:
-                    code = self.device.drv.stream_synchronize(handle)
                 self.device.leave(mode)
         check(self.device, code, b"cuMemsetD8Async")
-        if not blocking:
+        if stream is None:
+            self.stream.synchronize()
+        else:
             self.follow(handle)
         return 0
 
     cdef int follow(self, void *handle) except -1:
         """Let the private stream wait for the work that was just put on another one."""
-        cdef int mode = 0
+        cdef int code = KV_CUDA_NOT_READY
         self.worked_elsewhere = self.followed = True
         try:
             order_streams(self.device, self.stream.stream, handle)
-        except BaseException:
-            with nogil:  # what cannot be followed is over instead
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.stream_synchronize(handle)
-                    self.device.leave(mode)
-            raise
+        except DriverError:  # the work is there all the same: what cannot be followed is over instead
+            while code == KV_CUDA_NOT_READY:
+                with nogil:
+                    code = ask(self.device, handle, NULL, True)
+                PyErr_CheckSignals()
+            check(self.device, code, b"cuStreamSynchronize")
         return 0
 
     # ---- in others' hands -------------------------------------------------------------------------------------------

@@ -17,9 +17,10 @@ cdef class Device:
 
     cdef int retain(self) except -1
     cdef void release(self) noexcept
-    # Makes the context current and the thread's capture mode RELAXED; *mode keeps what leave() restores. A CUresult.
+    # Makes the context current and the thread's capture mode RELAXED; *mode keeps what leave() restores. A CUresult that
+    # carries its row: that the context could not be entered says nothing about what was to be asked in it.
     cdef int enter(self, int *mode) noexcept nogil
-    cdef void leave(self, int mode) noexcept nogil
+    cdef void leave(self, int mode) noexcept nogil   # what it cannot restore, the thread's next enter() does
     # For threads of our own: the same once, for the thread's life.
     cdef int bind_thread(self) noexcept nogil
     # Raises EngineClosed when closed or in a forked child; touches no lock and no driver.
@@ -28,12 +29,14 @@ cdef class Device:
     cdef void *borrow_stream(self, object stream) except? NULL
     # The same checks on a handle: 0 fine, else a CUresult (STREAM_CAPTURE_UNSUPPORTED, INVALID_DEVICE ...).
     cdef int check_stream(self, void *handle) noexcept nogil
-    # Whether the driver says so; host memory, pinned or not, and what it does not know, is not.
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil
+    # Whether the driver says so; host memory, pinned or not, and what it does not know, is not. A CUresult: an answer
+    # that could not be had is not "no".
+    cdef int lies_on_device(self, uint64_t address, bint *answer) noexcept nogil
 
 
 # Milliseconds of a timeout as it comes from Python; -1 for None, which waits for ever. Refuses what is no whole number.
 cdef int64_t require_timeout(object timeout_ms) except? -2
 
-# Raises DriverError(code, name, call) unless code is 0. Needs no GIL when it is 0.
+# Raises DriverError(code, name, call) unless code is 0; a row that the code carries goes before `call`. Needs no GIL
+# when it is 0.
 cdef int check(Device device, int code, const char *call) except -1 nogil

@@ -11,6 +11,7 @@ from kvortex._c cimport (
     KV_CAPTURE_STATUS_NONE,
     KV_CUDA_INVALID_DEVICE,
     KV_CUDA_INVALID_HANDLE,
+    KV_CUDA_INVALID_VALUE,
     KV_CUDA_STREAM_CAPTURE_IMPLICIT,
     KV_CUDA_STREAM_CAPTURE_UNSUPPORTED,
     KV_DEVICE_ATTRIBUTE_HOST_NUMA_ID,
@@ -18,8 +19,16 @@ from kvortex._c cimport (
     KV_DRIVER_NUM_ROWS,
     KV_MEMORY_TYPE_DEVICE,
     KV_POINTER_MEMORY_TYPE,
+    KV_ROW_ctx_set_current,
+    KV_ROW_device_get,
+    KV_ROW_pointer_get_attribute,
+    KV_ROW_stream_get_ctx,
+    KV_ROW_thread_exchange_stream_capture_mode,
     kv_driver,
     kv_driver_rows,
+    kv_result_at,
+    kv_result_code,
+    kv_result_row,
 )
 from kvortex.driver._host cimport host_table
 from kvortex.driver._memory cimport is_integer
@@ -32,6 +41,10 @@ SPEC = re.compile(r"(?P<kind>auto|host|cuda)(:(?P<ordinal>\d{1,4}))?")
 
 cdef enum:
     LAST_DEFAULT_STREAM = 2  # 0 and 1: the legacy default stream, 2: the per-thread one; all of the current context
+
+cdef extern from "kvortex/context.h" nogil:
+    int kv_context_enter(const kv_driver *drv, void *context, int *mode)
+    void kv_context_leave(const kv_driver *drv, void *context, int mode)
 
 cuda_lock = threading.Lock()
 
@@ -101,7 +114,7 @@ cdef class Device:
         if self.ordinal >= count:
             raise ConfigError(f"device {self.name!r} does not exist: the driver sees {count}, numbered from 0")
         with nogil:
-            code = self.drv.device_get(&device, self.ordinal)
+            code = kv_result_at(self.drv.device_get(&device, self.ordinal), KV_ROW_device_get)
             if code == 0:
                 code = self.drv.device_primary_ctx_retain(&context, device)
         check(self, code, b"cuDevicePrimaryCtxRetain")
@@ -147,7 +160,7 @@ cdef class Device:
         cdef int code, device = 0
         self.require_open()
         with nogil:
-            code = self.drv.device_get(&device, self.ordinal)
+            code = kv_result_at(self.drv.device_get(&device, self.ordinal), KV_ROW_device_get)
             if code == 0:
                 code = self.drv.device_get_name(name, sizeof(name), device)
         check(self, code, b"cuDeviceGetName")
@@ -175,24 +188,18 @@ cdef class Device:
         return node if code == 0 and node >= 0 else None
 
     cdef int enter(self, int *mode) noexcept nogil:
-        cdef void *context
-        cdef int code = self.drv.ctx_push_current(self.context)
-        if code == 0:
-            mode[0] = KV_CAPTURE_MODE_RELAXED
-            code = self.drv.thread_exchange_stream_capture_mode(mode)
-            if code != 0:
-                self.drv.ctx_pop_current(&context)
-        return code
+        return kv_context_enter(self.drv, self.context, mode)
 
     cdef void leave(self, int mode) noexcept nogil:
-        cdef void *context
-        self.drv.thread_exchange_stream_capture_mode(&mode)
-        self.drv.ctx_pop_current(&context)
+        kv_context_leave(self.drv, self.context, mode)
 
     cdef int bind_thread(self) noexcept nogil:
         cdef int mode = KV_CAPTURE_MODE_RELAXED
         cdef int code = self.drv.ctx_set_current(self.context)
-        return code if code != 0 else self.drv.thread_exchange_stream_capture_mode(&mode)
+        if code != 0:
+            return kv_result_at(code, KV_ROW_ctx_set_current)
+        return kv_result_at(self.drv.thread_exchange_stream_capture_mode(&mode),
+                            KV_ROW_thread_exchange_stream_capture_mode)
 
     cdef int require_open(self) except -1:
         if self.closed:
@@ -215,19 +222,24 @@ cdef class Device:
             code = KV_CUDA_STREAM_CAPTURE_UNSUPPORTED
         if code == 0 and <size_t>handle > LAST_DEFAULT_STREAM:
             code = self.drv.stream_get_ctx(handle, &context)
+            if code != KV_CUDA_INVALID_HANDLE:
+                code = kv_result_at(code, KV_ROW_stream_get_ctx)
             if code == 0 and context != self.context:
                 code = KV_CUDA_INVALID_DEVICE
         self.leave(mode)
         return code
 
-    cdef bint lies_on_device(self, uint64_t address) noexcept nogil:
+    cdef int lies_on_device(self, uint64_t address, bint *answer) noexcept nogil:
         cdef unsigned int memory_type = 0
         cdef int mode = 0
         cdef int code = self.enter(&mode)
         if code == 0:
             code = self.drv.pointer_get_attribute(&memory_type, KV_POINTER_MEMORY_TYPE, address)
             self.leave(mode)
-        return code == 0 and memory_type == <unsigned int>KV_MEMORY_TYPE_DEVICE
+            if code == KV_CUDA_INVALID_VALUE:  # the driver does not know it
+                memory_type = code = 0
+        answer[0] = memory_type == <unsigned int>KV_MEMORY_TYPE_DEVICE
+        return kv_result_at(code, KV_ROW_pointer_get_attribute)
 
     cdef void *borrow_stream(self, object stream) except? NULL:
         self.require_open()
@@ -320,6 +332,10 @@ cdef int check(Device device, int code, const char *call) except -1 nogil:
 cdef object raise_driver_error(Device device, int code, const char *call):
     cdef const char *name = NULL
     cdef const char *text = NULL
+    cdef int row = kv_result_row(code)
+    if row >= 0:
+        call = kv_driver_rows[row].symbol
+    code = kv_result_code(code)
     if device.drv.get_error_name(code, &name) != 0 or name == NULL:
         name = b"CUDA_ERROR_UNRECOGNIZED"
     if device.drv.get_error_string(code, &text) != 0 or text == NULL:

@@ -25,5 +25,9 @@ cdef class Event:
     cdef void destroy(self) noexcept
 
 
+# Whether a stream is over, or an event that is not NULL. A CUresult: NOT_READY, it is not yet; else it is, or nobody
+# knows. With `waiting` not before it is, or 50 ms have passed: a longer wait lets signal handlers (Ctrl-C) run then.
+cdef int ask(Device device, void *stream, void *event, bint waiting) noexcept nogil
+
 # Let later work on one stream wait, on the device, for what is on another one now.
 cdef int order_streams(Device device, void *later, void *earlier) except -1

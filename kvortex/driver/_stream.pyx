@@ -1,12 +1,34 @@
 """Stream and Event: ours or borrowed."""
 
+from cpython.exc cimport PyErr_CheckSignals
 from cython cimport no_gc_clear
+from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
-from kvortex._c cimport KV_CUDA_NOT_READY, KV_EVENT_DISABLE_TIMING, KV_STREAM_NON_BLOCKING
+from kvortex._c cimport (
+    KV_CUDA_NOT_READY,
+    KV_EVENT_DISABLE_TIMING,
+    KV_ROW_event_query,
+    KV_ROW_event_synchronize,
+    KV_ROW_stream_query,
+    KV_ROW_stream_synchronize,
+    KV_ROW_stream_wait_event,
+    KV_STREAM_NON_BLOCKING,
+    kv_driver,
+    kv_nap_ns,
+    kv_now_ns,
+    kv_result_at,
+)
 from kvortex.driver._device cimport Device, check
 
 from kvortex.errors import EngineClosed
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef uint64_t SPIN_NS = 200_000  # a wait asks without a pause first: short work is over sooner than a thread wakes up
+cdef uint64_t NAP_NS = 50_000
+cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 
 @no_gc_clear  # __dealloc__ needs the device, which the collector would clear before it
@@ -85,19 +107,19 @@ cdef class Stream:
         return 0, <size_t>self.stream
 
     def synchronize(self):
-        """Block until everything submitted so far is complete. Releases the GIL.
+        """Block until everything submitted so far is complete. Releases the GIL; Ctrl-C ends the wait.
 
         Raises
         ------
         DriverError, EngineClosed
+            Whether it is complete is not known.
         """
-        cdef int code, mode = 0
-        self.require_open()
-        with nogil:
-            code = self.device.enter(&mode)
-            if code == 0:
-                code = self.device.drv.stream_synchronize(self.stream)
-                self.device.leave(mode)
+        cdef int code = KV_CUDA_NOT_READY
+        while code == KV_CUDA_NOT_READY:
+            self.require_open()  # a signal handler may have closed it
+            with nogil:
+                code = ask(self.device, self.stream, NULL, True)
+            PyErr_CheckSignals()
         check(self.device, code, b"cuStreamSynchronize")
 
     def query(self):
@@ -124,6 +146,7 @@ cdef class Stream:
         ValueError
             The stream is capturing.
         DriverError, EngineClosed
+            Nothing was ordered.
         """
         cdef int code, mode = 0
         self.require_open()
@@ -230,6 +253,7 @@ cdef class Event:
         cdef int code, mode = 0
         self.require_open()
         cdef void *handle = self.device.borrow_stream(stream)
+        self.require_open()  # the stream's own code may have closed the event
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
@@ -252,14 +276,19 @@ cdef class Event:
         return True
 
     def synchronize(self):
-        """Block until the last record is complete. Releases the GIL."""
-        cdef int code, mode = 0
-        self.require_open()
-        with nogil:
-            code = self.device.enter(&mode)
-            if code == 0:
-                code = self.device.drv.event_synchronize(self.event)
-                self.device.leave(mode)
+        """Block until the last record is complete. Releases the GIL; Ctrl-C ends the wait.
+
+        Raises
+        ------
+        DriverError, EngineClosed
+            Whether it is complete is not known.
+        """
+        cdef int code = KV_CUDA_NOT_READY
+        while code == KV_CUDA_NOT_READY:
+            self.require_open()  # a signal handler may have closed it
+            with nogil:
+                code = ask(self.device, NULL, self.event, True)
+            PyErr_CheckSignals()
         check(self.device, code, b"cuEventSynchronize")
 
     def close(self):
@@ -297,18 +326,48 @@ cdef class Event:
         return self.device.require_open()
 
 
+cdef int ask(Device device, void *stream, void *event, bint waiting) noexcept nogil:
+    cdef uint64_t now = kv_now_ns()
+    cdef uint64_t spin_until = now + SPIN_NS, wait_until = now + SIGNALS_NS
+    cdef int mode = 0, code = device.enter(&mode)
+    if code:
+        return code
+    code = is_over(device, stream, event)
+    while waiting and code == KV_CUDA_NOT_READY and now < wait_until:
+        if now < spin_until:
+            sched_yield()
+        else:
+            kv_nap_ns(NAP_NS)
+        now = kv_now_ns()
+        code = is_over(device, stream, event)
+    device.leave(mode)
+    return code
+
+
+cdef int is_over(Device device, void *stream, void *event) noexcept nogil:
+    """Whether it is, and if so, the driver's own wait, at which its memory pools give back. A CUresult."""
+    cdef const kv_driver *drv = device.drv
+    cdef int code
+    if event is not NULL:
+        code = drv.event_query(event)
+        if code == 0:
+            return kv_result_at(drv.event_synchronize(event), KV_ROW_event_synchronize)
+        return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_event_query)
+    code = drv.stream_query(stream)
+    if code == 0:
+        return kv_result_at(drv.stream_synchronize(stream), KV_ROW_stream_synchronize)
+    return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_stream_query)
+
+
 cdef int order_streams(Device device, void *later, void *earlier) except -1:
     cdef Event event = Event.create(device)
     cdef int code, mode = 0
-    cdef const char *call = b"cuCtxPushCurrent"
     with nogil:
         code = device.enter(&mode)
         if code == 0:
-            call = b"cuEventRecord"
             code = device.drv.event_record(event.event, earlier)
             if code == 0:
-                call = b"cuStreamWaitEvent"
-                code = device.drv.stream_wait_event(later, event.event, 0)
+                code = kv_result_at(device.drv.stream_wait_event(later, event.event, 0), KV_ROW_stream_wait_event)
             device.leave(mode)
     event.close()  # what waits for it goes on waiting
-    return check(device, code, call)
+    return check(device, code, b"cuEventRecord")

@@ -8,12 +8,7 @@
 
 #include "host_stream.h"
 
-/* Row numbers, and one function per row of the table. */
-enum {
-#define KV_ROW_NUMBER(field, symbol, version, parameters) KV_ROW_##field,
-    KV_DRIVER_ROWS(KV_ROW_NUMBER)
-#undef KV_ROW_NUMBER
-};
+/* One function per row of the table. */
 #define KV_ROW_FUNCTION(field, symbol, version, parameters) kv_result kv_host_##field parameters;
 KV_DRIVER_ROWS(KV_ROW_FUNCTION)
 #undef KV_ROW_FUNCTION

@@ -31,6 +31,7 @@ cdef class DevicePool:
     cdef void give(self, kv_devptr start, size_t nbytes, void *stream) noexcept
     cdef size_t reserved(self, int attribute) except? 0xFFFFFFFF
     cdef tuple idle_pair(self)
+    cdef void end(self) noexcept
     cdef void sweep(self, bint waiting) noexcept
     cdef void come_back(self) noexcept
     # Close without a driver call: the context is dead.

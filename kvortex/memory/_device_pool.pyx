@@ -2,6 +2,7 @@
 
 import operator
 import threading
+from contextlib import suppress
 from typing import NamedTuple
 
 from cython cimport auto_pickle, no_gc_clear
@@ -13,7 +14,7 @@ cimport kvortex._c as _c
 from kvortex._c cimport kv_devptr
 from kvortex.driver._buffer cimport DeviceBuffer
 from kvortex.driver._device cimport Device, check
-from kvortex.driver._stream cimport Event, Stream, order_streams
+from kvortex.driver._stream cimport Event, Stream, ask, order_streams
 
 from kvortex.errors import ConfigError, DriverError, EngineClosed, PoolExhausted
 
@@ -146,6 +147,7 @@ cdef class DevicePool:
         cdef PooledBuffer buffer = PooledBuffer.__new__(PooledBuffer)
         cdef Stream own
         cdef Event born
+        cdef kv_devptr start
         cdef int code, mode = 0
         cdef void *handle
         require_size("nbytes", nbytes, 1)
@@ -155,15 +157,17 @@ cdef class DevicePool:
         buffer.device, buffer.pool, buffer.stream, buffer.born = self.device, self, own, born
         buffer.start = self.take(nbytes, handle)
         buffer.nbytes = nbytes
-        with nogil:  # from here on the buffer gives it back, whatever happens
+        with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = self.device.drv.event_record(born.event, handle)
                 if code == 0:
-                    code = self.device.drv.stream_wait_event(own.stream, born.event, 0)
-                if code:
-                    self.device.drv.stream_synchronize(handle)  # what cannot be waited for is over instead
+                    code = _c.kv_result_at(self.device.drv.stream_wait_event(own.stream, born.event, 0),
+                                           _c.KV_ROW_stream_wait_event)
                 self.device.leave(mode)
+        if code:  # no other stream can come after the allocation, so it is freed on its own
+            start, buffer.start = buffer.start, 0
+            self.give(start, nbytes, handle)
         check(self.device, code, b"cuEventRecord")
         buffer.is_unborn = buffer.worked_elsewhere = True
         buffer.closed = False
@@ -261,15 +265,26 @@ cdef class DevicePool:
         """Hand out no more, and give back what nobody holds. Idempotent.
 
         Buffers and arenas that are out stay usable until their holders let go; the driver's pool ends with the last of
-        them. That blocks only for copies that freed buffers left on other streams.
+        them. That blocks only for copies that freed buffers left on other streams. Ctrl-C ends the wait: then the pool
+        hands out no more, and another call, or its end, does the rest.
         """
+        self.closed = True
+        if self.pool is NULL or self.device.closed or getpid() != self.device.pid:
+            return
+        for own, _, lent in self.resting:
+            if lent is not None:
+                with suppress(DriverError, EngineClosed):  # nobody knows: then `sweep` keeps it
+                    (<Stream>own).synchronize()
+        self.end()
+
+    cdef void end(self) noexcept:
+        """The rest of `close`, without signal handlers and more than once."""
         cdef uint64_t threshold = 0
         cdef int mode = 0
-        if self.closed or self.device.closed or getpid() != self.device.pid:
-            self.closed = True
-            return
         cdef bint is_out = self.num_out != 0
         self.closed = True
+        if self.pool is NULL or self.device.closed or getpid() != self.device.pid:
+            return
         self.num_out += 1
         self.sweep(True)
         with nogil:
@@ -285,16 +300,18 @@ cdef class DevicePool:
 
     cdef void sweep(self, bint waiting) noexcept:
         """Let go of what freed buffers copied from or to, where that is over; with `waiting`, when it is."""
+        cdef void *stream
+        cdef int code
         before, self.resting = self.resting, ()
         for own, born, lent in before:
             if lent is not None:
-                try:
-                    if waiting:
-                        (<Stream>own).synchronize()
-                    if waiting or (<Stream>own).query():
-                        lent = None
-                except (DriverError, EngineClosed):
-                    pass  # nobody knows, so it is kept
+                stream = (<Stream>own).stream
+                with nogil:
+                    code = ask(self.device, stream, NULL, waiting)
+                    while waiting and code == _c.KV_CUDA_NOT_READY:
+                        code = ask(self.device, stream, NULL, waiting)
+                if code == 0:  # else it is in use, or nobody knows, so it is kept
+                    lent = None
             self.resting += ((own, born, lent),)
 
     cdef void come_back(self) noexcept:
@@ -317,8 +334,8 @@ cdef class DevicePool:
             self.device.close()
 
     def __dealloc__(self):
-        if not self.closed and self.device is not None:
-            self.close()  # nothing is out: that would keep it
+        if self.device is not None:
+            self.end()  # nothing is out: that would keep it
 
     def __enter__(self):
         return self
@@ -448,6 +465,7 @@ cdef class PooledBuffer(DeviceBuffer):
         cdef kv_devptr start
         self.require_open()
         handle = self.device.borrow_stream(stream)
+        self.require_open()  # the stream's own code may have freed it
         self.wait_for_birth(handle)
         if self.followed:
             order_streams(self.device, handle, self.stream.stream)

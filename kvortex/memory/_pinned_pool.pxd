@@ -23,8 +23,12 @@ cdef class PinnedPool(Lender):
     cdef uint32_t num_ready         # slots [0, num_ready) are registered
     cdef int failure                # CUresult that ended the registering, or 0
     cdef bint stopping
-    cdef bint registering           # the background thread runs and must be joined
-    cdef bint closed                # changed under the GIL, as are the exports, which the mapping outlives
+    cdef bint registering           # the background thread was started and must be joined
+    cdef bint thread_is_over        # it is about to return
+    cdef bint closed                # changed under the GIL, as are the exports, which the mapping outlives, and the rest
+    cdef uint32_t num_unregistered  # slots [0, num_unregistered) are registered no more
+    cdef bint is_lost               # the driver still knows some pages, or copies may run into them: never unmapped
+    cdef bint is_unregistered       # so the last export unmaps
     cdef pthread_t thread
     cdef kv_touch touching          # the pages behind the first chunk; live while registering
     cdef int num_touchers
@@ -39,8 +43,9 @@ cdef class PinnedPool(Lender):
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil
     cdef void register_rest(self) noexcept nogil
     cdef void register_chunks(self) noexcept nogil
-    cdef void join(self) noexcept nogil
-    cdef void end(self) noexcept
+    cdef int join(self, bint interruptible) except -1
+    # Only where interruptible do signal handlers run, and may raise; another call then does the rest.
+    cdef int end(self, bint interruptible) except -1
     cdef void abandon(self) noexcept
     cdef void unmap(self) noexcept
 

@@ -4,6 +4,7 @@ import operator
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from posix.unistd cimport getpid
 
@@ -47,6 +48,7 @@ cdef extern from *:
 
 cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
+cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 cdef enum:
     MAX_TOUCHERS = 8  # sixteen are slower: they contend with the registering thread for the address space's lock
@@ -233,6 +235,10 @@ cdef class PinnedPool(Lender):
         while started:
             started -= 1
             _c.pthread_join(touchers[started], NULL)
+        _c.kv_monitor_lock(&self.monitor)
+        self.thread_is_over = True
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
 
     cdef void register_chunks(self) noexcept nogil:
         cdef uint32_t chunk, first, count
@@ -271,7 +277,7 @@ cdef class PinnedPool(Lender):
         _c.kv_monitor_unlock(&self.monitor)
 
     def wait_ready(self, timeout_ms=None):
-        """Block (GIL released) until every slot is registered.
+        """Block (GIL released) until every slot is registered. Ctrl-C ends the wait, not the registering.
 
         Raises
         ------
@@ -282,17 +288,21 @@ cdef class PinnedPool(Lender):
         EngineClosed
             The pool was closed.
         """
-        cdef uint64_t deadline
         cdef int64_t limit = require_timeout(timeout_ms)
-        cdef bint ready, timed_out = False
+        cdef uint64_t deadline = _c.kv_deadline_ns(limit), now = 0, pause
+        cdef bint ready = False, over = False
         self._require_open()
-        with nogil:
-            deadline = _c.kv_deadline_ns(limit)
-            _c.kv_monitor_lock(&self.monitor)
-            while self.num_ready < self.slots.num_slots and not self.failure and not self.stopping and not timed_out:
-                timed_out = _c.kv_monitor_wait(&self.monitor, deadline) != 0
-            ready = self.num_ready == self.slots.num_slots
-            _c.kv_monitor_unlock(&self.monitor)
+        while not over and now < deadline:
+            with nogil:
+                now = _c.kv_now_ns()
+                pause = min(now + SIGNALS_NS, deadline)
+                _c.kv_monitor_lock(&self.monitor)
+                if self.num_ready < self.slots.num_slots and not self.failure and not self.stopping:
+                    _c.kv_monitor_wait(&self.monitor, pause)
+                ready = self.num_ready == self.slots.num_slots
+                over = ready or self.failure != 0 or self.stopping
+                _c.kv_monitor_unlock(&self.monitor)
+            PyErr_CheckSignals()
         if ready:
             return
         if self.failure:
@@ -348,7 +358,7 @@ cdef class PinnedPool(Lender):
         self.take_back()
 
     cdef void all_is_back(self) noexcept:
-        if self.closed:
+        if self.is_unregistered:
             self.unmap()
 
     @property
@@ -393,21 +403,33 @@ cdef class PinnedPool(Lender):
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
-    cdef void join(self) noexcept nogil:
+    cdef int join(self, bint interruptible) except -1:
+        """End the background thread: it comes to its end after the chunk at hand."""
         _c.kv_monitor_lock(&self.monitor)
         self.stopping = True
         _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
         if self.registering:
             _c.kv_touch_stop(&self.touching)
-            _c.pthread_join(self.thread, NULL)
-            self.registering = False
+        while self.registering and not self.thread_is_over:
+            with nogil:
+                _c.kv_monitor_lock(&self.monitor)
+                if not self.thread_is_over:
+                    _c.kv_monitor_wait(&self.monitor, _c.kv_now_ns() + SIGNALS_NS)
+                _c.kv_monitor_unlock(&self.monitor)
+            if interruptible:
+                PyErr_CheckSignals()
+        if self.registering:
+            self.registering = False  # before the GIL goes, so that nobody joins it twice
+            with nogil:
+                _c.pthread_join(self.thread, NULL)
         _c.kv_touch_destroy(&self.touching)
+        return 0
 
     def close(self):
         """Stop registering, unregister and unmap. Idempotent; blocks for the chunk being registered (GIL released).
 
-        No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
+        Ctrl-C ends that wait: then the pool is of no more use, and another call, or its end, does the rest. No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
         unregistered now and unmapped when the last of them is released.
 
         Raises
@@ -417,36 +439,41 @@ cdef class PinnedPool(Lender):
         """
         if self.is_attached and not self.closed:
             raise BufferError("an engine moves blocks through this pool; call the engine's shutdown() instead")
-        self.end()
+        self.end(True)
 
-    cdef void end(self) noexcept:
-        cdef uint32_t chunk, first = 0
-        cdef int mode = 0, entered, refused = 0
-        if self.closed or self.device.pid != getpid():
-            return
+    cdef int end(self, bint interruptible) except -1:
+        cdef uint32_t first
+        cdef int mode = 0, code
+        if self.device is None or self.device.pid != getpid():
+            return 0
         self.closed = True
-        self.exports += 1  # ours: a view released meanwhile must not unmap what is still registered
-        with nogil:
-            self.join()
-            entered = self.device.enter(&mode)
-            if entered == 0:
-                while first < self.num_ready and not self.driver_allocated:
-                    chunk = _c.kv_slots_chunk(&self.slots, first)
-                    refused |= self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
-                    first += _c.kv_slots_chunk_count(&self.slots, chunk)
-                self.device.leave(mode)
-        self.exports -= 1
-        if entered or refused:
-            self.mapping = self.allocation = NULL  # a dead context: the driver still knows these pages
-        elif self.exports == 0:
+        self.join(interruptible)
+        while self.num_unregistered < self.num_ready and not self.driver_allocated and not self.is_lost:
+            first = self.num_unregistered  # a chunk is taken under the GIL, so that nobody unregisters it twice
+            self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
+            self.exports += 1  # ours: nobody else's end may unmap it meanwhile
+            with nogil:
+                code = self.device.enter(&mode)
+                if code == 0:
+                    code = self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
+                    self.device.leave(mode)
+            self.exports -= 1
+            if code:  # a dead context: the driver still knows these pages
+                self.is_lost = True
+            if interruptible:
+                PyErr_CheckSignals()
+        if self.is_lost:
+            self.mapping = self.allocation = NULL
+        self.is_unregistered = True
+        if self.exports == 0:
             self.unmap()
+        return 0
 
     cdef void abandon(self) noexcept:
         """Close without giving memory back: after a sticky error a copy may still be running into it."""
-        self.closed = True
+        self.closed = self.is_lost = True
         self.mapping = self.allocation = NULL
-        with nogil:
-            self.join()
+        self.join(False)
 
     cdef void unmap(self) noexcept:
         cdef char *mapping = self.mapping
@@ -469,8 +496,7 @@ cdef class PinnedPool(Lender):
     def __dealloc__(self):
         if self.device is not None and self.device.pid != getpid():
             return  # a forked child has neither the mapping nor the thread
-        if not self.closed:
-            self.end()
+        self.end(False)
         if self.monitor_ready:
             _c.kv_monitor_destroy(&self.monitor)
 

@@ -32,9 +32,8 @@ cdef class CompletionThread:
 
     cdef void run(self) noexcept nogil:
         cdef uint64_t seen, nap_ns = SHORTEST_NAP_NS
-        cdef bint busy, progressed
-        cdef int index, answer
-        self.device.bind_thread()  # a failure shows in the first query, as the error that it is
+        cdef bint busy, progressed, is_bound = False
+        cdef int index, answer, code
         while True:
             _c.kv_monitor_lock(&self.signals.monitor)
             if self.signals.stopping:
@@ -42,8 +41,12 @@ cdef class CompletionThread:
                 return
             seen = self.signals.num_submitted
             _c.kv_monitor_unlock(&self.signals.monitor)
-            busy = progressed = False
-            for index in range(self.num_queues):
+            if not is_bound:  # until then no answer is one about a job; a dead context shows in the first query
+                code = self.device.bind_thread()
+                is_bound = code == 0 or _c.kv_result_is_sticky(code)
+            busy = not is_bound
+            progressed = False
+            for index in range(self.num_queues if is_bound else 0):
                 answer = (<TransferQueue>self.polled[index]).poll_once()
                 busy |= answer >= 0
                 progressed |= answer == 1

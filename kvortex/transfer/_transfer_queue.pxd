@@ -58,7 +58,8 @@ cdef class TransferQueue:
     cdef uint64_t num_submitted
     cdef readonly uint32_t jobs_in_flight   # claimed and not yet free
     cdef int failure                   # sticky CUresult: the context is dead
-    cdef bint closed
+    cdef bint closed                   # nothing is claimed any more
+    cdef bint ended                    # given back, or leaked on purpose
     cdef set used                      # pools and layouts that jobs were submitted with; kept until close
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
@@ -69,7 +70,9 @@ cdef class TransferQueue:
     # 0, or why nothing was submitted, as outcome.code says too: NOT_READY when all jobs are in flight, else a CUresult.
     cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil
-    cdef int poll_jobs(self) noexcept nogil   # -> jobs retired, or minus a CUresult; never blocks on one
+    # -> jobs retired, or minus a CUresult: the context is dead. Never blocks on a job; where the driver cannot be asked
+    # for the moment, none is retired.
+    cdef int poll_jobs(self) noexcept nogil
     cdef OutcomeState ask(self, JobOutcome *outcome) noexcept nogil   # what `outcome` says now
 
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
@@ -79,14 +82,16 @@ cdef class TransferQueue:
     cdef void unclaim(self, uint32_t record) noexcept nogil
     cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
                          void **waits, size_t num_waits, const char **call) noexcept nogil
+    cdef int enter(self, int *mode) noexcept nogil
     cdef int poll_once(self) noexcept nogil
     cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil
     cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil
     cdef void drop_hold(self, uint32_t record) noexcept nogil
     cdef void recycle(self, uint32_t record) noexcept nogil
-    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil
+    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns, bint is_entered) noexcept nogil
     cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil
     cdef void fail_all(self, int code) noexcept nogil
+    cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1
     cdef void attach(self, Job job, uint32_t record, object owner)
 
 

@@ -20,7 +20,7 @@ import operator
 
 import numpy as np
 
-from kvortex.errors import EngineClosed
+from kvortex.errors import DriverError, EngineClosed
 from kvortex.transfer.awaiting import wait_in_loop
 
 cdef extern from "<sched.h>" nogil:
@@ -30,6 +30,7 @@ cdef uint32_t NO_RECORD = 0xFFFFFFFF
 cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
 cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
+cdef uint64_t ENTER_NS = 1_000_000  # after which a wait tries again to enter a context that could not be entered
 
 DIRECTIONS = {"D2H": D2H, "H2D": H2D}
 
@@ -62,7 +63,7 @@ cdef class TransferQueue:
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.closed = True
+        self.closed = self.ended = True
         self.free_head = self.fifo_head = self.fifo_tail = NO_RECORD
         if _c.kv_monitor_init(&self.monitor):
             raise MemoryError("pthread_mutex_init failed")
@@ -91,11 +92,11 @@ cdef class TransferQueue:
         if self.records is NULL:
             raise MemoryError(f"no memory for {max_jobs} job records")
         self.max_jobs = max_jobs
-        self.closed = False
+        self.closed = self.ended = False
         with nogil:
             code = device.enter(&mode)
             if code == 0:
-                code = self.copier.open()
+                code = _c.kv_result_at(self.copier.open(), _c.KV_ROW_stream_create)
                 for index in range(self.max_jobs):
                     if code == 0:
                         code = device.drv.event_create(&self.records[index].done_event, _c.KV_EVENT_DISABLE_TIMING)
@@ -105,8 +106,8 @@ cdef class TransferQueue:
                 device.leave(mode)
         self.free_head = 0
         if code:
-            self.close()
-            check(device, code, b"creating a transfer queue")
+            self.end(0, False)
+            check(device, code, b"cuEventCreate")
 
     # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
 
@@ -230,8 +231,10 @@ cdef class TransferQueue:
         _c.kv_monitor_unlock(&self.monitor)
         code = self.device.drv.event_query(job.done_event)
         if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):
-            # The query failed, not the copies: find out about them the slow way before any slot is freed.
-            code = self.copier.synchronize()
+            # The query failed, not the copies: if the whole stream is idle they are over, else ask again later.
+            code = self.device.drv.stream_query(self.copier.stream)
+            if code and not _c.kv_result_is_sticky(code):
+                code = _c.KV_CUDA_NOT_READY
         _c.kv_monitor_lock(&self.monitor)
         job.holds -= 1
         if job.state == JOB_RETIRED:  # another party retired it meanwhile
@@ -307,13 +310,14 @@ cdef class TransferQueue:
             _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
 
-    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns) noexcept nogil:
-        """Wait for a job's end, polling as well. OUTCOME_PENDING means that the deadline passed."""
+    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns, bint is_entered) noexcept nogil:
+        """Wait for a job's end, polling as well in a context that is entered. OUTCOME_PENDING: the deadline passed."""
         cdef OutcomeState state
         cdef uint64_t now = _c.kv_now_ns(), until
-        cdef uint64_t spin_until = now + SPIN_NS
+        cdef uint64_t spin_until = now + SPIN_NS if is_entered else now
         while True:
-            self.poll_once()
+            if is_entered:
+                self.poll_once()
             _c.kv_monitor_lock(&self.monitor)
             state = outcome.state
             if state == OUTCOME_PENDING:
@@ -379,6 +383,10 @@ cdef class TransferQueue:
         cdef uint32_t record
         cdef int code
         self._require_open()
+        cdef void *caller = self.device.borrow_stream(stream)
+        cdef Job job = Job.__new__(Job)
+        self.used.update((pool, layout))
+        self._require_open()  # again: what came before may run other people's code, and from here on nothing does
         pool._require_open()
         if slots.shape[0] != <Py_ssize_t>n:
             raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
@@ -386,11 +394,8 @@ cdef class TransferQueue:
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
                              f"({pool.payload_bytes})")
         layout.require_reachable(self.device, self.direction_ == H2D)
-        cdef void *caller = self.device.borrow_stream(stream)
-        cdef Job job = Job.__new__(Job)
         if n == 0:
             return job
-        self.used.update((pool, layout))
         with nogil:
             record = self.claim_blocks(layout, &slots[0], n)
         if record == NO_RECORD:
@@ -443,6 +448,7 @@ cdef class TransferQueue:
             code = self.failure
         else:
             code = _c.KV_CUDA_DEINITIALIZED if self.closed else _c.KV_CUDA_NOT_READY
+        code = _c.kv_result_code(code)
         if code:  # from here on nobody else knows of it; otherwise whoever retires the job writes
             outcome.state = OUTCOME_FAILED
             outcome.code = code
@@ -455,12 +461,17 @@ cdef class TransferQueue:
         _c.kv_monitor_unlock(&self.monitor)
         return state
 
+    cdef int enter(self, int *mode) noexcept nogil:
+        """`Device.enter`, for a look at the jobs. Where it fails nothing is known of them, unless the context is dead."""
+        cdef int code = self.device.enter(mode)
+        if _c.kv_result_is_sticky(code) and not self.signals.served:
+            self.fail_all(code)  # no event will ever be seen complete: wake whoever polls for one
+        return code
+
     cdef int poll_jobs(self) noexcept nogil:
-        cdef int mode = 0, retired = 0, code = self.device.enter(&mode)
-        if code:
-            if _c.kv_result_is_sticky(code):  # no event will ever be seen complete: wake whoever polls for one
-                self.fail_all(code)
-            return -code
+        cdef int mode = 0, retired = 0
+        if self.enter(&mode):
+            return -_c.kv_result_code(self.failure)
         while self.poll_once() == 1:
             retired += 1
         self.device.leave(mode)
@@ -510,13 +521,21 @@ cdef class TransferQueue:
         self.records[record].outcome = &job.outcome
 
     def poll(self):
-        """Retire the jobs whose copies are over; returns how many. Never blocks on one."""
+        """Retire the jobs whose copies are over; returns how many. Never blocks on one.
+
+        Where the driver cannot be asked for the moment, that is none.
+
+        Raises
+        ------
+        DriverError
+            The context is dead, and so are all jobs.
+        """
         cdef int retired
         self._require_open()
         with nogil:
             retired = self.poll_jobs()
         if retired < 0:
-            check(self.device, -retired, b"cuCtxPushCurrent")
+            check(self.device, self.failure, b"an earlier transfer")
         return retired
 
     @property
@@ -538,21 +557,45 @@ cdef class TransferQueue:
         """Wait for the jobs in flight, then destroy the stream and the events. Idempotent; releases the GIL.
 
         Jobs that do not end within `timeout_ms` are failed and their stream and events leaked: a copy that is still
-        running must find them.
+        running must find them. Ctrl-C ends the wait: then no job is accepted any more, those in flight go on, and
+        another call does the rest.
         """
+        cdef int64_t limit = require_timeout(timeout_ms)
+        self.end(_c.kv_deadline_ns(limit), True)
+
+    cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
+        """`close`; only if it is `interruptible` do signal handlers run, and may raise."""
         cdef uint32_t index
         cdef int mode = 0, code
-        cdef int64_t limit = require_timeout(timeout_ms)
+        cdef bint empty = False
+        cdef uint64_t now, pause
         cdef const _c.kv_driver *drv
-        if self.closed or self.device.pid != getpid():
-            return
+        if self.ended or self.device.pid != getpid():
+            return 0
         drv = self.device.drv
+        _c.kv_monitor_lock(&self.monitor)
+        self.closed = True  # nothing is claimed from here on
+        _c.kv_monitor_unlock(&self.monitor)
+        while True:
+            with nogil:
+                now = _c.kv_now_ns()
+                pause = min(now + SIGNALS_NS, deadline_ns)
+                code = self.device.enter(&mode)
+                if code == 0:
+                    empty = self.wait_empty(pause) == 0
+                    self.device.leave(mode)
+                else:
+                    _c.kv_nap_ns(ENTER_NS)
+            if interruptible:
+                PyErr_CheckSignals()
+            if self.ended:  # by a signal handler, or another thread
+                return 0
+            if empty or now >= deadline_ns or self.device.closed or _c.kv_result_is_sticky(code):
+                break
+        self.ended = True
         with nogil:
-            _c.kv_monitor_lock(&self.monitor)
-            self.closed = True  # nothing is claimed from here on
-            _c.kv_monitor_unlock(&self.monitor)
             code = self.device.enter(&mode)
-            if code or self.wait_empty(_c.kv_deadline_ns(limit)) or self.failure:  # a dead context empties itself
+            if code or not empty or self.failure:  # a dead context empties itself
                 self.fail_all(code or self.failure or _c.KV_CUDA_DEINITIALIZED)
             else:
                 for index in range(self.max_jobs):
@@ -564,6 +607,7 @@ cdef class TransferQueue:
             if code == 0:
                 self.device.leave(mode)
         self.used.clear()
+        return 0
 
     def __enter__(self):
         return self
@@ -575,8 +619,8 @@ cdef class TransferQueue:
         cdef uint32_t index
         if self.device is not None and self.device.pid != getpid():
             return
-        if not self.closed:
-            self.close()
+        if not self.ended:
+            self.end(_c.kv_deadline_ns(5000), False)
         for index in range(self.max_jobs):
             free(self.records[index].slots)
         free(self.records)
@@ -614,14 +658,17 @@ cdef class Job:
         return True
 
     def done(self):
-        """Whether the job is over, well or badly. Never blocks on the device."""
+        """Whether the job is over, well or badly. Never blocks on the device.
+
+        The one word that memory may be reused: where the driver cannot be asked, that is False.
+        """
         cdef int mode = 0
         if self.queue is None:
             self.give_loan_back()
             return True
         self._require_owner_process()
         with nogil:
-            if self._state() == OUTCOME_PENDING and self.queue.device.enter(&mode) == 0:
+            if self._state() == OUTCOME_PENDING and self.queue.enter(&mode) == 0:
                 self.queue.poll_once()
                 self.queue.device.leave(mode)
         cdef bint is_over = self._state() != OUTCOME_PENDING
@@ -636,7 +683,9 @@ cdef class Job:
         TimeoutError
             `timeout_ms` passed first; the job goes on.
         DriverError
-            The job failed.
+            The job failed. Trouble of the waiting itself is not raised: it goes on.
+        EngineClosed
+            The device was closed before the job was over: nobody knows of it any more.
         """
         cdef int mode = 0, code
         cdef OutcomeState state
@@ -649,16 +698,16 @@ cdef class Job:
         state = self._state()
         while state == OUTCOME_PENDING:
             with nogil:
-                code = self.queue.device.enter(&mode)
+                code = self.queue.enter(&mode)  # where that fails an engine's thread asks, or we do a little later
+                pause = _c.kv_now_ns() + (ENTER_NS if code else SIGNALS_NS)
+                state = self.queue.wait_outcome(&self.outcome, min(pause, deadline), code == 0)
                 if code == 0:
-                    pause = _c.kv_now_ns() + SIGNALS_NS
-                    state = self.queue.wait_outcome(&self.outcome, pause if pause < deadline else deadline)
                     self.queue.device.leave(mode)
             PyErr_CheckSignals()
-            if code:  # the device is gone, by a signal handler perhaps, which ended the job before
-                state = self._state()
             if state == OUTCOME_PENDING:
-                check(self.queue.device, code, b"cuCtxPushCurrent")
+                state = self._state()  # a signal handler may have ended the job, and closed its device
+            if state == OUTCOME_PENDING:
+                self.queue.device.require_open()
             if state == OUTCOME_PENDING and _c.kv_now_ns() >= deadline:
                 raise TimeoutError(f"the job is not done after {timeout_ms} ms")
         self.give_loan_back()
@@ -666,6 +715,9 @@ cdef class Job:
 
     def wait_on(self, stream):
         """Make later work on `stream` wait for this job, on the device; the host does not block.
+
+        Only where the driver refuses to make the stream wait, the host does, as in `wait`: either way what is submitted
+        after this call comes after the job.
 
         Parameters
         ----------
@@ -677,7 +729,7 @@ cdef class Job:
         ValueError
             The stream is missing, capturing, or another device's.
         DriverError
-            The job failed, or the driver refused.
+            The job failed.
         """
         cdef TransferQueue queue = self.queue
         cdef void *caller
@@ -686,7 +738,10 @@ cdef class Job:
         if queue is None:
             return
         self._require_owner_process()
-        caller = queue.device.borrow_stream(stream)
+        try:
+            caller = queue.device.borrow_stream(stream)
+        except DriverError:  # it could not be asked whether the stream is fit
+            return self.wait()
         with nogil:
             if queue.hold_submitted(self.record, self.generation, &sequence):
                 code = queue.device.enter(&mode)
@@ -694,7 +749,8 @@ cdef class Job:
                     code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
                     queue.device.leave(mode)
                 queue.drop_hold(self.record)
-        check(queue.device, code, b"cuStreamWaitEvent")
+        if code:
+            return self.wait()
         self._raise_failed()
 
     def __await__(self):

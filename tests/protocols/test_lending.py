@@ -319,8 +319,7 @@ def test_an_order_that_cannot_be_made_is_waited_for(device, stream, host):
     with DeviceBuffer(PAGE, device) as buffer:
         host.set_delay_us(2000, 3000)
         host.fail_call(1, 2, field="event_record")
-        with pytest.raises(kvortex.DriverError, match="cuEventRecord"):
-            buffer.fill(4, stream=stream)
+        buffer.fill(4, stream=stream)
         assert stream.query()
 
 
