@@ -17,8 +17,8 @@ cdef class Device:
 
     cdef int retain(self) except -1
     cdef void release(self) noexcept
-    # Makes the context current and the thread's capture mode RELAXED; *mode keeps what leave() restores. A CUresult that
-    # carries its row: that the context could not be entered says nothing about what was to be asked in it.
+    # Makes the context current and the thread's capture mode RELAXED; *mode keeps what leave() restores. A CUresult
+    # that carries its row: a context that could not be entered says nothing about what was to be asked in it.
     cdef int enter(self, int *mode) noexcept nogil
     cdef void leave(self, int mode) noexcept nogil   # what it cannot restore, the thread's next enter() does
     # For threads of our own: the same once, for the thread's life.

@@ -25,10 +25,10 @@ cdef class PinnedPool(Lender):
     cdef bint stopping
     cdef bint registering           # the background thread was started and must be joined
     cdef bint thread_is_over        # it is about to return
-    cdef bint closed                # changed under the GIL, as are the exports, which the mapping outlives, and the rest
+    cdef bint closed                # changed under the GIL, as are the next three and the exports
     cdef uint32_t num_unregistered  # slots [0, num_unregistered) are registered no more
     cdef bint is_lost               # the driver still knows some pages, or copies may run into them: never unmapped
-    cdef bint is_unregistered       # so the last export unmaps
+    cdef bint is_unregistered       # so the last export, which the mapping outlives, unmaps
     cdef pthread_t thread
     cdef kv_touch touching          # the pages behind the first chunk; live while registering
     cdef int num_touchers

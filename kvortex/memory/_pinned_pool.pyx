@@ -429,8 +429,9 @@ cdef class PinnedPool(Lender):
     def close(self):
         """Stop registering, unregister and unmap. Idempotent; blocks for the chunk being registered (GIL released).
 
-        Ctrl-C ends that wait: then the pool is of no more use, and another call, or its end, does the rest. No copy may be in flight: the engine shuts its queues down first. Memory on which views are still held is
-        unregistered now and unmapped when the last of them is released.
+        Ctrl-C ends that wait: then the pool is of no more use, and another call, or its end, does the rest. No copy may
+        be in flight: the engine shuts its queues down first. Memory on which views are still held is unregistered now
+        and unmapped when the last of them is released.
 
         Raises
         ------

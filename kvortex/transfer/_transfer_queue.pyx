@@ -462,7 +462,7 @@ cdef class TransferQueue:
         return state
 
     cdef int enter(self, int *mode) noexcept nogil:
-        """`Device.enter`, for a look at the jobs. Where it fails nothing is known of them, unless the context is dead."""
+        """`Device.enter`, for a look at the jobs. If it fails, nothing is known of them, unless the context is dead."""
         cdef int code = self.device.enter(mode)
         if _c.kv_result_is_sticky(code) and not self.signals.served:
             self.fail_all(code)  # no event will ever be seen complete: wake whoever polls for one
