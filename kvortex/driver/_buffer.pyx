@@ -169,6 +169,8 @@ cdef class DeviceBuffer(Lender):
         if not blocking and self.lent is not None and self.stream.query():
             self.lent = None
         wait_for_producer(self.device, handle, memory)
+        if blocking:
+            self.stream.synchronize()  # here Ctrl-C is heard; a driver call waits as well, if memory is pageable
         lent = self.lent
         held = (lent, memory)
         self.require_open()  # other people's code may have closed it
