@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import signal
+import threading
 
 import numpy as np
 import pytest
 
 from kvortex.replay import TraceError, read_trace, sample_path
 from kvortex.replay.sample import sample_lines
-from kvortex.replay.trace import parse_lines
+from kvortex.replay.trace import loads, parse_lines
 
 GOOD = {"timestamp": 12, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]}
 
@@ -142,3 +144,19 @@ def test_in_the_sample_an_id_names_everything_before_it():
         ids = request.hash_ids.tolist()
         for previous, current in zip([None, *ids], ids, strict=False):
             assert before.setdefault(current, previous) == previous
+
+
+def test_ctrl_c_is_heard_while_one_long_text_is_parsed():
+    text = "[" + ",".join(['{"a": [1, 2, 3]}'] * 500_000) + "]"
+
+    def handler(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handler)
+    threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            loads(text)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [entry.name for entry in caught.traceback][-2:] == ["_same", "handler"], "it was heard when all was parsed"
