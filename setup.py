@@ -7,6 +7,7 @@ modules whose dotted name contains NAME).
 
 import os
 import re
+import shutil
 import sysconfig
 from pathlib import Path
 
@@ -23,6 +24,20 @@ EXTRA_SOURCES = {
     ],
 }
 
+# Bounds and None are checked, because other people's tuples and arrays are read nearly everywhere. Where a loop is too
+# hot for that, its module (in the first line) or function says so. Nor does Cython compile None checks where a function
+# without the GIL changes a field of its object in place ("Operation not allowed without gil").
+directives = {
+    "language_level": 3,
+    "boundscheck": True,
+    "wraparound": True,
+    "initializedcheck": True,
+    "nonecheck": True,
+    "cdivision": True,
+    "embedsignature": True,
+    "show_performance_hints": False,
+}
+
 annotate = os.environ.get("KVORTEX_ANNOTATE") == "1"
 only = os.environ.get("KVORTEX_ONLY", "")
 
@@ -35,19 +50,20 @@ if "CC" not in os.environ:
     os.environ.setdefault("LDSHARED", re.sub(r"-Wl,-rpath,\S+", "", sysconfig.get_config_var("LDSHARED")))
 
 
-def flags_stamp():
-    """Return a file that changes when the flags do, so that a build with other flags compiles everything again."""
-    stamp, text = Path("build/flags"), repr((compile_args, link_args))
-    if not stamp.exists() or stamp.read_text() != text:
-        stamp.parent.mkdir(exist_ok=True)
-        stamp.write_text(text)
-    return str(stamp)
+def stamp(name, *settings):
+    """Return a file that changes when the settings do, and whether it just has."""
+    file, text = Path("build", name), repr(settings)
+    changed = not file.exists() or file.read_text() != text
+    if changed:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    return str(file), changed
 
 
 def extensions():
     # Every module cimports kvortex/_c.pxd, which names every header, so every module really includes all of them.
     depends = [str(header) for folder in ("include", "kvortex") for header in sorted(Path(folder).rglob("*.h"))]
-    flags = flags_stamp()
+    flags, _ = stamp("flags", compile_args, link_args)  # a build with other flags compiles everything again
     werror = ["-Werror"] if os.environ.get("KVORTEX_WERROR") == "1" else []
     for source in sorted(Path("kvortex").rglob("_*.pyx")):
         name = ".".join(source.with_suffix("").parts)
@@ -62,6 +78,9 @@ def extensions():
             )
 
 
+if stamp("directives", directives)[1]:  # of these Cython keeps no account
+    shutil.rmtree("build/cython", ignore_errors=True)
+
 setup(
     # The headers are installed inside the package, for modules that cimport it (kvortex.get_include()).
     packages=[*find_namespace_packages(include=["kvortex*"]), "kvortex.include.kvortex"],
@@ -71,13 +90,6 @@ setup(
         list(extensions()),
         build_dir="build/annotate" if annotate else "build/cython",
         annotate=annotate,
-        compiler_directives={
-            "language_level": 3,
-            "boundscheck": False,
-            "wraparound": False,
-            "initializedcheck": False,
-            "cdivision": True,
-            "embedsignature": True,
-        },
+        compiler_directives=directives,
     ),
 )

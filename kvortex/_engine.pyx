@@ -1,3 +1,4 @@
+# cython: nonecheck=False
 """The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook."""
 
 cimport cython
@@ -17,15 +18,9 @@ from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
-from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
 from kvortex.transfer._signals cimport JobSignals
-from kvortex.transfer._transfer_queue cimport (
-    Job,
-    JobRecord,
-    Loan,
-    TransferQueue,
-    as_block_ids,
-)
+from kvortex.transfer._transfer_queue cimport Job, JobRecord, Loan, TransferQueue
 
 import logging
 from typing import NamedTuple
@@ -449,6 +444,9 @@ cdef class EngineCore:
             wait_for_producers(self.device, source.stream, source.memory)
         return source
 
+    @cython.boundscheck(False)  # from the claim on nothing may raise
+    @cython.wraparound(False)
+    @cython.initializedcheck(False)
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
@@ -557,6 +555,9 @@ cdef class EngineCore:
                 break
         return record
 
+    @cython.boundscheck(False)
+    @cython.wraparound(False)
+    @cython.initializedcheck(False)
     cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil:
         """Submit after the jobs in flight on the same device blocks: one event a queue says it all, as queues are FIFO.
 
@@ -754,6 +755,9 @@ cdef class EngineCore:
 
 
 cdef class Source:
+    @cython.boundscheck(False)
+    @cython.wraparound(False)
+    @cython.initializedcheck(False)
     cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil:
         """Close the gaps where no slot was given, in `slots` and here alike."""
         cdef size_t index, kept = 0
@@ -831,14 +835,11 @@ cdef int wait_for_producers(Device device, void *caller, tuple borrowed) except 
 
 cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
     """Raw addresses, none of them null or unaligned."""
-    array = np.array(data_ptrs)  # a copy, so that nobody changes it after the check
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"data_ptrs must be a one-dimensional array of integers, got shape {array.shape}, "
-                         f"dtype {array.dtype}")
+    array = integers(data_ptrs, "data_ptrs")
     for index in np.flatnonzero((array < 4096) | (array % 4 != 0))[:1]:
         raise ValueError(f"data_ptrs[{index}] is {int(array[index]):#x}; addresses must not be null and must be "
                          f"multiples of 4")
-    return np.array(array, dtype=np.uint64, order="C")
+    return np.asarray(array, dtype=np.uint64)
 
 
 cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *:

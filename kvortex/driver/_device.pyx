@@ -31,7 +31,7 @@ from kvortex._c cimport (
     kv_result_row,
 )
 from kvortex.driver._host cimport host_table
-from kvortex.driver._memory cimport is_integer
+from kvortex.driver._memory cimport is_integer, whole_number
 
 from kvortex.driver import _cuda
 from kvortex.errors import ConfigError, DriverError, EngineClosed
@@ -275,8 +275,11 @@ def stream_handle(stream):
         handle = stream
     elif hasattr(stream, "__cuda_stream__"):
         protocol = stream.__cuda_stream__
-        version, handle = protocol() if callable(protocol) else protocol
-        if version != 0:
+        named = protocol() if callable(protocol) else protocol
+        if not isinstance(named, (tuple, list)) or len(named) != 2:
+            raise TypeError(f"__cuda_stream__ of {type(stream).__name__} must be (version, handle), got {named!r}")
+        version, handle = named
+        if whole_number(version, f"the version of __cuda_stream__ of {type(stream).__name__}") != 0:
             raise ValueError(f"{type(stream).__name__} speaks version {version} of __cuda_stream__, 0 is understood")
     elif hasattr(stream, "cuda_stream"):
         handle = stream.cuda_stream
@@ -287,7 +290,7 @@ def stream_handle(stream):
     if not is_integer(handle):
         raise TypeError(
             f"stream must be an int handle or an object with __cuda_stream__, cuda_stream or CuPy's ptr, got "
-            f"{type(stream).__name__}"
+            f"{type(stream).__name__} with the handle {handle!r}"
         )
     if not 0 <= handle < 1 << 64:
         raise ValueError(f"stream handle must be in 0..2**64-1, got {handle}")

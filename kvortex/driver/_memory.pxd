@@ -30,6 +30,7 @@ cdef class BorrowedMemory:
     cdef void *managed                # what a DLPack capsule held: its deleter is still to be called
     cdef bint is_versioned
 
+    cdef int describe(self, str what, object address, object shape, object strides, object itemsize) except -1
     cdef int read_torch(self, object tensor) except -1
     cdef int read_interface(self, str name, object description) except -1
     cdef int read_buffer(self, object memory) except -1
@@ -40,3 +41,7 @@ cdef class BorrowedMemory:
 
 cpdef BorrowedMemory borrow_memory(object memory, object stream=*)
 cdef bint is_integer(object thing)
+# Whole numbers from Python, by operator.index; a TypeError that says which argument is none for a float, text or bool.
+cdef object whole_number(object number, str what)
+cdef tuple whole_numbers(object items, str what)
+cdef tuple whole_pair(object items, str what)

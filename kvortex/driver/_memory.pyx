@@ -39,7 +39,9 @@ cdef const char *VERSIONED_NAME_WHEN_TAKEN = "used_dltensor_versioned"
 cdef enum:
     DLPACK_MAJOR = 1  # the version written, and the one understood
     MAX_DIMENSIONS = 64
+    FIRST_ADDRESS = 4096  # the page of the null pointer is nobody's
 
+TYPESTR = re.compile(r"[<>|=](?P<kind>[A-Za-z])(?P<size>[0-9]{1,18})(\[.*\])?")
 NO_ORDER = -1  # DLPack's word for "make no stream wait"
 
 
@@ -92,36 +94,72 @@ cdef class BorrowedMemory:
             raise BufferError(f"{what} is read-only, and would be written to")
         return 0
 
+    cdef int describe(self, str what, object address, object shape, object strides, object itemsize) except -1:
+        """Take what a protocol says, if it holds together: `strides` in bytes, None where the elements are dense."""
+        shape = whole_numbers(shape, f"{what}: shape")
+        itemsize = whole_number(itemsize, f"{what}: the size of its elements")
+        if min(shape, default=0) < 0 or not 0 <= itemsize < 1 << 63:
+            raise ValueError(f"{what} has shape {shape} and elements of {itemsize} bytes; neither may be negative or "
+                             f"beyond the address space")
+        strides = dense_strides(shape, itemsize) if strides is None else whole_numbers(strides, f"{what}: strides")
+        if len(strides) != len(shape):
+            raise ValueError(f"{what} has shape {shape} and strides {strides} bytes; they must have one length")
+        empty = 0 in shape
+        steps = [0 if empty else (count - 1) * stride for count, stride in zip(shape, strides)]
+        first = address + sum([step for step in steps if step < 0])
+        end = address + sum([step for step in steps if step > 0]) + itemsize
+        if first < (0 if empty else FIRST_ADDRESS) or end >= 1 << 64:
+            raise ValueError(f"{what} has data {address:#x}, shape {shape} and strides {strides} bytes: null, or out "
+                             f"of the address space")
+        self.address, self.shape, self.strides, self.itemsize = address, shape, strides, itemsize
+        return 0
+
     cdef int read_torch(self, object tensor) except -1:
-        self.address = tensor.data_ptr()
+        what = type(tensor).__name__
+        address = whole_number(tensor.data_ptr(), f"{what}.data_ptr()")
         device = getattr(tensor, "device", None)
         if hasattr(device, "type"):
+            if device.type not in ("cpu", "cuda"):
+                raise ValueError(f"{what} lies on the device {device.type!r}; memory of cpu and cuda can be moved")
             self.is_cuda = device.type == "cuda"
-        if hasattr(tensor, "stride") and hasattr(tensor, "element_size"):
-            self.itemsize = tensor.element_size()
-            self.shape = tuple(tensor.shape)
-            self.strides = tuple(step * self.itemsize for step in tensor.stride())
-        return 0
+        if not hasattr(tensor, "stride") or not hasattr(tensor, "element_size"):
+            self.address = whole_address(address, f"{what}.data_ptr()")
+            return 0
+        if not callable(tensor.stride) or not callable(tensor.element_size):
+            raise TypeError(f"stride and element_size of {what} must be methods, got {tensor.stride!r} and "
+                            f"{tensor.element_size!r}")
+        itemsize = whole_number(tensor.element_size(), f"{what}.element_size()")
+        strides = tuple([step * itemsize for step in whole_numbers(tensor.stride(), f"{what}.stride()")])
+        return self.describe(what, address, getattr(tensor, "shape", None), strides, itemsize)
 
     cdef int read_interface(self, str name, object description) except -1:
         """`__cuda_array_interface__`, versions 0 to 3, and `__array_interface__`: dicts of the same shape."""
         what = f"{name} of {type(self.owner).__name__}"
-        data = description.get("data")
-        typestr = description["typestr"]
-        if not isinstance(data, tuple) or typestr[1] in "tO":
-            raise ValueError(f"{what} has data {data!r} of type {typestr!r}; an address of whole bytes is needed")
+        if not isinstance(description, dict):
+            raise TypeError(f"{what} must be a dict, got {description!r}")
+        version = whole_number(description.get("version", 0), f"{what}: version")
+        if not 0 <= version <= 3:
+            raise ValueError(f"{what} has version {version}; 0 to 3 are understood")
+        data, typestr = description.get("data"), description.get("typestr")
+        if not isinstance(data, tuple) or len(data) != 2 or data[1] not in (False, True):
+            raise ValueError(f"{what} has data {data!r}; an address and whether it is read-only are needed, as a tuple")
+        match = TYPESTR.fullmatch(typestr) if isinstance(typestr, str) else None
+        if match is None or match["kind"] in "tO":
+            raise ValueError(f"{what} has typestr {typestr!r}; elements of whole bytes are needed, e.g. '<f2'")
         if description.get("mask") is not None:
             raise ValueError(f"{what} has a mask, and masked memory cannot be moved as bytes; pass it without")
-        self.address, self.read_only = data[0] or 0, bool(data[1])
-        self.itemsize = int(typestr[2:].split("[")[0]) * (4 if typestr[1] == "U" else 1)
-        self.shape = tuple(description["shape"])
-        strides = description.get("strides")
-        self.strides = dense_strides(self.shape, self.itemsize) if strides is None else tuple(strides)
+        address = whole_number(0 if data[0] is None else data[0], f"{what}: data[0]")
+        itemsize = int(match["size"]) * (4 if match["kind"] == "U" else 1)
+        self.describe(what, address, description.get("shape"), description.get("strides"), itemsize)
+        self.read_only = bool(data[1])
         self.is_cuda = name == "__cuda_array_interface__"
-        self.stream = description.get("stream")
-        if self.stream is not None and self.stream < 1:
-            raise ValueError(f"{what} names the stream {self.stream}; it must be None, 1 (the legacy default stream), "
-                             f"2 (the per-thread one) or a handle")
+        stream = description.get("stream")
+        if stream is not None:
+            stream = whole_number(stream, f"{what}: stream")
+            if not 1 <= stream < 1 << 64:
+                raise ValueError(f"{what} names the stream {stream}; it must be None, 1 (the legacy default stream), "
+                                 f"2 (the per-thread one) or a handle")
+        self.stream = stream
         return 0
 
     cdef int read_buffer(self, object memory) except -1:
@@ -132,19 +170,17 @@ cdef class BorrowedMemory:
         if "O" in re.sub(":[^:]*:", "", view.format):  # without the names of fields
             raise TypeError(f"{type(memory).__name__} has elements of type {view.format!r}, Python objects, which "
                             f"cannot be moved as bytes; pass an array of numbers")
+        self.describe(type(memory).__name__, <uint64_t>buffer.buf, view.shape, view.strides, view.itemsize)
         self.view = view
-        self.address = <uint64_t>buffer.buf
-        self.shape, self.strides, self.itemsize = view.shape, view.strides, view.itemsize
         self.read_only, self.is_cuda = view.readonly, False
         return 0
 
     cdef int read_dlpack(self, object memory, object stream) except -1:
-        device_type, _ = memory.__dlpack_device__()
-        if device_type not in (KV_DLPACK_CPU, KV_DLPACK_CUDA, KV_DLPACK_CUDA_HOST, KV_DLPACK_CUDA_MANAGED):
-            raise ValueError(f"{type(memory).__name__} lies on a device of DLPack's type {int(device_type)}; memory of "
-                             f"the CPU (1), CUDA (2), CUDA host (3) and CUDA managed (13) can be moved")
+        what = type(memory).__name__
+        device_type, _ = whole_pair(memory.__dlpack_device__(), f"__dlpack_device__() of {what}")
+        self.is_cuda = is_of_gpu(device_type, what)
         keywords = {}
-        if device_type in (KV_DLPACK_CUDA, KV_DLPACK_CUDA_MANAGED):
+        if self.is_cuda:
             keywords["stream"] = stream
         try:
             # A copy would be someone else's memory: what is read from it grows stale, what is written to it is lost.
@@ -189,18 +225,15 @@ cdef class BorrowedMemory:
         if flags & KV_DLPACK_IS_COPIED:
             raise BufferError("the DLPack tensor is a copy; pass memory that can be shared")
         shape = tuple(tensor.shape[dim] for dim in range(tensor.ndim))
+        strides = None
         if tensor.strides is not NULL:
-            strides = tuple(tensor.strides[dim] * (bits // 8) for dim in range(tensor.ndim))
-        else:
-            strides = dense_strides(shape, bits // 8)
-        if any(count < 0 for count in shape):
-            raise ValueError(f"the DLPack tensor has the shape {shape}")
+            strides = tuple(tensor.strides[dim] * <object>(bits // 8) for dim in range(tensor.ndim))
         address = <uint64_t>tensor.data + <object>tensor.byte_offset
-        if address >= 1 << 64:
-            raise ValueError(f"the DLPack tensor's byte_offset {tensor.byte_offset} leads out of the address space")
-        self.address, self.shape, self.strides, self.itemsize = address, shape, strides, bits // 8
+        self.describe("the DLPack tensor", address, shape, strides, bits // 8)
         self.read_only = flags & KV_DLPACK_READ_ONLY != 0
-        self.is_cuda = tensor.device_type in (KV_DLPACK_CUDA, KV_DLPACK_CUDA_MANAGED)
+        if is_of_gpu(tensor.device_type, "the DLPack tensor") != self.is_cuda:
+            raise ValueError(f"the DLPack tensor lies on a device of type {tensor.device_type}, but its owner's "
+                             f"__dlpack_device__() says {'a GPU' if self.is_cuda else 'the CPU'}")
         PyCapsule_SetName(capsule, VERSIONED_NAME_WHEN_TAKEN if is_versioned else NAME_WHEN_TAKEN)
         self.managed, self.is_versioned = managed, is_versioned
         return 0
@@ -248,7 +281,7 @@ cpdef BorrowedMemory borrow_memory(object memory, object stream=NO_ORDER):
     """
     cdef BorrowedMemory borrowed = BorrowedMemory.__new__(BorrowedMemory)
     if is_integer(memory):
-        borrowed.address = operator.index(memory)
+        borrowed.address = whole_address(operator.index(memory), "an address")
         return borrowed
     borrowed.owner = memory
     if isinstance(memory, Lender) and (<Lender>memory).lend(borrowed):
@@ -281,9 +314,48 @@ cpdef BorrowedMemory borrow_memory(object memory, object stream=NO_ORDER):
     )
 
 
+cdef bint is_of_gpu(object device_type, str what) except -1:
+    """Which of the two a device type of DLPack is; a ValueError for others."""
+    if device_type not in (KV_DLPACK_CPU, KV_DLPACK_CUDA, KV_DLPACK_CUDA_HOST, KV_DLPACK_CUDA_MANAGED):
+        raise ValueError(f"{what} lies on a device of DLPack's type {int(device_type)}; memory of the CPU (1), CUDA "
+                         f"(2), CUDA host (3) and CUDA managed (13) can be moved")
+    return device_type in (KV_DLPACK_CUDA, KV_DLPACK_CUDA_MANAGED)
+
+
+cdef object whole_address(object number, str what):
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"{what} must be in 0..2**64-1, got {number}")
+    return number
+
+
 cdef bint is_integer(object thing):
     """An int of Python or numpy; a bool is none, and numpy's integers are no buffers here."""
     return type(thing) is int or (isinstance(thing, numbers.Integral) and not isinstance(thing, bool))
+
+
+cdef object whole_number(object number, str what):
+    """The int that `number` is; a TypeError that names it for a float, a text, a bool."""
+    try:
+        if not isinstance(number, bool):
+            return operator.index(number)
+    except TypeError:
+        pass
+    raise TypeError(f"{what} must be a whole number, got {number!r}")
+
+
+cdef tuple whole_numbers(object items, str what):
+    if not isinstance(items, (tuple, list)):
+        raise TypeError(f"{what} must be a tuple of whole numbers, got {items!r}")
+    if len(items) > MAX_DIMENSIONS:
+        raise ValueError(f"{what} must have {MAX_DIMENSIONS} numbers at most, got {len(items)}")
+    return tuple([whole_number(item, f"{what}[{index}]") for index, item in enumerate(items)])
+
+
+cdef tuple whole_pair(object items, str what):
+    pair = whole_numbers(items, what)
+    if len(pair) != 2:
+        raise ValueError(f"{what} must be two whole numbers, got {pair}")
+    return pair
 
 
 def dense_strides(shape, itemsize):
@@ -313,9 +385,12 @@ cdef class Lender:
         pass
 
     cdef object capsule(self, uint64_t address, size_t nbytes, int device_type, int device_id, object max_version):
-        cdef Loan *loan = <Loan *>PyMem_RawMalloc(sizeof(Loan))
+        version = (0, 0) if max_version is None else whole_pair(max_version, "max_version")
+        if min(version) < 0:
+            raise ValueError(f"max_version must not be negative, got {version}")
+        cdef bint is_versioned = version[0] >= DLPACK_MAJOR
         cdef kv_dlpack_tensor *tensor
-        cdef bint is_versioned = max_version is not None and max_version[0] >= DLPACK_MAJOR
+        cdef Loan *loan = <Loan *>PyMem_RawMalloc(sizeof(Loan))
         if loan is NULL:
             raise MemoryError("no memory for a DLPack capsule")
         if is_versioned:
@@ -346,11 +421,11 @@ def require_shareable(dl_device, copy, tuple devices):
 
     Returns that device.
     """
-    if copy:
-        raise BufferError("KVortex shares its memory and copies none of it; ask with copy=None or False")
+    if copy is not None and copy is not False:
+        raise BufferError(f"KVortex shares its memory and copies none of it; ask with copy=None or False, not {copy!r}")
     if dl_device is None:
         return devices[0]
-    wanted = tuple(int(part) for part in dl_device)
+    wanted = whole_pair(dl_device, "dl_device")
     if wanted not in devices:
         raise BufferError(f"this memory is of the device {' or '.join(map(str, devices))} in DLPack's counting, and is "
                           f"not copied to {wanted}")

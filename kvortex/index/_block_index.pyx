@@ -1,3 +1,4 @@
+# cython: boundscheck=False, wraparound=False, initializedcheck=False, nonecheck=False
 """BlockIndex: which slot holds which block, in which state, and who may go when room is needed.
 
 The C headers know buckets, links and fields; here is what they mean: when a slot may be given, shown, taken back.

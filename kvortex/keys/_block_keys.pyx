@@ -4,6 +4,7 @@ from operator import index
 
 import numpy as np
 
+cimport cython
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
@@ -144,7 +145,8 @@ def sha256(data):
     if message == NULL:
         raise MemoryError(f"no memory for a copy of {size} bytes")
     with nogil:
-        memcpy(message, &view[0], size)
+        if size:
+            memcpy(message, &view[0], size)
         _c.kv_sha256_pad(message, size)
         digest_messages(message, 1, num_blocks)
     digest = message[:KEY_BYTES]
@@ -211,6 +213,8 @@ cdef int64_t encode(object tokens, uint32_t[::1] target) except -2:
 
 
 # Copies the tokens as 32-bit ones -> index of the first out of range, or -1.
+@cython.boundscheck(False)
+@cython.wraparound(False)
 cdef int64_t encode_tokens(const token_t[::1] tokens, uint32_t[::1] target) except -2:
     cdef int64_t i, token, n = tokens.shape[0]
     with nogil:

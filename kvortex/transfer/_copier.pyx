@@ -1,3 +1,4 @@
+# cython: nonecheck=False
 """The three back ends of a plan, and the opt-in fourth: batch copies, strided copies, plain ones, gathered ones."""
 
 cimport cython

@@ -1,6 +1,6 @@
 """KVLayout: where the blocks of a KV cache lie on the device. The map; the code is in _layout.pyx."""
 
-from libc.stdint cimport uint32_t
+from libc.stdint cimport int64_t, uint32_t
 
 from kvortex._c cimport kv_group
 from kvortex.driver._device cimport Device
@@ -25,3 +25,7 @@ cdef class KVLayout:
     cdef int hold(self, object borrowed, object owners) except -1
     # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
     cdef uint32_t strided_bit(self, int direction) noexcept nogil
+
+
+cdef object integers(object items, str name)
+cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *

@@ -1,4 +1,3 @@
-# cython: wraparound=True
 """KVLayout: runs, constructors over them, and the groups that strided copies can move."""
 
 cimport cython
@@ -7,11 +6,16 @@ from libc.stdlib cimport calloc, free
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device
-from kvortex.driver._memory cimport BorrowedMemory, borrow_memory
+from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer, whole_number
 from kvortex.memory._pinned_pool cimport PinnedPool
+
+import math
 
 import numpy as np
 
+from kvortex.transfer.overlaps import find_overlap
+
+cdef object MAX_RUNS = 1 << 20  # a million pieces a block; more is a mistake, and would fill memory before it shows
 cdef uint32_t MAX_PERIOD = 4  # K and V, and a scale for each; what repeats with a longer period moves piece by piece
 
 
@@ -22,6 +26,9 @@ cdef class KVLayout:
     A run is ``(base, block_stride, piece_bytes)``: the piece of block ``b`` lies at ``base + b * block_stride``. A
     block is the concatenation of its pieces in the order of the runs; that order is the block's format in host memory,
     so use the logical one: layer after layer, K before V.
+
+    No byte may belong to two blocks or to two pieces. Only the very same run may be named again, as layers that share a
+    cache do: it counts once, where it stands first, in `runs`, in `block_bytes` and in the block's format.
 
     Parameters
     ----------
@@ -37,8 +44,12 @@ cdef class KVLayout:
 
     Raises
     ------
+    TypeError
+        A number that is no whole one.
     ValueError
-        A null base, a piece of zero bytes, a piece longer than its stride, blocks of 2^32 bytes and more.
+        A null base, a piece of zero bytes, a piece longer than its stride, blocks of 2^32 bytes and more, memory beyond
+        the address space. Two blocks that share a byte; or more interleaved runs of different strides than can be
+        compared in a second (runs of one stride, however many, can).
 
     Notes
     -----
@@ -50,23 +61,24 @@ cdef class KVLayout:
     def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
         if self.groups is not NULL:
             raise RuntimeError("KVLayout.__init__ may be called once")
-        bases = []
-        runs = list(runs)
-        for index, (base, stride, piece) in enumerate(runs):
-            if not isinstance(base, int):
-                base = take_whole(base, bases, f"run {index}", (num_blocks - 1) * stride + piece)
-            runs[index] = int(base), int(stride), int(piece)
+        bases, runs = [], as_list(runs, "runs")
         if not runs:
             raise ValueError("a layout needs at least one run, got none")
+        num_blocks, block_size = whole_number(num_blocks, "num_blocks"), whole_number(block_size, "block_size")
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         if block_size < 0:
             raise ValueError(f"block_size must not be negative, got {block_size}")
-        for number, (base, stride, piece) in enumerate(runs):
-            if base < 4096:
-                raise ValueError(f"run {number}: base address must not be null, got {base:#x}")
-            if piece < 1 or (num_blocks > 1 and piece > stride):
-                raise ValueError(f"run {number}: piece_bytes must be 1 to block_stride ({stride}), got {piece}")
+        if num_blocks * max(block_size, 1) >= 1 << 63:
+            raise ValueError(f"{num_blocks} blocks of {block_size} tokens are too many, 2^63 in all are the limit")
+        distinct = {}  # by what makes two runs the same
+        for number, run in enumerate(runs):
+            base, stride, piece = read_run(run, number, num_blocks, bases)
+            distinct.setdefault((base, stride if num_blocks > 1 else 0, piece), (number, (base, stride, piece)))
+        numbers, runs = zip(*distinct.values())
+        found = find_overlap(runs, num_blocks)
+        if found is not None:
+            refuse_overlap(numbers, runs, found)
         runs = merge_touching(runs, num_blocks)
         block_bytes = sum(piece for _, _, piece in runs)
         if block_bytes >= 1 << 32:
@@ -133,6 +145,11 @@ cdef class KVLayout:
         `itemsize` is in bytes.
         """
         borrowed = []
+        kv, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize = as_sizes(dict(
+            kv=kv, num_layers=num_layers, num_blocks=num_blocks, block_size=block_size, num_heads=num_heads,
+            head_dim=head_dim, itemsize=itemsize))
+        if kv * num_layers > MAX_RUNS:
+            raise ValueError(f"kv * num_layers must be {MAX_RUNS} at most, got {kv} * {num_layers}")
         piece = block_size * num_heads * head_dim * itemsize
         start = take_whole(base, borrowed, "base", kv * num_layers * num_blocks * piece)
         runs = [(start + (part * num_layers + layer) * num_blocks * piece, piece, piece)
@@ -143,15 +160,18 @@ cdef class KVLayout:
     def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize):
         """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention."""
         borrowed = []
+        num_blocks, block_size, latent_dim, itemsize = as_sizes(dict(
+            num_blocks=num_blocks, block_size=block_size, latent_dim=latent_dim, itemsize=itemsize))
         piece = block_size * latent_dim * itemsize
         runs = [(take_whole(base, borrowed, f"base {number}", num_blocks * piece), piece, piece)
-                for number, base in enumerate(bases)]
+                for number, base in enumerate(as_list(bases, "bases"))]
         return lay_out(cls, runs, num_blocks, block_size, borrowed)
 
     @classmethod
     def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0):
         """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``."""
         borrowed = []
+        num_blocks, block_bytes = as_sizes(dict(num_blocks=num_blocks, block_bytes=block_bytes))
         start = take_whole(base, borrowed, "base", num_blocks * block_bytes)
         return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed)
 
@@ -175,10 +195,11 @@ cdef class KVLayout:
             A tensor speaks none of these.
         ValueError
             A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
-            interleave. Moving it would move foreign bytes.
+            interleave. Moving it would move foreign bytes. Or two of them share bytes and are not the same one.
         """
         runs, borrowed, num_blocks = [], [], None
-        for number, tensor in enumerate(tensors):
+        block_dim = whole_number(block_dim, "block_dim")
+        for number, tensor in enumerate(as_list(tensors, "tensors")):
             memory = borrow_memory(tensor)
             tensor_runs, count = runs_of_tensor(memory, block_dim, f"tensor {number}")
             if num_blocks not in (None, count):
@@ -197,12 +218,9 @@ cdef class KVLayout:
         """
         if not self.block_size:
             raise ValueError("block_size of this layout is unknown; pass it to the constructor")
-        ids = np.asarray(block_ids, dtype=np.int64)
-        for index in np.flatnonzero((ids < 0) | (ids >= self.num_blocks))[:1]:
-            raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {self.num_blocks - 1}")
+        ids = np.asarray(as_block_ids(block_ids, self))
         limit = ids.size * self.block_size
-        if num_tokens is None:
-            num_tokens = limit
+        num_tokens = limit if num_tokens is None else whole_number(num_tokens, "num_tokens")
         if not 0 <= num_tokens <= limit:
             raise ValueError(f"num_tokens must be 0 to {limit} for {ids.size} blocks, got {num_tokens}")
         return (ids[:, None] * self.block_size + np.arange(self.block_size)).reshape(-1)[:num_tokens]
@@ -216,6 +234,75 @@ cdef object lay_out(object cls, object runs, object num_blocks, object block_siz
     layout = cls(runs, num_blocks, block_size=block_size)
     (<KVLayout>layout).hold(borrowed, ())
     return layout
+
+
+cdef list as_list(object things, str what):
+    try:
+        return list(things)
+    except TypeError as error:
+        raise TypeError(f"{what} must be an iterable, got {type(things).__name__}: {error}") from None
+
+
+cdef list as_sizes(dict sizes):
+    """The sizes in their order."""
+    numbers = []
+    for name, size in sizes.items():
+        size = whole_number(size, name)
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+        numbers.append(size)
+    return numbers
+
+
+cdef tuple read_run(object run, object number, object num_blocks, list bases):
+    """A run as whole numbers whose pieces lie in the address space; memory it names is added to `bases`."""
+    try:
+        base, stride, piece = run
+    except (TypeError, ValueError):
+        raise ValueError(f"run {number} must be (base, block_stride, piece_bytes), got {run!r}") from None
+    stride = whole_number(stride, f"run {number}: block_stride")
+    piece = whole_number(piece, f"run {number}: piece_bytes")
+    if piece < 1 or (num_blocks > 1 and piece > stride):
+        raise ValueError(f"run {number}: piece_bytes must be 1 to block_stride ({stride}), got {piece}")
+    if not 0 <= stride < 1 << 63:  # of a single block, too
+        raise ValueError(f"run {number}: block_stride must be 0 to 2^63 - 1, got {stride}")
+    nbytes = (num_blocks - 1) * stride + piece
+    base = whole_number(base, "base") if is_integer(base) else take_whole(base, bases, f"run {number}", nbytes)
+    if base < 4096:
+        raise ValueError(f"run {number}: base address must not be null, got {base:#x}")
+    if base + nbytes >= 1 << 64:
+        raise ValueError(f"run {number}: {num_blocks} blocks from base {base:#x} at block_stride {stride} reach beyond "
+                         f"the address space")
+    return base, stride, piece
+
+
+cdef object refuse_overlap(tuple numbers, tuple runs, tuple found):
+    (one, block), (other, other_block) = sorted(found)
+    raise ValueError(f"run {numbers[one]}, block {block} and run {numbers[other]}, block {other_block} share bytes: as "
+                     f"(base, block_stride, piece_bytes) these runs are {runs[one]} and {runs[other]}. A byte must "
+                     f"belong to one block; the stride of interleaved runs is that of all their pieces together")
+
+
+cdef object integers(object items, str name):
+    """A one-dimensional array of whole numbers; a copy, so that nobody changes it after the check."""
+    if type(items) is not np.ndarray and isinstance(items, np.ma.MaskedArray):
+        raise ValueError(f"{name} is a masked array, and what is masked would count; pass a plain one")
+    array = np.array(items, order="C")
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a one-dimensional array of integers, got shape {array.shape}, "
+                         f"dtype {array.dtype}")
+    return array
+
+
+cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
+    """Device block ids as an int64 array, each checked against the layout."""
+    cdef int64_t[::1] ids = np.asarray(integers(block_ids, "block_ids"), dtype=np.int64)
+    cdef Py_ssize_t index
+    cdef int64_t limit = layout.num_blocks
+    for index in range(ids.shape[0]):
+        if not 0 <= ids[index] < limit:
+            raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {limit - 1}")
+    return ids
 
 
 cdef object take_whole(object base, list borrowed, object what, object nbytes=None):
@@ -254,6 +341,8 @@ def runs_of_tensor(BorrowedMemory memory, block_dim, what):
         piece *= count
     if num_blocks > 1 and piece > block_stride:
         raise ValueError(f"{what}: blocks of {piece} bytes overlap at a stride of {block_stride}")
+    if math.prod([count for _, count in outer]) > MAX_RUNS:
+        raise ValueError(f"{what} has more than {MAX_RUNS} pieces a block: shape {shape}, block_dim {block_dim}")
     starts = [address]
     for stride, count in outer:
         if stride < block_stride * (num_blocks - 1) + piece:
@@ -315,7 +404,7 @@ def even_stretches(rows):
     return stretches
 
 
-def plan_copies(KVLayout layout, block_ids, slot_ids, PinnedPool pool, strided=None):
+def plan_copies(KVLayout layout not None, block_ids, slot_ids, PinnedPool pool not None, strided=None):
     """The copies a transfer of these blocks would run, for tests and for the curious.
 
     A group is strided here if it is in one of the directions; `strided` says that strided copies are legal, instead of
@@ -326,7 +415,7 @@ def plan_copies(KVLayout layout, block_ids, slot_ids, PinnedPool pool, strided=N
     list of dict
         ``device, host`` (addresses), ``row_bytes, device_pitch, host_pitch, rows``, in the order of the plan.
     """
-    cdef const int64_t[::1] ids = np.ascontiguousarray(block_ids, dtype=np.int64)
+    cdef int64_t[::1] ids = as_block_ids(block_ids, layout)
     cdef const uint32_t[::1] slots = np.ascontiguousarray(slot_ids, dtype=np.uint32)
     cdef _c.kv_copy copies[16]
     cdef uint32_t directions = 3 if (layout.strided if strided is None else strided) else 0

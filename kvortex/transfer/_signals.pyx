@@ -1,3 +1,4 @@
+# cython: nonecheck=False
 """Wakes the completion thread when a job is submitted, and event loops when one is retired."""
 
 from posix.unistd cimport getpid

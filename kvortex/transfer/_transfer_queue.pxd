@@ -115,6 +115,3 @@ cdef class Job:
 
     cdef void give_loan_back(self) noexcept
     cdef OutcomeState _state(self) noexcept nogil
-
-
-cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *

@@ -1,3 +1,4 @@
+# cython: nonecheck=False
 """One stream, one direction, FIFO: claims records, orders jobs, retires them in order."""
 
 cimport cython
@@ -13,7 +14,7 @@ from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._gather cimport Gather
-from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
 from kvortex.transfer._signals cimport JobSignals
 
 import operator
@@ -788,27 +789,9 @@ cdef class Job:
         _c.kv_monitor_unlock(&self.queue.monitor)
 
 
-cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
-    """Device block ids as an int64 array, each checked against the layout."""
-    array = np.asarray(block_ids)
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"block_ids must be a one-dimensional array of integers, got shape {array.shape}, "
-                         f"dtype {array.dtype}")
-    cdef int64_t[::1] ids = np.array(array, dtype=np.int64, order="C")
-    cdef Py_ssize_t index
-    cdef int64_t limit = layout.num_blocks
-    for index in range(ids.shape[0]):
-        if not 0 <= ids[index] < limit:
-            raise ValueError(f"block_ids[{index}] is {ids[index]}, outside the layout's 0 to {limit - 1}")
-    return ids
-
-
 cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *:
     """Slots of a pool as a uint32 array, each of them registered."""
-    array = np.array(slot_ids)  # a copy, so that nobody changes it after the check
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"slot_ids must be a one-dimensional array of integers, got shape {array.shape}, "
-                         f"dtype {array.dtype}")
+    array = integers(slot_ids, "slot_ids")
     for index in np.flatnonzero((array < 0) | (array >= pool.num_ready))[:1]:
         raise ValueError(f"slot_ids[{index}] is {array[index]}, and {pool.num_ready} slots are registered")
-    return np.array(array, dtype=np.uint32, order="C")
+    return np.asarray(array, dtype=np.uint32)

@@ -5,6 +5,8 @@ Nothing is copied here. The planner only computes, so that its layouts may lie a
 
 import ctypes
 import os
+import random
+import re
 import weakref
 
 import numpy as np
@@ -15,6 +17,7 @@ from numpy.lib.stride_tricks import as_strided
 
 import kvortex
 from kvortex import KVLayout, PinnedPool
+from kvortex.transfer import overlaps
 from kvortex.transfer._layout import plan_copies
 
 PAGE = 4096
@@ -366,6 +369,15 @@ def test_tensors_that_disagree_or_say_nothing_are_refused():
         ([(1 << 20, 64, 64), (0, 64, 64)], 4, "run 1: base address must not be null, got 0x0"),
         ([(1 << 20, 64, 0)], 4, r"run 0: piece_bytes must be 1 to block_stride \(64\), got 0"),
         ([(1 << 20, 64, 65)], 4, r"piece_bytes must be 1 to block_stride \(64\), got 65"),
+        ([(1 << 20, 64)], 4, r"run 0 must be \(base, block_stride, piece_bytes\), got \(1048576, 64\)"),
+        ([(1 << 20, 64, 64), 5], 4, r"run 1 must be \(base, block_stride, piece_bytes\), got 5"),
+        ([(-64, 64, 64)], 4, "run 0: base address must not be null, got -0x40"),
+        ([(1 << 64, 64, 64)], 4, "run 0: 4 blocks from base 0x1.* reach beyond the address space"),
+        ([(1 << 63, 1 << 62, 64)], 4, "run 0: 4 blocks .* reach beyond the address space"),
+        ([(1 << 20, 1 << 64, 64)], 1, "block_stride must be 0 to 2.63 - 1, got 18446744073709551616"),
+        ([(1 << 20, -64, 64)], 4, r"piece_bytes must be 1 to block_stride \(-64\)"),
+        ([(1 << 20, -64, 64)], 1, "block_stride must be 0 to 2.63 - 1, got -64"),
+        ([(1 << 20, 1, 1)], 1 << 63, "9223372036854775808 blocks of 0 tokens are too many"),
         ([(1 << 20, 1 << 32, 1 << 32)], 4, "smaller than 2\\^32 bytes, got 4294967296"),
         ([(1 << 20, 1 << 31, 1 << 31), (1 << 40, 1 << 31, 1 << 31)], 4, "smaller than 2\\^32 bytes"),
     ],
@@ -375,9 +387,202 @@ def test_unfit_runs_are_refused(runs, num_blocks, match):
         KVLayout(runs, num_blocks)
 
 
+# ---- blocks that share bytes ----------------------------------------------------------------------------------------
+
+BASE = 1 << 20
+
+
+def owners_of_bytes(runs, num_blocks):
+    """For each byte the (run, block) pairs that hold it, by walking all of them."""
+    owners = {}
+    for number, (base, stride, piece) in enumerate(runs):
+        for block in range(num_blocks):
+            for byte in range(base + block * stride, base + block * stride + piece):
+                owners.setdefault(byte, []).append((number, block))
+    return owners
+
+
+@st.composite
+def crowded_runs(draw):
+    """(runs, number of blocks) in a hundred bytes or so: strides equal, related, odd; runs named twice."""
+    num_blocks = draw(st.sampled_from([1, 2, 3, 5, 12]))
+    common = draw(st.integers(1, 24))
+    runs = []
+    for _ in range(draw(st.integers(1, 5))):
+        piece = draw(st.integers(1, 5))
+        stride = max(piece, draw(st.sampled_from([common, 2 * common, 3 * common]) | st.integers(1, 30)))
+        runs.append((BASE + draw(st.integers(0, 100)), stride, piece))
+    if draw(st.booleans()):
+        runs.insert(draw(st.integers(0, len(runs))), draw(st.sampled_from(runs)))
+    return runs, num_blocks
+
+
+def require_refused_exactly_if_bytes_are_shared(runs, num_blocks):
+    distinct = list({run if num_blocks > 1 else (run[0], run[2]): run for run in reversed(runs)}.values())[::-1]
+    owners = owners_of_bytes(runs, num_blocks)
+    shared = [pairs for pairs in owners_of_bytes(distinct, num_blocks).values() if len(pairs) > 1]
+    if not shared:
+        layout = KVLayout(runs, num_blocks)
+        assert layout.block_bytes == sum(piece for _, _, piece in distinct)
+        assert sorted(owners_of_bytes(layout.runs, num_blocks)) == sorted(owners)
+        return
+    with pytest.raises(ValueError, match=r"run \d+, block \d+ and run \d+, block \d+ share bytes") as refused:
+        KVLayout(runs, num_blocks)
+    one, block, other, other_block = map(int, re.findall(r"(?:run|block) (\d+)", str(refused.value))[:4])
+    assert (one, block) != (other, other_block)
+    assert any((one, block) in pairs and (other, other_block) in pairs for pairs in owners.values())
+
+
+@given(case=crowded_runs())
+def test_a_layout_is_refused_exactly_if_two_of_its_blocks_share_a_byte(case):
+    require_refused_exactly_if_bytes_are_shared(*case)
+
+
+@given(case=layouts(), moved=st.integers(0, 40), by=st.integers(-60, 60))
+def test_a_run_moved_onto_others_is_refused_and_any_other_place_is_taken(case, moved, by):
+    runs, num_blocks, _ = case
+    base, stride, piece = runs[moved % len(runs)]
+    runs[moved % len(runs)] = (base + by, stride, piece)
+    require_refused_exactly_if_bytes_are_shared(runs, num_blocks)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 10**6])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_thousands_of_interleaved_runs_and_a_million_blocks_are_compared_at_once(num_blocks, shuffled, seed):
+    """One more byte in one of them is found. There is no time limit here: a loop over blocks would take for ever."""
+    runs = [(BASE + index * 64, 4000 * 64, 64) for index in range(4000)]
+    if shuffled:
+        random.Random(seed).shuffle(runs)
+    assert KVLayout(runs, num_blocks).block_bytes == 4000 * 64
+    base, stride, _ = runs[1234]
+    runs[1234] = (base - 1, stride, 64)
+    with pytest.raises(ValueError, match="run 1234, block .* share bytes|and run 1234, block .* share bytes"):
+        KVLayout(runs, num_blocks)
+
+
+def test_two_strides_meet_in_the_one_block_where_they_do():
+    """Strides that have no factor in common and pieces of one byte: of the first 1700 blocks, two share a byte."""
+    start = 1009 * 900 - 1013 * 700  # block 900 of the one is block 700 of the other
+    runs = [(BASE, 1009, 1), (BASE + start, 1013, 1)]
+    with pytest.raises(ValueError, match="run 0, block 900 and run 1, block 700 share bytes"):
+        KVLayout(runs, 1700)
+    KVLayout(runs, 900)
+
+
+def test_runs_of_different_strides_that_cannot_be_compared_soon_are_refused(monkeypatch):
+    monkeypatch.setattr(overlaps, "MAX_PAIRS", 3)
+    runs = [(BASE + 128 * index, 1024 * (1 + index % 2), 64) for index in range(4)]
+    with pytest.raises(ValueError, match="4 runs with 2 different strides interleave.* 4 pairs.* 3 are the limit"):
+        KVLayout(runs, 4)
+    KVLayout([(base, 1024, piece) for base, _, piece in runs], 4)
+    KVLayout([(base + (index << 20), *rest) for index, (base, *rest) in enumerate(runs)], 4)  # apart
+
+
+def test_a_run_named_twice_counts_once_where_it_stands_first():
+    first, second = (BASE, 256, 64), (BASE + 128, 256, 64)
+    layout = KVLayout([first, second, first, second, first], 4)
+    assert (layout.runs, layout.block_bytes) == ((first, second), 128)
+    cache = filled(6, 4, 16)
+    layout = KVLayout.from_tensors([cache, filled(6, 16), cache])
+    assert layout.block_bytes == (64 + 16) * 2
+    assert KVLayout([(BASE, 64, 64), (BASE, 4096, 64)], 1).block_bytes == 64  # of one block the stride says nothing
+
+
+def test_every_constructor_refuses_blocks_that_share_bytes():
+    memory = np.zeros(4096, np.uint8)
+    halves = [memory[:2048].reshape(4, 512), memory[512:2560].reshape(4, 512)]
+    with pytest.raises(ValueError, match="run 0, block 1 and run 1, block 0 share bytes"):
+        KVLayout.from_tensors(halves)
+    with pytest.raises(ValueError, match="run 0, block 1 and run 1, block 0 share bytes"):
+        KVLayout.mla(halves, num_blocks=4, block_size=4, latent_dim=64, itemsize=2)
+    with pytest.raises(ValueError, match="run 0, block 1 and run 1, block 0 share bytes"):
+        KVLayout([(half, 512, 512) for half in halves], 4)
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+NO_WHOLE_NUMBERS = [1.0, 64.5, "64", b"64", True, None, np.float32(64), np.bool_(True), 64j, [64], np.array([64, 64])]
+SIZES = {
+    "contiguous": {
+        "kv": 2,
+        "num_layers": 3,
+        "num_blocks": 5,
+        "block_size": 4,
+        "num_heads": 2,
+        "head_dim": 8,
+        "itemsize": 2,
+    },
+    "mla": {"num_blocks": 5, "block_size": 4, "latent_dim": 72, "itemsize": 2},
+    "cross_layer": {"num_blocks": 5, "block_bytes": 64, "block_size": 4},
+}
+
+
+def bare_runs(base=BASE, stride=64, piece=64, *, num_blocks=4, block_size=16):
+    return KVLayout([(base, stride, piece)], num_blocks, block_size=block_size)
+
+
+@pytest.mark.parametrize("wrong", NO_WHOLE_NUMBERS, ids=repr)
+@pytest.mark.parametrize("name", ["stride", "piece", "num_blocks", "block_size"])
+def test_what_is_no_whole_number_is_none_of_a_run(name, wrong):
+    with pytest.raises(TypeError, match=f"{name}.* must be a whole number, got "):
+        bare_runs(**{name: wrong})
+
+
+@pytest.mark.parametrize("wrong", NO_WHOLE_NUMBERS, ids=repr)
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, sizes in SIZES.items() for name in sizes])
+def test_what_is_no_whole_number_is_no_size(kind, name, wrong):
+    base = [BASE, 2 * BASE] if kind == "mla" else BASE
+    with pytest.raises(TypeError, match=f"{name} must be a whole number, got "):
+        getattr(KVLayout, kind)(base, **SIZES[kind] | {name: wrong})
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(1 << 70)])
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, sizes in SIZES.items() for name in sizes])
+def test_two_negative_sizes_make_no_positive_one(kind, name, wrong):
+    if kind == "cross_layer" and name == "block_size" and wrong == 0:
+        return  # unknown
+    base = [BASE, 2 * BASE] if kind == "mla" else BASE
+    others = {other: -size for other, size in SIZES[kind].items() if other not in ("num_blocks", "block_size")}
+    with pytest.raises(ValueError, match=r"must (be at least 1|not be negative), got -?\d+"):
+        getattr(KVLayout, kind)(base, **SIZES[kind] | others | {name: wrong})
+    with pytest.raises(ValueError, match=f"{name} must (be at least 1|not be negative), got {wrong}"):
+        getattr(KVLayout, kind)(base, **SIZES[kind] | {name: wrong})
+
+
+@pytest.mark.parametrize("wrong", NO_WHOLE_NUMBERS[:-2], ids=repr)
+def test_what_is_no_whole_number_is_no_block_token_or_dimension(wrong):
+    layout = bare_runs()
+    for block_ids in ([wrong], np.array([wrong])):
+        with pytest.raises(ValueError, match="block_ids must be a one-dimensional array of integers"):
+            layout.slot_mapping(block_ids)
+    if wrong is not None:
+        with pytest.raises(TypeError, match="num_tokens must be a whole number"):
+            layout.slot_mapping([1, 2], wrong)
+    with pytest.raises(TypeError, match="block_dim must be a whole number"):
+        KVLayout.from_tensors([filled(6, 8)], wrong)
+
+
+def test_masked_and_timed_arrays_are_no_block_ids():
+    layout = bare_runs()
+    with pytest.raises(ValueError, match="block_ids is a masked array"):
+        layout.slot_mapping(np.ma.masked_array([1, 2], [0, 1]))
+    with pytest.raises(ValueError, match="integers, got shape .* dtype timedelta64"):
+        layout.slot_mapping(np.arange(2).astype("m8[s]"))
+
+
+@pytest.mark.parametrize("number", [np.int64(64), np.uint8(64), np.array(64)])
+def test_whole_numbers_of_numpy_are_whole_numbers(number):
+    assert bare_runs(stride=number, piece=number, num_blocks=number, block_size=number).runs == bare_runs().runs
+
+
 def test_other_unfit_arguments_are_refused():
     with pytest.raises(ValueError, match="block_size must not be negative, got -1"):
         KVLayout([(1 << 20, 64, 64)], 4, block_size=-1)
+    with pytest.raises(ValueError, match="4 blocks of 9223372036854775808 tokens are too many"):
+        KVLayout([(1 << 20, 64, 64)], 4, block_size=1 << 63)
+    for make, what in ((KVLayout, "runs"), (KVLayout.from_tensors, "tensors")):
+        with pytest.raises(TypeError, match=f"{what} must be an iterable, got int"):
+            make(5, 4)
     layout = KVLayout([(1 << 20, 64, 64)], 4)
     with pytest.raises(RuntimeError, match="once"):
         layout.__init__([(1 << 20, 64, 64)], 4)
