@@ -844,15 +844,11 @@ cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
 
 cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *:
     """One size a block, each within the payload of a slot."""
-    array = np.array(sizes)  # a copy, so that nobody changes it after the check
-    if array.ndim == 0:
-        array = np.broadcast_to(array, (n,))
-    if array.shape != (n,) or (n and array.dtype.kind not in "iu"):
-        raise ValueError(f"sizes must be an int or {n} integers, got shape {array.shape}, dtype {array.dtype}")
+    array = integers(sizes, "sizes", n)
     for index in np.flatnonzero((array < 1) | (array > limit))[:1]:
         raise ValueError(f"sizes[{index}] is {array[index]}; it must be 1 to {limit}, the payload of a slot "
                          f"(block_bytes of the config)")
-    return np.array(array, dtype=np.uint32, order="C")
+    return np.asarray(array, dtype=np.uint32)
 
 
 def require_disjoint(addresses, lengths):

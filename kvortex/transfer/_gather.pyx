@@ -11,6 +11,7 @@ from libc.string cimport memset
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check
+from kvortex.driver._memory cimport whole_number
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.transfer._layout cimport KVLayout
 
@@ -57,6 +58,7 @@ cdef class Gather:
         cdef int mode = 0, code
         cdef bytes image = read_kernel()
         cdef const char *text = image
+        num_ctas = whole_number(num_ctas, "num_ctas")
         if not 1 <= num_ctas <= 1024:
             raise ValueError(f"num_ctas must be 1 to 1024, got {num_ctas}")
         run = misfit(layout)

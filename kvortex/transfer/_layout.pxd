@@ -27,5 +27,5 @@ cdef class KVLayout:
     cdef uint32_t strided_bit(self, int direction) noexcept nogil
 
 
-cdef object integers(object items, str name)
+cdef object integers(object items, str name, object count=*)
 cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *

@@ -283,14 +283,22 @@ cdef object refuse_overlap(tuple numbers, tuple runs, tuple found):
                      f"belong to one block; the stride of interleaved runs is that of all their pieces together")
 
 
-cdef object integers(object items, str name):
-    """A one-dimensional array of whole numbers; a copy, so that nobody changes it after the check."""
+cdef object integers(object items, str name, object count=None):
+    """A one-dimensional array of whole numbers, or also a single one for `count`; a copy, so that nobody changes it
+    after the check.
+    """
+    wanted = "a one-dimensional array of integers" if count is None else f"an int or {count} integers"
     if type(items) is not np.ndarray and isinstance(items, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array, and what is masked would count; pass a plain one")
-    array = np.array(items, order="C")
-    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"{name} must be a one-dimensional array of integers, got shape {array.shape}, "
-                         f"dtype {array.dtype}")
+        raise ValueError(f"{name} is a masked array, and what is masked would count; pass {wanted}")
+    try:
+        array = np.array(items, order="C")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be {wanted}: {error}") from None
+    if array.ndim == 0 and count is not None:
+        array = np.full(count, array)
+    if (array.ndim != 1 or (array.size and array.dtype.kind not in "iu")
+            or (count is not None and array.size != count)):
+        raise ValueError(f"{name} must be {wanted}, got shape {array.shape}, dtype {array.dtype}")
     return array
 
 

@@ -10,14 +10,13 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check, require_timeout
+from kvortex.driver._memory cimport whole_number
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
 from kvortex.transfer._signals cimport JobSignals
-
-import operator
 
 import numpy as np
 
@@ -80,7 +79,7 @@ cdef class TransferQueue:
             raise RuntimeError("TransferQueue.__init__ may be called once")
         if not isinstance(direction, str) or direction not in DIRECTIONS:
             raise ValueError(f"direction must be 'D2H' or 'H2D', got {direction!r}")
-        max_jobs = operator.index(max_jobs)
+        max_jobs = whole_number(max_jobs, "max_jobs")
         if not 1 <= max_jobs <= 1 << 20:
             raise ValueError(f"max_jobs must be 1 to {1 << 20}, got {max_jobs}")
         device.require_open()
