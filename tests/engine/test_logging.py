@@ -184,3 +184,121 @@ def test_a_warning_with_other_fields_is_another_one(told):
     for number in (1, 2, 1):
         kvortex_log.warn_once("test_event", "a message", number=number)
     assert [record.number for record in told("test_event")] == [1, 2]
+
+
+# ---- what logging runs is the application's, and may be broken -------------------------------------------------------
+
+
+class Broken(logging.Handler):
+    """A handler, or a filter, that lets its error escape."""
+
+    def emit(self, record):
+        raise OSError("the disk is full")
+
+    def filter(self, record):
+        raise OSError("no such field")
+
+
+def set_same_names(record):
+    record.device, record.event, record.error = "mine", "mine", "mine"
+
+
+def refuse(record):
+    raise OSError("no record today")
+
+
+@pytest.fixture(params=["clash", "factory", "filter", "handler", "handler's filter", "class"])
+def broken_logging(request, monkeypatch):
+    """Logging that is set up so that a call of it raises, or that its records have fields of our names."""
+    logger, kind, handler = kvortex_log.logger, request.param, Broken()
+    plain, level = logging.getLogRecordFactory(), logger.level
+    logger.setLevel(logging.DEBUG)
+    if kind in ("clash", "factory"):
+        spoil = set_same_names if kind == "clash" else refuse
+
+        def make(*arguments, **keywords):
+            record = plain(*arguments, **keywords)
+            spoil(record)
+            return record
+
+        logging.setLogRecordFactory(make)
+    elif kind == "filter":
+        logger.addFilter(handler)
+    elif kind == "class":
+        monkeypatch.setattr(logger, "findCaller", refuse)
+    else:
+        if kind == "handler":
+            handler.filter = lambda record: True
+        logger.addHandler(handler)
+    yield kind
+    logging.setLogRecordFactory(plain)
+    logger.setLevel(level)
+    logger.removeFilter(handler)
+    logger.removeHandler(handler)
+
+
+@pytest.mark.host
+def test_broken_logging_breaks_no_call(device, host, broken_logging, caplog, capsys):
+    cache = DeviceCache(device)
+    host.fail_call(3, 2, field="mem_host_register")
+    engine = make_engine(cache, 64, pool_first_chunk_bytes=PAGE, pool_chunk_bytes=PAGE, shutdown_timeout_ms=50)
+    with pytest.raises(kvortex.PoolExhausted):
+        engine.wait_ready(20_000)
+    assert engine.check_blocks(keys_of([1])).leading == 0  # tells of the incomplete pool
+    host.hold()
+    engine.save_blocks(keys_of([1]), [0], stream=0)
+    engine.shutdown()  # tells of a leak
+    host.release()
+    kvortex_log.warn_once("test_event", "a message", number=1)
+    cache.close()
+    told = {record.args[0] for record in caplog.records}
+    if broken_logging in ("clash", "factory"):  # then the message is not lost
+        assert {"an engine serves", "a message"} <= told and len(told) == 4
+    if broken_logging != "clash":
+        assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.mark.host
+def test_a_field_that_the_application_sets_stays_the_applications(told):
+    plain = logging.getLogRecordFactory()
+
+    def make(*arguments, **keywords):
+        record = plain(*arguments, **keywords)
+        record.device = "mine"
+        return record
+
+    logging.setLogRecordFactory(make)
+    try:
+        kvortex_log.log(logging.INFO, "test_event", "a message", device="host:0", number=1, name="x", asctime="y")
+    finally:
+        logging.setLogRecordFactory(plain)
+    (record,) = told("test_event")
+    assert (record.device, record.number, record.name) == ("mine", 1, "kvortex")
+    assert record.getMessage() == "a message [device=host:0 number=1 name=x asctime=y]"
+
+
+def test_an_interrupt_in_a_handler_is_no_error_of_logging():
+    class Interrupted(logging.Handler):
+        def emit(self, record):
+            raise KeyboardInterrupt
+
+    handler = Interrupted()
+    kvortex_log.logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            kvortex_log.log(logging.WARNING, "test_event", "a message")
+    finally:
+        kvortex_log.logger.removeHandler(handler)
+
+
+def test_a_guarded_logger_names_its_caller_and_breaks_nothing(caplog, capsys):
+    guarded = kvortex_log.Guarded(logging.getLogger("vllm.kvortex"))
+    guarded.warning("%d blocks", 3)
+    assert [(record.filename, record.getMessage()) for record in caplog.records] == [("test_logging.py", "3 blocks")]
+    handler = Broken()
+    guarded.logger.addHandler(handler)
+    try:
+        guarded.warning("%d blocks", 3)
+    finally:
+        guarded.logger.removeHandler(handler)
+    assert "no such field" in capsys.readouterr().err

@@ -14,8 +14,9 @@ from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
 from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
+from kvortex.log import Guarded
 
-logger = init_logger("vllm.kvortex")  # under this name vLLM shows what a connector says
+logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what a connector says
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-logger = logging.getLogger("vllm.kvortex")
+from kvortex.log import Guarded
+
+logger = Guarded(logging.getLogger("vllm.kvortex"))
 
 SCRATCH_BYTES = 4 << 30  # of captures that wait for their verdict
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL

@@ -14,9 +14,10 @@ from queue import SimpleQueue
 
 from kvortex import Device, DriverError, Event, PinnedPool, Stream, TransferQueue
 from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
+from kvortex.log import Guarded
 from kvortex.transfer import gather_pays, probe_layout
 
-logger = logging.getLogger("vllm.kvortex")
+logger = Guarded(logging.getLogger("vllm.kvortex"))
 
 FREE_JOB_SECONDS = 0.001  # after which a load that found no job looks for one again, and whether it is still wanted
 IDLE_SECONDS = 0.0002  # that a step which computes nothing leaves to other threads
