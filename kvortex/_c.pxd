@@ -309,8 +309,8 @@ cdef extern from "kvortex/touch.h" nogil:
     ctypedef struct kv_touch:
         pass
 
-    int kv_populate(char *address, size_t nbytes)
-    int kv_touch_init(kv_touch *touch, char *base, size_t start, size_t end)
+    int kv_populate(char *address, size_t nbytes, uint64_t *left)
+    int kv_touch_init(kv_touch *touch, char *base, size_t start, size_t end, uint64_t *left)
     void kv_touch_destroy(kv_touch *touch)
     void kv_touch_stop(kv_touch *touch)
     void *kv_touch_main(void *touch) noexcept

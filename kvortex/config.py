@@ -282,6 +282,15 @@ def parse_bytes(text):
     return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
 
 
+def bytes_text(nbytes):
+    """A size for people, with the exact number where rounding would hide it."""
+    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if nbytes >> shift:
+            exact = nbytes % (1 << shift) == 0
+            return f"{nbytes >> shift} {unit}" if exact else f"{nbytes / (1 << shift):.2f} {unit} ({nbytes} bytes)"
+    return f"{nbytes} bytes"
+
+
 def parse_device(text):
     """Return `text` if it names a device that there could be; raise `ConfigError` otherwise."""
     if not _DEVICE.fullmatch(text):

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import kvortex
-from kvortex.config import KVortexConfig, Setting
+from kvortex.config import KVortexConfig, Setting, bytes_text
 from kvortex.driver import list_devices, why_no_cuda
 from kvortex.keys import uses_sha_instructions
 from kvortex.memory.limits import free_memory, memlock_bytes, require_memory, transparent_huge_pages, usable_cpus
@@ -259,11 +259,4 @@ def _pool_text(pool):
 
 
 def _size(nbytes, without):
-    """A size for people, with the exact number where rounding would hide it."""
-    if nbytes is None:
-        return without
-    for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if nbytes >> shift:
-            exact = nbytes % (1 << shift) == 0
-            return f"{nbytes >> shift} {unit}" if exact else f"{nbytes / (1 << shift):.2f} {unit} ({nbytes} bytes)"
-    return f"{nbytes} bytes"
+    return without if nbytes is None else bytes_text(nbytes)

@@ -26,9 +26,9 @@ COUNTERS = {  # field of EngineStats: (metric, what it counts)
 }
 GAUGES = {
     "jobs_in_flight": ("jobs_in_flight", "Saves and loads under way."),
-    "pool_blocks": ("pool_blocks", "Blocks that the pool has room for when all of it is registered."),
+    "pool_blocks": ("pool_blocks", "Blocks that the pool has room for, or will have when all of it is registered."),
     "pool_blocks_used": ("pool_blocks_used", "Blocks in the pool, those being written included."),
-    "pool_bytes": ("pool_bytes", "Bytes of the whole pool."),
+    "pool_bytes": ("pool_bytes", "Bytes of the pool, those that will yet be registered included."),
     "pool_bytes_ready": ("pool_ready_bytes", "Bytes of the pool that are registered and serve."),
     "device_pool_bytes": ("device_pool_bytes", "Limit of the pool of device memory, 0 without one."),
     "device_pool_bytes_used": ("device_pool_used_bytes", "Bytes of device memory that the pool has handed out."),

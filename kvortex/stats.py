@@ -9,9 +9,10 @@ class EngineStats:
 
     Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
     released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
-    at most 25 % above the true percentile, 0 without samples. `planner` has a `PlannerRow` for each direction and shape
-    of group: which back end moves it, and what the probe measured. The `device_pool` is that of `gpu_pool_size_bytes`,
-    zeros without one: its limit, what is handed out, and what it takes from the device.
+    at most 25 % above the true percentile, 0 without samples. `pool_blocks` and `pool_bytes` count what will yet be
+    registered; where registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
+    direction and shape of group: which back end moves it, and what the probe measured. The `device_pool` is that of
+    `gpu_pool_size_bytes`, zeros without one: its limit, what is handed out, and what it takes from the device.
     """
 
     blocks_checked: int

@@ -5,6 +5,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from kvortex._c cimport kv_monitor, kv_slots, kv_touch, pthread_t
 from kvortex.driver._device cimport Device
 from kvortex.driver._memory cimport Lender
+from kvortex.memory._claim cimport Claim
 
 # Told of slots that have become usable. Needs no GIL; runs under the pool's monitor, on the thread that attaches or
 # registers.
@@ -16,6 +17,7 @@ cdef class PinnedPool(Lender):
     cdef kv_slots slots             # addresses; fixed from creation
     cdef char *mapping              # what munmap gets back: slots.base is aligned inside it
     cdef size_t mapping_bytes
+    cdef Claim claim                # on what is not touched yet
     cdef bint driver_allocated      # cuMemHostAlloc instead of mmap + register
     cdef void *allocation           # what it answered, until it is given back
     cdef kv_monitor monitor         # guards num_ready, failure, stopping and the hook
@@ -39,6 +41,12 @@ cdef class PinnedPool(Lender):
     cdef bint is_attached           # to an engine, which ends it
     cdef object __weakref__
 
+    cdef int start_registering(self, size_t nbytes) except -1
+    cdef void give_up(self) noexcept
+    cdef void claim_nothing(self) noexcept
+    cdef int allocate_by_driver(self, size_t nbytes) except -1
+    cdef int map_pages(self, size_t nbytes, bint huge_pages, object node) except -1
+    cdef int raise_refused(self, int code, bytes call, size_t nbytes) except -1
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil
     cdef void register_rest(self) noexcept nogil
@@ -54,3 +62,5 @@ cdef class PoolSlot:
     cdef readonly PinnedPool pool   # kept alive; close() leaves it mapped while the slot's memory is out
     cdef readonly uint32_t slot
     cdef void *payload
+
+    cdef PinnedPool require_pool(self)

@@ -14,9 +14,10 @@ from kvortex.driver._device cimport Device, check, require_timeout
 from kvortex.driver._memory cimport Lender
 
 from kvortex.driver._memory import require_shareable
+from kvortex.config import bytes_text
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
 from kvortex.log import warn_once
-from kvortex.memory.limits import require_memory, transparent_huge_pages, usable_cpus
+from kvortex.memory.limits import claim_memory, transparent_huge_pages, usable_cpus
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -125,9 +126,6 @@ cdef class PinnedPool(Lender):
                               f"2^32 - 2; use larger blocks or a smaller pool")
         if first_chunk_bytes <= 0 or chunk_bytes <= 0:
             raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
-        require_memory(num_slots * stride)
-        self.device = device if isinstance(device, Device) else Device.open(device)
-        self.device.require_open()
         self.slots.stride_bytes = stride
         self.slots.header_bytes = header_bytes
         self.slots.payload_bytes = payload_bytes
@@ -135,46 +133,71 @@ cdef class PinnedPool(Lender):
         self.slots.first_chunk_slots = <uint32_t>min(num_slots, max(1, first_chunk_bytes // stride))
         self.slots.chunk_slots = <uint32_t>min(num_slots, max(1, chunk_bytes // stride))
         self.driver_allocated = driver_allocated
-        if driver_allocated:
-            self.slots.first_chunk_slots = <uint32_t>num_slots
-            self._allocate_by_driver(num_slots * stride)
-        else:
-            self._map(num_slots * stride, huge_pages, self.device.numa_node if numa else None)
-        self.closed = False
-        if self.num_ready < num_slots:
-            self.num_touchers = min(MAX_TOUCHERS, usable_cpus())
-            if _c.kv_touch_init(&self.touching, self.slots.base, self.num_ready * stride, num_slots * stride):
-                self.close()
-                raise MemoryError("no memory for touching the pool")
-            self.registering = True
-            if _c.pthread_create(&self.thread, NULL, register_main, <void *>self):
-                self.registering = False
-                self.close()
-                raise MemoryError("no thread for registering the pool could be started")
+        try:
+            self.claim = claim_memory(num_slots * stride)
+            self.device = device if isinstance(device, Device) else Device.open(device)
+            self.device.require_open()
+            if driver_allocated:
+                self.slots.first_chunk_slots = <uint32_t>num_slots
+                self.allocate_by_driver(num_slots * stride)
+            else:
+                self.map_pages(num_slots * stride, huge_pages, self.device.numa_node if numa else None)
+            self.closed = False
+            if self.num_ready < num_slots:
+                self.start_registering(num_slots * stride)
+        except BaseException:
+            self.give_up()
+            raise
 
-    def _allocate_by_driver(self, size_t nbytes):
+    cdef int start_registering(self, size_t nbytes) except -1:
+        self.num_touchers = min(MAX_TOUCHERS, usable_cpus())
+        if _c.kv_touch_init(&self.touching, self.slots.base, self.num_ready * self.slots.stride_bytes, nbytes,
+                            self.claim.left):
+            raise MemoryError("no memory for touching the pool")
+        self.registering = True
+        if _c.pthread_create(&self.thread, NULL, register_main, <void *>self):
+            self.registering = False
+            raise MemoryError("no thread for registering the pool could be started")
+        return 0
+
+    cdef void give_up(self) noexcept:
+        """What the constructor took goes back at once: whoever holds the exception may hold the pool for long."""
+        if not self.closed:
+            self.end()
+        else:
+            self.unmap()
+            self.claim_nothing()
+
+    cdef void claim_nothing(self) noexcept:
+        if self.claim is not None:
+            self.claim.end()
+
+    cdef int allocate_by_driver(self, size_t nbytes) except -1:
         cdef int mode = 0, code
         cdef void *address = NULL
         cdef uint64_t start = _c.kv_now_ns()
+        self.claim_nothing()  # from here on the driver touches, and does not say how much
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = self.device.drv.mem_host_alloc(&address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
                 self.device.leave(mode)
         self.longest_call_ns = _c.kv_now_ns() - start
-        self._raise_refused(code, b"cuMemHostAlloc", nbytes)
+        self.raise_refused(code, b"cuMemHostAlloc", nbytes)
         self.allocation = address
         self.slots.base = <char *>address
         self.num_ready = self.slots.num_slots
+        return 0
 
-    def _map(self, size_t nbytes, bint huge_pages, object node):
+    cdef int map_pages(self, size_t nbytes, bint huge_pages, object node) except -1:
         # Two megabytes more, so that the pool starts on a huge page.
         cdef size_t mapped = nbytes + HUGE_PAGE_BYTES
         cdef int mode = 0, code
         cdef void *address = mmap(NULL, mapped, PROT_READ | PROT_WRITE,
                                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
         if address == kv_map_failed():
-            raise PoolExhausted(f"no address space for a pool of {nbytes} bytes; check ulimit -v or use a smaller pool")
+            raise PoolExhausted(f"no address space for a pool of {bytes_text(nbytes)}; check ulimit -v or use a "
+                                f"smaller pool")
         self.mapping = <char *>address
         self.mapping_bytes = mapped
         self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
@@ -190,25 +213,24 @@ cdef class PinnedPool(Lender):
                 warn_once("numa_refused", "the kernel refused to place the pool on the device's NUMA node; containers "
                           "need CAP_SYS_NICE for it", device=self.device.name, node=node)
         if madvise(self.slots.base, nbytes, MADV_DONTFORK):
-            self.unmap()
             raise PoolExhausted("the kernel refused MADV_DONTFORK, without which a fork would copy pinned pages")
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
                 code = _c.KV_CUDA_OUT_OF_MEMORY
-                if _c.kv_populate(self.slots.base, self.slots.first_chunk_slots * self.slots.stride_bytes) == 0:
+                if _c.kv_populate(self.slots.base, self.slots.first_chunk_slots * self.slots.stride_bytes,
+                                  self.claim.left) == 0:
                     code = self.register_chunk(0)
                 self.device.leave(mode)
-        if code:
-            self.unmap()
-            self._raise_refused(code, b"cuMemHostRegister", self.slots.first_chunk_slots * self.slots.stride_bytes)
+        self.raise_refused(code, b"cuMemHostRegister", self.slots.first_chunk_slots * self.slots.stride_bytes)
         self.num_ready = self.slots.first_chunk_slots
+        return 0
 
-    def _raise_refused(self, int code, bytes call, size_t nbytes):
+    cdef int raise_refused(self, int code, bytes call, size_t nbytes) except -1:
         if code == _c.KV_CUDA_OUT_OF_MEMORY:
-            raise PoolExhausted(f"touching or pinning {nbytes} bytes ({call.decode()}) ran out of memory; candidates "
-                                f"are RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
-        check(self.device, code, call)
+            raise PoolExhausted(f"touching or pinning {bytes_text(nbytes)} ({call.decode()}) ran out of memory; "
+                                f"candidates are RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
+        return check(self.device, code, call)
 
     # ---- registering ------------------------------------------------------------------------------------------------
 
@@ -235,6 +257,7 @@ cdef class PinnedPool(Lender):
         while started:
             started -= 1
             _c.pthread_join(touchers[started], NULL)
+        self.claim.left[0] = 0  # all is touched, or what is left never will be
         _c.kv_monitor_lock(&self.monitor)
         self.thread_is_over = True
         _c.kv_monitor_broadcast(&self.monitor)
@@ -306,7 +329,7 @@ cdef class PinnedPool(Lender):
         if ready:
             return
         if self.failure:
-            self._raise_refused(self.failure, b"cuMemHostRegister", self.slots.chunk_slots * self.slots.stride_bytes)
+            self.raise_refused(self.failure, b"cuMemHostRegister", self.slots.chunk_slots * self.slots.stride_bytes)
         if self.stopping:
             raise EngineClosed("the pool was closed while it was being registered")
         raise TimeoutError(f"{self.num_ready} of {self.slots.num_slots} slots are registered after {timeout_ms} ms")
@@ -314,7 +337,9 @@ cdef class PinnedPool(Lender):
     # ---- use --------------------------------------------------------------------------------------------------------
 
     def _require_open(self):
-        if self.device is None or self.device.pid != getpid():
+        if self.device is None:
+            raise EngineClosed("this pool was never made; use PinnedPool(pool_bytes, payload_bytes)")
+        if self.device.pid != getpid():
             raise EngineClosed("this pool belongs to the parent process; start workers with the spawn method")
         if self.closed:
             raise EngineClosed("the pool is closed; create another one")
@@ -363,8 +388,13 @@ cdef class PinnedPool(Lender):
 
     @property
     def num_slots(self):
-        """How many slots the pool has when all of it is registered."""
+        """Slots of the pool's address range, as asked for; slot numbers are below it. It never changes."""
         return self.slots.num_slots
+
+    @property
+    def slots_usable(self):
+        """How many slots serve, or will when registering is over: `num_slots`, or `slots_ready` once it has failed."""
+        return self.num_ready if self.failure else self.slots.num_slots
 
     @property
     def slots_ready(self):
@@ -373,8 +403,13 @@ cdef class PinnedPool(Lender):
 
     @property
     def nbytes(self):
-        """Bytes of the whole pool."""
+        """Bytes of the pool's address range: `num_slots` slots."""
         return <size_t>self.slots.num_slots * self.slots.stride_bytes
+
+    @property
+    def bytes_usable(self):
+        """Bytes of `slots_usable` slots."""
+        return <size_t>self.slots_usable * self.slots.stride_bytes
 
     @property
     def bytes_ready(self):
@@ -449,6 +484,7 @@ cdef class PinnedPool(Lender):
             return 0
         self.closed = True
         self.join(interruptible)
+        self.claim_nothing()
         while self.num_unregistered < self.num_ready and not self.driver_allocated and not self.is_lost:
             first = self.num_unregistered  # a chunk is taken under the GIL, so that nobody unregisters it twice
             self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
@@ -475,6 +511,7 @@ cdef class PinnedPool(Lender):
         self.closed = self.is_lost = True
         self.mapping = self.allocation = NULL
         self.join(False)
+        self.claim_nothing()
 
     cdef void unmap(self) noexcept:
         cdef char *mapping = self.mapping
@@ -519,16 +556,21 @@ cdef class PoolSlot:
     def __init__(self):
         raise TypeError("PoolSlot has no constructor; use PinnedPool.slot(slot)")
 
+    cdef PinnedPool require_pool(self):
+        if self.pool is None:
+            raise EngineClosed("this slot was never made; use PinnedPool.slot(slot)")
+        return self.pool
+
     @property
     def nbytes(self):
         """Bytes of the payload."""
-        return self.pool.slots.payload_bytes
+        return self.require_pool().slots.payload_bytes
 
     def __len__(self):
         return self.nbytes
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
-        self.pool._require_open()
+        self.require_pool()._require_open()
         PyBuffer_FillInfo(buffer, self, self.payload, <Py_ssize_t>self.pool.slots.payload_bytes, 0, flags)
         self.pool.exports += 1
 
@@ -558,7 +600,7 @@ cdef class PoolSlot:
             There is a stream.
         EngineClosed
         """
-        self.pool._require_open()
+        self.require_pool()._require_open()
         if stream is not None:
             raise ValueError(f"memory of the CPU has no streams, got stream {stream!r}; pass None")
         devices = ((_c.KV_DLPACK_CPU, 0),)
@@ -568,6 +610,8 @@ cdef class PoolSlot:
         return self.pool.capsule(<uint64_t>self.payload, self.nbytes, device_type, device_id, max_version)
 
     def __repr__(self):
+        if self.pool is None:
+            return "<PoolSlot never made>"
         return f"<PoolSlot {self.slot}, {self.nbytes} bytes at {<uint64_t>self.payload:#x}>"
 
 

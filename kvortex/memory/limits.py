@@ -1,13 +1,27 @@
-"""What this process may take: memory, asked before any page is touched (afterwards it is a SIGKILL), and CPUs."""
+"""What this process may take: memory, asked before any page is touched (afterwards it is a SIGKILL), and CPUs.
 
+What other pools were admitted for and have not touched yet counts as taken: see `_claim`.
+"""
+
+import contextlib
+import fcntl
+import io
 import math
 import os
 import resource
+import stat
+import sys
+import threading
+import time
 from pathlib import Path
 
+from kvortex.config import bytes_text
 from kvortex.errors import PoolExhausted
+from kvortex.memory._claim import NUMBER_BYTES, Claim, own_claims
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+CLAIMS_FOLDER = Path("/dev/shm")  # memory that processes share; where there is none, a process sees its own pools only
+CLAIM_WAIT_S = 1.0  # for another process that is just being admitted; then it is taken for stuck
 NO_LIMIT_BYTES = 1 << 62  # cgroup v1 has no word for it, and shows 2^63 rounded down to pages
 HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -17,6 +31,13 @@ def _read_int(path):
         return int(Path(path).read_text())
     except (OSError, ValueError):  # no such controller, or "max"
         return None
+
+
+def _read_lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def _cgroup_folders(lines, controller):
@@ -36,14 +57,39 @@ def _cgroup_folders(lines, controller):
                 break
 
 
-def cgroup_free_bytes(lines):
-    """The smallest distance to a memory limit on the way from a cgroup to the root, or None without a limit."""
+def _file_pages(folder, is_v2):
+    """Bytes of a group's page cache that the kernel drops on demand: neither shared memory nor what is locked."""
+    numbers = dict.fromkeys(("inactive_file", "active_file"), 0)
+    for line in _read_lines(folder / "memory.stat"):
+        name, _, value = line.partition(" ")
+        name = name if is_v2 else name.removeprefix("total_")  # v1: with the groups below, as the usage; they come last
+        if name in numbers and value.isdecimal():
+            numbers[name] = int(value)
+    return sum(numbers.values())
+
+
+def cgroup_free_bytes(lines, claims=()):
+    """The smallest distance to a memory limit on the way from a cgroup to the root, or None without a limit.
+
+    Page cache counts as free. Above `memory.high` (v2) the kernel slows a group down until it is below it again, which
+    one with pinned memory never is: so it is a limit, too.
+
+    Parameters
+    ----------
+    lines : list of str
+        Those of `/proc/self/cgroup`.
+    claims : iterable of (int, container of Path)
+        Bytes that are not touched yet, and the groups that they will be counted in.
+    """
     free = []
     for folder, is_v2 in _cgroup_folders(lines, "memory"):
-        limit = _read_int(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
+        names = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
+        limits = [limit for name in names if (limit := _read_int(folder / name)) is not None]
         usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
-        if limit is not None and usage is not None and limit < NO_LIMIT_BYTES:
-            free.append(max(0, limit - usage))
+        limit = min(limits, default=NO_LIMIT_BYTES)
+        if usage is not None and limit < NO_LIMIT_BYTES:
+            used = max(0, usage - _file_pages(folder, is_v2))
+            free.append(max(0, limit - used - sum(nbytes for nbytes, folders in claims if folder in folders)))
     return min(free, default=None)
 
 
@@ -60,13 +106,6 @@ def cgroup_cpus(lines):
     return min(cpus, default=None)
 
 
-def _read_lines(path):
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def _available_bytes():
     """Memory that the machine can give without swapping, or None where /proc/meminfo does not tell."""
     for line in _read_lines("/proc/meminfo"):
@@ -77,19 +116,25 @@ def _available_bytes():
 
 def free_memory():
     """Return what a pool may take, in bytes by the name of the limit; None where there is no limit or nobody tells."""
-    return {
-        "available memory": _available_bytes(),
-        "the cgroup's memory limit": cgroup_free_bytes(_read_lines("/proc/self/cgroup")),
-    }
+    lines = _read_lines("/proc/self/cgroup")
+    available = _available_bytes()  # before the claims: what is touched meanwhile then counts in neither
+    claims = list(_claims(lines))
+    if available is not None:
+        available = max(0, available - sum(nbytes for nbytes, _ in claims))
+    return {"available memory": available, "the cgroup's memory limit": cgroup_free_bytes(lines, claims)}
 
 
-def require_memory(nbytes):
-    """Refuse a pool that the machine or its cgroup cannot hold.
+def require_memory(nbytes, what=None, next_step="lower cpu_pool_size_bytes or raise the limit"):
+    """Refuse pools that the machine or its cgroup cannot hold.
 
     Parameters
     ----------
     nbytes : int
-        Bytes the pool will touch and pin.
+        Bytes that will be touched and pinned.
+    what : str, optional
+        What needs them, for the message; by default a pool of that size.
+    next_step : str
+        How the message ends.
 
     Raises
     ------
@@ -100,12 +145,108 @@ def require_memory(nbytes):
     -----
     Reads `/proc/meminfo` and the cgroup files (v1 and v2); a limit that cannot be read is taken as absent.
     """
-    for what, free in free_memory().items():
+    for limit, free in free_memory().items():
         if free is not None and nbytes > free:
+            what = what or f"a pool of {bytes_text(nbytes)}"
             raise PoolExhausted(
-                f"a pool of {nbytes} bytes exceeds what {what} leaves ({free} bytes); "
-                f"lower cpu_pool_size_bytes or raise the limit"
+                f"{what} exceeds what {limit} leaves ({bytes_text(free)}, without what other pools have yet to "
+                f"touch); {next_step}"
             )
+
+
+# ---- claims ----------------------------------------------------------------------------------------------------------
+
+_admitting = threading.Lock()  # held from the question whether there is memory until it is claimed
+
+
+def _forget_holder():
+    """In a forked child: whoever held the lock is a thread of the parent."""
+    global _admitting
+    _admitting = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_holder)
+
+
+def claim_memory(nbytes):
+    """Claim memory for a pool; raise `PoolExhausted` as `require_memory` does.
+
+    Returns
+    -------
+    Claim
+        Seen by the other pools of this process, and of the user's other processes, until it is closed or dropped.
+    """
+    with _one_at_a_time():
+        require_memory(nbytes)
+        name = f"kvortex-{os.geteuid()}-{os.getpid()}-{os.urandom(8).hex()}"
+        about = "\n".join(_whereabouts(_read_lines("/proc/self/cgroup"))).encode()
+        # Nobody looks for a file under its first name.
+        return Claim(nbytes, os.fsencode(CLAIMS_FOLDER / f".{name}"), os.fsencode(CLAIMS_FOLDER / name), about)
+
+
+@contextlib.contextmanager
+def _one_at_a_time():
+    """Keep other threads, and the user's other processes, from being admitted meanwhile."""
+    with _admitting, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no such folder: then nobody is seen, either
+            file = stack.enter_context(_open(CLAIMS_FOLDER / f"kvortex-{os.geteuid()}.lock", os.O_CREAT))
+            deadline = time.monotonic() + CLAIM_WAIT_S
+            while not _lock(file, fcntl.LOCK_EX) and time.monotonic() < deadline:
+                time.sleep(0.005)
+        yield
+
+
+def _open(path, flags=0):
+    """A file of our own in a folder of everybody's; its end gives locks back."""
+    flags |= os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = io.FileIO(path, "r+", opener=lambda path, _: os.open(path, flags, 0o600))
+    about = os.fstat(file.fileno())
+    if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid():
+        raise OSError(f"{path} is another user's")
+    return file
+
+
+def _lock(file, kind):
+    try:
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _whereabouts(lines):
+    """The cgroup namespace, in which names of cgroups mean something, and the names."""
+    try:
+        return [os.readlink("/proc/self/ns/cgroup"), *lines]
+    except OSError:
+        return ["", *lines]
+
+
+def _claims(lines):
+    """Yield (bytes yet to be touched, folders of the cgroups that they will be counted in) for each pool in sight."""
+    nbytes, own_paths = own_claims()
+    yield nbytes, {folder for folder, _ in _cgroup_folders(lines, "memory")}
+    here = _whereabouts(lines)[0]
+    for path in CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"):
+        if os.fsencode(path) in own_paths:
+            continue
+        with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or no claim
+            content = _read_claim(path)
+            namespace, *theirs = content[NUMBER_BYTES:].decode().splitlines()
+            folders = _cgroup_folders(theirs if namespace == here else (), "memory")
+            yield int.from_bytes(content[:NUMBER_BYTES], sys.byteorder), {folder for folder, _ in folders}
+
+
+def _read_claim(path):
+    """The file of another process's claim; raises, and removes it, if that process is gone."""
+    with _open(path) as file:
+        if _lock(file, fcntl.LOCK_SH):
+            os.unlink(path)
+            raise ValueError(f"nobody holds {path}")
+        return file.read()
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
 
 
 def memlock_bytes():

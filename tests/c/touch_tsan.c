@@ -22,7 +22,8 @@ static void one_round(size_t start, size_t end, int num_threads, int stop_early)
     REQUIRE(base != MAP_FAILED);
     kv_touch touch;
     pthread_t threads[NUM_THREADS];
-    REQUIRE(kv_touch_init(&touch, base, start, end) == 0);
+    uint64_t left = end - start;
+    REQUIRE(kv_touch_init(&touch, base, start, end, &left) == 0);
     for (int i = 0; i < num_threads; i++)
         REQUIRE(pthread_create(&threads[i], NULL, kv_touch_main, &touch) == 0);
     const size_t chunk = (size_t)21 << 20;
@@ -38,6 +39,7 @@ static void one_round(size_t start, size_t end, int num_threads, int stop_early)
     }
     for (int i = 0; i < num_threads; i++)
         pthread_join(threads[i], NULL);
+    REQUIRE(stop_early ? left < end - start : left == 0);
     kv_touch_destroy(&touch);
     munmap(base, end);
 }
