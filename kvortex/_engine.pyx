@@ -65,10 +65,11 @@ cdef class EngineCore:
                  DevicePool device_pool=None):
         cdef int position
         cdef bint on_device = False
-        if self.queues is not None:
+        if self.queues is not None or self.last_job is not NULL:
             raise RuntimeError("an engine is created once")
         if len(savers) + len(loaders) > MAX_STREAMS:
             raise ValueError(f"at most {MAX_STREAMS} streams, got {len(savers) + len(loaders)}")
+        require_parts(device, pool, index, savers, loaders)
         if layout is not None:
             self.last_job = <uint64_t *>calloc(layout.num_blocks, sizeof(uint64_t))
             self.stamps = <uint32_t *>calloc(layout.num_blocks, sizeof(uint32_t))
@@ -86,8 +87,8 @@ cdef class EngineCore:
             self.queue[position] = <void *>self.queues[position]
             (<TransferQueue>self.queue[position]).hook = retire
             (<TransferQueue>self.queue[position]).hook_owner = <void *>self
-        pool.attach(add_ready_slots, <void *>index)
         self.thread = CompletionThread(device, signals, self.queues)
+        pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
@@ -342,8 +343,8 @@ cdef class EngineCore:
                 length_mismatches=index["length_mismatches"], bytes_saved=count.bytes_saved,
                 bytes_loaded=count.bytes_loaded, jobs_failed=count.jobs_failed,
                 jobs_in_flight=sum((<TransferQueue>queue).jobs_in_flight for queue in self.queues),
-                pool_blocks=self.pool.num_slots, pool_blocks_used=index["slots_added"] - index["num_free"],
-                pool_bytes=self.pool.nbytes, pool_bytes_ready=self.pool.bytes_ready,
+                pool_blocks=self.pool.slots_usable, pool_blocks_used=index["slots_added"] - index["num_free"],
+                pool_bytes=self.pool.bytes_usable, pool_bytes_ready=self.pool.bytes_ready,
                 device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,
                 strided=self.layout is not None and self.layout.strided,
                 planner=() if self.layout is None else self.layout.planner, device=self.device.name,
@@ -771,6 +772,26 @@ cdef class Source:
                 self.addresses[kept] = self.addresses[index]
                 self.lengths[kept] = self.lengths[index]
             kept += 1
+
+
+cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, object savers, object loaders) except -1:
+    """Refuse what a thread without the GIL could not tell."""
+    device.require_open()
+    pool._require_open()
+    if pool.is_attached:
+        raise ValueError("the pool serves another engine; make one for each")
+    if index.num_slots < pool.num_slots:
+        raise ValueError(f"the index has {index.num_slots} slots and the pool {pool.num_slots}; make it as large")
+    for queues, direction in ((savers, "D2H"), (loaders, "H2D")):
+        if not queues:
+            raise ValueError("savers and loaders need a queue each")
+        for queue in queues:
+            if not isinstance(queue, TransferQueue):
+                raise TypeError(f"savers and loaders must be TransferQueues, got {type(queue).__name__}")
+            queue._require_open()
+            if queue.direction != direction:
+                raise ValueError(f"a queue for {direction} is needed, got one for {queue.direction}")
+    return 0
 
 
 cdef str error_name(Device device, int code):

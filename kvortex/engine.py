@@ -5,12 +5,11 @@ import logging
 import os
 import threading
 import weakref
-from contextlib import ExitStack
 
 from kvortex._engine import BlockHits, EngineCore
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
@@ -82,10 +81,11 @@ class KVortexEngine(EngineCore):
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
         num_streams = max(2, config.num_transfer_streams)  # loads and saves never share one
         num_loaders = num_streams // 2
-        num_savers = num_streams - num_loaders
-        with ExitStack() as undo:
+        # Assigned to names or kept in the list as soon as they are made, so that a signal between two steps loses none.
+        device = pool = device_pool = engine = None
+        queues = []
+        try:
             device = Device.open(config.device)
-            undo.callback(device.close)
             if layout is not None and layout.on_gpu and device.is_host:
                 raise ConfigError(
                     f"device {config.device!r} is host memory here, but the layout's memory is a GPU's; "
@@ -102,48 +102,53 @@ class KVortexEngine(EngineCore):
                 numa=config.enable_numa,
                 driver_allocated=config.pool_driver_allocated,
             )
-            undo.callback(pool.close)
-            device_pool = None
             if config.gpu_pool_size_bytes:
                 device_pool = DevicePool(config.gpu_pool_size_bytes, device.name)
-                undo.callback(device_pool.close)
             index = BlockIndex(pool.num_slots)
             signals = JobSignals()
-            savers, loaders = [], []
-            for queues, direction, count in ((savers, "D2H", num_savers), (loaders, "H2D", num_loaders)):
-                for _ in range(count):
-                    queue = TransferQueue(device, direction, max_jobs=config.max_jobs, signals=signals)
-                    undo.callback(queue.close)
-                    queues.append(queue)
+            for direction in ("D2H",) * (num_streams - num_loaders) + ("H2D",) * num_loaders:
+                queues.append(TransferQueue(device, direction, max_jobs=config.max_jobs, signals=signals))
+            savers, loaders = queues[:-num_loaders], queues[-num_loaders:]
             if layout is not None:
                 probe_layout(layout, savers[0])
                 probe_layout(layout, loaders[0])
-                gathered = [queue for queue in (*savers, *loaders) if gather_pays(layout, queue.direction)]
+                gathered = [queue for queue in queues if gather_pays(layout, queue.direction)]
                 for queue in gathered if config.gather_ctas else ():
                     queue.use_gather(layout, config.gather_ctas, device_pool)
                 if config.gather_ctas and not gathered:
                     message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
                     log(logging.INFO, "gather_unused", message, device=device.name, piece_bytes=layout.piece_bytes)
-            engine = cls(device, pool, index, signals, savers, loaders, layout, device_pool)
-            undo.pop_all()
-        engine.config = config
-        engine._shutting_down = threading.RLock()
-        _engines.add(engine)
-        log(
-            logging.INFO,
-            "engine_created",
-            "an engine serves",
-            device=device.name,
-            pool_bytes=pool.nbytes,
-            pool_blocks=pool.num_slots,
-            block_bytes=block_bytes,
-            numa_node=pool.numa_node,
-            num_streams=num_streams,
-        )
-        return engine
+            parts = (device, pool, index, signals, savers, loaders, layout, device_pool)
+            engine = cls.__new__(cls, *parts)
+            engine.config, engine._shutting_down = config, threading.RLock()
+            engine.__init__(*parts)
+            if engine.device is not device:
+                raise TypeError(f"{cls.__name__}.__init__ must call super().__init__ with its arguments")
+            _engines.add(engine)
+            log(
+                logging.INFO,
+                "engine_created",
+                "an engine serves",
+                device=device.name,
+                pool_bytes=pool.bytes_usable,
+                pool_blocks=pool.slots_usable,
+                block_bytes=block_bytes,
+                numa_node=pool.numa_node,
+                num_streams=num_streams,
+            )
+            return engine
+        except BaseException:
+            if engine is not None:
+                engine._close(config.shutdown_timeout_ms)
+            for part in (*queues, device_pool, pool, device):  # what the engine has not closed
+                if part is not None:
+                    part.close()
+            raise
 
     def wait_ready(self, timeout_ms=None):
         """Block (GIL released) until the whole pool is registered; see `PinnedPool.wait_ready` for what is raised."""
+        if self.pool is None:
+            raise EngineClosed("this engine was never created; use KVortexEngine.create")
         self.pool.wait_ready(timeout_ms)
 
     def shutdown(self):
@@ -152,8 +157,8 @@ class KVortexEngine(EngineCore):
         Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
         their memory is then leaked on purpose, because a copy may still be running into it.
         """
-        if self.device.pid != os.getpid():
-            return  # the engine is the parent's, and so is whoever holds the lock
+        if self.device is None or self.device.pid != os.getpid():
+            return  # never created; or the engine is the parent's, and so is whoever holds the lock
         with self._shutting_down:  # a second caller returns when the first has finished
             self._close(self.config.shutdown_timeout_ms)
 

@@ -370,6 +370,7 @@ def driver_rows():
 
 def entry_points(Device device not None):
     """Return the address of every entry point that serves the device, by field; for tests and tools."""
+    device.require_open()
     return {
         kv_driver_rows[i].field.decode(): (<size_t *>(<char *>device.drv + kv_driver_rows[i].offset))[0]
         for i in range(KV_DRIVER_NUM_ROWS)

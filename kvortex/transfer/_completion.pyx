@@ -18,6 +18,8 @@ cdef class CompletionThread:
     """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep when none has any."""
 
     def __init__(self, Device device not None, JobSignals signals not None, queues):
+        if self.device is not None:
+            raise RuntimeError("CompletionThread.__init__ may be called once")
         if len(queues) > MAX_QUEUES:
             raise ValueError(f"at most {MAX_QUEUES} queues, got {len(queues)}")
         self.device = device

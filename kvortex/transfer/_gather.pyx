@@ -58,6 +58,8 @@ cdef class Gather:
         cdef int mode = 0, code
         cdef bytes image = read_kernel()
         cdef const char *text = image
+        if self.device is not None:
+            raise RuntimeError("Gather.__init__ may be called once")
         num_ctas = whole_number(num_ctas, "num_ctas")
         if not 1 <= num_ctas <= 1024:
             raise ValueError(f"num_ctas must be 1 to 1024, got {num_ctas}")
