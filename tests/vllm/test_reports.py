@@ -6,6 +6,7 @@ import random
 import prometheus_client
 import pytest
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvortex.integrations.vllm import KVortexConnector
@@ -45,6 +46,16 @@ def test_events_tell_what_is_stored(make_rig, prompt):
     assert len(followed(rig.events)) == 6 and followed(rig.events) == held(rig)
     stored = next(event for event in rig.events if getattr(event, "medium", None) == "CPU")
     assert stored.block_size == 16 and stored.token_ids == [] and stored.parent_block_hash is None
+
+
+def test_events_name_blocks_of_an_adapter_as_vllm_does(make_rig, prompt):
+    rig = make_rig(events=True)
+    rig.serve("first", prompt("p", 100), lora_request=LoRARequest("adapter", 1, "nowhere"))
+    hashes = rig.requests["first"].block_hashes[:6]
+    assert followed(rig.events) == {maybe_convert_block_hash(name) for name in hashes}
+    rig.reset()
+    rig.serve("last", prompt("q", 20))
+    assert not followed(rig.events) & set(map(maybe_convert_block_hash, hashes))
 
 
 def test_events_follow_the_index_through_evictions_resets_and_failures(make_rig, prompt, host, seed):

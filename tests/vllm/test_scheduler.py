@@ -265,6 +265,26 @@ def test_the_same_tokens_under_another_salt_or_adapter_are_other_blocks(make_rig
     rig.require_clean()
 
 
+@pytest.mark.parametrize("hash_function", [sha256, lambda content: sha256(content)[:16]], ids=["32", "16"])
+@pytest.mark.parametrize(
+    "reloaded", [LoRARequest("adapter", 2, "nowhere"), LoRARequest("adapter", 1, "elsewhere")], ids=["id", "path"]
+)
+def test_an_adapter_loaded_anew_under_its_name_has_other_blocks(make_rig, prompt, load_async, reloaded, hash_function):
+    """vLLM's own hashes do not tell them apart: before 0.32 they know of the name alone."""
+    rig = make_rig(load_async=load_async, hash_function=hash_function)
+    first = LoRARequest("adapter", 1, "nowhere")
+    rig.serve("plain", prompt("p", 100))
+    rig.serve("first", prompt("p", 100), lora_request=first)
+    for name, lora in (("reloaded", reloaded), ("other name", LoRARequest("other", 1, "nowhere"))):
+        rig.forget_device()
+        assert rig.serve(name, prompt("p", 100), lora_request=lora) == 0
+    for name, lora in (("plain", None), ("first", first), ("reloaded", reloaded)):
+        rig.forget_device()
+        rig.add(f"beside {name}", prompt(name, 80))  # names of both kinds in one step
+        assert rig.serve(f"{name} again", prompt("p", 100), lora_request=lora) == 96
+    rig.require_clean()
+
+
 def test_who_shares_a_load_does_not_wait_until_one_with_less_priority_may_run(make_rig, prompt, host):
     rig = make_rig(num_blocks=101, max_seqs=2, policy="priority")
     rig.serve("first", prompt("p", 161))

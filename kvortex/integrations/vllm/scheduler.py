@@ -4,6 +4,7 @@ Pure policy over a `BlockIndex`; it names no engine module and touches no memory
 index in one call.
 """
 
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvortex.integrations.vllm.messages import Load, StepMetadata, Transfer
 
 KEY_BYTES = 32
 NO_KEY = bytes(KEY_BYTES)
+ADAPTER_BYTES = 12  # of a name, behind vLLM's hash of 16 or 32
 
 
 @dataclass
@@ -133,7 +135,7 @@ class SchedulerHalf:
             return 0, False
         if request.num_preemptions and not self.reload_preempted:
             return 0, False
-        hashes = request.block_hashes[first:most]
+        hashes = names_of(request, first, most)
         _, leading = self.index.lookup(as_keys(hashes))
         if first + leading < least and hashes[leading] in self.writing:
             return None, False
@@ -200,12 +202,13 @@ class SchedulerHalf:
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated, state.is_cut, state.stop = False, False, None
         if first:  # hits on the device are hits
-            self.index.touch(as_keys(request.block_hashes[:first]))
+            self.index.touch(as_keys(names_of(request, 0, first)))
         if first or count:  # both are used now, the tail of each before its head, and what is loaded last
-            state.stop, state.is_cut = request.block_hashes[(first or count) - 1], False
+            (state.stop,) = names_of(request, (first or count) - 1, first or count)
+            state.is_cut = False
         if not count:
             return
-        hashes, targets = request.block_hashes[first : first + count], block_ids[first : first + count]
+        hashes, targets = names_of(request, first, first + count), block_ids[first : first + count]
         if self.load_async:
             self.loading[request.request_id] = frozenset(hashes)
         slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
@@ -274,10 +277,10 @@ class SchedulerHalf:
         for (state, first, end), stop in zip(offers, slots, strict=True):
             if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
                 state.stop = None
-                state.is_cut = NO_SLOT in self.index.slots_of(as_keys(state.request.block_hashes[:first]))
+                state.is_cut = NO_SLOT in self.index.slots_of(as_keys(names_of(state.request, 0, first)))
             if not state.is_cut:
                 parts.append((state, slice(len(hashes), len(hashes) + end - first)))
-                hashes += state.request.block_hashes[first:end]
+                hashes += names_of(state.request, first, end)
                 block_ids += state.block_ids[first:end]
                 stops += [stop] * (end - first)
         slots, statuses = self.index.reserve(as_keys(hashes), self.shape.block_bytes, stops=stops)
@@ -366,7 +369,7 @@ class SchedulerHalf:
         if state is not None:
             self.hold(state, ())
         if state is not None and state.num_offered:
-            self.index.touch(as_keys(request.block_hashes[: state.num_offered]))
+            self.index.touch(as_keys(names_of(request, 0, state.num_offered)))
 
     def reset(self):
         """Forget every block, saves in flight included, and what running requests computed before."""
@@ -389,8 +392,9 @@ class SchedulerHalf:
                     self.tenants[slot] = None
 
     def take_events(self):
-        """Hashes stored, and hashes removed, since the last call."""
-        events, self.stored, self.removed = (self.stored, self.removed), [], []
+        """vLLM's hashes of the blocks stored, and of those removed, since the last call."""
+        events = [[hash_of(name) for name in names] for names in (self.stored, self.removed)]
+        self.stored, self.removed = [], []
         return events
 
 
@@ -399,8 +403,31 @@ def is_session(request):
     return getattr(request, "resumable", False)
 
 
-def as_keys(hashes):
+def names_of(request, first, end):
+    """Names of the request's blocks `first` to `end`: vLLM's hashes, with what they do not say of a LoRA.
+
+    vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is loaded anew under
+    its name has another id.
+    """
+    hashes, lora = request.block_hashes[first:end], request.lora_request
+    if lora is None:
+        return hashes
+    adapter = hashlib.sha256(f"{lora.lora_int_id} {lora.lora_path}".encode()).digest()[:ADAPTER_BYTES]
+    return [name + adapter for name in hashes]
+
+
+def hash_of(name):
+    """vLLM's hash in a name."""
+    return name[: len(name) - len(name) % 16]
+
+
+def as_keys(names):
     """An (n, 32) array of keys; vLLM's hashes have 32 bytes, or 16 with xxhash."""
-    if hashes and len(hashes[0]) != KEY_BYTES:
-        hashes = [bytes(name).ljust(KEY_BYTES, b"\0") for name in hashes]
-    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, KEY_BYTES)
+    content = b"".join(names)
+    if len(content) != KEY_BYTES * len(names) or (names and len(names[0]) != KEY_BYTES):
+        content = b"".join(map(as_key, names))
+    return np.frombuffer(content, dtype=np.uint8).reshape(-1, KEY_BYTES)
+
+
+def as_key(name):
+    return hashlib.sha256(name).digest() if len(name) > KEY_BYTES else name.ljust(KEY_BYTES, b"\0")
