@@ -31,8 +31,10 @@ SIZES = {  # layers, heads, KV heads, head size, hidden, intermediate, vocabular
     "3b": (28, 24, 8, 128, 3072, 8192, 128256),
     "small": (8, 16, 8, 128, 2048, 5632, 32000),
     "tiny": (2, 4, 2, 128, 512, 1024, 1024),
+    "mla": (2, 4, 4, 128, 256, 512, 1024),  # of a DeepSeek, with the latent size that vLLM's CPU kernel knows
     "heavy": (16, 32, 32, 128, 512, 512, 1024),  # 4 MiB a block for little work: with --short 0.9 the link is behind
 }
+LATENT, ROTARY = 512, 64  # what MLA keeps of a token
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process, where its parts can be reached
     "PYTHONHASHSEED": "0",
@@ -60,8 +62,8 @@ GIB = 1 << 30
 
 
 def write_model(folder, size, *, with_weights):
-    """A Llama of this shape. Weights of our own make attention sharp, so that tokens depend on single blocks of the KV
-    cache; vLLM's dummy weights hardly do.
+    """A Llama of this shape, or a DeepSeek without experts. Weights of our own make attention sharp, so that tokens
+    depend on single blocks of the KV cache; vLLM's dummy weights hardly do.
     """
     layers, heads, kv_heads, head_size, hidden, intermediate, vocabulary = SIZES[size]
     config = {
@@ -72,6 +74,14 @@ def write_model(folder, size, *, with_weights):
         "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "rope_scaling": None,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": vocabulary,
     }  # fmt: skip
+    if size == "mla":
+        config |= {
+            "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", "kv_lora_rank": LATENT,
+            "q_lora_rank": None, "qk_nope_head_dim": head_size, "qk_rope_head_dim": ROTARY, "v_head_dim": head_size,
+            "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 64,
+            "moe_layer_freq": 1, "first_k_dense_replace": layers,
+        }  # fmt: skip
+        del config["head_dim"]
     Path(folder, "config.json").write_text(json.dumps(config))
     if not with_weights:
         return
@@ -85,6 +95,19 @@ def write_model(folder, size, *, with_weights):
 
     queries, keys = heads * head_size, kv_heads * head_size
     even = hidden**-0.5
+    attention = {  # rows, columns, deviation
+        "q_proj": (queries, hidden, 2 * even),
+        "k_proj": (keys, hidden, 2 * even),
+        "v_proj": (keys, hidden, even),
+        "o_proj": (hidden, queries, even),
+    }
+    if size == "mla":
+        attention = {
+            "q_proj": (heads * (head_size + ROTARY), hidden, 2 * even),
+            "kv_a_proj_with_mqa": (LATENT + ROTARY, hidden, 2 * even),
+            "kv_b_proj": (2 * queries, LATENT, LATENT**-0.5),
+            "o_proj": (hidden, queries, even),
+        }
     weights = {
         "model.embed_tokens.weight": random_weight(vocabulary, hidden, even),
         "lm_head.weight": random_weight(vocabulary, hidden, even),
@@ -94,10 +117,7 @@ def write_model(folder, size, *, with_weights):
         weights |= {
             f"model.layers.{layer}.{name}": weight
             for name, weight in {
-                "self_attn.q_proj.weight": random_weight(queries, hidden, 2 * even),
-                "self_attn.k_proj.weight": random_weight(keys, hidden, 2 * even),
-                "self_attn.v_proj.weight": random_weight(keys, hidden, even),
-                "self_attn.o_proj.weight": random_weight(hidden, queries, even),
+                **{f"self_attn.{part}.weight": random_weight(*shape) for part, shape in attention.items()},
                 "mlp.gate_proj.weight": random_weight(intermediate, hidden, even),
                 "mlp.up_proj.weight": random_weight(intermediate, hidden, even),
                 "mlp.down_proj.weight": random_weight(hidden, intermediate, even),
@@ -105,6 +125,8 @@ def write_model(folder, size, *, with_weights):
                 "post_attention_layernorm.weight": torch.ones(hidden),
             }.items()
         }
+        if size == "mla":
+            weights[f"model.layers.{layer}.self_attn.kv_a_layernorm.weight"] = torch.ones(LATENT)
     save_file(weights, Path(folder, "model.safetensors"))
 
 
@@ -135,6 +157,24 @@ def stand_in_for_kernels():
     if needed:
         import shim015  # noqa: F401
     return needed
+
+
+def flatten_rotary_queries():
+    """Mend vLLM 0.32 on the CPU: what its rotary embedding makes of a token in queries of shape (tokens, heads, size)
+    depends on the other tokens of the step. In (tokens, heads * size) it does not.
+    """
+    from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
+
+    original = RotaryEmbedding.forward_cpu
+
+    def forward_cpu(self, positions, query, key=None):
+        flat = [part if part is None else part.reshape(part.shape[0], -1) for part in (query, key)]
+        turned = original(self, positions, *flat)
+        return tuple(
+            None if part is None else part.view(shaped.shape) for part, shaped in zip(turned, (query, key), strict=True)
+        )
+
+    RotaryEmbedding.forward_cpu = forward_cpu
 
 
 class Engine:
@@ -178,6 +218,10 @@ class Engine:
             options |= {"dtype": "float32", "block_size": 32}  # what the CPU kernels of late versions demand
             if stand_in_for_kernels():
                 options |= {"block_size": 16, "compilation_config": {"custom_ops": ["none"], "mode": 0}}
+        if args.size == "mla" and not self.on_gpu:
+            flatten_rotary_queries()
+            options["block_size"] = 16
+        options |= args.options
         if args.block_size:
             options["block_size"] = args.block_size
         config = kv_transfer_config(args)
@@ -376,6 +420,7 @@ def arguments():
     )
     engine.add_argument("--load", default="async", choices=["async", "sync"])
     engine.add_argument("--extra", type=json.loads, default={}, help="more of kv_connector_extra_config, as JSON")
+    engine.add_argument("--options", type=json.loads, default={}, help="more for vLLM's LLM, as JSON")
     engine.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
     engine.add_argument("--verify", action="store_true")
     engine.add_argument("--mutant", default="", help="a fault to plant, see faults.py")

@@ -43,6 +43,13 @@ RUNS = {
     "after-save": [*STRESS, "--mutant", "after-save"],
     "after-load": [*STRESS, "--mutant", "after-load"],
 }
+MLA = ["restore", "--size", "mla"]
+OTHER_RUNS = {
+    "mla plain": [*MLA, "--mode", "none"],
+    "mla async": [*MLA, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
+    "mla sync": [*MLA, *SMALL_POOL, *LATE, "--verify", "--load", "sync"],
+}
+only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has no MLA before")
 
 
 def install_entry_points(folder):
@@ -65,7 +72,8 @@ def run(name, folder, model):
         install_entry_points(folder)
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment["PYTHONPATH"]])
-    command = [sys.executable, str(HERE / "engine_run.py"), *RUNS[name], "--model", str(model)]
+    options = {**RUNS, **OTHER_RUNS}[name]
+    command = [sys.executable, str(HERE / "engine_run.py"), *options, "--model", str(model)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     tail = "\n".join(process.stderr.splitlines()[-40:])
     assert process.returncode == 0, f"{name} ended with {process.returncode}:\n{tail}"
@@ -75,10 +83,15 @@ def run(name, folder, model):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What came of a run, by name, of engines with the same weights. Two at a time, in the order of `RUNS`."""
-    model = tmp_path_factory.mktemp("model")
-    write_model(model, "tiny", with_weights=True)
+    models = {size: tmp_path_factory.mktemp(size) for size in ("tiny", "mla")}
+    for size, model in models.items():
+        write_model(model, size, with_weights=True)
+    names = [*RUNS, *OTHER_RUNS] if VERSION == "0.32.0" else RUNS
     with ThreadPoolExecutor(2) as threads:
-        futures = {name: threads.submit(run, name, tmp_path_factory.mktemp("run"), model) for name in RUNS}
+        futures = {
+            name: threads.submit(run, name, tmp_path_factory.mktemp("run"), models["mla" if "mla" in name else "tiny"])
+            for name in names
+        }
         yield lambda name: futures[name].result()
         for future in futures.values():
             future.cancel()
@@ -190,6 +203,33 @@ def test_every_block_that_moved_was_right(offloaded):
 @pytest.mark.parametrize("fault", ["after-save", "after-load"])
 def test_verify_notices_a_wait_that_is_left_out(runs, fault):
     assert runs(fault)["verify_mismatches"] > 0
+
+
+# ---- other caches ----------------------------------------------------------------------------------------------------
+
+
+@only_on_0_32
+@pytest.mark.parametrize("load", ["async", "sync"])
+def test_mla_back_from_the_host_gives_the_same_tokens(runs, load):
+    plain, restore = runs("mla plain"), runs(f"mla {load}")
+    assert restore["fingerprint"] == {
+        **plain["fingerprint"],
+        "odds": pytest.approx(plain["fingerprint"]["odds"], abs=2e-5),
+    }
+    assert restore["back"]["tokens"] == restore["cold"]["tokens"] == plain["cold"]["tokens"]
+    assert restore["back"]["cached"] == ([144, 128, 192] if load == "async" else [144, 112, 192])
+    assert restore["follow_up_back"]["tokens"] == plain["follow_up_cold"]["tokens"]
+    assert restore["verify_blocks"] == restore["blocks_saved"] + restore["blocks_loaded"] > 0
+    assert restore["verify_mismatches"] == restore["verify_skipped"] == restore["transfers_failed"] == 0
+
+
+@only_on_0_32
+@pytest.mark.parametrize("load", ["async", "sync"])
+def test_wrong_mla_in_host_memory_changes_the_tokens(runs, load):
+    restore = runs(f"mla {load}")
+    assert restore["one_block_wrong"]["tokens"][0] != restore["back"]["tokens"][0]
+    for wrong, right in zip(restore["all_blocks_wrong"]["tokens"], restore["back"]["tokens"], strict=True):
+        assert wrong != right
 
 
 # ---- as users run it -------------------------------------------------------------------------------------------------

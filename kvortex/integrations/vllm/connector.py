@@ -6,6 +6,7 @@ import time
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
@@ -114,8 +115,13 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
-        """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend cannot."""
-        return "BLNHC" if HAS_LAYOUT_NAMES else None
+        """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend says it cannot.
+
+        Not for MLA, whose backends say that they take any layout, and on the CPU does not; nor on the CPU at all, where
+        no backend takes it.
+        """
+        takes_it = HAS_LAYOUT_NAMES and current_platform.is_cuda() and not vllm_config.model_config.use_mla
+        return "BLNHC" if takes_it else None
 
     @property
     def requires_kv_delivery(self):
