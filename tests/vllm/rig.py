@@ -29,20 +29,50 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    generate_scheduler_kv_cache_config,
+    get_request_block_hasher,
+    init_none_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec, UniformTypeKVCacheSpecs
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+try:
+    from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
+except ImportError:  # before 0.33
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+
 TINY = Path(__file__).parent / "tiny"
-BLOCK_TOKENS, NUM_LAYERS = 16, 2
-SLOT_BYTES = 4096  # a block has 512 bytes, and a slot a page
+BLOCK_TOKENS = 16
+SLOT_BYTES = 4096  # a block has 256 bytes unless there are more heads, and a slot whole pages
 POISON = -1.0
 HAS_WORKER_METADATA = hasattr(KVConnectorBase_V1, "build_connector_worker_meta")
 HAS_TRANSFER_RESULTS = hasattr(KVConnectorBase_V1, "get_transfer_results")  # 0.32: empty steps too wait for saves
+
+
+def configure_cache(config, num_blocks, heads, num_groups):
+    """vLLM's configuration of the KV cache for one rank; with two groups, the second one's layers have a window."""
+
+    def spec(count, kind=FullAttentionSpec, **more):
+        return kind(
+            **known(kind, block_size=BLOCK_TOKENS, num_kv_heads=count, head_size=1, dtype=torch.float32), **more
+        )
+
+    layers = [f"layer{number}" for number in range(len(heads))]
+    if len(set(heads)) > 1:
+        specs = {name: spec(count) for name, count in zip(layers, heads, strict=True)}
+        groups = [KVCacheGroupSpec(layers, UniformTypeKVCacheSpecs.from_specs(specs))]
+    else:  # vLLM makes one group of layers that are alike
+        specs = [spec(heads[0]), spec(heads[0], SlidingWindowSpec, sliding_window=2048)][:num_groups]
+        groups = [KVCacheGroupSpec(layers[at::num_groups], one) for at, one in enumerate(specs)]
+    config.cache_config.num_gpu_blocks_override = num_blocks
+    if hasattr(config.cache_config, "kv_cache_layout"):  # the engine core's choice
+        config.cache_config.kv_cache_layout = "LBHNC"
+    return get_kv_cache_config_from_groups(config, groups, 1 << 30)
 
 
 def known(function, **arguments):
@@ -76,11 +106,13 @@ class Rig:
         Makes vLLM's block hashes.
     policy : str, default "fcfs"
         Whom vLLM schedules first.
+    heads : tuple of int, default (1, 1)
+        KV heads of each layer; where they differ, so do the pages of the layers.
     """
 
     def __init__(self, *, num_blocks=67, num_slots=64, load_async=True, num_ranks=1, max_tokens=128, max_seqs=8,
                  pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
-                 hash_function=sha256, policy="fcfs"):  # fmt: skip
+                 hash_function=sha256, policy="fcfs", heads=(1, 1)):  # fmt: skip
         model = ModelConfig(model=str(TINY), skip_tokenizer_init=True, dtype="float32", seed=0)
         scheduling = SchedulerConfig(
             **known(
@@ -108,32 +140,21 @@ class Rig:
         config.scheduler_config.async_scheduling = pipelined
         config.scheduler_config.disable_hybrid_kv_cache_manager = num_groups == 1
         config.cache_config.num_gpu_blocks = num_blocks
-        spec = FullAttentionSpec(
-            **known(FullAttentionSpec, block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        )
-        layers = [f"layer{number}" for number in range(NUM_LAYERS)]
-        window = SlidingWindowSpec(
-            **known(
-                SlidingWindowSpec, block_size=BLOCK_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float32,
-                sliding_window=2048,
-            )
-        )  # fmt: skip
-        specs = [spec, window][:num_groups]  # vLLM makes one group of layers that are alike
-        groups = [KVCacheGroupSpec(layers[at::num_groups], spec) for at, spec in enumerate(specs)]
-        cache_config = KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+        self.cache_config = configure_cache(config, num_blocks, heads, num_groups)
         init_none_hash(hash_function)
         self.hash_blocks = get_request_block_hasher(BLOCK_TOKENS, hash_function)
         config.parallel_config.tensor_parallel_size = num_ranks  # of the connector; nobody starts other processes
-        self.config, self.cache_config = config, cache_config
+        self.config, self.heads = config, heads
         self.scheduler = (AsyncScheduler if pipelined else Scheduler)(
-            vllm_config=config, kv_cache_config=cache_config, log_stats=True, block_size=BLOCK_TOKENS,
+            vllm_config=config, kv_cache_config=generate_scheduler_kv_cache_config([self.cache_config] * num_ranks),
+            log_stats=True, block_size=BLOCK_TOKENS,
             structured_output_manager=StructuredOutputManager(config),
         )  # fmt: skip
         self.connector = self.scheduler.connector
         self.workers, self.caches = [], []
         for _ in range(num_ranks):
-            worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache_config)
-            cache = {name: torch.zeros(2, num_blocks, BLOCK_TOKENS, 1, 1) for name in layers}
+            worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, self.cache_config)
+            cache = self.make_cache()
             worker.register_kv_caches(cache)
             self.workers.append(worker)
             self.caches.append(cache)
@@ -146,6 +167,13 @@ class Rig:
         self.events, self.stats = [], []
         if events:
             self.scheduler.kv_event_publisher.publish = lambda batch: self.events.extend(batch.events)
+
+    def make_cache(self):
+        """The tensors of one rank's KV cache, by layer."""
+        return {
+            f"layer{number}": torch.zeros(2, self.cache_config.num_blocks, BLOCK_TOKENS, heads, 1)
+            for number, heads in enumerate(self.heads)
+        }
 
     @property
     def half(self):
@@ -448,7 +476,8 @@ class Truth:
 
 
 def planes(cache):
-    """Each layer's keys and values as (block, token) arrays."""
+    """Keys and values of each layer and head as (block, token) arrays."""
     for tensor in cache.values():
-        for part in tensor:
-            yield part.numpy().reshape(len(part), BLOCK_TOKENS)
+        for part in tensor.numpy():
+            for head in range(part.shape[2]):
+                yield part[:, :, head, 0]

@@ -44,12 +44,16 @@ RUNS = {
     "after-load": [*STRESS, "--mutant", "after-load"],
 }
 MLA = ["restore", "--size", "mla"]
+# Layers whose pages differ, in a pool that holds less than all prompts.
+MIXED = ["overflow", "--options", '{"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]}', "--batched", "512"]
 OTHER_RUNS = {
     "mla plain": [*MLA, "--mode", "none"],
     "mla async": [*MLA, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
     "mla sync": [*MLA, *SMALL_POOL, *LATE, "--verify", "--load", "sync"],
+    "mixed plain": [*MIXED, "--mode", "none"],
+    "mixed async": [*MIXED, *LATE, "--verify", "--host-gib", "0.002"],
 }
-only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has no MLA before")
+only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has neither MLA nor fp8 before")
 
 
 def install_entry_points(folder):
@@ -230,6 +234,17 @@ def test_wrong_mla_in_host_memory_changes_the_tokens(runs, load):
     assert restore["one_block_wrong"]["tokens"][0] != restore["back"]["tokens"][0]
     for wrong, right in zip(restore["all_blocks_wrong"]["tokens"], restore["back"]["tokens"], strict=True):
         assert wrong != right
+
+
+@only_on_0_32
+def test_layers_with_pages_of_their_own_share_a_small_pool(runs):
+    """fp8 but for one layer: vLLM's scheduler takes one page for all."""
+    plain, mixed = runs("mixed plain"), runs("mixed async")
+    assert mixed["blocks_evicted"] > 0 and mixed["blocks_loaded"] > 0
+    for name in ("first", "backwards"):
+        assert mixed[name]["tokens"] == plain[name]["tokens"]
+    assert mixed["verify_blocks"] == mixed["blocks_saved"] + mixed["blocks_loaded"]
+    assert mixed["verify_mismatches"] == mixed["verify_skipped"] == mixed["transfers_failed"] == 0
 
 
 # ---- as users run it -------------------------------------------------------------------------------------------------

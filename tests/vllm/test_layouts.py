@@ -77,10 +77,22 @@ def test_a_kernels_blocks_may_be_smaller_than_the_schedulers(shape, block_dim):
     require_whole_blocks(layout, tensors, block_dim, per_block=4)
 
 
-def test_small_blocks_of_layers_side_by_side_stay_in_pieces():
+def test_layers_may_differ_in_pages_shapes_and_kernel_blocks():
+    """As of several attention backends in one model."""
+    tensors = [numbered((2, NB, BS, H, D)), numbered((NB, BS, 5), first=10_000), numbered((4 * NB, 4, 3), first=20_000)]
+    layout = layout_of(tensors, NB, [1, 0, 0])
+    assert layout.num_blocks == NB
+    for block in range(NB):
+        parts = tensors[2][4 * block : 4 * block + 4]
+        wanted = [tensors[0][:, block].flatten(), tensors[1][block].flatten(), parts.flatten()]
+        assert torch.equal(record(layout, block), torch.cat(wanted))
+
+
+def test_small_blocks_of_layers_side_by_side_are_one_piece():
     whole = numbered((4 * NB, L, 4, H, D))
     tensors = [whole[:, layer] for layer in range(L)]
     layout = layout_of(tensors, NB, 0)
+    assert len(layout.runs) == 1
     require_whole_blocks(layout, tensors, 0, per_block=4)
 
 

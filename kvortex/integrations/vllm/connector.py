@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import time
 
+from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -11,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
+from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
 from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
@@ -51,6 +53,13 @@ def is_supported(kv_cache_config):
     return all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in layers.values())
 
 
+ANOTHER_ENGINE = (
+    "another engine of this process uses KVortexConnector, or has used it with another KV cache, and vLLM keeps one "
+    "connector for all engines of a process: shut that engine down before you make the next "
+    "(llm.llm_engine.engine_core.shutdown()), or give each a process (VLLM_ENABLE_V1_MULTIPROCESSING=1)"
+)
+
+
 class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     """Keep vLLM's KV cache in pinned host memory, and bring it back on a prefix hit.
 
@@ -79,7 +88,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 raise ConfigError(
                     f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
                 )
-        self.scheduler = self.worker = None
+        self.scheduler = self.worker = self.refusal = None
         if not is_supported(kv_cache_config):
             specs = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
             logger.warning("KVortexConnector keeps nothing: it needs one group of full attention, and finds %s", specs)
@@ -146,9 +155,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
 
     def build_connector_meta(self, scheduler_output):
-        if self.scheduler:
-            return self.scheduler.build(scheduler_output)
-        return base.KVConnectorMetadata()
+        return self.scheduler.build(scheduler_output) if self.scheduler else StepMetadata()
 
     def update_connector_output(self, connector_output):
         if HAS_WORKER_METADATA:
@@ -157,7 +164,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             stats = connector_output.kv_connector_stats
             report = stats and stats.take_report()
         if self.scheduler and report:
-            self.scheduler.reported(report)
+            if report.is_refusal:
+                self.scheduler = None
+            else:
+                self.scheduler.reported(report)
 
     def request_finished(self, request, block_ids):
         """For all we care, blocks may be freed at once, copies in flight or not: whoever writes them next is fenced."""
@@ -194,39 +204,71 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     def register_kv_caches(self, kv_caches):
         if self.worker:
-            (group,) = self._kv_cache_config.kv_cache_groups
-            name, tensor = next(iter(kv_caches.items()))
-            spec = group.kv_cache_spec
-            spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
-            dim = block_dimension(self._backend_of(name), spec, tensor, self.worker.shape.num_device_blocks)
-            self._register(list(kv_caches.values()), dim)
+            names = {id(tensor): name for name, tensor in reversed(kv_caches.items())}  # layers may share a tensor
+            tensors = [tensor for name, tensor in kv_caches.items() if names[id(tensor)] == name]
+            self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor))
 
     def register_cross_layers_kv_cache(self, kv_cache, attn_backend):
         if self.worker:  # in physical order: whatever vLLM calls the dimensions, blocks are the outermost
-            self._register([kv_cache], 0)
+            self._register([kv_cache], lambda tensor: 0)
 
-    def _backend_of(self, layer_name):
-        layer = self._vllm_config.compilation_config.static_forward_context.get(layer_name)
-        return layer.get_attn_backend() if layer is not None else None
+    def _block_dimension(self, layer_name, tensor):
+        """Which dimension of a layer's tensor counts blocks."""
+        (group,) = self._kv_cache_config.kv_cache_groups
+        spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)
+        config, backend = get_current_vllm_config_or_none() or self._vllm_config, None
+        if config is not None and layer_name in config.compilation_config.static_forward_context:
+            backend = config.compilation_config.static_forward_context[layer_name].get_attn_backend()
+        return block_dimension(backend, spec, tensor, self.worker.shape.num_device_blocks)
 
-    def _register(self, tensors, block_dim):
-        layout = layout_of(tensors, self.worker.shape.num_device_blocks, block_dim)
-        if layout.block_bytes > self.worker.shape.block_bytes:
-            raise ConfigError(
-                f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
-                f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
+    def _register(self, tensors, block_dim_of):
+        again = self.worker.layout is not None
+        if again and not self._starts_anew(tensors):
+            return
+        try:
+            layout = layout_of(
+                tensors, self.worker.shape.num_device_blocks, [block_dim_of(tensor) for tensor in tensors]
             )
+            if layout.block_bytes > self.worker.shape.block_bytes:
+                raise ConfigError(
+                    f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
+                    f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
+                )
+        except ConfigError as error:
+            raise ConfigError(ANOTHER_ENGINE) if again else error from None
         began = time.perf_counter()
-        self.worker.register(layout, tensors[0])
+        self.worker.register(layout)
+        self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end
         logger.info(
             "KVortexConnector: %r, registered in %.2f s; %.1f GiB of host memory follow in the background",
-            layout, time.perf_counter() - began, self.worker.pool.nbytes / 2**30,
+            self.worker.layout, time.perf_counter() - began, self.worker.pool.nbytes / 2**30,
         )  # fmt: skip
-        for row in layout.planner:
+        for row in self.worker.layout.planner:
             logger.debug("KVortexConnector: %s", row)
+
+    def _starts_anew(self, tensors):
+        """Whether a KV cache takes the place of one that is gone; False if it is the one that is registered.
+
+        vLLM keeps the connector for the next engine when one is dropped and not shut down.
+        """
+        old = self.worker
+        if addresses := old.live_addresses():
+            if addresses == {tensor.data_ptr() for tensor in tensors}:
+                return False
+            raise ConfigError(ANOTHER_ENGINE)
+        old.close()
+        self.worker = WorkerHalf(old.shape, old.options, reports_aborted_loads=old.reports_aborted_loads)
+        return True
 
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)
+        if self.worker and connector_metadata.shape not in (None, self.worker.shape):
+            logger.error(
+                "KVortexConnector keeps nothing: the scheduler counts on %s, this worker has %s; please report this "
+                "with your model and vLLM version", connector_metadata.shape, self.worker.shape,
+            )  # fmt: skip
+            self.worker.close()
+            self.worker, self.refusal = None, WorkerReport(is_refusal=True)
         if self.worker:
             self.worker.begin(connector_metadata)
 
@@ -254,17 +296,20 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return self.worker.take_load_errors() if self.worker else set()
 
     def build_connector_worker_meta(self):
-        return self.worker.take_report() if self.worker else None
+        if self.worker:
+            return self.worker.take_report()
+        refusal, self.refusal = self.refusal, None
+        return refusal
 
     def get_kv_connector_stats(self):
         """Called in both processes; None when there is nothing to tell."""
         stats = KVortexStats()
         if self.worker:
             stats.data = self.worker.take_counters()
-            if not HAS_WORKER_METADATA:
-                stats.report = self.worker.take_report()
         elif self.scheduler:
             stats.data = self._scheduler_counters()
+        if not HAS_WORKER_METADATA:
+            stats.report = self.build_connector_worker_meta()
         return stats if stats.data or stats.report else None
 
     def _scheduler_counters(self):

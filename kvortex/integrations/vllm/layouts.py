@@ -3,7 +3,7 @@
 from kvortex import ConfigError, KVLayout
 
 
-def layout_of(tensors, num_blocks, block_dim):
+def layout_of(tensors, num_blocks, block_dims):
     """The layout of per-layer tensors, or of one tensor for all layers.
 
     Parameters
@@ -13,35 +13,46 @@ def layout_of(tensors, num_blocks, block_dim):
     num_blocks : int
         Blocks that vLLM's scheduler counts. A kernel's blocks may be smaller: then so many of the tensor's blocks,
         side by side, are one.
-    block_dim : int
-        Which dimension counts blocks, see `block_dimension`.
+    block_dims : int or sequence of int
+        Which dimension counts blocks, of all tensors or of each, see `block_dimension`.
 
     Raises
     ------
     ConfigError
         Not so many blocks, or blocks that are not contiguous.
     """
-    distinct = {(tensor.data_ptr(), tensor.shape, tensor.stride()): tensor for tensor in tensors}
-    tensors = list(distinct.values())
+    tensors = list(tensors)
+    if isinstance(block_dims, int):
+        block_dims = [block_dims] * len(tensors)
+    distinct = {
+        (tensor.data_ptr(), tensor.shape, tensor.stride()): (tensor, dim)
+        for tensor, dim in zip(tensors, block_dims, strict=True)
+    }
+    runs = []
+    for tensor, dim in distinct.values():
+        runs += runs_of(tensor, num_blocks, dim)
+    runs.sort(key=lambda part_and_run: part_and_run[0])  # what lies side by side becomes one piece
+    return KVLayout([run for _, run in runs], num_blocks, owners=[tensor for tensor, _ in distinct.values()])
+
+
+def runs_of(tensor, num_blocks, block_dim):
+    """The runs of one tensor, in as many blocks as the scheduler counts, each with the kernel's block in it."""
     try:
-        layout = KVLayout.from_tensors(tensors, block_dim)
+        layout = KVLayout.from_tensors([tensor], block_dim)
     except ValueError as error:
         raise ConfigError(f"KVortex cannot move this KV cache: {error}") from error
     parts, rest = divmod(layout.num_blocks, num_blocks)
     if rest or not parts:
         raise ConfigError(
             f"vLLM counts {num_blocks} blocks, but the KV cache has {layout.num_blocks} in dimension {block_dim} of "
-            f"shape {tuple(tensors[0].shape)}"
+            f"shape {tuple(tensor.shape)}"
         )
-    if parts == 1:
-        return layout
-    runs = []
     for base, stride, piece in layout.runs:
         if piece == stride:
-            runs.append((base, stride * parts, piece * parts))
+            yield 0, (base, stride * parts, piece * parts)
         else:
-            runs += [(base + part * stride, stride * parts, piece) for part in range(parts)]
-    return KVLayout(runs, num_blocks, owners=tensors)
+            for part in range(parts):
+                yield part, (base + part * stride, stride * parts, piece)
 
 
 def block_dimension(backend, spec, tensor, num_blocks):

@@ -35,12 +35,15 @@ class StepMetadata(base.KVConnectorMetadata):
         Blocks whose last token this step's forward writes, or an earlier one wrote.
     is_idle : bool
         The step computes nothing.
+    shape : PoolShape or None
+        What the scheduler's half takes the pool for: in its first step, before anything can be in a slot.
     """
 
     fences: list = field(default_factory=list)
     loads: list = field(default_factory=list)
     save: Transfer | None = None
     is_idle: bool = False
+    shape: object = None
 
 
 # vLLM 0.15 has no such class and no way to send one: there the report travels inside the statistics.
@@ -56,9 +59,11 @@ class WorkerReport(WorkerMetadata):
 
     done: dict = field(default_factory=dict)  # number -> ranks
     failed: dict = field(default_factory=dict)
+    is_refusal: bool = False  # the rank has another pool than the scheduler counts on, and keeps nothing
 
     def aggregate(self, other):
         for mine, theirs in ((self.done, other.done), (self.failed, other.failed)):
             for number, ranks in theirs.items():
                 mine[number] = mine.get(number, 0) + ranks
+        self.is_refusal |= other.is_refusal
         return self

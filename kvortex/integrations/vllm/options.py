@@ -76,7 +76,10 @@ class ConnectorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolShape:
-    """What both halves must agree on without talking: the slots of one rank's pool, numbered alike in all ranks."""
+    """What both halves must agree on: the slots of one rank's pool, numbered alike in all ranks.
+
+    Both make it of the same things, and still the scheduler's half tells the workers', which compares.
+    """
 
     num_device_blocks: int
     block_tokens: int
@@ -107,10 +110,7 @@ class PoolShape:
             The pool does not hold one block a rank.
         """
         (group,) = kv_cache_config.kv_cache_groups
-        spec = group.kv_cache_spec
-        block_bytes = spec.page_size_bytes
-        if not hasattr(spec, "kv_cache_specs"):  # otherwise it is the sum over the layers already
-            block_bytes *= len(group.layer_names)
+        block_bytes = bytes_of_block(kv_cache_config)
         rank_bytes, stride = options.engine.cpu_pool_size_bytes // num_ranks, slot_bytes(block_bytes)
         num_slots = rank_bytes // stride
         if num_slots == 0:
@@ -123,13 +123,32 @@ class PoolShape:
             first_slots = num_slots
         return cls(
             num_device_blocks=kv_cache_config.num_blocks,
-            block_tokens=spec.block_size,
+            block_tokens=group.kv_cache_spec.block_size,
             block_bytes=block_bytes,
             num_slots=num_slots,
             first_slots=first_slots,
             chunk_slots=max(1, options.engine.pool_chunk_bytes // stride),
             num_ranks=num_ranks,
         )
+
+
+def bytes_of_block(kv_cache_config):
+    """What one device block takes in all layers of a rank, padding included.
+
+    The scheduler sees the spec of one layer alone, whatever the others are, so the specs cannot say it. The sizes of
+    the tensors are the same for both halves; from vLLM 0.32 on each is that of the whole allocation.
+
+    Raises
+    ------
+    ConfigError
+        There are no tensors.
+    """
+    tensors = kv_cache_config.kv_cache_tensors
+    if not tensors:
+        raise ConfigError("vLLM's configuration of the KV cache names no tensors; please report this with your version")
+    of_all = hasattr(tensors[0], "layers")
+    total_bytes = tensors[0].size if of_all else sum(tensor.size for tensor in tensors)
+    return total_bytes // kv_cache_config.num_blocks
 
 
 def slot_bytes(block_bytes):

@@ -69,6 +69,7 @@ class SchedulerHalf:
 
     def __init__(self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, events=False):
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
+        self.untold = shape  # until the workers have it
         self.whole_prompts = whole_prompts and load_async
         self.reload_preempted = reload_preempted or load_async
         self.index = BlockIndex(shape.num_slots)
@@ -253,7 +254,8 @@ class SchedulerHalf:
                     offers.append((state, state.num_offered, full))
                 state.num_offered = full
         self.idle = not output.num_scheduled_tokens
-        step = StepMetadata(sorted(self.fences), self.loads, is_idle=self.idle)
+        step = StepMetadata(sorted(self.fences), self.loads, is_idle=self.idle, shape=self.untold)
+        self.untold = None
         self.fences, self.loads, self.no_room = set(), [], False
         step.save = self.save(offers) if offers else None
         return step

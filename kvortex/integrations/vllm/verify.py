@@ -39,43 +39,30 @@ class Verifier:
     Parameters
     ----------
     layout : KVLayout
-        Made from torch tensors, which it owns.
+        Made from torch tensors, which it owns; of them only the memory is held.
     pool : PinnedPool
     torch_device : torch.device
     """
 
     def __init__(self, layout, pool, torch_device):
-        self.layout, self.pool, self.torch_device = layout, pool, torch_device
-        self.pieces = [self.piece_view(*run) for run in layout.runs]
+        self.block_bytes, self.pool, self.torch_device = layout.block_bytes, pool, torch_device
+        self.pieces = [piece_view(layout, *run) for run in layout.runs]
         self.on_gpu = torch_device.type == "cuda"
         self.side_stream = torch.cuda.Stream(torch_device) if self.on_gpu else None
         self.threads = ThreadPoolExecutor(4, thread_name_prefix="kvortex-verify")
         self.bytes_held = 0
         self.blocks_compared = self.blocks_wrong = self.captures_skipped = 0
 
-    def piece_view(self, base, stride, piece_bytes):
-        """The pieces of one run, one a row, in words of 8 bytes where that fits."""
-        for tensor in self.layout.owners:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() <= base < storage.data_ptr() + storage.nbytes():
-                break
-        else:
-            raise AssertionError(f"no tensor of the layout holds {base:#x}")
-        word = 8 if all(number % 8 == 0 for number in (base, stride, piece_bytes)) else 1
-        flat = torch.empty(0, dtype=torch.int64 if word == 8 else torch.uint8, device=tensor.device).set_(storage)
-        size = (self.layout.num_blocks, piece_bytes // word)
-        return flat.as_strided(size, (stride // word, 1), (base - storage.data_ptr()) // word)
-
     def capture(self, block_ids, slots):
         """Copy blocks aside on torch's current stream; None when too many captures wait already."""
-        nbytes = len(block_ids) * self.layout.block_bytes
+        nbytes = len(block_ids) * self.block_bytes
         if self.bytes_held + nbytes > SCRATCH_BYTES:
             return None
         self.bytes_held += nbytes
         rows = torch.from_numpy(np.asarray(block_ids, dtype=np.int64))
         if self.on_gpu:  # from pinned memory, or the host would wait for the forward
             rows = rows.pin_memory().to(self.torch_device, non_blocking=True)
-        scratch = torch.empty((len(block_ids), self.layout.block_bytes), dtype=torch.uint8, device=self.torch_device)
+        scratch = torch.empty((len(block_ids), self.block_bytes), dtype=torch.uint8, device=self.torch_device)
         offset = 0
         for pieces in self.pieces:
             size = pieces.shape[1] * pieces.element_size()
@@ -116,7 +103,7 @@ class Verifier:
         """Device blocks whose slot holds something else."""
         if capture.arrived is not None:
             capture.arrived.synchronize()
-        first, nbytes = capture.content.data_ptr(), self.layout.block_bytes
+        first, nbytes = capture.content.data_ptr(), self.block_bytes
         return [
             int(block)
             for row, (block, slot) in enumerate(zip(capture.block_ids, capture.slots, strict=True))
@@ -125,3 +112,17 @@ class Verifier:
 
     def close(self):
         self.threads.shutdown()
+
+
+def piece_view(layout, base, stride, piece_bytes):
+    """The pieces of one run, one a row, in words of 8 bytes where that fits."""
+    for tensor in layout.owners:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() <= base < storage.data_ptr() + storage.nbytes():
+            break
+    else:
+        raise AssertionError(f"no tensor of the layout holds {base:#x}")
+    word = 8 if all(number % 8 == 0 for number in (base, stride, piece_bytes)) else 1
+    flat = torch.empty(0, dtype=torch.int64 if word == 8 else torch.uint8, device=tensor.device).set_(storage)
+    size = (layout.num_blocks, piece_bytes // word)
+    return flat.as_strided(size, (stride // word, 1), (base - storage.data_ptr()) // word)

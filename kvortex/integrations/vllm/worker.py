@@ -8,11 +8,12 @@ import contextlib
 import logging
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
-from kvortex import Device, DriverError, Event, PinnedPool, Stream, TransferQueue
+from kvortex import Device, DriverError, Event, KVLayout, PinnedPool, Stream, TransferQueue
 from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
 from kvortex.log import Guarded
 from kvortex.transfer import gather_pays, probe_layout
@@ -112,14 +113,17 @@ class WorkerHalf:
         self.device = self.pool = self.saver = self.loader = self.compute = self.layout = self.verifier = None
         self.wanted, self.submitter = SimpleQueue(), None  # loads, in the order in which they are submitted
         self.running = {}  # by number, ascending
+        # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it.
+        self.tensors, self.tensors_in_use = [], ()
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
         self.next_chunk, self.has_failed = 1, False
         self.counters = {}
 
-    def register(self, layout, tensor):
+    def register(self, layout):
         """Take the KV cache: pin the first chunk of the pool, make the streams, find out how the pieces move best."""
+        tensor = layout.owners[0]
         on_gpu = tensor.device.type == "cuda"
         engine = self.options.engine
         self.device = Device.open(f"cuda:{tensor.device.index or 0}" if on_gpu else "host")
@@ -134,19 +138,26 @@ class WorkerHalf:
             numa=engine.enable_numa,
             driver_allocated=engine.pool_driver_allocated,
         )
-        self.layout = layout
+        self.tensors = [weakref.ref(tensor) for tensor in layout.owners]
+        self.layout = KVLayout(layout.runs, layout.num_blocks)
         self.saver = TransferQueue(self.device, "D2H", max_jobs=engine.max_jobs)
         self.loader = TransferQueue(self.device, "H2D", max_jobs=engine.max_jobs)
         for queue in (self.saver, self.loader):
-            probe_layout(layout, queue)
-            if engine.gather_ctas and gather_pays(layout, queue.direction):
-                queue.use_gather(layout, engine.gather_ctas)
+            probe_layout(self.layout, queue)
+            if engine.gather_ctas and gather_pays(self.layout, queue.direction):
+                queue.use_gather(self.layout, engine.gather_ctas)
         self.submitter = threading.Thread(target=self.submit_loads, name="kvortex-loads", daemon=True)
         self.submitter.start()
         if self.options.verify:
             from kvortex.integrations.vllm.verify import Verifier
 
             self.verifier = Verifier(layout, self.pool, tensor.device)
+
+    def live_addresses(self):
+        """Where the KV cache is that was registered, or what is left of it once no copy of ours uses it."""
+        self.drain()
+        self.tensors_in_use = ()
+        return {live.data_ptr() for tensor in self.tensors if (live := tensor()) is not None}
 
     # ---- a step, in this order ---------------------------------------------------------------------------------------
 
@@ -163,7 +174,7 @@ class WorkerHalf:
 
     def start_loads(self, step):
         for load in step.loads:
-            running = self.running[load.transfer.number] = Running(load.transfer, load)
+            running = self.begin_transfer(load.transfer, load)
             self.wanted.put(running)
             if not self.options.load_async:
                 self.order(running)  # the wait after a load
@@ -177,7 +188,7 @@ class WorkerHalf:
         """After the forward was launched: what it writes is copied when it is over."""
         if step.save is None:
             return
-        running = self.running[step.save.number] = Running(step.save)
+        running = self.begin_transfer(step.save)
         try:
             job = self.submit(self.saver, step.save, self.compute.stream)  # the wait before a save
         except DriverError as error:
@@ -189,6 +200,12 @@ class WorkerHalf:
             return
         running.submission.set_result(job)
         self.capture(running)
+
+    def begin_transfer(self, transfer, load=None):
+        if not self.tensors_in_use:
+            self.tensors_in_use = [tensor() for tensor in self.tensors]
+        running = self.running[transfer.number] = Running(transfer, load)
+        return running
 
     def collect(self, finished_request_ids):
         """Note which copies are over."""
@@ -261,6 +278,8 @@ class WorkerHalf:
         """Report a transfer as done or failed, and its request as loaded."""
         number = running.transfer.number
         del self.running[number]
+        if not self.running:
+            self.tensors_in_use = ()
         where[number] = 1
         if running.load is None or not self.options.load_async:
             return
