@@ -48,7 +48,14 @@ DATA = [
 VERSIONS = [None, -1, 4, HUGE, *NO_NUMBERS]
 STREAMS = [0, -1, 1 << 64, HUGE, *NO_NUMBERS]
 
-INTERFACE = {"shape": SHAPES, "strides": STRIDES, "typestr": TYPESTRS, "data": DATA, "version": VERSIONS, "mask": [1, ()]}
+INTERFACE = {
+    "shape": SHAPES,
+    "strides": STRIDES,
+    "typestr": TYPESTRS,
+    "data": DATA,
+    "version": VERSIONS,
+    "mask": [1, ()],
+}
 PROTOCOLS = {"__array_interface__": INTERFACE, "__cuda_array_interface__": INTERFACE | {"stream": STREAMS}}
 
 
@@ -108,7 +115,10 @@ FOREIGN_CAPSULE = ctypes.pythonapi.PyCapsule_New(ADDRESS, b"something else", pro
 DEVICES = [None, 1, "ab", (), (1,), (1, 0, 0), (1.0, 0), ("1", 0), (True, 0), (None, 0), (-1, 0), (HUGE, 0), {1: 0}]
 DLPACK = {
     **{f"device {value!r}": lambda value=value: Producer(ARRAY, device=value) for value in DEVICES},
-    **{f"version {major}": lambda major=major: Producer(ARRAY, version=(major, 0)) for major in (0, 2, 99, (1 << 32) - 1)},
+    **{
+        f"version {major}": lambda major=major: Producer(ARRAY, version=(major, 0))
+        for major in (0, 2, 99, (1 << 32) - 1)
+    },
     **{f"ndim {ndim}": lambda ndim=ndim: Producer(ARRAY, ndim=ndim) for ndim in (-1, -(1 << 31), 65, (1 << 31) - 1)},
     "no shape": lambda: Producer(ARRAY, shape=None),
     "shape of nothing": lambda: Producer(ARRAY, shape=integers(-4, 16)),
@@ -181,7 +191,23 @@ def test_a_wrong_dlpack_tensor_is_refused_and_stays_its_owners(lie):
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 HANDLES = [None, -1, 1 << 64, HUGE, *NO_NUMBERS]
-PAIRS = [None, 5, "ab", {}, {0: 1}, (), (0,), (0, 1, 2), object(), (HUGE, 1), (-1, 1), (1, 1), (0.0, 1), ("0", 1), (False, 1)]
+PAIRS = [
+    None,
+    5,
+    "ab",
+    {},
+    {0: 1},
+    (),
+    (0,),
+    (0, 1, 2),
+    object(),
+    (HUGE, 1),
+    (-1, 1),
+    (1, 1),
+    (0.0, 1),
+    ("0", 1),
+    (False, 1),
+]
 
 
 @pytest.mark.parametrize("make", [int, producers.TorchStream, producers.CupyStream, producers.MethodStream])
@@ -201,8 +227,38 @@ def test_a_cuda_stream_that_is_no_pair_is_named():
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 OURS = {
-    "max_version": [1, 1.5, "ab", b"ab", {}, (), (1,), (1, 0, 0), (1.0, 0), ("1", 0), (True, 0), (None, 0), (-1, 0), print],
-    "dl_device": [1, 1.5, "ab", b"ab", {}, (), (1,), (1, 0, 0), (1.0, 0), ("1", 0), (True, 0), (-1, 0), (HUGE, 0), print],
+    "max_version": [
+        1,
+        1.5,
+        "ab",
+        b"ab",
+        {},
+        (),
+        (1,),
+        (1, 0, 0),
+        (1.0, 0),
+        ("1", 0),
+        (True, 0),
+        (None, 0),
+        (-1, 0),
+        print,
+    ],
+    "dl_device": [
+        1,
+        1.5,
+        "ab",
+        b"ab",
+        {},
+        (),
+        (1,),
+        (1, 0, 0),
+        (1.0, 0),
+        ("1", 0),
+        (True, 0),
+        (-1, 0),
+        (HUGE, 0),
+        print,
+    ],
     "copy": [True, 1, "no", (), {}, 1.5, object()],
 }
 
@@ -354,7 +410,23 @@ WRONG_KEYS = [
     np.zeros((2, 16), UINT8).view(OtherShape),
 ]
 WRONG_INTEGERS = [
-    *[5, 1.5, "ab", b"ab", {}, object(), [1.5], ["0"], [True], [None], [[0]], [object()], [HUGE], [-HUGE], [[0], [1, 2]]],
+    *[
+        5,
+        1.5,
+        "ab",
+        b"ab",
+        {},
+        object(),
+        [1.5],
+        ["0"],
+        [True],
+        [None],
+        [[0]],
+        [object()],
+        [HUGE],
+        [-HUGE],
+        [[0], [1, 2]],
+    ],
     *[[-1], [1 << 63], [(1 << 64) - 1], np.array([0], "m8[s]"), np.array([0], "c8"), np.array([False]), np.array(0)],
     *[np.ma.masked_array([4096], [0]), np.zeros((1, 1), np.int64), [math.nan], [0, 0]],
 ]

@@ -146,6 +146,11 @@ def kv_transfer_config(args):
     config = {"kv_connector": "KVortexConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     if not args.by_name:
         config["kv_connector_module_path"] = "kvortex.integrations.vllm"
+    if args.other:
+        other = {"kv_connector": "EngineOther", "kv_connector_module_path": "engine_other", "kv_role": "kv_both"}
+        connectors = [other, config] if args.other == "first" else [config, other]
+        extra = {"connectors": connectors}
+        config = {"kv_connector": "MultiConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
     return config
 
 
@@ -281,8 +286,11 @@ class Engine:
     def find_halves(self):
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        self.scheduler_half = self.core.scheduler.connector.scheduler
-        self.worker_half = get_kv_transfer_group().worker
+        def ours(connector):
+            return next(one for one in getattr(connector, "_connectors", [connector]) if hasattr(one, "worker"))
+
+        self.scheduler_half = ours(self.core.scheduler.connector).scheduler
+        self.worker_half = ours(get_kv_transfer_group()).worker
         count, submit = self.worker_half.count, self.worker_half.submit
 
         def count_here_too(**amounts):
@@ -395,11 +403,19 @@ class Engine:
                 "verify_mismatches": self.counted.get("verify_mismatches", 0),
                 "verify_skipped": self.counted.get("verify_skipped", 0),
             }
+        if "engine_other" in sys.modules:
+            sums["blocks_of_other"] = sys.modules["engine_other"].NUM_LOADED
         return sums
 
 
 NUMBERS = (engine_numbers.throughput, engine_numbers.first_token, engine_numbers.decode)
-JUDGED = (engine_scenarios.stress, engine_scenarios.restore, engine_scenarios.overflow, engine_scenarios.leave)
+JUDGED = (
+    engine_scenarios.stress,
+    engine_scenarios.restore,
+    engine_scenarios.overflow,
+    engine_scenarios.again,
+    engine_scenarios.leave,
+)
 SCENARIOS = {scenario.__name__: scenario for scenario in (*NUMBERS, *JUDGED)}
 
 
@@ -422,6 +438,7 @@ def arguments():
     engine.add_argument("--extra", type=json.loads, default={}, help="more of kv_connector_extra_config, as JSON")
     engine.add_argument("--options", type=json.loads, default={}, help="more for vLLM's LLM, as JSON")
     engine.add_argument("--by-name", action="store_true", help="rely on the entry point, pass no module path")
+    engine.add_argument("--other", default="", choices=["", "first", "last"], help="beside another connector")
     engine.add_argument("--verify", action="store_true")
     engine.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
     engine.add_argument(

@@ -162,6 +162,15 @@ def overflow(engine, args):
     return result
 
 
+def again(engine, args):
+    """The same prompts again and again, more than the device holds and few tokens each: its blocks change hands while
+    they are being saved.
+    """
+    rng = random.Random(f"{args.seed}/again")
+    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(rng.randint(60, 300))] for _ in range(12)]
+    return {"rounds": [engine.generate(prompts, 4)["tokens"] for _ in range(4)]}
+
+
 def leave(engine, args):
     """Go with a load and a save under way: the process must end well by itself."""
     rng = random.Random(f"{args.seed}/leave")

@@ -1,4 +1,4 @@
-"""Four faults of order, one for each wait that `WorkerHalf` must make; `verify` has to notice every one on a GPU.
+"""Faults of order, one for each wait that `WorkerHalf` must make; `verify` has to notice every one.
 
 On a CPU vLLM's work is over before a copy is asked for, so that a wait left out before a copy does no harm. The waits
 after a copy are missed there too, when the copies of the host driver run late. On a GPU each one shows with
@@ -8,6 +8,8 @@ after a copy are missed there too, when the copies of the host driver run late. 
     before-save               --size small --device-gib 0.5 --host-gib 4: saves begin at once, while the forward writes
     after-save, before-load   --size heavy --short 0.9 --device-gib 1.1 --host-gib 8 --busy-link: saves are late
     after-load                --size heavy --short 0.9 --device-gib 2 --host-gib 12
+
+but for before-other, whose other connector (--other first) lives on the CPU.
 """
 
 from kvortex import Stream
@@ -86,4 +88,21 @@ def after_load():
     WorkerHalf.submit = submit
 
 
-FAULTS = {"before-save": before_save, "after-save": after_save, "before-load": before_load, "after-load": after_load}
+def before_other():
+    """Another connector fills a block that is still being saved."""
+    original = WorkerHalf.begin
+
+    def begin(self, step):
+        step.waits = []
+        original(self, step)
+
+    WorkerHalf.begin = begin
+
+
+FAULTS = {
+    "before-save": before_save,
+    "after-save": after_save,
+    "before-load": before_load,
+    "after-load": after_load,
+    "before-other": before_other,
+}

@@ -9,12 +9,14 @@ load was reported as failed is no fault, because vLLM computes that request agai
 
 import copy
 import inspect
+import itertools
 import pickle
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from other_connector import OtherConnector
 from vllm import SamplingParams
 from vllm.config import (
     CacheConfig,
@@ -45,6 +47,8 @@ try:
     from vllm.v1.core.kv_cache_planning import get_kv_cache_config_from_groups
 except ImportError:  # before 0.33
     from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
+
+from kvortex.integrations.vllm import KVortexConnector
 
 TINY = Path(__file__).parent / "tiny"
 BLOCK_TOKENS = 16
@@ -108,11 +112,15 @@ class Rig:
         Whom vLLM schedules first.
     heads : tuple of int, default (1, 1)
         KV heads of each layer; where they differ, so do the pages of the layers.
+    other : dict, optional
+        Options of an `OtherConnector` beside KVortex's, in a `MultiConnector`.
+    other_first : bool, default False
+        Whether it is asked first.
     """
 
     def __init__(self, *, num_blocks=67, num_slots=64, load_async=True, num_ranks=1, max_tokens=128, max_seqs=8,
                  pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
-                 hash_function=sha256, policy="fcfs", heads=(1, 1)):  # fmt: skip
+                 hash_function=sha256, policy="fcfs", heads=(1, 1), other=None, other_first=False):  # fmt: skip
         model = ModelConfig(model=str(TINY), skip_tokenizer_init=True, dtype="float32", seed=0)
         scheduling = SchedulerConfig(
             **known(
@@ -127,11 +135,24 @@ class Rig:
             )
         )  # fmt: skip
         options = {"cpu_pool_size_bytes": num_slots * num_ranks * SLOT_BYTES, "load_async": load_async, **(extra or {})}
+        connector = {
+            "kv_connector": "KVortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm",
+            "kv_connector_extra_config": options,
+        }  # fmt: skip
+        # Of the other connector: tokens that it has of a request, requests that it fails to pull, or does not send.
+        self.offered, self.unreachable, self.aborted = {}, set(), set()
+        if other is not None:
+            OtherConnector.rig = self
+            both = [connector, {
+                "kv_connector": "OtherConnector", "kv_connector_module_path": "other_connector",
+                "kv_connector_extra_config": other,
+            }]  # fmt: skip
+            both = [{**one, "kv_role": "kv_both"} for one in both]
+            connectors = {"connectors": both[::-1] if other_first else both}
+            connector = {"kv_connector": "MultiConnector", "kv_connector_extra_config": connectors}
         transfer = KVTransferConfig(
-            kv_connector="KVortexConnector", kv_connector_module_path="kvortex.integrations.vllm", kv_role="kv_both",
-            kv_connector_extra_config=options,
-            **known(KVTransferConfig, kv_load_failure_policy=failure_policy),
-        )  # fmt: skip
+            **connector, kv_role="kv_both", **known(KVTransferConfig, kv_load_failure_policy=failure_policy)
+        )
         config = VllmConfig(
             model_config=model, scheduler_config=scheduling, cache_config=caching, kv_transfer_config=transfer,
             device_config=DeviceConfig("cpu"),
@@ -162,7 +183,7 @@ class Rig:
         self.pipelined, self.pending = pipelined, []  # steps that ran and of which the scheduler has not heard
         self.requests, self.tables, self.known, self.truths = {}, {}, {}, {}
         self.epoch, self.failed_blocks = 0, [set() for _ in self.workers]
-        self.wrong_tokens = self.read_tokens = self.num_steps = 0
+        self.wrong_tokens = self.read_tokens = self.num_steps = self.num_pulled = 0
         self.computed_at_first = {}  # tokens that a request found computed when it ran for the first time
         self.events, self.stats = [], []
         if events:
@@ -178,7 +199,12 @@ class Rig:
     @property
     def half(self):
         """The connector's half in the scheduler."""
-        return self.connector.scheduler
+        return ours(self.connector).scheduler
+
+    @property
+    def halves(self):
+        """The connector's halves in the workers."""
+        return [ours(worker).worker for worker in self.workers]
 
     @property
     def index(self):
@@ -214,6 +240,7 @@ class Rig:
         self.scheduler.add_request(more)
 
     def abort(self, request_id):
+        self.aborted.add(request_id)
         self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
     def outputs(self, request_id):
@@ -262,14 +289,14 @@ class Rig:
     def open_gate_when_waited_for(self, host):
         """Let whoever waits for a copy open the gate that `host.hold` closed; returns the list of those waits."""
         waits = []
-        for worker in self.workers:
+        for half in self.halves:
 
             def wait_for(job):
                 waits.append(job)
                 host.release()
                 job.wait()
 
-            worker.worker.compute.wait_for = wait_for
+            half.compute.wait_for = wait_for
         return waits
 
     # ---- a step ------------------------------------------------------------------------------------------------------
@@ -297,7 +324,8 @@ class Rig:
             worker.bind_connector_metadata(step)
             if not late:
                 worker.start_load_kv(None)
-        for load in getattr(output.kv_connector_metadata, "loads", ()):
+        steps = getattr(output.kv_connector_metadata, "metadata", [output.kv_connector_metadata])
+        for load in itertools.chain.from_iterable(getattr(step, "loads", ()) for step in steps):
             for failed in self.failed_blocks:
                 failed.difference_update(load.transfer.block_ids.tolist())
         runs = self.runs(output)
@@ -403,12 +431,12 @@ class Rig:
             if not np.array_equal(tensor[self.tables[name]].reshape(-1)[:before], self.kv(name, 0, before, plane))
         }
 
-    def write(self, cache, runs, poisoned):
-        """Write what is scheduled."""
+    def write(self, cache, runs, poisoned, table=None):
+        """Write what is scheduled, into the blocks of its request or those of `table`."""
         for name, before, after in runs:
             for plane, tensor in enumerate(planes(cache)):
                 at = np.arange(before, after)
-                blocks = np.asarray(self.tables[name])[at // BLOCK_TOKENS]
+                blocks = np.asarray(table or self.tables[name])[at // BLOCK_TOKENS]
                 tensor[blocks, at % BLOCK_TOKENS] = POISON if name in poisoned else self.kv(name, before, after, plane)
 
     def settle(self, runs, wrong, invalid):
@@ -435,6 +463,28 @@ class Rig:
                 self.known[name] += 1
         return sampled
 
+    # ---- what the other connector does -------------------------------------------------------------------------
+
+    def pull(self, other, pull):
+        """It writes what it has, or garbage where it fails, and says so."""
+        rank = [other.caches is cache for cache in self.caches].index(True)
+        blocks = pull.block_ids[pull.first // BLOCK_TOKENS : -(-pull.last // BLOCK_TOKENS)]
+        fails = pull.name in self.unreachable
+        run, poisoned = (pull.name, pull.first, pull.last), {pull.name} if fails else ()
+        self.write(self.caches[rank], [run], poisoned, pull.block_ids)
+        self.num_pulled += not fails
+        if fails:
+            other.invalid |= set(blocks)
+        else:
+            self.failed_blocks[rank].difference_update(blocks)
+
+    def send(self, other, name, num_tokens, block_ids):
+        """It reads blocks of a request that is over."""
+        self.read_tokens += num_tokens
+        for plane, tensor in enumerate(planes(other.caches)):
+            if not np.array_equal(tensor[block_ids].reshape(-1)[:num_tokens], self.kv(name, 0, num_tokens, plane)):
+                self.wrong_tokens += num_tokens
+
     # ---- end ---------------------------------------------------------------------------------------------------------
 
     def require_clean(self):
@@ -445,8 +495,7 @@ class Rig:
         assert not half.landed and not half.loading and not half.waits_for
         assert not half.num_held and not half.holders.any()
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
-        for worker in self.workers:
-            part = worker.worker
+        for part in self.halves:
             assert not part.running and not part.aborted and not part.received
             assert not part.load_errors
 
@@ -473,6 +522,12 @@ class Truth:
         if len(self.tokens) == count:
             self.tokens.append(token)
         return token
+
+
+def ours(connector):
+    """KVortex's own, where it is one of several."""
+    connectors = getattr(connector, "_connectors", [connector])
+    return next(one for one in connectors if isinstance(one, KVortexConnector))
 
 
 def planes(cache):

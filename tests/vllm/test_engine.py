@@ -34,6 +34,8 @@ LATE = ["--late-us", "10000"]  # copies overlap the steps that follow, as on a G
 ALL = ["restore", "stress", "overflow", *FEW_BLOCKS, *MANY_REQUESTS]
 STRESS = ["stress", *FEW_BLOCKS, *SMALL_POOL, *MANY_REQUESTS, "--verify", "--late-us", "20000"]
 
+BESIDE = ["again", *FEW_BLOCKS, *SMALL_POOL, "--verify", "--late-us", "80000"]
+
 RUNS = {
     "plain": [*ALL, "--mode", "none", "--abort-rate", "0"],
     "async": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
@@ -54,6 +56,13 @@ OTHER_RUNS = {
     "mixed async": [*MIXED, *LATE, "--verify", "--host-gib", "0.002"],
 }
 only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has neither MLA nor fp8 before")
+if VERSION != "0.15.1":  # which refuses it, see test_multi.py
+    RUNS |= {
+        "other first": [*BESIDE, "--other", "first"],
+        "other last": [*BESIDE, "--other", "last"],
+        "before-other": [*BESIDE, "--other", "first", "--mutant", "before-other"],
+    }
+BESIDE_ANOTHER = [name for name in RUNS if name.startswith("other ") and name != "other process"]
 
 
 def install_entry_points(folder):
@@ -245,6 +254,24 @@ def test_layers_with_pages_of_their_own_share_a_small_pool(runs):
         assert mixed[name]["tokens"] == plain[name]["tokens"]
     assert mixed["verify_blocks"] == mixed["blocks_saved"] + mixed["blocks_loaded"]
     assert mixed["verify_mismatches"] == mixed["verify_skipped"] == mixed["transfers_failed"] == 0
+
+
+# ---- beside another connector ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", BESIDE_ANOTHER)
+def test_beside_another_connector_every_block_and_token_is_right(runs, name):
+    run = runs(name)
+    assert run["rounds"] == [run["rounds"][0]] * 4  # the first is computed
+    assert run["verify_blocks"] == run["blocks_saved"] + run["blocks_loaded"] > 0
+    assert run["verify_mismatches"] == run["verify_skipped"] == run["transfers_failed"] == 0
+    assert run["blocks_of_other" if name == "other first" else "blocks_loaded"] > 0
+
+
+@pytest.mark.skipif(not BESIDE_ANOTHER, reason="refused with this vLLM")
+def test_verify_notices_that_another_connector_fills_what_is_being_saved(runs):
+    """The control."""
+    assert runs("before-other")["verify_mismatches"] > 0
 
 
 # ---- as users run it -------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ OUT_OF_MEMORY = 2
 
 def refuse_some(host, rig, draw, directions):
     """Let the driver refuse one transfer in fifteen."""
-    for worker in rig.workers:
-        part = worker.worker
+    for part in rig.halves:
 
         def submit(queue, transfer, stream, submit=part.submit):
             if queue.direction in directions and draw.random() < 1 / 15:
@@ -30,8 +29,10 @@ def refuse_some(host, rig, draw, directions):
         part.submit = submit
 
 
-def live(rig, draw, *, resets):
-    """Add, abort and forget at random, then serve what is left."""
+def live(rig, draw, *, resets, others=False, others_fail=False):
+    """Add, abort and forget at random, then serve what is left; of some another connector has a part, or all, or says
+    so and fails.
+    """
     trunks = [[draw.randrange(3, 1000) for _ in range(300)] for _ in range(6)]
     added = 0
     for _ in range(STEPS):
@@ -39,6 +40,10 @@ def live(rig, draw, *, resets):
             if len(rig.scheduler.requests) < 8:
                 tokens = draw.choice(trunks)[: draw.randrange(1, 300)]
                 tokens += [draw.randrange(3, 1000) for _ in range(draw.randrange(40))]
+                if others and draw.random() < 0.5:
+                    rig.offered[f"r{added}"] = draw.choice([len(tokens), draw.randrange(len(tokens) + 1)])
+                if others_fail and draw.random() < 0.1:
+                    rig.unreachable.add(f"r{added}")
                 rig.add(f"r{added}", tokens, draw.randrange(1, 40))
                 added += 1
         event = draw.random()

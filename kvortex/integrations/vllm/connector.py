@@ -3,14 +3,17 @@
 import importlib.util
 import inspect
 import time
+import traceback
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
+from kvortex.integrations.vllm import register
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
@@ -39,6 +42,17 @@ def saves_after_drafting():
     from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
     return "defer_finalize" in inspect.signature(KVConnectorModelRunnerMixin.maybe_get_kv_connector_output).parameters
+
+
+def is_one_of_several():
+    """Whether a `MultiConnector` is asking. It tells its connectors nowhere, hence a look at who calls."""
+    codes = MultiConnector.__init__.__code__, MultiConnector.get_required_kvcache_layout.__func__.__code__
+    return any(frame.f_code in codes for frame, _ in traceback.walk_stack(None))
+
+
+def hears_of_blocks_of_others():
+    """Whether `MultiConnector` tells a connector which blocks another one fills. 0.15 shows it empty ones."""
+    return "new_empty" not in MultiConnector.update_state_after_alloc.__code__.co_names
 
 
 def is_supported(kv_cache_config):
@@ -88,6 +102,11 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 raise ConfigError(
                     f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
                 )
+        if is_one_of_several() and not hears_of_blocks_of_others():
+            raise ConfigError(
+                "KVortexConnector does not work in the MultiConnector of this vLLM, which does not tell it the blocks "
+                "that another connector fills; use vLLM 0.26 or later, or KVortexConnector alone"
+            )
         self.scheduler = self.worker = self.refusal = None
         if not is_supported(kv_cache_config):
             specs = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
@@ -127,10 +146,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend says it cannot.
 
         Not for MLA, whose backends say that they take any layout, and on the CPU does not; nor on the CPU at all, where
-        no backend takes it.
+        no backend takes it; nor beside other connectors: vLLM refuses two that differ, and NIXL's needs another one.
         """
         takes_it = HAS_LAYOUT_NAMES and current_platform.is_cuda() and not vllm_config.model_config.use_mla
-        return "BLNHC" if takes_it else None
+        return "BLNHC" if takes_it and not is_one_of_several() else None
 
     @property
     def requires_kv_delivery(self):
@@ -163,10 +182,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         else:
             stats = connector_output.kv_connector_stats
             report = stats and stats.take_report()
-        if self.scheduler and report:
-            if report.is_refusal:
+        if self.scheduler:
+            if connector_output.invalid_block_ids:
+                self.scheduler.distrust_saves()
+            if report and report.is_refusal:
                 self.scheduler = None
-            else:
+            elif report:
                 self.scheduler.reported(report)
 
     def request_finished(self, request, block_ids):
@@ -334,3 +355,6 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def shutdown(self):
         if self.worker:
             self.worker.close()
+
+
+register()  # MultiConnector's statistics look it up by its name, also where vLLM was told its module

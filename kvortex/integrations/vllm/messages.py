@@ -33,6 +33,9 @@ class StepMetadata(base.KVConnectorMetadata):
     loads : list of Load
     save : Transfer or None
         Blocks whose last token this step's forward writes, or an earlier one wrote.
+    waits : list of int
+        Transfers in flight on device blocks that another connector may fill from this step on. They must be over before
+        it begins: nothing orders that connector after vLLM's stream.
     is_idle : bool
         The step computes nothing.
     shape : PoolShape or None
@@ -42,6 +45,7 @@ class StepMetadata(base.KVConnectorMetadata):
     fences: list = field(default_factory=list)
     loads: list = field(default_factory=list)
     save: Transfer | None = None
+    waits: list = field(default_factory=list)
     is_idle: bool = False
     shape: object = None
 

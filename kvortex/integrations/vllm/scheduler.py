@@ -88,6 +88,8 @@ class SchedulerHalf:
         self.last_transfer = np.zeros(shape.num_device_blocks, dtype=np.int64)
         self.last_number = 0
         self.fences, self.loads = set(), []
+        # Request id -> blocks found on the device, of those admitted in this step for whom nothing is loaded from here.
+        self.not_ours = {}
         self.tenants = [None] * shape.num_slots if events else None
         self.stored, self.removed = [], []
         self.blocks_matched = 0
@@ -121,6 +123,8 @@ class SchedulerHalf:
             state.load_failed = True
         if state is not None:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
             self.hold(state, ())
+        first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
+        self.matches[request.request_id] = first
         if state is not None and state.load_failed:
             return 0, False
         self.landed.discard(request.request_id)
@@ -129,7 +133,6 @@ class SchedulerHalf:
         waits_for = self.waits_for.get(request.request_id)
         if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
             return None, False
-        first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
         least = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # a token is left
         most = (request.num_tokens if self.whole_prompts else request.num_tokens - 1) // self.shape.block_tokens
         if rest or first >= least or request.skip_reading_prefix_cache or is_session(request):
@@ -152,7 +155,6 @@ class SchedulerHalf:
         if load_async and could_fit and not self.has_room(request, first):
             self.no_room = True
             return None, False
-        self.matches[request.request_id] = first
         return leading * self.shape.block_tokens, load_async
 
     def has_room(self, request, num_hits):
@@ -196,7 +198,7 @@ class SchedulerHalf:
         state = self.requests.setdefault(request.request_id, RequestState(request))
         state.request, state.load_failed = request, False
         self.hold(state, block_ids)
-        first = self.matches.pop(request.request_id, 0)
+        first = self.matches.pop(request.request_id, None)  # None: its load between steps is over
         self.landed.discard(request.request_id)
         count = num_external_tokens // self.shape.block_tokens
         self.loading.pop(request.request_id, None)
@@ -208,6 +210,8 @@ class SchedulerHalf:
             (state.stop,) = names_of(request, (first or count) - 1, first or count)
             state.is_cut = False
         if not count:
+            if first is not None:
+                self.not_ours[request.request_id] = first
             return
         hashes, targets = names_of(request, first, first + count), block_ids[first : first + count]
         if self.load_async:
@@ -254,7 +258,9 @@ class SchedulerHalf:
                     offers.append((state, state.num_offered, full))
                 state.num_offered = full
         self.idle = not output.num_scheduled_tokens
-        step = StepMetadata(sorted(self.fences), self.loads, is_idle=self.idle, shape=self.untold)
+        step = StepMetadata(
+            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.untold
+        )
         self.untold = None
         self.fences, self.loads, self.no_room = set(), [], False
         step.save = self.save(offers) if offers else None
@@ -266,6 +272,19 @@ class SchedulerHalf:
         self.hold(state, block_ids)
         state.num_offered = 0
         self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
+
+    def take_waits(self):
+        """Transfers in flight on device blocks that another connector fills: what is computed and was not found.
+
+        It may do so from this step on, on any stream or on none: the copies must be over, a fence would not do.
+        """
+        waits = set()
+        for request_id, first in self.not_ours.items():
+            state = self.requests[request_id]
+            last = -(-state.request.num_computed_tokens // self.shape.block_tokens)  # its tokens may end inside a block
+            waits |= self.in_flight_on(state.block_ids[first:last])
+        self.not_ours = {}
+        return sorted(waits)
 
     def save(self, offers):
         """Reserve slots for blocks that requests offer and that are not there yet; the transfer of them, or None.
@@ -309,9 +328,14 @@ class SchedulerHalf:
 
     def fence(self, block_ids):
         """This step may write these device blocks: transfers in flight on them come first."""
-        if self.in_flight and len(block_ids):
-            met = np.unique(self.last_transfer[np.asarray(block_ids, dtype=np.int64)])
-            self.fences.update(number for number in met.tolist() if number in self.in_flight)
+        self.fences |= self.in_flight_on(block_ids)
+
+    def in_flight_on(self, block_ids):
+        """Transfers in flight on these device blocks."""
+        if not self.in_flight or not len(block_ids):
+            return set()
+        met = np.unique(self.last_transfer[np.asarray(block_ids, dtype=np.int64)])
+        return {number for number in met.tolist() if number in self.in_flight}
 
     # ---- a transfer's way out ----------------------------------------------------------------------------------------
 
@@ -339,10 +363,15 @@ class SchedulerHalf:
             return
         self.index.discard(as_keys(transfer.hashes))
         self.evicted(transfer.slots)
-        if not self.load_async:  # steps that ran on garbage are being saved; which of the saves, vLLM does not tell
-            for other in self.in_flight.values():
-                if other.request_id is None:
-                    self.index.discard(as_keys(other.hashes))
+
+    def distrust_saves(self):
+        """A load failed, ours or another connector's: what steps computed from garbage is being saved.
+
+        Which of the saves, vLLM does not tell. To be called before `reported`, which may end them.
+        """
+        for transfer in self.in_flight.values():
+            if transfer.request_id is None:
+                self.index.discard(as_keys(transfer.hashes))
 
     def finish(self, transfer):
         if transfer.request_id is not None:

@@ -78,6 +78,11 @@ class Verifier:
             arrived.record()
         return Capture(slots, block_ids, content, scratch, arrived)
 
+    def wait(self, capture):
+        """Until the device's blocks have been read."""
+        if capture.arrived is not None:
+            capture.arrived.synchronize()
+
     def verdict(self, capture):
         """Counters of a capture whose slots are complete; None while it is being compared."""
         if capture is None:
@@ -101,8 +106,7 @@ class Verifier:
 
     def mismatches(self, capture):
         """Device blocks whose slot holds something else."""
-        if capture.arrived is not None:
-            capture.arrived.synchronize()
+        self.wait(capture)
         first, nbytes = capture.content.data_ptr(), self.block_bytes
         return [
             int(block)

@@ -1,6 +1,6 @@
 """The half in each vLLM worker: a pool, a stream to save on, one to load on, and the order between them and vLLM's.
 
-It does what the scheduler's half decided and reports what ended. What it must never get wrong is order; the four waits
+It does what the scheduler's half decided and reports what ended. What it must never get wrong is order; the five waits
 are marked, and `verify` is their judge.
 """
 
@@ -103,9 +103,10 @@ class WorkerHalf:
     Notes
     -----
     Called by the thread that runs the model. Nothing blocks the host but a synchronous load, a fence on a load that is
-    just being submitted, fences on the CPU, `drain` and `close`, and a nap in steps that compute nothing. The driver
-    takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread of their own submits loads, which no
-    step waits for. A save is submitted between two steps, because it is of what the last wrote.
+    just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`, and a
+    nap in steps that compute nothing. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens:
+    a thread of their own submits loads, which no step waits for. A save is submitted between two steps, because it is
+    of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
@@ -169,6 +170,9 @@ class WorkerHalf:
                 continue
             self.order(running)  # the wait after a save
             self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
+        for number in step.waits:
+            if number in self.running:
+                self.finish(self.running[number])  # the wait before another connector writes
         if step.loads:
             self.compute.mark()
 
@@ -236,6 +240,16 @@ class WorkerHalf:
         if job is not None:
             with contextlib.suppress(DriverError):
                 self.compute.wait_for(job)
+
+    def finish(self, running):
+        """Wait until this transfer is over, and judged as far as the device has a part in it."""
+        job = running.job()
+        if job is not None:
+            with contextlib.suppress(DriverError):
+                job.wait()
+            self.capture(running)
+            if running.check is not None:
+                self.verifier.wait(running.check)
 
     def submit(self, queue, transfer, stream):
         return queue.submit(self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream)
@@ -341,10 +355,7 @@ class WorkerHalf:
     def drain(self):
         """Wait for every copy in flight: the memory they use is about to go."""
         for running in self.running.values():
-            job = running.job()
-            if job is not None:
-                with contextlib.suppress(DriverError):
-                    job.wait()
+            self.finish(running)
 
     def close(self):
         """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
