@@ -85,10 +85,15 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     Raises
     ------
     ConfigError
-        An option is unknown or unfit; pipeline or context parallelism, which are not supported.
+        An option is unknown or unfit; pipeline or context parallelism, which are not supported; a `MultiConnector` of
+        vLLM before 0.26.
 
     Notes
     -----
+    After a weight update, what is kept is of the old weights: forget it by ``LLM.reset_prefix_cache(reset_connector=
+    True)``, or on a server, started with ``VLLM_SERVER_DEV_MODE=1``, by ``POST /reset_prefix_cache?reset_external=
+    true``. The server passes over a wrong name, and answers that all is well.
+
     A model with more than one KV cache group, or with another than full attention (or MLA), is served without
     offloading, and says so: blocks of a sliding window lose their content while their request runs.
     """
