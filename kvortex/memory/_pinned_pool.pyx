@@ -163,7 +163,7 @@ cdef class PinnedPool(Lender):
     cdef void give_up(self) noexcept:
         """What the constructor took goes back at once: whoever holds the exception may hold the pool for long."""
         if not self.closed:
-            self.end()
+            self.end(False)
         else:
             self.unmap()
             self.claim_nothing()
