@@ -690,13 +690,16 @@ cdef size_t round_up(size_t nbytes, size_t unit) noexcept nogil:
     return (nbytes + unit - 1) // unit * unit
 
 
-cdef bint supports(Device device, int attribute) noexcept:
+cdef bint supports(Device device, int attribute) except -1:
     cdef int code, number = 0, value = 0
     with nogil:
-        code = device.drv.device_get(&number, device.ordinal)
+        code = _c.kv_result_at(device.drv.device_get(&number, device.ordinal), _c.KV_ROW_device_get)
         if code == 0:
             code = device.drv.device_get_attribute(&value, attribute, number)
-    return code == 0 and value != 0
+    if code == _c.KV_CUDA_INVALID_VALUE:  # the driver does not know the attribute
+        return False
+    check(device, code, b"cuDeviceGetAttribute")
+    return value != 0
 
 
 cdef bint wait_for_device(Device device) noexcept:

@@ -10,8 +10,8 @@ import pytest
 from driver_calls import KIND
 
 from kvortex.driver import Device, DeviceBuffer, Event, Stream
-from kvortex.errors import ConfigError, EngineClosed
-from kvortex.memory import DevicePool
+from kvortex.errors import ConfigError, DriverError, EngineClosed
+from kvortex.memory import DevicePool, PinnedPool
 
 
 def pooled(device):
@@ -172,3 +172,25 @@ def test_stream_speaks_the_stream_protocol(stream):
 def test_buffer_is_not_copied_by_python(device):
     with DeviceBuffer(64, device) as buffer, pytest.raises(TypeError, match="pickle"):
         copy.copy(buffer)
+
+
+class Memory(np.ndarray):
+    """Memory that a weak reference can watch."""
+
+
+@pytest.mark.host
+def test_memory_of_a_copy_whose_end_is_not_known_is_held(device, host):
+    with DeviceBuffer(64, device) as buffer, PinnedPool(4096, 4096, device) as pool:
+        buffer.fill(7)
+        memory = np.asarray(pool.slot(0))[:64].view(Memory)
+        alive = weakref.ref(memory)
+        host.hold()
+        host.fail_call(2, 2, field="stream_query")
+        with pytest.raises(DriverError, match="cuStreamQuery"):
+            buffer.copy_to(memory)
+        del memory
+        assert alive() is not None
+        host.release()
+        buffer.fill(8)
+        buffer.copy_to(np.zeros(64, np.uint8))
+        assert alive() is None

@@ -58,16 +58,19 @@ HOWS = ["__cuda_stream__", "cuda_stream"]
 
 
 @pytest.fixture
-def patient(make_bench):
+def patient(make_bench, host):
     """An engine that waits for an hour before it gives up on a call."""
+    gc.collect()
+    before = host.live_objects()["registrations"]
     bench = make_bench(4, shutdown_timeout_ms=LONG_MS)
     bench.saved([1])
+    bench.leaks = lambda: host.live_objects()["registrations"] > before
     return bench
 
 
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("verb", ["save_blocks", "load_blocks"])
-def test_a_stream_that_shuts_down_or_raises(patient, host, verb, how):
+def test_a_stream_that_shuts_down_or_raises(patient, verb, how):
     engine, memory = patient.engine, [np.zeros(256, np.uint8)]
     call = getattr(engine, verb)
     for arguments in ({"block_ids": [0]}, {"data_ptrs": memory, "sizes": [64]}):
@@ -76,18 +79,18 @@ def test_a_stream_that_shuts_down_or_raises(patient, host, verb, how):
     patient.load([1], [8]).wait(20_000)
     with pytest.raises(kvortex.EngineClosed):
         call(keys_of([2]), stream=StreamThat(patient.stream, engine.shutdown, how), **arguments)
-    assert host.live_objects()["registrations"] == 0
+    assert not patient.leaks()
 
 
 @pytest.mark.parametrize("verb", ["save_blocks", "load_blocks"])
-def test_memory_that_shuts_down_or_raises(patient, host, verb):
+def test_memory_that_shuts_down_or_raises(patient, verb):
     call, memory = getattr(patient.engine, verb), np.zeros(256, np.uint8)
     with pytest.raises(Trouble):
         call(keys_of([2]), data_ptrs=[MemoryThat(memory, trouble)], sizes=[64], stream=patient.stream)
     with pytest.raises(kvortex.EngineClosed):
         shut_down = MemoryThat(memory, patient.engine.shutdown)
         call(keys_of([2]), data_ptrs=[shut_down], sizes=[64], stream=patient.stream)
-    assert host.live_objects()["registrations"] == 0
+    assert not patient.leaks()
 
 
 def test_a_finaliser_that_shuts_down_wherever_the_collector_runs(make_bench, host):
@@ -100,6 +103,8 @@ def test_a_finaliser_that_shuts_down_wherever_the_collector_runs(make_bench, hos
         def __del__(self):
             self.act()
 
+    gc.collect()
+    before = host.live_objects()["registrations"]
     for verb in ("save_blocks", "load_blocks", "check_blocks", "touch_blocks", "get_stats"):
         for n in range(12):
             bench = make_bench(2, shutdown_timeout_ms=LONG_MS, max_jobs=2, num_transfer_streams=2)
@@ -122,7 +127,7 @@ def test_a_finaliser_that_shuts_down_wherever_the_collector_runs(make_bench, hos
                 del made
             bench.engine.shutdown()
             bench.cache.close()
-        assert host.live_objects()["registrations"] == 0
+        assert host.live_objects()["registrations"] <= before
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -146,17 +151,15 @@ def test_a_stream_that_ends_what_it_is_given_to(device, stream):
         event.record(StreamThat(stream, event.close, "cuda_stream"))
     with pytest.raises(kvortex.EngineClosed):
         kvortex.Stream.borrow(other, StreamThat(stream, other.close, "cuda_stream"))
-    buffer = kvortex.DeviceBuffer(64, own)
+    data = np.zeros(64, np.uint8)
     for call in (
-        lambda: buffer.fill(1, stream=StreamThat(stream, buffer.close, "cuda_stream")),
-        lambda: buffer.copy_from(np.zeros(64, np.uint8), stream=StreamThat(stream, buffer.close, "cuda_stream")),
-        lambda: buffer.copy_to(MemoryThat(np.zeros(64, np.uint8), buffer.close)),
-        lambda: buffer.copy_to(MemoryThat(np.zeros(64, np.uint8), own.close)),
+        lambda buffer: buffer.fill(1, stream=StreamThat(stream, buffer.close, "cuda_stream")),
+        lambda buffer: buffer.copy_from(data, stream=StreamThat(stream, buffer.close, "cuda_stream")),
+        lambda buffer: buffer.copy_to(MemoryThat(data, buffer.close)),
+        lambda buffer: buffer.copy_to(MemoryThat(data, own.close)),
     ):
         with pytest.raises(kvortex.EngineClosed):
-            call()
-        if not own.closed:
-            buffer = kvortex.DeviceBuffer(64, own)
+            call(kvortex.DeviceBuffer(64, own))
     with kvortex.DevicePool(1 << 20, device) as pool:
         pooled = pool.alloc(64, stream)
         with pytest.raises(kvortex.EngineClosed):

@@ -315,6 +315,8 @@ def test_second_shutdown_returns_when_the_first_has_finished(make_bench, host):
 @pytest.mark.parametrize("verb", ["save_blocks", "load_blocks"])
 def test_shutdown_from_within_a_call_ends_it_at_once_and_leaks_nothing(make_bench, host, verb):
     """As a signal handler does it; here Python code inside the call is the attribute of a stream object."""
+    gc.collect()
+    before = host.live_objects()["registrations"]
     bench = make_bench(4, shutdown_timeout_ms=600_000)
     bench.saved([1])
 
@@ -328,7 +330,7 @@ def test_shutdown_from_within_a_call_ends_it_at_once_and_leaks_nothing(make_benc
         getattr(bench.engine, verb)(keys_of([1]), [0], stream=Stream())
     with pytest.raises(kvortex.EngineClosed):
         bench.engine.check_blocks(keys_of([1]))
-    assert host.live_objects()["registrations"] == 0
+    assert host.live_objects()["registrations"] <= before
 
 
 @pytest.mark.parametrize("driver_allocated", [False, True])

@@ -1,4 +1,4 @@
-"""Trouble of the waiting itself is no answer about a job: whatever call fails, nobody takes memory for free too early."""
+"""Trouble of the waiting itself is no answer about a job: whatever call fails, memory in use counts as in use."""
 
 import asyncio
 import threading

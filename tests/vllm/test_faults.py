@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from vllm.v1.request import RequestStatus
 
+from kvortex import DriverError
 from kvortex.integrations.vllm import worker
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
 
@@ -193,6 +194,22 @@ def test_a_device_that_dies_with_copies_in_flight_serves_without_them(make_rig, 
     rig.serve("fourth", prompt("p", 100), 10)
     assert len(rig.outputs("fourth")) == 10
     rig.require_clean()
+
+
+def test_a_fence_that_could_not_be_put_is_waited_for(make_rig, host):
+    """What a wait raises is no word that the copy is over, and it is not skipped either."""
+    part = make_rig().workers[0].worker
+    host.hold()
+    job = part.saver.submit(part.layout, [0], part.pool, [0], stream=part.compute.stream)
+    opener = threading.Timer(0.1, host.release)
+    opener.start()
+
+    def wait_for(job):
+        raise DriverError(OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "cuStreamWaitEvent", "")
+
+    part.finish(job, wait_for)
+    assert job.done() and job.num_blocks == 1
+    opener.join()
 
 
 def test_what_a_failed_save_held_for_verify_is_let_go(make_rig, prompt, host):

@@ -4,7 +4,6 @@ It does what the scheduler's half decided and reports what ended. What it must n
 are marked, and `verify` is their judge.
 """
 
-import contextlib
 import logging
 import threading
 import time
@@ -236,17 +235,24 @@ class WorkerHalf:
 
     def order(self, running):
         """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
-        job = running.job()
-        if job is not None:
-            with contextlib.suppress(DriverError):
-                self.compute.wait_for(job)
+        self.wait_surely(running.job(), self.compute.wait_for)
+
+    @staticmethod
+    def wait_surely(job, wait_for):
+        """Wait for a job as told; where that raises, until the job itself says that it is over."""
+        if job is None:
+            return
+        try:
+            wait_for(job)
+        except DriverError:
+            while not job.done():
+                time.sleep(FREE_JOB_SECONDS)
 
     def finish(self, running):
         """Wait until this transfer is over, and judged as far as the device has a part in it."""
         job = running.job()
         if job is not None:
-            with contextlib.suppress(DriverError):
-                job.wait()
+            self.wait_surely(job, lambda job: job.wait())
             self.capture(running)
             if running.check is not None:
                 self.verifier.wait(running.check)
