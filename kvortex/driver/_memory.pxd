@@ -42,6 +42,6 @@ cdef class BorrowedMemory:
 cpdef BorrowedMemory borrow_memory(object memory, object stream=*)
 cdef bint is_integer(object thing)
 # Whole numbers from Python, by operator.index; a TypeError that says which argument is none for a float, text or bool.
-cdef object whole_number(object number, str what)
-cdef tuple whole_numbers(object items, str what)
-cdef tuple whole_pair(object items, str what)
+cdef object whole_number(object number, str what, str field=*)
+cdef tuple whole_numbers(object items, str what, str field=*)
+cdef tuple whole_pair(object items, str what, str field=*)

@@ -96,18 +96,24 @@ cdef class BorrowedMemory:
 
     cdef int describe(self, str what, object address, object shape, object strides, object itemsize) except -1:
         """Take what a protocol says, if it holds together: `strides` in bytes, None where the elements are dense."""
-        shape = whole_numbers(shape, f"{what}: shape")
-        itemsize = whole_number(itemsize, f"{what}: the size of its elements")
-        if min(shape, default=0) < 0 or not 0 <= itemsize < 1 << 63:
-            raise ValueError(f"{what} has shape {shape} and elements of {itemsize} bytes; neither may be negative or "
-                             f"beyond the address space")
-        strides = dense_strides(shape, itemsize) if strides is None else whole_numbers(strides, f"{what}: strides")
+        cdef bint empty
+        shape = whole_numbers(shape, what, ": shape")
+        itemsize = whole_number(itemsize, what, ": the size of its elements")
+        if not 0 <= itemsize < 1 << 63:
+            raise ValueError(f"{what} has elements of {itemsize} bytes; 0 to 2^63 - 1 are possible")
+        strides = dense_strides(shape, itemsize) if strides is None else whole_numbers(strides, what, ": strides")
         if len(strides) != len(shape):
             raise ValueError(f"{what} has shape {shape} and strides {strides} bytes; they must have one length")
-        empty = 0 in shape
-        steps = [0 if empty else (count - 1) * stride for count, stride in zip(shape, strides)]
-        first = address + sum([step for step in steps if step < 0])
-        end = address + sum([step for step in steps if step > 0]) + itemsize
+        first, end, empty = address, address + itemsize, 0 in shape
+        for count, stride in zip(shape, strides):
+            if count < 0:
+                raise ValueError(f"{what} has shape {shape}; it must not be negative")
+            if empty:
+                continue
+            if stride < 0:
+                first += (count - 1) * stride
+            else:
+                end += (count - 1) * stride
         if first < (0 if empty else FIRST_ADDRESS) or end >= 1 << 64:
             raise ValueError(f"{what} has data {address:#x}, shape {shape} and strides {strides} bytes: null, or out "
                              f"of the address space")
@@ -116,7 +122,7 @@ cdef class BorrowedMemory:
 
     cdef int read_torch(self, object tensor) except -1:
         what = type(tensor).__name__
-        address = whole_number(tensor.data_ptr(), f"{what}.data_ptr()")
+        address = whole_number(tensor.data_ptr(), what, ".data_ptr()")
         device = getattr(tensor, "device", None)
         if hasattr(device, "type"):
             if device.type not in ("cpu", "cuda"):
@@ -128,8 +134,8 @@ cdef class BorrowedMemory:
         if not callable(tensor.stride) or not callable(tensor.element_size):
             raise TypeError(f"stride and element_size of {what} must be methods, got {tensor.stride!r} and "
                             f"{tensor.element_size!r}")
-        itemsize = whole_number(tensor.element_size(), f"{what}.element_size()")
-        strides = tuple([step * itemsize for step in whole_numbers(tensor.stride(), f"{what}.stride()")])
+        itemsize = whole_number(tensor.element_size(), what, ".element_size()")
+        strides = tuple([step * itemsize for step in whole_numbers(tensor.stride(), what, ".stride()")])
         return self.describe(what, address, getattr(tensor, "shape", None), strides, itemsize)
 
     cdef int read_interface(self, str name, object description) except -1:
@@ -137,7 +143,7 @@ cdef class BorrowedMemory:
         what = f"{name} of {type(self.owner).__name__}"
         if not isinstance(description, dict):
             raise TypeError(f"{what} must be a dict, got {description!r}")
-        version = whole_number(description.get("version", 0), f"{what}: version")
+        version = whole_number(description.get("version", 0), what, ": version")
         if not 0 <= version <= 3:
             raise ValueError(f"{what} has version {version}; 0 to 3 are understood")
         data, typestr = description.get("data"), description.get("typestr")
@@ -148,14 +154,14 @@ cdef class BorrowedMemory:
             raise ValueError(f"{what} has typestr {typestr!r}; elements of whole bytes are needed, e.g. '<f2'")
         if description.get("mask") is not None:
             raise ValueError(f"{what} has a mask, and masked memory cannot be moved as bytes; pass it without")
-        address = whole_number(0 if data[0] is None else data[0], f"{what}: data[0]")
+        address = whole_number(0 if data[0] is None else data[0], what, ": data[0]")
         itemsize = int(match["size"]) * (4 if match["kind"] == "U" else 1)
         self.describe(what, address, description.get("shape"), description.get("strides"), itemsize)
         self.read_only = bool(data[1])
         self.is_cuda = name == "__cuda_array_interface__"
         stream = description.get("stream")
         if stream is not None:
-            stream = whole_number(stream, f"{what}: stream")
+            stream = whole_number(stream, what, ": stream")
             if not 1 <= stream < 1 << 64:
                 raise ValueError(f"{what} names the stream {stream}; it must be None, 1 (the legacy default stream), "
                                  f"2 (the per-thread one) or a handle")
@@ -170,14 +176,15 @@ cdef class BorrowedMemory:
         if "O" in re.sub(":[^:]*:", "", view.format):  # without the names of fields
             raise TypeError(f"{type(memory).__name__} has elements of type {view.format!r}, Python objects, which "
                             f"cannot be moved as bytes; pass an array of numbers")
-        self.describe(type(memory).__name__, <uint64_t>buffer.buf, view.shape, view.strides, view.itemsize)
         self.view = view
+        self.address = <uint64_t>buffer.buf
+        self.shape, self.strides, self.itemsize = view.shape, view.strides, view.itemsize
         self.read_only, self.is_cuda = view.readonly, False
         return 0
 
     cdef int read_dlpack(self, object memory, object stream) except -1:
         what = type(memory).__name__
-        device_type, _ = whole_pair(memory.__dlpack_device__(), f"__dlpack_device__() of {what}")
+        device_type, _ = whole_pair(memory.__dlpack_device__(), what, ".__dlpack_device__()")
         self.is_cuda = is_of_gpu(device_type, what)
         keywords = {}
         if self.is_cuda:
@@ -333,28 +340,31 @@ cdef bint is_integer(object thing):
     return type(thing) is int or (isinstance(thing, numbers.Integral) and not isinstance(thing, bool))
 
 
-cdef object whole_number(object number, str what):
-    """The int that `number` is; a TypeError that names it for a float, a text, a bool."""
+cdef object whole_number(object number, str what, str field=""):
+    """The int that `number` is; a TypeError that names it, `what` and `field` joined, for a float, a text, a bool."""
+    if type(number) is int:
+        return number
     try:
         if not isinstance(number, bool):
             return operator.index(number)
     except TypeError:
         pass
-    raise TypeError(f"{what} must be a whole number, got {number!r}")
+    raise TypeError(f"{what}{field} must be a whole number, got {number!r}")
 
 
-cdef tuple whole_numbers(object items, str what):
+cdef tuple whole_numbers(object items, str what, str field=""):
     if not isinstance(items, (tuple, list)):
-        raise TypeError(f"{what} must be a tuple of whole numbers, got {items!r}")
+        raise TypeError(f"{what}{field} must be a tuple of whole numbers, got {items!r}")
     if len(items) > MAX_DIMENSIONS:
-        raise ValueError(f"{what} must have {MAX_DIMENSIONS} numbers at most, got {len(items)}")
-    return tuple([whole_number(item, f"{what}[{index}]") for index, item in enumerate(items)])
+        raise ValueError(f"{what}{field} must have {MAX_DIMENSIONS} numbers at most, got {len(items)}")
+    return tuple([item if type(item) is int else whole_number(item, f"{what}{field}[{index}]")
+                  for index, item in enumerate(items)])
 
 
-cdef tuple whole_pair(object items, str what):
-    pair = whole_numbers(items, what)
+cdef tuple whole_pair(object items, str what, str field=""):
+    pair = whole_numbers(items, what, field)
     if len(pair) != 2:
-        raise ValueError(f"{what} must be two whole numbers, got {pair}")
+        raise ValueError(f"{what}{field} must be two whole numbers, got {pair}")
     return pair
 
 

@@ -183,7 +183,7 @@ def test_methods_of_torch_that_are_none_are_named():
 @pytest.mark.parametrize("lie", DLPACK)
 def test_a_wrong_dlpack_tensor_is_refused_and_stays_its_owners(lie):
     producer = DLPACK[lie]()
-    with pytest.raises(ANSWERS, match=r"DLPack|__dlpack_device__\(\) of "):
+    with pytest.raises(ANSWERS, match=r"DLPack|\.__dlpack_device__\(\)"):
         borrow_memory(producer)
     assert producer.deletions == producer.capsules
 
