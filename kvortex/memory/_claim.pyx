@@ -90,10 +90,7 @@ cdef class Claim:
 
 
 def own_claims():
-    """Return the bytes that pools of this process have yet to touch, and the paths of the files that say so."""
-    cdef uint64_t nbytes = 0
+    """Return (bytes yet to be touched, path of the file that says so or None) of each pool of this process."""
     if own_pid != getpid():
-        return 0, set()
-    for address in own:
-        nbytes += (<uint64_t *><size_t>address)[0]
-    return nbytes, {path for path in own.values() if path is not None}
+        return []
+    return [((<uint64_t *><size_t>address)[0], path) for address, path in own.items()]

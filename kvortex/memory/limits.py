@@ -124,17 +124,21 @@ def free_memory():
     return {"available memory": available, "the cgroup's memory limit": cgroup_free_bytes(lines, claims)}
 
 
-def require_memory(nbytes, what=None, next_step="lower cpu_pool_size_bytes or raise the limit"):
-    """Refuse pools that the machine or its cgroup cannot hold.
+def lacking_memory(nbytes):
+    """Return (name of the limit, bytes free below it) of a limit that so many bytes exceed, or None."""
+    for what, free in free_memory().items():
+        if free is not None and nbytes > free:
+            return what, free
+    return None
+
+
+def require_memory(nbytes):
+    """Refuse a pool that the machine or its cgroup cannot hold.
 
     Parameters
     ----------
     nbytes : int
-        Bytes that will be touched and pinned.
-    what : str, optional
-        What needs them, for the message; by default a pool of that size.
-    next_step : str
-        How the message ends.
+        Bytes the pool will touch and pin.
 
     Raises
     ------
@@ -145,13 +149,13 @@ def require_memory(nbytes, what=None, next_step="lower cpu_pool_size_bytes or ra
     -----
     Reads `/proc/meminfo` and the cgroup files (v1 and v2); a limit that cannot be read is taken as absent.
     """
-    for limit, free in free_memory().items():
-        if free is not None and nbytes > free:
-            what = what or f"a pool of {bytes_text(nbytes)}"
-            raise PoolExhausted(
-                f"{what} exceeds what {limit} leaves ({bytes_text(free)}, without what other pools have yet to "
-                f"touch); {next_step}"
-            )
+    lacking = lacking_memory(nbytes)
+    if lacking is not None:
+        what, free = lacking
+        raise PoolExhausted(
+            f"a pool of {bytes_text(nbytes)} exceeds what {what} leaves ({bytes_text(free)}, without what other pools "
+            f"have yet to touch); lower cpu_pool_size_bytes or raise the limit"
+        )
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------------
@@ -224,8 +228,9 @@ def _whereabouts(lines):
 
 def _claims(lines):
     """Yield (bytes yet to be touched, folders of the cgroups that they will be counted in) for each pool in sight."""
-    nbytes, own_paths = own_claims()
-    yield nbytes, {folder for folder, _ in _cgroup_folders(lines, "memory")}
+    own = own_claims()
+    yield sum(nbytes for nbytes, _ in own), {folder for folder, _ in _cgroup_folders(lines, "memory")}
+    own_paths = {path for _, path in own}
     here = _whereabouts(lines)[0]
     for path in CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"):
         if os.fsencode(path) in own_paths:
@@ -235,6 +240,17 @@ def _claims(lines):
             namespace, *theirs = content[NUMBER_BYTES:].decode().splitlines()
             folders = _cgroup_folders(theirs if namespace == here else (), "memory")
             yield int.from_bytes(content[:NUMBER_BYTES], sys.byteorder), {folder for folder, _ in folders}
+
+
+def has_pools():
+    """Whether there is a pool in this process, or in one that it started, as far as seen."""
+    if own_claims():
+        return True
+    for path in CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"):
+        status = _read_lines(f"/proc/{path.name.split('-')[2]}/status")
+        if f"PPid:\t{os.getpid()}" in status:
+            return True
+    return False
 
 
 def _read_claim(path):

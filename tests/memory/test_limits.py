@@ -130,7 +130,7 @@ def test_a_pool_that_is_touched_counts_once(memory_of, sharing):
     memory_of(160 * MIB)
     with slow_pool() as first:
         first.wait_ready(20_000)
-        assert limits.own_claims()[0] == 0
+        assert limits.own_claims()[0][0] == 0
         with slow_pool() as second:
             second.wait_ready(20_000)
 
@@ -168,15 +168,15 @@ def test_a_pool_that_could_not_be_registered_claims_nothing(memory_of, sharing, 
         except PoolExhausted:
             assert failing == 1
         for _ in range(400):
-            if limits.own_claims()[0] == 0:
+            if claimed() == 0:
                 break
             threading.Event().wait(0.005)
-        assert limits.own_claims()[0] == 0
+        assert claimed() == 0
 
 
 def test_a_pool_of_the_driver_claims_nothing_once_it_is_there(sharing):
     with PinnedPool(MIB, PAGE, "host", driver_allocated=True):
-        assert limits.own_claims() == (0, set())
+        assert limits.own_claims() == []
 
 
 def test_a_full_folder_or_a_lack_of_descriptors_is_no_obstacle(monkeypatch):
@@ -262,13 +262,14 @@ def test_a_forked_child_neither_takes_nor_gives_back_its_parents_claim(sharing):
     if child == 0:
         seen = claimed()
         del claim
-        os._exit(0 if seen == 64 * MIB and limits.own_claims()[0] == 0 else 1)
+        os._exit(0 if seen == 64 * MIB and limits.own_claims() == [] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert limits.own_claims()[0] == 64 * MIB and len(limits.own_claims()[1]) == 1
-    path = Path(os.fsdecode(*limits.own_claims()[1]))
+    ((nbytes, name),) = limits.own_claims()
+    path = Path(os.fsdecode(name))
+    assert nbytes == 64 * MIB
     assert path.exists() and path.stat().st_mode & 0o777 == 0o600
     del claim
-    assert not path.exists() and limits.own_claims()[0] == 0
+    assert not path.exists() and limits.own_claims() == []
 
 
 @pytest.mark.parametrize("sharing", ["seen by others"], indirect=True)

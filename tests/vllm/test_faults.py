@@ -207,7 +207,7 @@ def test_a_fence_that_could_not_be_put_is_waited_for(make_rig, host):
     def wait_for(job):
         raise DriverError(OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "cuStreamWaitEvent", "")
 
-    part.finish(job, wait_for)
+    part.wait_surely(job, wait_for)
     assert job.done() and job.num_blocks == 1
     opener.join()
 

@@ -17,10 +17,11 @@ from kvortex.integrations.vllm import register
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
-from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
+from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape, require_host_memory
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
 from kvortex.log import Guarded
+from kvortex.memory.limits import has_pools
 
 logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what a connector says
 
@@ -119,6 +120,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             return
         shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
         if role == base.KVConnectorRole.SCHEDULER:
+            if (
+                not has_pools()
+            ):  # without an executor, which has asked before (`ask_early`), and whose workers have some
+                require_host_memory(self._kv_transfer_config, parallel)
             events = vllm_config.kv_events_config
             self.scheduler = SchedulerHalf(
                 shape,
@@ -342,7 +347,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         index = self.scheduler.index.counters()
         now = {"blocks_matched": self.scheduler.blocks_matched, "blocks_evicted": index["evictions"]}
         counters = {name: value - self.counted.get(name, 0) for name, value in now.items()}
-        levels = {"pool_blocks_used": index["num_ready"], "pool_blocks": self.scheduler.shape.num_slots}
+        levels = {"pool_blocks_used": index["num_ready"], "pool_blocks": index["slots_added"]}
         changed = any(counters.values()) or levels != self.counted.get("levels")
         self.counted = {**now, "levels": levels}
         return {**counters, **levels} if changed else {}

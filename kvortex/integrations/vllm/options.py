@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from kvortex import ConfigError, KVortexConfig
+from kvortex import ConfigError, KVortexConfig, PoolExhausted
 from kvortex.config import nearest, parse_bytes
+from kvortex.memory.limits import lacking_memory
 
 PAGE_BYTES = 4096
 ENGINE_OPTIONS = (
@@ -149,6 +150,45 @@ def bytes_of_block(kv_cache_config):
     of_all = hasattr(tensors[0], "layers")
     total_bytes = tensors[0].size if of_all else sum(tensor.size for tensor in tensors)
     return total_bytes // kv_cache_config.num_blocks
+
+
+def require_host_memory(transfer, parallel):
+    """Refuse pools that this node cannot hold: those of all its ranks together, before any of them is there.
+
+    Parameters
+    ----------
+    transfer : KVTransferConfig or None
+        Of vLLM. In a MultiConnector each of ours counts.
+    parallel : ParallelConfig
+        With Ray, which puts ranks where it likes, only each pool asks for itself.
+
+    Raises
+    ------
+    PoolExhausted
+        The message names the limit.
+    ConfigError
+        As from `ConnectorOptions.parse`.
+    """
+    found = [] if transfer is None else [(transfer.kv_connector, transfer.kv_connector_extra_config or {})]
+    asked = 0
+    for name, extra in found:  # which grows
+        if name == "MultiConnector":
+            found += [(one.get("kv_connector"), one.get("kv_connector_extra_config") or {})
+                      for one in extra.get("connectors", ())]  # fmt: skip
+        elif name == "KVortexConnector":
+            asked += ConnectorOptions.parse(extra).engine.cpu_pool_size_bytes
+    if getattr(parallel, "use_ray", False):
+        return
+    num_ranks = max(1, parallel.tensor_parallel_size // getattr(parallel, "nnodes_within_dp", 1))
+    needed = asked // parallel.tensor_parallel_size * num_ranks
+    lacking = lacking_memory(needed) if needed else None
+    if lacking is not None:
+        what, free = lacking
+        raise PoolExhausted(
+            f"cpu_pool_size_bytes is {asked / 2**30:.2f} GiB for all ranks, of which the pools of {num_ranks} on this "
+            f"node take {needed / 2**30:.2f} GiB together, and {what} leaves {free / 2**30:.2f} GiB; lower "
+            f"cpu_pool_size_bytes in kv_connector_extra_config, or raise the limit"
+        )
 
 
 def slot_bytes(block_bytes):

@@ -118,7 +118,7 @@ class WorkerHalf:
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
-        self.next_chunk, self.has_failed = 1, False
+        self.next_chunk, self.has_failed, self.is_incomplete = 1, False, False
         self.counters = {}
 
     def register(self, layout):
@@ -341,6 +341,12 @@ class WorkerHalf:
 
     def take_report(self):
         """A `WorkerReport`, or None when there is nothing to tell."""
+        if self.pool is not None and self.pool.slots_usable < self.pool.num_slots and not self.is_incomplete:
+            self.is_incomplete = True
+            logger.warning(
+                "KVortex: host memory could not be registered, so %d of %d blocks serve; PinnedPool.wait_ready says "
+                "what may be in the way", self.pool.slots_usable, self.pool.num_slots,
+            )  # fmt: skip
         while self.pool is not None:
             first, count = self.shape.chunk(self.next_chunk)
             if not count or self.pool.slots_ready < first + count:
