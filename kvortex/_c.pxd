@@ -154,7 +154,7 @@ cdef extern from "kvortex/driver.h" nogil:
     const int KV_ROW_memcpy_dtod_async, KV_ROW_pointer_get_attribute
 
 
-# kvortex/table.h, entry.h, list.h (index) --------------------------------------------------------------------------
+# kvortex/table.h, entry.h, list.h, lru.h (index) --------------------------------------------------------------------
 cdef extern from "kvortex/status.h" nogil:
     const uint32_t KV_NO_SLOT
     const uint8_t KV_RESERVE_NEW, KV_RESERVE_PRESENT, KV_RESERVE_PENDING, KV_RESERVE_FULL
@@ -165,12 +165,13 @@ cdef extern from "kvortex/entry.h" nogil:
     enum:
         KV_KEY_BYTES
     const uint32_t KV_ABSENT, KV_FREE, KV_WRITING, KV_READY
+    const uint32_t KV_ADMITTED, KV_CLEAN, KV_OFFERED
 
     ctypedef struct kv_key:
         pass
 
     ctypedef struct kv_entry:
-        uint32_t length, pins, mark
+        uint32_t length, pins, mark, facts
 
     kv_key kv_key_load(const uint8_t *bytes)
     kv_key kv_entry_key(const kv_entry *entry)
@@ -180,20 +181,34 @@ cdef extern from "kvortex/entry.h" nogil:
     void kv_entry_prefetch(const kv_entry *entries, uint32_t entry)
     void kv_entry_set_state(kv_entry *entry, uint32_t state)
     void kv_entry_set_discarded(kv_entry *entry)
-    void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
+    void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length, uint32_t facts)
 
 cdef extern from "kvortex/list.h" nogil:
     void kv_list_init(kv_entry *entries, uint32_t sentinel)
     bint kv_list_is_empty(const kv_entry *entries, uint32_t sentinel)
     uint32_t kv_list_first(const kv_entry *entries, uint32_t sentinel)
-    uint32_t kv_list_last(const kv_entry *entries, uint32_t sentinel)
     uint32_t kv_list_before(const kv_entry *entries, uint32_t entry)
     void kv_list_prefetch_neighbours(const kv_entry *entries, uint32_t entry)
     void kv_list_unlink(kv_entry *entries, uint32_t entry)
-    void kv_list_link_after(kv_entry *entries, uint32_t prev, uint32_t entry)
     void kv_list_push_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
     void kv_list_push_last(kv_entry *entries, uint32_t sentinel, uint32_t entry)
-    void kv_list_move_first(kv_entry *entries, uint32_t sentinel, uint32_t entry)
+
+cdef extern from "kvortex/lru.h" nogil:
+    ctypedef struct kv_lru:
+        uint32_t recent, offered
+
+    void kv_lru_init(kv_lru *lru, kv_entry *entries, uint32_t recent, uint32_t offered)
+    uint32_t kv_lru_cold_list(const kv_lru *lru)
+    uint32_t kv_lru_coldest(const kv_lru *lru)
+    uint32_t kv_lru_coldest_recent(const kv_lru *lru)
+    bint kv_lru_is_empty(const kv_lru *lru)
+    void kv_lru_unlink(kv_lru *lru, uint32_t slot)
+    void kv_lru_push(kv_lru *lru, uint32_t slot)
+    void kv_lru_use(kv_lru *lru, uint32_t slot)
+    void kv_lru_use_behind(kv_lru *lru, uint32_t hotter, uint32_t slot)
+    void kv_lru_push_offered(kv_lru *lru, uint32_t slot)
+    void kv_lru_push_coldest_recent(kv_lru *lru, uint32_t slot)
+    void kv_lru_offer_again(kv_lru *lru)
 
 cdef extern from "kvortex/table.h" nogil:
     ctypedef struct kv_table:

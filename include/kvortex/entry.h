@@ -34,6 +34,12 @@ enum { /* states; 0 is what zeroed memory says */
     KV_GENERATION_ONE = 8
 };
 
+enum { /* facts of a tenant, for who keeps copies of it elsewhere */
+    KV_ADMITTED = 1, /* a lower tier is to have it */
+    KV_CLEAN = 2,    /* a lower tier has it */
+    KV_OFFERED = 4   /* the cleaner took it, and nobody has used it since; lru.h */
+};
+
 typedef struct kv_key {
     uint64_t words[KV_KEY_WORDS];
 } kv_key;
@@ -45,6 +51,7 @@ typedef struct kv_entry {
     uint32_t length;          /* bytes this tenant wrote, fixed at reserve */
     uint32_t pins;
     uint32_t mark;            /* 1 while a batch is being validated and this slot was already met in it, else 0 */
+    uint32_t facts;           /* KV_ADMITTED, KV_CLEAN, KV_OFFERED */
 } kv_entry;
 
 _Static_assert(sizeof(kv_entry) == 64, "one entry, one cache line");
@@ -108,7 +115,7 @@ static inline void kv_entry_set_discarded(kv_entry *entry)
 }
 
 /* FREE or READY (then in no bucket any more) -> WRITING for a new tenant. Under the lock. */
-static inline void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
+static inline void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length, uint32_t facts)
 {
     const uint32_t keep = ~(uint32_t)(KV_STATE_MASK | KV_DISCARDED);
     const uint32_t next = (kv_entry_version(entry) & keep) + KV_GENERATION_ONE;
@@ -118,6 +125,7 @@ static inline void kv_entry_begin(kv_entry *entry, kv_key key, uint32_t length)
         atomic_store_explicit(&entry->key[i], key.words[i], memory_order_release);
     entry->length = length;
     entry->pins = 0;
+    entry->facts = facts;
 }
 
 /* True under the lock if the entry's tenant is `key`, whatever its state. */

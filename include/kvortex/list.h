@@ -78,4 +78,17 @@ static inline void kv_list_move_first(kv_entry *entries, uint32_t sentinel, uint
     kv_list_link_after(entries, sentinel, entry);
 }
 
+/* The entries of `other` go behind the last one of the list, in their order; `other` is empty then. */
+static inline void kv_list_append(kv_entry *entries, uint32_t sentinel, uint32_t other)
+{
+    if (kv_list_is_empty(entries, other))
+        return;
+    const uint32_t last = entries[sentinel].prev, first = entries[other].next, end = entries[other].prev;
+    entries[last].next = first;
+    entries[first].prev = last;
+    entries[end].next = sentinel;
+    entries[sentinel].prev = end;
+    kv_list_init(entries, other);
+}
+
 #endif

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from kvortex._c cimport kv_entry, kv_table, pthread_mutex_t
+from kvortex._c cimport kv_entry, kv_lru, kv_table, pthread_mutex_t
 
 
 ctypedef struct IndexCounters:
@@ -22,12 +22,20 @@ ctypedef struct IndexCounters:
     uint32_t num_pinned               # of num_ready
 
 
+ctypedef struct BlockArrays:          # of the caller: room for as many blocks as may come
+    uint32_t *slots
+    uint8_t *keys                     # 32 bytes each
+    uint32_t *lengths
+    uint8_t *facts
+    size_t count                      # how many are there
+
+
 cdef class BlockIndex:
-    cdef kv_entry *entries            # num_slots, two sentinels, the table's memory: one allocation, ours
+    cdef kv_entry *entries            # num_slots, three sentinels, the table's memory: one allocation, ours
     cdef kv_table table
     cdef pthread_mutex_t mutex        # held for memory loops only; lookup_keys never takes it
     cdef uint32_t free_list           # sentinel; first = next to be handed out
-    cdef uint32_t lru_list            # sentinel; first = most recent, last = next victim
+    cdef kv_lru lru                   # which block goes next
     cdef IndexCounters count          # under the mutex
     cdef readonly uint32_t num_slots  # capacity; slots 0 .. num_slots - 1
     cdef readonly size_t memory_bytes
@@ -37,17 +45,26 @@ cdef class BlockIndex:
     # a device or Python; each takes the index's mutex once for the batch (lookup_keys takes none). A slot handed back
     # in the wrong state aborts the process: going on would serve wrong bytes.
     # -> how many are NEW. `chained`: the keys continue `after`, num_after * 32 bytes that may be none. `stops` (may be
-    # NULL) has the slot at which eviction for each key ends.
+    # NULL) has the slot at which eviction for each key ends. The first `num_admitted` of them are a tier's to have.
+    # `victims` (may be NULL) is told what was evicted, n blocks at the most.
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=*, const uint8_t *after=*,
-                             size_t num_after=*, const uint32_t *stops=*) noexcept nogil
-    # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not.
-    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*) noexcept nogil
+                             size_t num_after=*, const uint32_t *stops=*, size_t num_admitted=*,
+                             BlockArrays *victims=*) noexcept nogil
+    # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pinned or not.
+    # `pins` is read at i * pin_step. `clean`: a lower tier has them.
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
+                             uint8_t *statuses=*, bint clean=*) noexcept nogil
     cdef void abort_slots(self, const uint32_t *slots, size_t n) noexcept nogil
-    # lengths NULL: any length will do.
+    # lengths NULL: any length will do. -> how many are pinned: the leading run, or with gaps all that are there.
     cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
-                             uint32_t *slots) noexcept nogil                              # -> leading run, pinned
+                             uint32_t *slots, bint gaps=*) noexcept nogil
     cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil
+    # The cleaner's: the coldest n that it has not passed, pinned; -> how many. Then what came of each, in that order.
+    cdef size_t take_coldest(self, size_t n, BlockArrays *blocks) noexcept nogil
+    cdef void release_offered(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
+                              size_t n) noexcept nogil
+    cdef void take_border_back(self) noexcept nogil
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
     # Tail-first; -> how many are READY; mask (may be NULL) tells which.
     cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=*) noexcept nogil
@@ -63,15 +80,20 @@ cdef class BlockIndex:
     cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil
     cdef uint64_t hash_of(self, uint32_t slot) noexcept nogil
     cdef uint32_t find(self, const uint8_t *key, uint64_t hash) noexcept nogil
-    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too) noexcept nogil
+    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too, BlockArrays *victims) noexcept nogil
+    cdef void note_block(self, BlockArrays *blocks, uint32_t slot) noexcept nogil
+    cdef bint unpin(self, uint32_t slot) noexcept nogil
     cdef size_t touch_locked(self, const uint8_t *keys, size_t n, uint8_t *mask, uint32_t *coldest) noexcept nogil
     cdef void free_slot(self, uint32_t slot) noexcept nogil
     cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
     cdef void drop(self, uint32_t slot) noexcept nogil
-    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil
+    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
+                              uint8_t *statuses, bint clean) noexcept nogil
     cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef void release_locked(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
+                                     size_t n) noexcept nogil
     cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil
     cdef size_t first_not_writing(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef size_t first_not_pinned(self, const uint32_t *slots, size_t n) noexcept nogil

@@ -1,5 +1,5 @@
-from enum import IntEnum
-from typing import Any
+from enum import IntEnum, IntFlag
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,17 @@ class CommitStatus(IntEnum):
     READY = 0
     DISCARDED = 1
 
+class BlockFact(IntFlag):
+    ADMITTED = 1
+    CLEAN = 2
+    OFFERED = 4
+
+class Blocks(NamedTuple):
+    slots: NDArray[np.uint32]
+    keys: NDArray[np.uint8]
+    lengths: NDArray[np.uint32]
+    facts: NDArray[np.uint8]
+
 class BlockIndex:
     num_slots: int
     memory_bytes: int
@@ -28,12 +39,20 @@ class BlockIndex:
         *,
         after: NDArray[np.uint8] | None = None,
         stops: ArrayLike | None = None,
-    ) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]: ...
-    def commit(self, slots: ArrayLike, pin: bool = False) -> NDArray[np.uint8]: ...
+        admit: int = 0,
+        victims: bool = False,
+    ) -> Any: ...  # (slots, statuses), or (slots, statuses, victims)
+    def commit(
+        self, slots: ArrayLike, pin: bool = False, *, pins: ArrayLike | None = None, clean: bool = False
+    ) -> NDArray[np.uint8]: ...
     def abort(self, slots: ArrayLike) -> None: ...
     def lookup(self, keys: NDArray[np.uint8], touch: bool = False) -> tuple[NDArray[np.bool_], int]: ...
-    def acquire(self, keys: NDArray[np.uint8], lengths: ArrayLike | None = None) -> NDArray[np.uint32]: ...
-    def release(self, slots: ArrayLike) -> None: ...
+    def acquire(
+        self, keys: NDArray[np.uint8], lengths: ArrayLike | None = None, *, gaps: bool = False
+    ) -> NDArray[np.uint32]: ...
+    def release(self, slots: ArrayLike, *, offered: ArrayLike | None = None, clean: ArrayLike = False) -> None: ...
+    def coldest(self, n: int) -> Blocks: ...
+    def offer_again(self) -> None: ...
     def touch(self, keys: NDArray[np.uint8]) -> int: ...
     def slots_of(self, keys: NDArray[np.uint8]) -> NDArray[np.uint32]: ...
     def evict(self, n: int) -> int: ...

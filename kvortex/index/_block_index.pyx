@@ -6,7 +6,8 @@ The C headers know buckets, links and fields; here is what they mean: when a slo
 
 import operator
 import os
-from enum import IntEnum
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
 
 import numpy as np
 
@@ -55,6 +56,23 @@ class CommitStatus(IntEnum):
     DISCARDED = _c.KV_COMMIT_DISCARDED  #: forgotten while it was written: the slot is free again, pinned or not
 
 
+class BlockFact(IntFlag):
+    """What an index knows of a block for whoever keeps copies of it on a lower tier."""
+
+    ADMITTED = _c.KV_ADMITTED  #: a lower tier is to have it (`BlockIndex.reserve`, `admit`)
+    CLEAN = _c.KV_CLEAN        #: a lower tier has it
+    OFFERED = _c.KV_OFFERED    #: `BlockIndex.coldest` took it, and nobody has used it since
+
+
+class Blocks(NamedTuple):
+    """Blocks as `BlockIndex.coldest` and `BlockIndex.reserve` tell of them, the first to go first."""
+
+    slots: np.ndarray    # (n,) uint32
+    keys: np.ndarray     # (n, 32) uint8
+    lengths: np.ndarray  # (n,) uint32
+    facts: np.ndarray    # (n,) uint8, a `BlockFact` each
+
+
 cdef class BlockIndex:
     """Map keys to slots, and decide which block goes when room is needed (least recently used first).
 
@@ -92,8 +110,7 @@ cdef class BlockIndex:
         cdef bytes seed = os.urandom(KEY_BYTES)
         self.num_slots = num_slots
         self.free_list = self.num_slots
-        self.lru_list = self.num_slots + 1
-        cdef size_t entries_bytes = (<size_t>self.num_slots + 2) * ENTRY_BYTES
+        cdef size_t entries_bytes = (<size_t>self.num_slots + 3) * ENTRY_BYTES
         self.memory_bytes = entries_bytes + _c.kv_table_bytes(self.num_slots)
         cdef void *memory = NULL
         cdef size_t alignment = HUGE_PAGE_BYTES if self.memory_bytes >= HUGE_PAGE_BYTES else ENTRY_BYTES
@@ -106,7 +123,7 @@ cdef class BlockIndex:
             memset(memory, 0, self.memory_bytes)  # touched now: no page fault later under the lock
         _c.kv_table_init(&self.table, <uint8_t *>memory + entries_bytes, self.entries, self.num_slots, seed)
         _c.kv_list_init(self.entries, self.free_list)
-        _c.kv_list_init(self.entries, self.lru_list)
+        _c.kv_lru_init(&self.lru, self.entries, self.num_slots + 1, self.num_slots + 2)
         _c.pthread_mutex_init(&self.mutex, NULL)
 
     def __dealloc__(self):
@@ -145,7 +162,7 @@ cdef class BlockIndex:
 
     # --- Writing ------------------------------------------------------------------------------------------------
 
-    def reserve(self, keys, lengths, *, after=None, stops=None):
+    def reserve(self, keys, lengths, *, after=None, stops=None, admit=0, bint victims=False):
         """Ask for a slot for each key that is not there yet.
 
         A free slot is taken, else the least recently used block that is not pinned is evicted; where there is none the
@@ -167,6 +184,10 @@ cdef class BlockIndex:
             For each key the slot at which eviction for it ends: neither the block there nor any that was used later is
             evicted, the answer is FULL. `NO_SLOT` where eviction has no such end. For whoever reserves for several
             chains at once, and knows the least recently used block of each.
+        admit : int, default 0
+            How many of the NEW keys, from the first on, a lower tier is to have: a fact of their blocks.
+        victims : bool, default False
+            Also tell which blocks were evicted. A block replaced by one of another length is none of them.
 
         Returns
         -------
@@ -174,9 +195,11 @@ cdef class BlockIndex:
             The caller owns these until `commit` or `abort`; `NO_SLOT` where the status is not NEW.
         statuses : (n,) uint8 array
             A `ReserveStatus` each.
+        victims : Blocks
+            Only where `victims` are asked for.
         """
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
-        cdef size_t n = key_view.shape[0], length_step = 0
+        cdef size_t n = key_view.shape[0], length_step = 0, num_admitted = as_count(admit, "admit")
         # Each key is read twice: one that another thread changed in between would break the table.
         cdef uint8_t copied[SMALL_BATCH * KEY_BYTES]
         cdef const uint8_t *key_ptr = copied
@@ -211,12 +234,16 @@ cdef class BlockIndex:
         slots, statuses = np.empty(n, UINT32), np.empty(n, UINT8)
         cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
         cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
+        cdef BlockArrays noted
+        cdef object blocks = new_blocks(n, &noted) if victims else None
         with nogil:
             self.reserve_keys(key_ptr, length_ptr, length_step, n, slot_ptr, status_ptr, after is not None, after_ptr,
-                              num_after, stop_ptr)
+                              num_after, stop_ptr, num_admitted, &noted if victims else NULL)
+        if victims:
+            return slots, statuses, blocks_so_far(blocks, noted.count)
         return slots, statuses
 
-    def commit(self, slots, bint pin=False):
+    def commit(self, slots, bint pin=False, *, pins=None, bint clean=False):
         """Make written slots visible; the batch is linked tail-first, so that the first slot ends most recently used.
 
         Parameters
@@ -225,6 +252,10 @@ cdef class BlockIndex:
             Slots from `reserve`, completely written.
         pin : bool
             Also pin them, in the same step, as `acquire` would: nothing can evict them in between.
+        pins : (n,) array-like of int, optional
+            Instead of `pin`, how many pins each gets, one for every reader that is to release it; 0 is none.
+        clean : bool
+            A lower tier has them: a fact of the blocks.
 
         Returns
         -------
@@ -237,15 +268,22 @@ cdef class BlockIndex:
         ValueError
             If a slot is not being written, or occurs twice. Then nothing has changed.
         """
-        cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef const uint32_t[::1] slot_view = as_slots(slots), pin_view
         cdef size_t n = slot_view.shape[0], bad
+        cdef uint32_t same = pin
+        cdef const uint32_t *pin_ptr = &same
+        if pins is not None:
+            pin_view = as_slots(pins, "pins")
+            if pin or <size_t>pin_view.shape[0] != n:
+                raise ValueError(f"pins must be {n}, one a slot, and not beside pin=True; got {pin_view.shape[0]}")
+            pin_ptr = &pin_view[0]
         statuses = np.empty(n, UINT8)
         cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
             bad = self.first_not_writing(&slot_view[0], n)
             if bad == n:
-                self.commit_locked(&slot_view[0], n, pin, status_ptr)
+                self.commit_locked(&slot_view[0], n, pin_ptr, pins is not None, status_ptr, clean)
             _c.pthread_mutex_unlock(&self.mutex)
         if bad != n:
             raise bad_slot("commit", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
@@ -309,7 +347,7 @@ cdef class BlockIndex:
                 leading = self.lookup_keys(&key_view[0, 0], n, mask_ptr)
         return mask, leading
 
-    def acquire(self, keys, lengths=None):
+    def acquire(self, keys, lengths=None, *, bint gaps=False):
         """Pin the leading run: the keys before the first that is not READY, or has another length.
 
         A pinned block keeps its slot and its bytes until `release`. Pins count: each acquire wants its own release.
@@ -320,10 +358,13 @@ cdef class BlockIndex:
         lengths : int or (n,) array-like of int, optional
             Bytes the caller is going to read. A block with another length ends the run, and is counted. None takes
             blocks of any length.
+        gaps : bool
+            Pin whatever is there, behind gaps too.
 
         Returns
         -------
         slots : (run,) uint32 array
+            With gaps (n,), `NO_SLOT` where there is none.
         """
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
         cdef size_t n = key_view.shape[0], run, num_lengths = 0
@@ -336,16 +377,24 @@ cdef class BlockIndex:
         slots = np.empty(n, UINT32)
         cdef uint32_t *slot_ptr = <uint32_t *>memory_of(slots)
         with nogil:
-            run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, slot_ptr)
-        return slots[:run]
+            run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, slot_ptr, gaps)
+        return slots if gaps else slots[:run]
 
-    def release(self, slots):
+    def release(self, slots, *, offered=None, clean=False):
         """Unpin; a block whose last pin goes becomes most recently used, the batch tail-first, or free if discarded.
+
+        With `offered` it ends what `coldest` began, and leaves recency as it was: a block that nobody has used
+        meanwhile stays colder than every block that the cleaner has not passed, and hotter than every one that it has.
 
         Parameters
         ----------
         slots : (n,) array-like of int
-            Slots from `acquire` or ``commit(pin=True)``.
+            Slots from `acquire` or ``commit(pin=True)``; with `offered` a batch of `coldest`, in its order.
+        offered : bool or (n,) array-like of bool, optional
+            Whether the cleaner has passed the block. One that it has not, because writing it failed, is the next that
+            `coldest` takes.
+        clean : bool or (n,) array-like of bool, default False
+            With `offered`, whether a lower tier has the block now.
 
         Raises
         ------
@@ -353,15 +402,57 @@ cdef class BlockIndex:
             If a slot is given more often than it is pinned. Then nothing has changed.
         """
         cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef const uint8_t[::1] passed_view, clean_view
         cdef size_t n = slot_view.shape[0], bad
+        cdef bint is_offer = offered is not None
+        if is_offer:
+            passed_view, clean_view = as_flags(offered, n, "offered"), as_flags(clean, n, "clean")
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
             bad = self.first_not_pinned(&slot_view[0], n)
-            if bad == n:
+            if bad == n and is_offer:
+                self.release_offered_locked(&slot_view[0], &passed_view[0], &clean_view[0], n)
+            elif bad == n:
                 self.release_locked(&slot_view[0], n)
             _c.pthread_mutex_unlock(&self.mutex)
         if bad != n:
             raise bad_slot("release", slot_view[bad], bad, self.num_slots, "not pinned, or not so often")
+
+    def coldest(self, n):
+        """Take the coldest blocks that the cleaner has not passed yet: pinned, and offered from now on.
+
+        The cleaner writes them to a lower tier, or not, and gives them back with ``release(slots, offered=True)``,
+        batch after batch in the order of the calls. Whoever uses one meanwhile makes it not offered.
+
+        Parameters
+        ----------
+        n : int
+            The most.
+
+        Returns
+        -------
+        blocks : Blocks
+            With the facts as they are now, OFFERED among them.
+
+        Raises
+        ------
+        ValueError
+            If `n` is negative.
+        """
+        cdef size_t count, most = min(as_count(n, "n"), self.num_slots)
+        cdef BlockArrays noted
+        blocks = new_blocks(most, &noted)
+        with nogil:
+            count = self.take_coldest(most, &noted)
+        return blocks_so_far(blocks, count)
+
+    def offer_again(self):
+        """Let `coldest` begin at the cold end again: nothing is offered any more, the order stays. O(1).
+
+        No batch of `coldest` may be out, or its blocks go behind those that were offered before.
+        """
+        with nogil:
+            self.take_border_back()
 
     def touch(self, keys):
         """Mark blocks as used now, tail-first, so that ``keys[0]`` ends most recent; keys not READY are passed over.
@@ -422,9 +513,7 @@ cdef class BlockIndex:
         ValueError
             If `n` is negative.
         """
-        if operator.index(n) < 0:
-            raise ValueError(f"n must be at least 0, got {n}")
-        cdef size_t count, most = min(operator.index(n), self.num_slots)
+        cdef size_t count, most = min(as_count(n, "n"), self.num_slots)
         with nogil:
             count = self.evict_slots(most)
         return count
@@ -503,19 +592,20 @@ cdef class BlockIndex:
         -------
         info : dict
             ``state`` (``"absent"``, ``"free"``, ``"writing"`` or ``"ready"``), ``discarded``, ``generation`` (tenants
-            so far), ``length``, ``pins`` and ``key`` of the present or last tenant.
+            so far), ``length``, ``pins``, ``facts`` (a `BlockFact`) and ``key`` of the present or last tenant.
         """
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot must be in 0 .. {self.num_slots - 1}, got {slot}")
         cdef _c.kv_entry *entry = &self.entries[<uint32_t>slot]
         cdef _c.kv_key key
-        cdef uint32_t state, generation, length, pins
+        cdef uint32_t state, generation, length, pins, facts
         cdef bint discarded
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
             key = _c.kv_entry_key(entry)
             state, discarded = _c.kv_entry_state(entry), _c.kv_entry_is_discarded(entry)
             generation, length, pins = _c.kv_entry_generation(entry), entry.length, entry.pins
+            facts = entry.facts
             _c.pthread_mutex_unlock(&self.mutex)
         return {
             "state": ("absent", "free", "writing", "ready")[state],
@@ -523,6 +613,7 @@ cdef class BlockIndex:
             "generation": generation,
             "length": length,
             "pins": pins,
+            "facts": BlockFact(facts),
             "key": (<uint8_t *>&key)[:KEY_BYTES],
         }
 
@@ -552,10 +643,11 @@ cdef class BlockIndex:
 
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=False, const uint8_t *after=NULL,
-                             size_t num_after=0, const uint32_t *stops=NULL) noexcept nogil:
+                             size_t num_after=0, const uint32_t *stops=NULL, size_t num_admitted=0,
+                             BlockArrays *victims=NULL) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
-        cdef uint32_t slot, length, scout = self.lru_list
-        cdef uint32_t kept = self.lru_list  # the least recently used block that this batch must not evict; none yet
+        cdef uint32_t slot, length, scout = _c.kv_lru_cold_list(&self.lru)
+        cdef uint32_t kept = self.lru.recent  # the least recently used block that this batch must not evict; none yet
         cdef size_t i, num_new = 0
         cdef _c.kv_entry *entry
         _c.pthread_mutex_lock(&self.mutex)
@@ -577,9 +669,9 @@ cdef class BlockIndex:
                     statuses[i] = _c.KV_RESERVE_PRESENT
                     if entry.pins == 0 and slot != kept:
                         # Among the most recent, and behind what comes before it: heads outlive their tails.
-                        _c.kv_list_unlink(self.entries, slot)
-                        _c.kv_list_link_after(self.entries, kept, slot)
+                        _c.kv_lru_use_behind(&self.lru, kept, slot)
                         kept = slot
+                    entry.facts &= ~_c.KV_OFFERED
                     continue
                 self.count.length_mismatches += 1
                 if entry.pins > 0:
@@ -590,12 +682,13 @@ cdef class BlockIndex:
                 self.forget(slot, hashes[i % CHUNK])
             if _c.kv_list_is_empty(self.entries, self.free_list):
                 scout = self.look_ahead(scout)
-            slot = self.take_slot(kept, stops[i] if stops is not NULL else _c.KV_NO_SLOT)
+            slot = self.take_slot(kept, stops[i] if stops is not NULL else _c.KV_NO_SLOT, victims)
             if slot == _c.KV_NO_SLOT:
                 statuses[i] = _c.KV_RESERVE_FULL
                 self.count.full += 1
                 continue
-            _c.kv_entry_begin(&self.entries[slot], _c.kv_key_load(keys + i * KEY_BYTES), length)
+            _c.kv_entry_begin(&self.entries[slot], _c.kv_key_load(keys + i * KEY_BYTES), length,
+                              _c.KV_ADMITTED if num_new < num_admitted else 0)
             _c.kv_table_insert(&self.table, hashes[i % CHUNK], slot)
             slots[i] = slot
             statuses[i] = _c.KV_RESERVE_NEW
@@ -605,10 +698,11 @@ cdef class BlockIndex:
         _c.pthread_mutex_unlock(&self.mutex)
         return num_new
 
-    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=NULL) noexcept nogil:
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
+                             uint8_t *statuses=NULL, bint clean=False) noexcept nogil:
         cdef size_t num_ready
         _c.pthread_mutex_lock(&self.mutex)
-        num_ready = self.commit_locked(slots, n, pin, statuses)
+        num_ready = self.commit_locked(slots, n, pins, pin_step, statuses, clean)
         _c.pthread_mutex_unlock(&self.mutex)
         return num_ready
 
@@ -618,39 +712,71 @@ cdef class BlockIndex:
         _c.pthread_mutex_unlock(&self.mutex)
 
     cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
-                             uint32_t *slots) noexcept nogil:
+                             uint32_t *slots, bint gaps=False) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
         cdef uint32_t slot
-        cdef size_t i, run = n
+        cdef size_t i, count = 0
+        cdef bint is_there
         cdef _c.kv_entry *entry
+        for i in range(n):
+            slots[i] = _c.KV_NO_SLOT
         _c.pthread_mutex_lock(&self.mutex)
         for i in range(n):
             if i % CHUNK == 0:
                 self.hash_chunk(keys, n, i, hashes)
             slot = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
-            if slot == _c.KV_NO_SLOT or _c.kv_entry_state(&self.entries[slot]) != _c.KV_READY:
-                run = i
+            is_there = slot != _c.KV_NO_SLOT and _c.kv_entry_state(&self.entries[slot]) == _c.KV_READY
+            if is_there and lengths != NULL and self.entries[slot].length != lengths[i * length_step]:
+                self.count.length_mismatches += 1
+                is_there = False
+            if not is_there:
+                if gaps:
+                    continue
                 break
             entry = &self.entries[slot]
-            if lengths != NULL and entry.length != lengths[i * length_step]:
-                self.count.length_mismatches += 1
-                run = i
-                break
             if entry.pins == 0:
-                _c.kv_list_unlink(self.entries, slot)
+                _c.kv_lru_unlink(&self.lru, slot)
                 self.count.num_pinned += 1
             entry.pins += 1
+            entry.facts &= ~_c.KV_OFFERED
             slots[i] = slot
-        self.count.hits += run
-        self.count.misses += n - run
+            count += 1
+        self.count.hits += count
+        self.count.misses += n - count
         _c.pthread_mutex_unlock(&self.mutex)
-        for i in range(run, n):
-            slots[i] = _c.KV_NO_SLOT
-        return run
+        return count
 
     cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil:
         _c.pthread_mutex_lock(&self.mutex)
         self.release_locked(slots, n)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef size_t take_coldest(self, size_t n, BlockArrays *blocks) noexcept nogil:
+        cdef uint32_t slot
+        cdef size_t count = 0
+        _c.pthread_mutex_lock(&self.mutex)
+        while count < n:
+            slot = _c.kv_lru_coldest_recent(&self.lru)
+            if slot == self.lru.recent:
+                break
+            _c.kv_lru_unlink(&self.lru, slot)
+            self.entries[slot].pins = 1
+            self.entries[slot].facts |= _c.KV_OFFERED
+            self.note_block(blocks, slot)
+            count += 1
+        self.count.num_pinned += <uint32_t>count
+        _c.pthread_mutex_unlock(&self.mutex)
+        return count
+
+    cdef void release_offered(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
+                              size_t n) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        self.release_offered_locked(slots, passed, clean, n)
+        _c.pthread_mutex_unlock(&self.mutex)
+
+    cdef void take_border_back(self) noexcept nogil:
+        _c.pthread_mutex_lock(&self.mutex)
+        _c.kv_lru_offer_again(&self.lru)
         _c.pthread_mutex_unlock(&self.mutex)
 
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil:
@@ -704,8 +830,8 @@ cdef class BlockIndex:
         cdef uint32_t slot
         cdef size_t count = 0
         _c.pthread_mutex_lock(&self.mutex)
-        while count < n and not _c.kv_list_is_empty(self.entries, self.lru_list):
-            slot = _c.kv_list_last(self.entries, self.lru_list)
+        while count < n and not _c.kv_lru_is_empty(&self.lru):
+            slot = _c.kv_lru_coldest(&self.lru)
             self.forget(slot, self.hash_of(slot))
             count += 1
         self.count.evictions += count
@@ -749,15 +875,17 @@ cdef class BlockIndex:
 
     # A slot off the free list, or the last of the LRU list unless that is one of those kept; otherwise NO_SLOT, as when
     # everything is pinned or being written.
-    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too) noexcept nogil:
+    cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too, BlockArrays *victims) noexcept nogil:
         cdef uint32_t slot
         if not _c.kv_list_is_empty(self.entries, self.free_list):
             slot = _c.kv_list_first(self.entries, self.free_list)
             self.count.num_free -= 1
-        elif not _c.kv_list_is_empty(self.entries, self.lru_list):
-            slot = _c.kv_list_last(self.entries, self.lru_list)
+        elif not _c.kv_lru_is_empty(&self.lru):
+            slot = _c.kv_lru_coldest(&self.lru)
             if slot == kept or slot == kept_too:
                 return _c.KV_NO_SLOT
+            if victims != NULL:
+                self.note_block(victims, slot)
             _c.kv_table_erase(&self.table, self.hash_of(slot), slot)
             self.count.num_ready -= 1
             self.count.evictions += 1
@@ -766,11 +894,11 @@ cdef class BlockIndex:
         _c.kv_list_unlink(self.entries, slot)
         return slot
 
-    # Takes the scout one block further up from the tail of the LRU list, and asks memory for what evicting that block
-    # will read. A list is a chain of cache misses, each known only after the one before; so somebody walks ahead.
-    # The scout is the sentinel at first. Blocks that move meanwhile lead it astray, which costs speed only.
+    # Takes the scout one block further up from the cold end, and asks memory for what evicting that block will read. A
+    # list is a chain of cache misses, each known only after the one before; so somebody walks ahead. The scout is a
+    # sentinel at first. Blocks that move meanwhile lead it astray, which costs speed only.
     cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil:
-        cdef int steps = AHEAD if scout == self.lru_list else 1
+        cdef int steps = AHEAD if scout == self.lru.recent or scout == self.lru.offered else 1
         while steps > 0:
             scout = _c.kv_list_before(self.entries, scout)
             _c.kv_table_prefetch_home(&self.table, self.hash_of(scout))
@@ -782,6 +910,15 @@ cdef class BlockIndex:
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil:
         _c.kv_table_erase(&self.table, hash, slot)
         self.drop(slot)
+
+    # Writes down what is known of a block, before it goes or while it is pinned.
+    cdef void note_block(self, BlockArrays *blocks, uint32_t slot) noexcept nogil:
+        cdef _c.kv_key key = _c.kv_entry_key(&self.entries[slot])
+        memcpy(blocks.keys + blocks.count * KEY_BYTES, &key, KEY_BYTES)
+        blocks.slots[blocks.count] = slot
+        blocks.lengths[blocks.count] = self.entries[slot].length
+        blocks.facts[blocks.count] = <uint8_t>self.entries[slot].facts
+        blocks.count += 1
 
     # The part of forget after the table: the slot is freed now, or by whoever holds it.
     cdef void drop(self, uint32_t slot) noexcept nogil:
@@ -821,14 +958,16 @@ cdef class BlockIndex:
                 slot = slots[i - 1 - first]
                 if slot != _c.KV_NO_SLOT:
                     count += 1
+                    self.entries[slot].facts &= ~_c.KV_OFFERED
                     if self.entries[slot].pins == 0:
-                        _c.kv_list_move_first(self.entries, self.lru_list, slot)
-                        if coldest != NULL and coldest[0] == self.lru_list:
+                        _c.kv_lru_use(&self.lru, slot)
+                        if coldest != NULL and coldest[0] == self.lru.recent:
                             coldest[0] = slot
             last = first
         return count
 
-    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses) noexcept nogil:
+    cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
+                              uint8_t *statuses, bint clean) noexcept nogil:
         cdef uint32_t slot
         cdef size_t i, num_ready = 0
         cdef bint discarded
@@ -846,11 +985,13 @@ cdef class BlockIndex:
                 continue
             num_ready += 1
             self.count.num_ready += 1
-            if pin:
-                self.entries[slot].pins = 1
+            if clean:
+                self.entries[slot].facts |= _c.KV_CLEAN
+            self.entries[slot].pins = pins[(i - 1) * pin_step]
+            if self.entries[slot].pins:
                 self.count.num_pinned += 1
             else:
-                _c.kv_list_push_first(self.entries, self.lru_list, slot)
+                _c.kv_lru_push(&self.lru, slot)
             _c.kv_entry_set_state(&self.entries[slot], _c.KV_READY)
         return num_ready
 
@@ -877,16 +1018,50 @@ cdef class BlockIndex:
                 continue
             _c.KV_ASSERT(slot < self.num_slots and _c.kv_entry_state(&self.entries[slot]) == _c.KV_READY)
             entry = &self.entries[slot]
-            _c.KV_ASSERT(entry.pins > 0)
-            entry.pins -= 1
-            if entry.pins > 0:
+            entry.facts &= ~_c.KV_OFFERED
+            if self.unpin(slot):
+                _c.kv_lru_push(&self.lru, slot)
+
+    # In the order in which they were taken, for those that passed; the others go back as they were, the coldest last.
+    cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
+                                     size_t n) noexcept nogil:
+        cdef size_t i
+        cdef _c.kv_entry *entry
+        for i in range(n):
+            if not passed[i]:
                 continue
-            self.count.num_pinned -= 1
-            if _c.kv_entry_is_discarded(entry):
-                self.count.num_ready -= 1
-                self.free_slot(slot)
-            else:
-                _c.kv_list_push_first(self.entries, self.lru_list, slot)
+            entry = &self.entries[slots[i]]
+            if clean[i]:
+                entry.facts |= _c.KV_CLEAN
+            if self.unpin(slots[i]):
+                if entry.facts & _c.KV_OFFERED:
+                    _c.kv_lru_push_offered(&self.lru, slots[i])
+                else:  # used meanwhile
+                    _c.kv_lru_push(&self.lru, slots[i])
+        for i in range(n, 0, -1):
+            if passed[i - 1]:
+                continue
+            entry = &self.entries[slots[i - 1]]
+            if self.unpin(slots[i - 1]):
+                if entry.facts & _c.KV_OFFERED:
+                    _c.kv_lru_push_coldest_recent(&self.lru, slots[i - 1])
+                else:
+                    _c.kv_lru_push(&self.lru, slots[i - 1])
+            entry.facts &= ~_c.KV_OFFERED
+
+    # Takes one pin back. True if it was the last one of a block that stays, which belongs on a list now.
+    cdef bint unpin(self, uint32_t slot) noexcept nogil:
+        cdef _c.kv_entry *entry = &self.entries[slot]
+        _c.KV_ASSERT(slot < self.num_slots and _c.kv_entry_state(entry) == _c.KV_READY and entry.pins > 0)
+        entry.pins -= 1
+        if entry.pins > 0:
+            return False
+        self.count.num_pinned -= 1
+        if not _c.kv_entry_is_discarded(entry):
+            return True
+        self.count.num_ready -= 1
+        self.free_slot(slot)
+        return False
 
     cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil:
         cdef uint32_t slot
@@ -932,6 +1107,33 @@ cdef void *memory_of(object made_here) except? NULL:
     PyObject_GetBuffer(made_here, &buffer, PyBUF_WRITABLE)
     PyBuffer_Release(&buffer)
     return buffer.buf
+
+
+cdef object new_blocks(size_t n, BlockArrays *noted):
+    """`Blocks` with room for n, and where their arrays begin."""
+    blocks = Blocks(np.empty(n, UINT32), np.empty((n, KEY_BYTES), UINT8), np.empty(n, UINT32), np.empty(n, UINT8))
+    noted.slots, noted.keys = <uint32_t *>memory_of(blocks.slots), <uint8_t *>memory_of(blocks.keys)
+    noted.lengths, noted.facts = <uint32_t *>memory_of(blocks.lengths), <uint8_t *>memory_of(blocks.facts)
+    noted.count = 0
+    return blocks
+
+
+cdef object blocks_so_far(object blocks, size_t count):
+    return Blocks(*[array[:count] for array in blocks])
+
+
+cdef object as_count(object n, str name):
+    if operator.index(n) < 0:
+        raise ValueError(f"{name} must be at least 0, got {n}")
+    return min(operator.index(n), 0xFFFFFFFF)
+
+
+cdef object as_flags(object flags, size_t n, str name):
+    """One bool for each of n, as bytes."""
+    array = np.asarray(flags)
+    if array.dtype != BOOL or array.shape not in ((), (n,)):
+        raise ValueError(f"{name} must be a bool or {n}, one a slot; got dtype {array.dtype}, shape {array.shape}")
+    return np.array(np.broadcast_to(array, (n,)), order="C").view(UINT8)
 
 
 cdef object as_uint32(object values, str name):

@@ -54,7 +54,7 @@ static kv_key make_key(uint64_t kind, uint64_t low, uint64_t high)
 
 static void publish(uint32_t slot, kv_key key, int commit)
 {
-    kv_entry_begin(&entries[slot], key, 100);
+    kv_entry_begin(&entries[slot], key, 100, 0);
     kv_table_insert(&table, kv_table_hash(&table, &key), slot);
     if (commit)
         kv_entry_set_state(&entries[slot], KV_READY);
@@ -139,7 +139,7 @@ static void *replace_main(void *unused)
     for (uint64_t round = 0; atomic_load_explicit(&seen_now, memory_order_relaxed) < ROUNDS; round++) {
         if (round % 3 != 0) /* else as an eviction does it, which spares the detour */
             kv_entry_set_state(&entries[0], KV_FREE);
-        kv_entry_begin(&entries[0], make_key(1, round % 2, round % 2), 0);
+        kv_entry_begin(&entries[0], make_key(1, round % 2, round % 2), 0, 0);
         kv_entry_set_state(&entries[0], KV_READY);
     }
     atomic_store_explicit(&round_now, ROUNDS, memory_order_relaxed);
@@ -182,7 +182,7 @@ static void check_collisions(void)
         if (there[slot]) {
             kv_table_erase(&table, hashes[slot % 3], slot);
         } else {
-            kv_entry_begin(&entries[slot], key, 0);
+            kv_entry_begin(&entries[slot], key, 0, 0);
             kv_table_insert(&table, hashes[slot % 3], slot);
         }
         there[slot] = !there[slot];

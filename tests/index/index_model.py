@@ -4,17 +4,21 @@ from collections import OrderedDict
 
 
 class Model:
-    """Holds every slot as a dict; `ready` is ordered, coldest first, and holds what may be evicted."""
+    """Holds every slot as a dict. What may be evicted is in `offered` or in `ready`, coldest first in both.
+
+    `offered` holds what a cleaner has passed, and goes first.
+    """
 
     def __init__(self):
-        self.free, self.by_key, self.slots, self.ready = [], {}, {}, OrderedDict()
+        self.free, self.by_key, self.slots = [], {}, {}
+        self.ready, self.offered = OrderedDict(), OrderedDict()
 
     def add(self, first, count):
         self.free += range(first, first + count)
 
-    def reserve_all(self, keys, length, after=None, stops=None):
+    def reserve_all(self, keys, length, after=None, stops=None, admit=0):
         """A batch: with `after`, everything there of the chain is used now, the head last."""
-        self.kept = []  # in the order of the chain
+        self.kept, self.victims, self.admit = [], [], admit  # kept: in the order of the chain
         if after is not None:
             self.touch(keys)
             self.touch(after)
@@ -37,22 +41,26 @@ class Model:
             self.forget(key)
             self.kept = [other for other in self.kept if other != slot]
         if not self.free:
-            if not self.ready or next(iter(self.ready)) in (*self.kept, stop):
+            if self.coldest_slot() in (None, *self.kept, stop):
                 return None, "full"
+            self.victims.append(self.slots[self.coldest_slot()])
             self.evict()
         slot = self.free.pop(0)
         self.by_key[key] = slot
-        self.slots[slot] = {"key": key, "length": length, "written": False, "pins": 0, "gone": False}
+        facts = {"admitted"} if self.admit > 0 else set()
+        self.admit -= 1
+        self.slots[slot] = {"key": key, "length": length, "written": False, "pins": 0, "gone": False, "facts": facts}
         return slot, "new"
 
-    def commit(self, slots, pin):
-        for slot in reversed(slots):
+    def commit(self, slots, pins, clean):
+        for slot, count in reversed([*zip(slots, pins, strict=True)]):
             block = self.slots[slot]
             block["written"] = True
+            block["facts"] |= {"clean"} if clean else set()
             if block["gone"]:
                 self.drop(slot)
-            elif pin:
-                block["pins"] = 1
+            elif count:
+                block["pins"] = count
             else:
                 self.ready[slot] = None
 
@@ -65,42 +73,91 @@ class Model:
     def has(self, key):
         return key in self.by_key and self.slots[self.by_key[key]]["written"]
 
-    def acquire(self, keys, length):
+    def acquire(self, keys, length, gaps):
         taken = []
         for key in keys:
             if not self.has(key) or self.slots[self.by_key[key]]["length"] != length:
-                break
-            self.slots[self.by_key[key]]["pins"] += 1
-            self.ready.pop(self.by_key[key], None)
-            taken.append(self.by_key[key])
+                if not gaps:
+                    break
+                taken.append(None)
+                continue
+            slot = self.by_key[key]
+            self.slots[slot]["pins"] += 1
+            self.slots[slot]["facts"] -= {"offered"}
+            self.unlink(slot)
+            taken.append(slot)
         return taken
 
     def release(self, slots):
         for slot in reversed(slots):
-            self.slots[slot]["pins"] -= 1
-            if not self.slots[slot]["pins"]:
-                if self.slots[slot]["gone"]:
-                    self.drop(slot)
-                else:
-                    self.ready[slot] = None
+            self.slots[slot]["facts"] -= {"offered"}
+            if self.unpin(slot):
+                self.ready[slot] = None
+
+    def unpin(self, slot):
+        block = self.slots[slot]
+        block["pins"] -= 1
+        if block["pins"] == 0 and block["gone"]:
+            self.drop(slot)
+        return block["pins"] == 0 and not block["gone"]
+
+    def coldest(self, n):
+        taken = list(self.ready)[:n]
+        for slot in taken:
+            del self.ready[slot]
+            self.slots[slot]["pins"] = 1
+            self.slots[slot]["facts"] |= {"offered"}
+        return taken
+
+    def release_offered(self, slots, passed, clean):
+        failed = []
+        for slot, has_passed, is_clean in zip(slots, passed, clean, strict=True):
+            block = self.slots[slot]
+            if not has_passed:
+                failed.append(slot)
+                continue
+            block["facts"] |= {"clean"} if is_clean else set()
+            if self.unpin(slot):
+                (self.offered if "offered" in block["facts"] else self.ready)[slot] = None
+        for slot in reversed(failed):
+            block = self.slots[slot]
+            if self.unpin(slot):
+                self.ready[slot] = None
+                if "offered" in block["facts"]:
+                    self.ready.move_to_end(slot, last=False)
+            block["facts"] -= {"offered"}
+
+    def offer_again(self):
+        self.ready = OrderedDict.fromkeys([*self.offered, *self.ready])
+        self.offered.clear()
 
     def touch(self, keys):
         for key in reversed(keys):
-            if self.has(key) and self.by_key[key] in self.ready:
-                self.ready.move_to_end(self.by_key[key])
+            if self.has(key):
+                slot = self.by_key[key]
+                self.slots[slot]["facts"] -= {"offered"}
+                if self.unlink(slot):
+                    self.ready[slot] = None
+
+    def unlink(self, slot):
+        """Whether it was on one of the lists."""
+        was_linked = slot in self.ready or slot in self.offered
+        self.ready.pop(slot, None)
+        self.offered.pop(slot, None)
+        return was_linked
+
+    def coldest_slot(self):
+        return next(iter([*self.offered, *self.ready]), None)
 
     def evict(self):
-        if not self.ready:
-            return False
-        self.forget(self.slots[next(iter(self.ready))]["key"])
-        return True
+        slot = self.coldest_slot()
+        return slot is not None and self.forget(self.slots[slot]["key"])
 
     def forget(self, key):
         slot = self.by_key.pop(key, None)
         if slot is None:
             return False
-        if slot in self.ready:
-            del self.ready[slot]
+        if self.unlink(slot):
             self.drop(slot)
         else:
             self.slots[slot]["gone"] = True

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from index_model import Model
 
-from kvortex.index import BlockIndex
+from kvortex.index import BlockFact, BlockIndex
 
 NO_SLOT = 4294967295
 ANSWERS = ["new", "present", "pending", "full"]
@@ -22,12 +22,18 @@ def rows(keys):
     return np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), 32)
 
 
+def told(blocks):
+    """Key, length and facts of each, as the model names them."""
+    facts = [{fact.name.lower() for fact in BlockFact if fact & int(bits)} for bits in blocks.facts]
+    return [*zip([key.tobytes() for key in blocks.keys], blocks.lengths.tolist(), facts, strict=True)]
+
+
 class IndexBesideModel(RuleBasedStateMachine):
     @initialize(capacity=st.integers(1, 8), data=st.data())
     def start(self, capacity, data):
         self.index, self.model = BlockIndex(capacity), Model()
         self.capacity, self.added = capacity, 0
-        self.writing, self.pinned = [], []
+        self.writing, self.pinned, self.taken = [], [], []  # taken: batches that the cleaner has
         self.grow(data)
 
     @rule(data=st.data())
@@ -37,15 +43,24 @@ class IndexBesideModel(RuleBasedStateMachine):
         self.model.add(self.added, count)
         self.added += count
 
-    @rule(keys=batches, length=lengths, after=st.none() | chains, data=st.data())
-    def reserve(self, keys, length, after, data):
+    @rule(
+        keys=batches,
+        length=lengths,
+        after=st.none() | chains,
+        admit=st.integers(0, 3),
+        tell=st.booleans(),
+        data=st.data(),
+    )
+    def reserve(self, keys, length, after, admit, tell, data):
         stops = data.draw(st.none() | st.lists(st.integers(0, 9), min_size=len(keys), max_size=len(keys)))
-        given = {} if after is None else {"after": rows(after)}
-        slots, statuses = self.index.reserve(rows(keys), length, stops=stops, **given)
-        expected = self.model.reserve_all(keys, length, after, stops)
+        given = {"admit": admit, "victims": tell} | ({} if after is None else {"after": rows(after)})
+        slots, statuses, *victims = self.index.reserve(rows(keys), length, stops=stops, **given)
+        expected = self.model.reserve_all(keys, length, after, stops, admit)
         assert [ANSWERS[status] for status in statuses] == [answer for _, answer in expected]
         assert slots.tolist() == [NO_SLOT if slot is None else slot for slot, _ in expected]
         self.writing += [slot for slot, _ in expected if slot is not None]
+        if tell:
+            assert told(victims[0]) == [(block["key"], block["length"], block["facts"]) for block in self.model.victims]
 
     def draw_some(self, data, slots):
         chosen = data.draw(st.permutations(slots))[: data.draw(st.integers(0, len(slots)))]
@@ -53,14 +68,20 @@ class IndexBesideModel(RuleBasedStateMachine):
             slots.remove(slot)
         return chosen
 
-    @rule(data=st.data(), pin=st.booleans())
-    def commit(self, data, pin):
+    @rule(data=st.data(), pin=st.none() | st.booleans(), clean=st.booleans())
+    def commit(self, data, pin, clean):
         slots = self.draw_some(data, self.writing)
         gone = [self.model.slots[slot]["gone"] for slot in slots]
-        assert self.index.commit(slots, pin=pin).tolist() == gone
-        self.model.commit(slots, pin)
-        if pin:
-            self.pinned += [slot for slot, was_gone in zip(slots, gone, strict=True) if not was_gone]
+        pins = (
+            [int(pin)] * len(slots)
+            if pin is not None
+            else data.draw(st.lists(st.integers(0, 3), min_size=len(slots), max_size=len(slots)))
+        )
+        given = {"pins": pins} if pin is None else {"pin": pin}
+        assert self.index.commit(slots, clean=clean, **given).tolist() == gone
+        self.model.commit(slots, pins, clean)
+        for slot, count, was_gone in zip(slots, pins, gone, strict=True):
+            self.pinned += [slot] * (0 if was_gone else count)
 
     @rule(data=st.data())
     def abort(self, data):
@@ -68,17 +89,42 @@ class IndexBesideModel(RuleBasedStateMachine):
         self.index.abort(slots)
         self.model.abort(slots)
 
-    @rule(keys=batches, length=lengths)
-    def acquire(self, keys, length):
-        slots = self.index.acquire(rows(keys), length).tolist()
-        assert slots == self.model.acquire(keys, length)
-        self.pinned += slots
+    @rule(keys=batches, length=lengths, gaps=st.booleans())
+    def acquire(self, keys, length, gaps):
+        slots = [
+            None if slot == NO_SLOT else slot for slot in self.index.acquire(rows(keys), length, gaps=gaps).tolist()
+        ]
+        assert slots == self.model.acquire(keys, length, gaps)
+        self.pinned += [slot for slot in slots if slot is not None]
 
     @rule(data=st.data())
     def release(self, data):
         slots = self.draw_some(data, self.pinned)
         self.index.release(slots)
         self.model.release(slots)
+
+    @rule(n=st.integers(0, 4))
+    def coldest(self, n):
+        blocks = self.index.coldest(n)
+        expected = self.model.coldest(n)
+        assert blocks.slots.tolist() == expected
+        known = [self.model.slots[slot] for slot in expected]
+        assert told(blocks) == [(block["key"], block["length"], block["facts"]) for block in known]
+        self.taken.append(expected)
+
+    @rule(data=st.data())
+    def release_offered(self, data):
+        if self.taken:
+            slots = self.taken.pop(0)
+            flags = st.lists(st.booleans(), min_size=len(slots), max_size=len(slots))
+            passed, clean = data.draw(flags), data.draw(flags)
+            self.index.release(slots, offered=np.array(passed, bool), clean=np.array(clean, bool))
+            self.model.release_offered(slots, passed, clean)
+
+    @rule()
+    def offer_again(self):
+        self.index.offer_again()
+        self.model.offer_again()
 
     @rule(keys=batches, with_mask=st.booleans())
     def touch(self, keys, with_mask):
@@ -125,6 +171,8 @@ class IndexBesideModel(RuleBasedStateMachine):
         assert now["num_free"] == len(self.model.free)
         assert (now["num_writing"], now["num_ready"]) == (states["writing"], states["ready"])
         assert now["num_pinned"] == sum(block["pins"] > 0 for block in blocks)
+        for slot, block in self.model.slots.items():
+            assert self.index.slot_info(slot)["facts"] == sum(BlockFact[fact.upper()] for fact in block["facts"])
 
 
 TestIndexBesideModel = IndexBesideModel.TestCase
