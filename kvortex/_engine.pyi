@@ -13,6 +13,8 @@ from kvortex.transfer import Job, JobSignals, KVLayout, TransferQueue
 class BlockHits(NamedTuple):
     leading: int
     mask: NDArray[np.bool_]
+    where: NDArray[np.uint8]
+    leading_anywhere: int
 
 class EngineCore:
     device: Device

@@ -38,8 +38,10 @@ cdef uint32_t NO_PINS = 0
 class BlockHits(NamedTuple):
     """The answer of `check_blocks`."""
 
-    leading: int        # blocks of the leading run: the usable prefix
-    mask: np.ndarray    # bool (n,): which keys are in RAM
+    leading: int           # blocks of the leading run in RAM: what `load_blocks` brings at once
+    mask: np.ndarray       # bool (n,): which keys are in RAM
+    where: np.ndarray      # uint8 (n,): 0 nowhere, 1 in RAM, from 2 on the lower tiers: names of levels, not an order
+    leading_anywhere: int  # blocks of the leading run over all levels
 
 
 cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
@@ -194,8 +196,10 @@ cdef class EngineCore:
         Returns
         -------
         BlockHits
-            ``leading``, a count, and ``mask``, a bool for each key. A block may be evicted before it is loaded;
-            `Job.num_blocks` is the truth.
+            ``leading``, how many keys from the first on are in RAM without a gap; ``mask``, a bool for each key: in RAM
+            or not; ``where``, for each key the level that has it, 0 for none and 1 for RAM; ``leading_anywhere``, how
+            many keys from the first on some level has. A block may be evicted before it is loaded; `Job.num_blocks` is
+            the truth.
 
         Raises
         ------
@@ -211,8 +215,8 @@ cdef class EngineCore:
         cdef const uint8_t[:, ::1] rows = as_keys(keys)
         cdef size_t n = rows.shape[0], leading = 0
         cdef uint64_t start
-        mask = np.zeros(n, dtype=np.bool_)
-        cdef uint8_t[::1] bits = mask.view(np.uint8)
+        where = np.zeros(n, dtype=np.uint8)
+        cdef uint8_t[::1] bits = where
         self.enter_call()
         try:
             with nogil:
@@ -226,7 +230,7 @@ cdef class EngineCore:
                 _c.kv_monitor_unlock(&self.counting)
         finally:
             self.calls -= 1
-        return BlockHits(leading, mask)
+        return BlockHits(leading, where.view(np.bool_), where, leading)
 
     def touch_blocks(self, keys):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.

@@ -366,6 +366,13 @@ def test_pool_of_two_slots_works(make_bench):
         assert bench.holds(9, key_id)
 
 
+def test_hits_say_where_each_block_is(bench):
+    bench.saved([1, 2, 4])
+    hits = bench.engine.check_blocks(keys_of([1, 2, 3, 4]))
+    assert (hits.leading, hits.leading_anywhere) == (2, 2)
+    assert hits.mask.tolist() == [True, True, False, True] and hits.where.tolist() == [1, 1, 0, 1]
+
+
 # 16: a chain never eats itself
 
 
