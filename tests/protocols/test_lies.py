@@ -111,7 +111,8 @@ class Capsules(Producer):
         return self.capsule
 
 
-FOREIGN_CAPSULE = ctypes.pythonapi.PyCapsule_New(ADDRESS, b"something else", producers.Destructor())
+FOREIGN_NAME = b"something else"  # a capsule keeps the pointer only
+FOREIGN_CAPSULE = producers.python.PyCapsule_New(ADDRESS, FOREIGN_NAME, producers.Destructor())
 DEVICES = [None, 1, "ab", (), (1,), (1, 0, 0), (1.0, 0), ("1", 0), (True, 0), (None, 0), (-1, 0), (HUGE, 0), {1: 0}]
 DLPACK = {
     **{f"device {value!r}": lambda value=value: Producer(ARRAY, device=value) for value in DEVICES},
