@@ -143,15 +143,23 @@ def test_a_pool_that_is_closed(device, host):
     """Thousands of chunks, so that giving them back takes a while."""
     pool = kvortex.PinnedPool(64 * MIB, 4096, device, first_chunk_bytes=4096, chunk_bytes=4096)
     pool.wait_ready(60_000)
-    view = pool.view(5)
+    view, address = pool.view(5), pool.address(5)
     view[:1] = b"\x05"
     registered = host.live_objects()["registrations"]
     interrupted(pool.close, ready=lambda: host.live_objects()["registrations"] < registered)
     assert view[0] == 5
     with pytest.raises(kvortex.EngineClosed):
         pool.view(5)
+    view.release()
+    assert is_mapped(address), "the rest is still registered"
     pool.close()
-    assert view[0] == 5, "a view keeps the mapping"
+    assert not is_mapped(address)
+
+
+def is_mapped(address):
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps]
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
 
 
 def test_a_handler_may_shut_down_what_is_being_shut_down(device, stream, host):
