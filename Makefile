@@ -35,7 +35,7 @@ export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu test-mutants test-vllm test-vllm-all soak bench bench-gpu bench-baseline bench-compare
+.PHONY: help build demo test test-gpu test-mutants test-vllm test-vllm-all test-vllm-peers soak bench bench-gpu bench-baseline bench-compare
 .PHONY: lint sanitize coverage annotate clean debug
 .NOTPARALLEL:
 
@@ -89,6 +89,19 @@ test-vllm: build  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an e
 test-vllm-all: test-vllm  ## in 0.26 and 0.33 as well, where only the scheduler runs
 	$(call RUN_VLLM,0.26.0,--ignore=tests/vllm/test_engine.py)
 	$(call RUN_VLLM,0.33.0,--ignore=tests/vllm/test_engine.py)
+
+# Fetched from the package index, never kept here; whatever lies in build/vllm-peers is made anew when its pins change.
+PEERS := $(CURDIR)/build/vllm-peers
+test-vllm-peers: build  ## vLLM's own tests of its scheduler and its connectors, with KVortex's in place of theirs
+	@.ci/system-packages $(PYTHON_VLLM)
+	@.ci/vllm-env $(PYTHON_VLLM) 0.32.0 $(VLLM_VENVS)/0.32.0
+	@{ $(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    $(VLLM_VENVS)/0.32.0/bin/python setup.py -q build_ext --inplace; }
+	$(VLLM_VENVS)/0.32.0/bin/python tests/vllm/peers/fetch.py $(PEERS)
+	PYTHONPATH=$(PEERS):$(CURDIR):$(CURDIR)/tests/vllm/peers HF_HUB_CACHE=$(PEERS)/hub HF_HUB_OFFLINE=1 \
+	    VLLM_CACHE_ROOT=$(PEERS) VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 \
+	    $(abspath $(VLLM_VENVS)/0.32.0)/bin/python -m pytest -c $(PEERS)/pytest.ini --rootdir $(PEERS) \
+	    -p kvortex_beside -p no:cacheprovider -W ignore -q --timeout 120 $(PEERS)/tests $(PYTEST_ARGS)
 
 soak: build  ## the tests at full counts (hours)
 	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)
