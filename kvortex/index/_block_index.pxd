@@ -82,7 +82,6 @@ cdef class BlockIndex:
     cdef uint32_t find(self, const uint8_t *key, uint64_t hash) noexcept nogil
     cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too, BlockArrays *victims) noexcept nogil
     cdef void note_block(self, BlockArrays *blocks, uint32_t slot) noexcept nogil
-    cdef bint unpin(self, uint32_t slot) noexcept nogil
     cdef size_t touch_locked(self, const uint8_t *keys, size_t n, uint8_t *mask, uint32_t *coldest) noexcept nogil
     cdef void free_slot(self, uint32_t slot) noexcept nogil
     cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil

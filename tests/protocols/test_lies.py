@@ -135,7 +135,10 @@ DLPACK = {
     "the CPU said to be a GPU": lambda: Producer(ARRAY, device=(CUDA, 0), device_type=1),
     "another GPU said to be the CPU": lambda: Producer(ARRAY, device_type=ROCM),
     "no device": lambda: Producer(ARRAY, device_type=0),
-    **{f"capsule {value!r}": lambda value=value: Capsules(value) for value in (None, 5, "ab", ARRAY, FOREIGN_CAPSULE)},
+    **{
+        f"capsule of {type(value).__name__}": lambda value=value: Capsules(value)
+        for value in (None, 5, "ab", ARRAY, FOREIGN_CAPSULE)
+    },
 }
 
 
