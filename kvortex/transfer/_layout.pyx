@@ -302,6 +302,9 @@ cdef object integers(object items, str name, object count=None):
     return array
 
 
+@cython.boundscheck(False)  # the loop looks at each id of a call
+@cython.wraparound(False)
+@cython.initializedcheck(False)
 cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
     """Device block ids as an int64 array, each checked against the layout."""
     cdef int64_t[::1] ids = np.asarray(integers(block_ids, "block_ids"), dtype=np.int64)
