@@ -113,7 +113,8 @@ class WorkerHalf:
         self.device = self.pool = self.saver = self.loader = self.compute = self.layout = self.verifier = None
         self.wanted, self.submitter = SimpleQueue(), None  # loads, in the order in which they are submitted
         self.running = {}  # by number, ascending
-        # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it.
+        # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it. It
+        # stands behind the queues, which wait for their copies when they are dropped.
         self.tensors, self.tensors_in_use = [], ()
         self.aborted = set()
         self.received, self.load_errors = set(), set()
