@@ -155,7 +155,9 @@ class KVortexEngine(EngineCore):
         """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
 
         Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
-        their memory is then leaked on purpose, because a copy may still be running into it.
+        their memory is then leaked on purpose, because a copy may still be running into it. Ctrl-C ends the waiting:
+        then new calls are refused, jobs in flight go on and are retired, and another call, or the end of the engine or
+        of the interpreter, does the rest.
         """
         if self.device is None or self.device.pid != os.getpid():
             return  # never created; or the engine is the parent's, and so is whoever holds the lock
