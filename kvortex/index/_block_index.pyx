@@ -1087,8 +1087,8 @@ cdef class BlockIndex:
         return bad
 
 
-# Takes one pin back. True if it was the last one of a block that stays, which belongs on a list now. No method: those are
-# not inlined, and a release would take a tenth longer.
+# Takes one pin back. True if it was the last one of a block that stays, which belongs on a list now. No method, because
+# those are not inlined, and a release would take a tenth longer.
 cdef inline bint unpin(BlockIndex index, uint32_t slot, _c.kv_entry *entry) noexcept nogil:
     _c.KV_ASSERT(slot < index.num_slots and _c.kv_entry_state(entry) == _c.KV_READY and entry.pins > 0)
     entry.pins -= 1

@@ -168,7 +168,7 @@ def test_memory_is_not_given_away_under_a_call_of_another_thread(pool, stream, h
     host.count_calls()
     target, argument, row = {
         "fill": (buffer.fill, 1, "memset_d8_async"),
-        "copy": (buffer.copy_from, bytes(4096), "memcpy_htod_async"),
+        "copy": (buffer.copy_from, bytes(4096), "stream_query"),
     }[call]
     calling = threading.Thread(target=target, args=[argument])
     calling.start()
