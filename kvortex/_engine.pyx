@@ -32,7 +32,6 @@ from kvortex.log import log
 from kvortex.stats import EngineStats
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
-cdef uint32_t NO_PINS = 0
 
 
 class BlockHits(NamedTuple):
@@ -663,7 +662,7 @@ cdef class EngineCore:
         if code:
             self.failure = code  # the context is dead: slots stay as they are, nothing is reused
         elif direction == D2H:
-            committed = self.index.commit_slots(job.slots, job.num_slots, &NO_PINS, 0)
+            committed = self.index.commit_slots(job.slots, job.num_slots, False)
         else:
             self.index.release_slots(job.slots, job.num_slots)
         elapsed_ns = _c.kv_now_ns() - job.start_ns

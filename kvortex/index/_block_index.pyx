@@ -698,11 +698,11 @@ cdef class BlockIndex:
         _c.pthread_mutex_unlock(&self.mutex)
         return num_new
 
-    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
-                             uint8_t *statuses=NULL, bint clean=False) noexcept nogil:
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=NULL) noexcept nogil:
+        cdef uint32_t pins = pin
         cdef size_t num_ready
         _c.pthread_mutex_lock(&self.mutex)
-        num_ready = self.commit_locked(slots, n, pins, pin_step, statuses, clean)
+        num_ready = self.commit_locked(slots, n, &pins, 0, statuses, False)
         _c.pthread_mutex_unlock(&self.mutex)
         return num_ready
 
