@@ -120,9 +120,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             return
         shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
         if role == base.KVConnectorRole.SCHEDULER:
-            if (
-                not has_pools()
-            ):  # without an executor, which has asked before (`ask_early`), and whose workers have some
+            # Else an executor has asked before (`ask_early`), and its workers have their pools.
+            if not has_pools():
                 require_host_memory(self._kv_transfer_config, parallel)
             events = vllm_config.kv_events_config
             self.scheduler = SchedulerHalf(

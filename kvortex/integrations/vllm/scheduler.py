@@ -207,7 +207,7 @@ class SchedulerHalf:
         if first:  # hits on the device are hits
             self.index.touch(as_keys(names_of(request, 0, first)))
         if first or count:  # both are used now, the tail of each before its head, and what is loaded last
-            (state.stop,) = names_of(request, (first or count) - 1, first or count)
+            state.stop = next(iter(names_of(request, (first or count) - 1, first or count)), None)
             state.is_cut = False
         if not count:
             if first is not None:
