@@ -38,7 +38,7 @@ class BlockHits(NamedTuple):
     """The answer of `check_blocks`."""
 
     leading: int           # blocks of the leading run in RAM: what `load_blocks` brings at once
-    mask: np.ndarray       # bool (n,): which keys are in RAM
+    mask: np.ndarray       # bool (n,): which keys are in RAM; today a view of `where`
     where: np.ndarray      # uint8 (n,): 0 nowhere, 1 in RAM, from 2 on the lower tiers: names of levels, not an order
     leading_anywhere: int  # blocks of the leading run over all levels
 

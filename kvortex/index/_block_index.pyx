@@ -405,6 +405,8 @@ cdef class BlockIndex:
         cdef const uint8_t[::1] passed_view, clean_view
         cdef size_t n = slot_view.shape[0], bad
         cdef bint is_offer = offered is not None
+        if not is_offer and clean is not False:
+            raise ValueError(f"clean says what a cleaner did, got {clean!r} without offered; pass offered with it")
         if is_offer:
             passed_view, clean_view = as_flags(offered, n, "offered"), as_flags(clean, n, "clean")
         with nogil:
@@ -646,11 +648,12 @@ cdef class BlockIndex:
                              size_t num_after=0, const uint32_t *stops=NULL, size_t num_admitted=0,
                              BlockArrays *victims=NULL) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
-        cdef uint32_t slot, length, scout = _c.kv_lru_cold_list(&self.lru)
+        cdef uint32_t slot, length, scout
         cdef uint32_t kept = self.lru.recent  # the least recently used block that this batch must not evict; none yet
         cdef size_t i, num_new = 0
         cdef _c.kv_entry *entry
         _c.pthread_mutex_lock(&self.mutex)
+        scout = _c.kv_lru_cold_list(&self.lru)
         if chained:  # from now on nothing was used later than the chain, nor any of it later than what comes before
             self.touch_locked(keys, n, NULL, NULL)
             self.touch_locked(after, num_after, NULL, &kept)
@@ -875,7 +878,7 @@ cdef class BlockIndex:
         cdef _c.kv_key key = _c.kv_key_load(key_bytes)
         return _c.kv_table_find(&self.table, &key, hash)
 
-    # A slot off the free list, or the last of the LRU list unless that is one of those kept; otherwise NO_SLOT, as when
+    # A slot off the free list, or the coldest block unless it is `kept` or `kept_too`; otherwise NO_SLOT, as when
     # everything is pinned or being written.
     cdef uint32_t take_slot(self, uint32_t kept, uint32_t kept_too, BlockArrays *victims) noexcept nogil:
         cdef uint32_t slot

@@ -176,7 +176,7 @@ cdef class PinnedPool(Lender):
         cdef int mode = 0, code
         cdef void *address = NULL
         cdef uint64_t start = _c.kv_now_ns()
-        self.claim_nothing()  # from here on the driver touches, and does not say how much
+        self.claim.left[0] = 0  # the driver touches from here on, and does not say how much; the pool stays in sight
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:

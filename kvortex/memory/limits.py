@@ -178,7 +178,7 @@ def claim_memory(nbytes):
     Returns
     -------
     Claim
-        Seen by the other pools of this process, and of the user's other processes, until it is closed or dropped.
+        Seen by the other pools of this process, and of the user's other processes, until it is ended or dropped.
     """
     with _one_at_a_time():
         require_memory(nbytes)
@@ -228,11 +228,13 @@ def _whereabouts(lines):
 
 def _claims(lines):
     """Yield (bytes yet to be touched, folders of the cgroups that they will be counted in) for each pool in sight."""
+    # First: a claim made after this is not among them, and one of ours that is among them is known as ours.
+    paths = list(CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"))
     own = own_claims()
     yield sum(nbytes for nbytes, _ in own), {folder for folder, _ in _cgroup_folders(lines, "memory")}
     own_paths = {path for _, path in own}
     here = _whereabouts(lines)[0]
-    for path in CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"):
+    for path in paths:
         if os.fsencode(path) in own_paths:
             continue
         with contextlib.suppress(OSError, ValueError):  # gone meanwhile, or no claim

@@ -172,6 +172,7 @@ def test_acquire_over_gaps_pins_what_is_there(make_index, make_keys):
         (lambda index: index.release([0], offered=1), "offered must be a bool or 1"),
         (lambda index: index.release([0], offered=True, clean="yes"), "clean must be a bool or 1"),
         (lambda index: index.release([1], offered=True), "not pinned"),
+        (lambda index: index.release([0], clean=True), "pass offered with it"),
         (lambda index: index.commit([], pins=[1]), "pins must be 0, one a slot"),
         (lambda index: index.commit([], pins=[], pin=True), "not beside pin=True"),
         (lambda index: index.reserve(np.zeros((1, 32), np.uint8), 1, admit=-1), "admit must be at least 0"),

@@ -174,9 +174,26 @@ def test_a_pool_that_could_not_be_registered_claims_nothing(memory_of, sharing, 
         assert claimed() == 0
 
 
-def test_a_pool_of_the_driver_claims_nothing_once_it_is_there(sharing):
+def test_a_pool_of_the_driver_claims_nothing_once_it_is_there_and_stays_in_sight(sharing):
     with PinnedPool(MIB, PAGE, "host", driver_allocated=True):
-        assert limits.own_claims() == []
+        assert claimed() == 0 and limits.has_pools()
+    assert not limits.has_pools()
+
+
+def test_a_claim_made_while_others_are_read_stays(sharing, monkeypatch):
+    """Its process could lock the file, and would take it for that of a dead one."""
+    own_claims, pools = limits.own_claims, []
+
+    def and_another():
+        found = own_claims()
+        monkeypatch.setattr(limits, "own_claims", own_claims)
+        pools.append(slow_pool())
+        return found
+
+    monkeypatch.setattr(limits, "own_claims", and_another)
+    limits.free_memory()
+    with pools[0]:
+        assert [path for _, path in own_claims() if path is not None and not os.path.exists(path)] == []
 
 
 def test_a_full_folder_or_a_lack_of_descriptors_is_no_obstacle(monkeypatch):

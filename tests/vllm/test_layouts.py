@@ -55,6 +55,13 @@ def test_a_layer_is_moved_block_by_block(name, shape, order, block_dim, pieces):
     require_whole_blocks(layout, tensors, block_dim)
 
 
+def test_layers_over_each_other_are_refused():
+    memory = torch.zeros(NB * 64)
+    tensors = [memory.view(NB, 64), memory[16 : 16 + NB * 32].view(NB, 32)]
+    with pytest.raises(kvortex.ConfigError, match="share bytes"):
+        layout_of(tensors, NB, 0)
+
+
 def test_keys_come_before_values_and_layers_in_their_order():
     tensors = [numbered((2, NB, BS, H, D), first=layer * 10_000) for layer in range(L)]
     layout = layout_of(tensors, NB, 1)

@@ -32,7 +32,10 @@ def layout_of(tensors, num_blocks, block_dims):
     for tensor, dim in distinct.values():
         runs += runs_of(tensor, num_blocks, dim)
     runs.sort(key=lambda part_and_run: part_and_run[0])  # what lies side by side becomes one piece
-    return KVLayout([run for _, run in runs], num_blocks, owners=[tensor for tensor, _ in distinct.values()])
+    try:
+        return KVLayout([run for _, run in runs], num_blocks, owners=[tensor for tensor, _ in distinct.values()])
+    except ValueError as error:
+        raise ConfigError(f"KVortex cannot move this KV cache: {error}") from error
 
 
 def runs_of(tensor, num_blocks, block_dim):

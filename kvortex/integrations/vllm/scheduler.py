@@ -69,7 +69,7 @@ class SchedulerHalf:
 
     def __init__(self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, events=False):
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
-        self.untold = shape  # until the workers have it
+        self.shape_to_send = shape  # until the workers have it
         self.whole_prompts = whole_prompts and load_async
         self.reload_preempted = reload_preempted or load_async
         self.index = BlockIndex(shape.num_slots)
@@ -113,10 +113,9 @@ class SchedulerHalf:
           goes on with it before it asks, but for one with less priority (before 0.32), which may have to wait long;
         * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
           request that finds no free blocks;
-        * it would load, and there is no room for it beside those that load, of which none would find a block to go on,
-          and those that run, one of which would be preempted for it as soon as it wants a block. vLLM looks at the
-          blocks to be loaded alone. Who comes later waits, too, as behind any request that finds no room: small loads
-          could overtake a large one for ever.
+        * it would load, and admitting it would leave too few free blocks: a request that loads could not go on, or one
+          that runs would be preempted as soon as it wants a block. vLLM counts the blocks to be loaded alone. Who comes
+          later waits, too: otherwise small loads could overtake a large one for ever.
         """
         state = self.requests.get(request.request_id)
         if self.loading.pop(request.request_id, None):
@@ -259,9 +258,9 @@ class SchedulerHalf:
                 state.num_offered = full
         self.idle = not output.num_scheduled_tokens
         step = StepMetadata(
-            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.untold
+            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send
         )
-        self.untold = None
+        self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
         step.save = self.save(offers) if offers else None
         return step
