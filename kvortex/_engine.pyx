@@ -433,6 +433,7 @@ cdef class EngineCore:
             named = source.addresses.shape[0]
         if named != n:
             raise ValueError(f"{n} keys but {named} blocks; they must pair up")
+        self.require_open()  # what described the memory may have shut the engine down
         source.ordered = stream is not None or self.device_memory
         for memory in source.memory or ():
             source.ordered |= memory.stream is not None
@@ -442,6 +443,8 @@ cdef class EngineCore:
                     code = self.device.lies_on_device(source.addresses[index], &source.ordered)
                     if code or source.ordered:
                         break
+            if code:
+                self.require_open()  # shut down meanwhile by another thread: that is what the error should say
             check(self.device, code, b"cuPointerGetAttribute")
         if source.ordered:
             source.stream = self.device.borrow_stream(stream)

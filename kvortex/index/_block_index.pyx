@@ -965,6 +965,8 @@ cdef class BlockIndex:
                     count += 1
                     self.entries[slot].facts &= ~_c.KV_OFFERED
                     if self.entries[slot].pins == 0:
+                        if coldest != NULL and coldest[0] == slot:  # named twice: the next hotter one is now
+                            coldest[0] = _c.kv_list_before(self.entries, slot)
                         _c.kv_lru_use(&self.lru, slot)
                         if coldest != NULL and coldest[0] == self.lru.recent:
                             coldest[0] = slot
@@ -1136,6 +1138,8 @@ cdef object as_count(object n, str name):
 cdef object as_flags(object flags, size_t n, str name):
     """One bool for each of n, as bytes."""
     array = np.asarray(flags)
+    if array.shape == (n,) == (0,):  # an empty list has no dtype of its own
+        array = array.astype(BOOL)
     if array.dtype != BOOL or array.shape not in ((), (n,)):
         raise ValueError(f"{name} must be a bool or {n}, one a slot; got dtype {array.dtype}, shape {array.shape}")
     return np.array(np.broadcast_to(array, (n,)), order="C").view(UINT8)

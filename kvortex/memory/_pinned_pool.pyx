@@ -52,6 +52,7 @@ cdef size_t HUGE_PAGE_BYTES = 2 << 20
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 cdef enum:
+    UNREGISTER_ATTEMPTS = 3  # one passing error of the driver is no reason to leak a pool
     MAX_TOUCHERS = 8  # sixteen are slower: they contend with the registering thread for the address space's lock
 
 
@@ -479,7 +480,7 @@ cdef class PinnedPool(Lender):
 
     cdef int end(self, bint interruptible) except -1:
         cdef uint32_t first
-        cdef int mode = 0, code
+        cdef int mode = 0, code, _attempt
         if self.device is None or self.device.pid != getpid():
             return 0
         self.closed = True
@@ -490,10 +491,13 @@ cdef class PinnedPool(Lender):
             self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
             self.exports += 1  # ours: nobody else's end may unmap it meanwhile
             with nogil:
-                code = self.device.enter(&mode)
-                if code == 0:
-                    code = self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
-                    self.device.leave(mode)
+                for _attempt in range(UNREGISTER_ATTEMPTS):
+                    code = self.device.enter(&mode)
+                    if code == 0:
+                        code = self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
+                        self.device.leave(mode)
+                    if code == 0 or _c.kv_result_is_sticky(code):
+                        break
             self.exports -= 1
             if code:  # a dead context: the driver still knows these pages
                 self.is_lost = True

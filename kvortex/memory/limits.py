@@ -35,7 +35,7 @@ def _read_int(path):
 
 def _read_lines(path):
     try:
-        return Path(path).read_text().splitlines()
+        return Path(path).read_text(errors="replace").splitlines()
     except OSError:
         return []
 
@@ -46,6 +46,8 @@ def _cgroup_folders(lines, controller):
     `lines` are those of `/proc/self/cgroup`: ``id:controllers:path``.
     """
     for line in lines:
+        if line.count(":") < 2:
+            continue
         _, controllers, name = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
@@ -101,7 +103,7 @@ def cgroup_cpus(lines):
             quota, _, period = " ".join(_read_lines(folder / "cpu.max")).partition(" ")
         else:
             quota, period = (" ".join(_read_lines(folder / f"cpu.cfs_{what}_us")) for what in ("quota", "period"))
-        if quota.isdecimal() and period.isdecimal():  # neither "max" nor "-1"
+        if quota.isdecimal() and period.isdecimal() and int(period):  # neither "max" nor "-1"
             cpus.append(int(quota) / int(period))
     return min(cpus, default=None)
 

@@ -27,6 +27,7 @@ cdef extern from "<sched.h>" nogil:
     int sched_yield()
 
 cdef uint32_t NO_RECORD = 0xFFFFFFFF
+cdef int ENTER_ATTEMPTS = 3
 cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
 cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
@@ -566,7 +567,7 @@ cdef class TransferQueue:
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
         """`close`; only if it is `interruptible` do signal handlers run, and may raise."""
         cdef uint32_t index
-        cdef int mode = 0, code
+        cdef int mode = 0, code, _attempt
         cdef bint empty = False
         cdef uint64_t now, pause
         cdef const _c.kv_driver *drv
@@ -594,7 +595,10 @@ cdef class TransferQueue:
                 break
         self.ended = True
         with nogil:
-            code = self.device.enter(&mode)
+            for _attempt in range(ENTER_ATTEMPTS):  # one passing error is no reason to leak stream and events
+                code = self.device.enter(&mode)
+                if code == 0 or _c.kv_result_is_sticky(code):
+                    break
             if code or not empty or self.failure:  # a dead context empties itself
                 self.fail_all(code or self.failure or _c.KV_CUDA_DEINITIALIZED)
             else:
@@ -660,7 +664,9 @@ cdef class Job:
     def done(self):
         """Whether the job is over, well or badly. Never blocks on the device.
 
-        The one word that memory may be reused: where the driver cannot be asked, that is False.
+        The one word that memory may be reused: where the driver cannot be asked, that is False. Only a job that a dead
+        context failed, or a shutdown or close that did not wait long enough, counts as over while a copy may still run:
+        then `wait` raises, and memory that the job was given must not be used again.
         """
         cdef int mode = 0
         if self.queue is None:

@@ -1,5 +1,6 @@
 """`await job`: one eventfd a loop, written by whoever retires a job, without the GIL."""
 
+import contextlib
 import os
 import weakref
 
@@ -23,7 +24,7 @@ class _LoopListener:
             if signals.add_listener(self.eventfd):
                 loop.add_reader(self.eventfd, self._on_retired)
                 self.is_told = True
-        except (OSError, NotImplementedError):  # no descriptor is left, or the loop can watch none
+        except Exception:  # no descriptor is left, or the loop can watch none, in whatever words
             pass
         if not self.is_told:
             self.close()
@@ -41,7 +42,8 @@ class _LoopListener:
         if self.eventfd >= 0:
             self.signals.remove_listener(self.eventfd)
             if self.is_told and not self.loop.is_closed():
-                self.loop.remove_reader(self.eventfd)
+                with contextlib.suppress(Exception):  # the job is over, whatever the loop has to say
+                    self.loop.remove_reader(self.eventfd)
             os.close(self.eventfd)
             self.eventfd = -1
 

@@ -252,18 +252,24 @@ class NoReaders(asyncio.SelectorEventLoop):
         raise NotImplementedError
 
 
+class OddLoop(asyncio.SelectorEventLoop):
+    def add_reader(self, *args):
+        raise RuntimeError("this loop says so")
+
+
 def no_descriptor(*args):
     raise OSError(errno.EMFILE, "too many open files")
 
 
 @pytest.mark.host
 @pytest.mark.filterwarnings("error")  # of a listener's end, too
-@pytest.mark.parametrize("lacking", ["a descriptor", "a loop that watches one", "room in the loop's list"])
+@pytest.mark.parametrize("lacking", ["a descriptor", "a loop that watches one", "an odd loop", "room"])
 def test_await_polls_where_it_cannot_be_told(bench, host, monkeypatch, lacking):
-    loop = NoReaders() if lacking == "a loop that watches one" else asyncio.SelectorEventLoop()
+    kinds = {"a loop that watches one": NoReaders, "an odd loop": OddLoop}
+    loop = kinds.get(lacking, asyncio.SelectorEventLoop)()
     if lacking == "a descriptor":
         monkeypatch.setattr(os, "eventfd", no_descriptor)
-    if lacking == "room in the loop's list":
+    if lacking == "room":
         monkeypatch.setattr(loop, "add_reader", no_descriptor)
     bench.saved([1])
     before = len(os.listdir("/proc/self/fd"))

@@ -82,14 +82,16 @@ def test_a_stream_that_shuts_down_or_raises(patient, verb, how):
     assert not patient.leaks()
 
 
+@pytest.mark.parametrize("with_stream", [True, False])
 @pytest.mark.parametrize("verb", ["save_blocks", "load_blocks"])
-def test_memory_that_shuts_down_or_raises(patient, verb):
+def test_memory_that_shuts_down_or_raises(patient, verb, with_stream):
     call, memory = getattr(patient.engine, verb), np.zeros(256, np.uint8)
+    stream = patient.stream if with_stream else None
     with pytest.raises(Trouble):
-        call(keys_of([2]), data_ptrs=[MemoryThat(memory, trouble)], sizes=[64], stream=patient.stream)
+        call(keys_of([2]), data_ptrs=[MemoryThat(memory, trouble)], sizes=[64], stream=stream)
     with pytest.raises(kvortex.EngineClosed):
         shut_down = MemoryThat(memory, patient.engine.shutdown)
-        call(keys_of([2]), data_ptrs=[shut_down], sizes=[64], stream=patient.stream)
+        call(keys_of([2]), data_ptrs=[shut_down], sizes=[64], stream=stream)
     assert not patient.leaks()
 
 

@@ -22,7 +22,7 @@ class Model:
         if after is not None:
             self.touch(keys)
             self.touch(after)
-            self.kept = [self.by_key[key] for key in after if self.has(key)]
+            self.kept = [self.by_key[key] for key in dict.fromkeys(after) if self.has(key)]
         stops = [None] * len(keys) if stops is None else stops
         return [self.reserve(key, length, stop) for key, stop in zip(keys, stops, strict=True)]
 

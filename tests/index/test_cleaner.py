@@ -39,6 +39,11 @@ def index(make_index, make_keys):
     return index
 
 
+def test_a_batch_of_nothing_is_given_back(index):
+    index.release(index.coldest(0).slots, offered=[], clean=[])
+    assert index.num_pinned == 0
+
+
 def test_the_cleaner_gets_the_coldest_blocks_pinned_and_told(index, make_keys):
     blocks = index.coldest(3)
     assert (blocks.keys == make_keys(0, 1, 2)).all() and blocks.slots.tolist() == [0, 1, 2]

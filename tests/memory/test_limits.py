@@ -196,6 +196,17 @@ def test_a_claim_made_while_others_are_read_stays(sharing, monkeypatch):
         assert [path for _, path in own_claims() if path is not None and not os.path.exists(path)] == []
 
 
+@pytest.mark.parametrize("odd", ["", "garbage", "0:", "\udcff:memory:/"])
+def test_odd_lines_about_groups_are_passed_over(monkeypatch, tmp_path, odd):
+    (tmp_path / "memory.max").write_text(f"{GIB}\n")
+    (tmp_path / "memory.current").write_text("0\n")
+    (tmp_path / "memory.stat").write_bytes(b"inactive_file 5\n\xff\xfe 1\n")
+    (tmp_path / "cpu.max").write_text("100000 0\n")
+    monkeypatch.setattr(limits, "CGROUP_ROOT", tmp_path)
+    assert limits.cgroup_free_bytes([odd, "0::/"]) == GIB
+    assert limits.cgroup_cpus([odd, "0::/"]) is None
+
+
 def test_a_full_folder_or_a_lack_of_descriptors_is_no_obstacle(monkeypatch):
     monkeypatch.setattr(limits, "CLAIMS_FOLDER", Path("/proc/self"))  # where nothing can be made
     with slow_pool() as pool:

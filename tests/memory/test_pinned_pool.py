@@ -281,3 +281,21 @@ def test_waiters_are_woken_when_the_pool_is_closed(device, host):
     pool.close()
     thread.join(20)
     assert answers in (["closed"], ["ready"])
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("field", ["ctx_push_current", "mem_host_unregister"])
+def test_one_passing_error_of_a_close_leaks_nothing(device, host, field):
+    before = host.live_objects()
+    pool = PinnedPool(4 << 20, 4096, device)
+    pool.wait_ready(20_000)
+    first, mapped = pool.address(0), mapped_bytes()
+    host.fail_call(1, 2, field=field)
+    pool.close()
+    host.fail_call(0, 0)
+    assert host.live_objects() == before and mapped_bytes() <= mapped - (4 << 20), hex(first)
+
+
+def mapped_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * 4096
