@@ -4,13 +4,14 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from test_schedules import SCHEDULES, live, refuse_some
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 from kvortex import ConfigError
-from kvortex.integrations.vllm import KVortexConnector
+from kvortex.integrations.vllm import KVortexConnector, connector
 from kvortex.integrations.vllm.connector import HAS_LAYOUT_NAMES, hears_of_blocks_of_others
 
 supported = pytest.mark.skipif(not hears_of_blocks_of_others(), reason="refused with this vLLM, see the first test")
@@ -224,8 +225,9 @@ print(type(stats["KVortexConnector"]).__name__)
 
 
 @pytest.mark.skipif(not HAS_LAYOUT_NAMES, reason="layouts have no names in this vLLM")
-def test_no_layout_is_asked_for_beside_a_connector_that_needs_another(make_rig, other, other_first):
+def test_no_layout_is_asked_for_beside_a_connector_that_needs_another(make_rig, monkeypatch, other, other_first):
     """NIXL's does, and vLLM refuses two that differ."""
+    monkeypatch.setattr(connector, "current_platform", SimpleNamespace(is_cuda=lambda: True))  # where one is asked for
     assert KVortexConnector.get_required_kvcache_layout(make_rig().config) is not None
     config = make_rig(other=other, other_first=other_first).config
     assert MultiConnector.get_required_kvcache_layout(config) is None
