@@ -23,6 +23,7 @@ def run(*arguments, **environ):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif("KVORTEX_SANITIZE" in os.environ, reason="the sanitizer wants to be preloaded alone")
 def test_a_creation_that_is_refused_memory_or_a_thread_gives_everything_back(tmp_path):
     library = tmp_path / "refuse.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", HERE / "refuse.c", "-o", library, "-ldl"], check=True)

@@ -163,7 +163,8 @@ def is_mapped(address):
 
 
 def test_a_handler_may_shut_down_what_is_being_shut_down(device, stream, host):
-    engine = make_engine(DeviceCache(device), 4, shutdown_timeout_ms=20_000)
+    cache = DeviceCache(device)  # held until its copies are over
+    engine = make_engine(cache, 4, shutdown_timeout_ms=20_000)
     host.hold()
     job = engine.save_blocks(keys_of([1]), [0], stream=stream)
 
