@@ -1,6 +1,7 @@
 """What a pool may take: page cache is free, and what other pools have yet to touch is not."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -107,7 +108,8 @@ def resident():
 
 @pytest.fixture(params=["seen by others", "no shared memory"])
 def sharing(request, monkeypatch, tmp_path):
-    """Claims in a folder of the test's own, or in none."""
+    """Claims in a folder of the test's own, or in none; pools of earlier tests are gone."""
+    gc.collect()
     folder = tmp_path / "shm"
     if request.param == "seen by others":
         folder.mkdir()
