@@ -9,9 +9,11 @@ from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
+from kvortex.transfer._job cimport Job, Loan
+from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
-from kvortex.transfer._transfer_queue cimport Job, JobRecord, Loan
+from kvortex.transfer._source cimport Source
 
 cdef enum:
     MAX_STREAMS = 32
@@ -21,23 +23,6 @@ cdef struct Counters:
     uint64_t blocks_present, blocks_pending, blocks_refused
     uint64_t bytes_saved, bytes_loaded, jobs_failed
     kv_histogram lookup_ns, save_ns, load_ns
-
-
-cdef class Source:
-    """What one call moves: block ids of the layout, or addresses with a size each; copies of the caller's arrays."""
-    cdef bint by_block
-    cdef int64_t[::1] block_ids          # by_block
-    cdef uint64_t[::1] addresses         # otherwise
-    cdef uint32_t[::1] lengths           # of every block, at i * length_step
-    cdef size_t length_step
-    cdef tuple memory                    # BorrowedMemory that the addresses came from; None: they came as numbers
-    cdef uint8_t[::1] statuses           # of a save: one a key
-    cdef bint chained                    # a save that continues `after`, which may be empty
-    cdef const uint8_t[:, ::1] after     # keys, the caller's own
-    cdef bint ordered                    # after `stream`
-    cdef void *stream                    # of the caller
-
-    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
 
 
 cdef class EngineCore:

@@ -9,18 +9,19 @@ from libc.stdlib cimport calloc, free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
-from kvortex.driver._buffer cimport dlpack_stream, wait_for_producer
 from kvortex.driver._device cimport Device, check
-from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
-from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
+from kvortex.transfer._job cimport Job, Loan
+from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
+from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
-from kvortex.transfer._transfer_queue cimport Job, JobRecord, Loan, TransferQueue
+from kvortex.transfer._source cimport Source, make_source, require_disjoint
+from kvortex.transfer._transfer_queue cimport TransferQueue
 
 import logging
 from typing import NamedTuple
@@ -30,8 +31,6 @@ import numpy as np
 from kvortex.errors import DriverError, EngineClosed
 from kvortex.log import log
 from kvortex.stats import EngineStats
-
-cdef uint32_t NO_RECORD = 0xFFFFFFFF
 
 
 class BlockHits(NamedTuple):
@@ -400,57 +399,13 @@ cdef class EngineCore:
 
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream):
-        """Check what a call moves and copy it, before anything is changed. Runs other people's Python code."""
-        cdef Source source = Source.__new__(Source)
-        cdef BorrowedMemory memory
-        cdef Py_ssize_t index
-        cdef int code = 0
-        if (block_ids is None) == (data_ptrs is None):
-            raise ValueError("pass either block_ids or data_ptrs with sizes")
-        if block_ids is not None:
-            if self.layout is None:
-                raise ValueError("this engine has no layout, so block_ids mean nothing; pass data_ptrs and sizes")
-            if sizes is not None:
-                raise ValueError("sizes go with data_ptrs; the size of a block comes from the layout")
-            self.layout.require_reachable(self.device, direction == H2D)
-            source.by_block = True
-            source.block_ids = as_block_ids(block_ids, self.layout)
-            source.lengths = np.array([self.layout.block_bytes], dtype=np.uint32)
-            named = source.block_ids.shape[0]
-        else:
-            if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
-                source.memory = borrow_all(self.device, data_ptrs, stream, direction == H2D)
-                data_ptrs = [borrowed.address for borrowed in source.memory]
-                if sizes is None:
-                    sizes = [borrowed.nbytes for borrowed in source.memory]
-            if sizes is None or (isinstance(sizes, list) and None in sizes):
-                raise ValueError("data_ptrs need sizes: an int, or one for each")
-            source.addresses = as_addresses(data_ptrs)
-            source.lengths = as_lengths(sizes, source.addresses.shape[0], self.pool.payload_bytes)
-            if source.memory is not None:
-                require_inside(source.memory, source.lengths)
-            source.length_step = 1
-            named = source.addresses.shape[0]
-        if named != n:
-            raise ValueError(f"{n} keys but {named} blocks; they must pair up")
-        self.require_open()  # what described the memory may have shut the engine down
-        source.ordered = stream is not None or self.device_memory
-        for memory in source.memory or ():
-            source.ordered |= memory.stream is not None
-        if not source.ordered and not source.by_block:
-            with nogil:
-                for index in range(n):
-                    code = self.device.lies_on_device(source.addresses[index], &source.ordered)
-                    if code or source.ordered:
-                        break
-            if code:
-                self.require_open()  # shut down meanwhile by another thread: that is what the error should say
-            check(self.device, code, b"cuPointerGetAttribute")
-        if source.ordered:
-            source.stream = self.device.borrow_stream(stream)
-        if n and source.memory is not None:
-            wait_for_producers(self.device, source.stream, source.memory)
-        return source
+        """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
+        try:
+            return make_source(self.device, self.layout, self.pool, self.device_memory, direction, n, block_ids,
+                               data_ptrs, sizes, stream)
+        except (DriverError, EngineClosed):
+            self.require_open()
+            raise
 
     @cython.boundscheck(False)  # from the claim on nothing may raise
     @cython.wraparound(False)
@@ -498,7 +453,7 @@ cdef class EngineCore:
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
             return job  # every status says FULL from the start
-        (<TransferQueue>self.queue[number]).attach(job, record, self)
+        job.attach(<TransferQueue>self.queue[number], record, self)
         record_of_job = &(<TransferQueue>self.queue[number]).records[record]
         if loan is not None:
             loan.queue, loan.record, loan.generation = job.queue, record, job.generation
@@ -762,25 +717,6 @@ cdef class EngineCore:
             _c.kv_monitor_destroy(&self.hazards)
 
 
-cdef class Source:
-    @cython.boundscheck(False)
-    @cython.wraparound(False)
-    @cython.initializedcheck(False)
-    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil:
-        """Close the gaps where no slot was given, in `slots` and here alike."""
-        cdef size_t index, kept = 0
-        for index in range(n):
-            if slots[index] == _c.KV_NO_SLOT:
-                continue
-            slots[kept] = slots[index]
-            if self.by_block:
-                self.block_ids[kept] = self.block_ids[index]
-            else:
-                self.addresses[kept] = self.addresses[index]
-                self.lengths[kept] = self.lengths[index]
-            kept += 1
-
-
 cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, object savers, object loaders) except -1:
     """Refuse what a thread without the GIL could not tell."""
     device.require_open()
@@ -814,78 +750,6 @@ cdef void retire(void *owner, Direction direction, const JobRecord *job, int cod
 
 cdef void add_ready_slots(void *index, uint32_t first, uint32_t count) noexcept nogil:
     (<BlockIndex>index).add_slot_range(first, count)
-
-
-cdef bint all_integers(object items) except -1:
-    for item in items:
-        if not is_integer(item):
-            return False
-    return True
-
-
-cdef tuple borrow_all(Device device, object data_ptrs, object stream, bint as_target):
-    """Memory of objects, mixed with addresses perhaps, for copies on `stream`."""
-    cdef BorrowedMemory memory
-    cdef object consumer = -1 if stream is None else dlpack_stream(device.borrow_stream(stream))
-    borrowed = []
-    for index, item in enumerate(data_ptrs):
-        try:
-            memory = borrow_memory(item, consumer)
-        except TypeError as error:
-            raise TypeError(f"data_ptrs[{index}]: {error}") from None
-        if memory.shape is not None:
-            memory.require_copyable(as_target)
-        if device.is_host and memory.is_cuda:
-            raise ValueError(f"data_ptrs[{index}] is memory of a GPU, out of reach for the device {device.name}")
-        borrowed.append(memory)
-    return tuple(borrowed)
-
-
-cdef int require_inside(tuple borrowed, const uint32_t[::1] lengths) except -1:
-    cdef BorrowedMemory memory
-    for index, memory in enumerate(borrowed):
-        if memory.shape is not None and lengths[<Py_ssize_t>index] > memory.nbytes:
-            raise ValueError(f"sizes[{index}] is {lengths[<Py_ssize_t>index]}, but the memory in data_ptrs[{index}] "
-                             f"has {memory.nbytes} bytes")
-    return 0
-
-
-cdef int wait_for_producers(Device device, void *caller, tuple borrowed) except -1:
-    """The stream that the copies follow waits for each stream that the owner of some memory names."""
-    cdef BorrowedMemory memory
-    seen = set()
-    for memory in borrowed:
-        if memory.stream is not None and memory.stream not in seen:
-            seen.add(memory.stream)
-            wait_for_producer(device, caller, memory)
-    return 0
-
-
-cdef uint64_t[::1] as_addresses(object data_ptrs) except *:
-    """Raw addresses, none of them null or unaligned."""
-    array = integers(data_ptrs, "data_ptrs")
-    for index in np.flatnonzero((array < 4096) | (array % 4 != 0))[:1]:
-        raise ValueError(f"data_ptrs[{index}] is {int(array[index]):#x}; addresses must not be null and must be "
-                         f"multiples of 4")
-    return np.asarray(array, dtype=np.uint64)
-
-
-cdef uint32_t[::1] as_lengths(object sizes, Py_ssize_t n, size_t limit) except *:
-    """One size a block, each within the payload of a slot."""
-    array = integers(sizes, "sizes", n)
-    for index in np.flatnonzero((array < 1) | (array > limit))[:1]:
-        raise ValueError(f"sizes[{index}] is {array[index]}; it must be 1 to {limit}, the payload of a slot "
-                         f"(block_bytes of the config)")
-    return np.asarray(array, dtype=np.uint32)
-
-
-def require_disjoint(addresses, lengths):
-    """Refuse targets that overlap: two copies of one job have no order."""
-    order = np.argsort(addresses)
-    starts, ends = addresses[order], addresses[order] + lengths[order]
-    for index in np.flatnonzero(starts[1:] < ends[:len(ends) - 1])[:1]:
-        raise ValueError(f"data_ptrs[{order[index]}] and data_ptrs[{order[index + 1]}] overlap; each target of a load "
-                         f"must be its own memory")
 
 
 cdef tuple device_pool_bytes(DevicePool pool):

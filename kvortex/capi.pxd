@@ -21,11 +21,6 @@ from kvortex.driver._device cimport Device
 from kvortex.index._block_index cimport BlockIndex, IndexCounters
 from kvortex.keys._block_keys cimport chain_keys, hash_root
 from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._job_table cimport OUTCOME_DONE, OUTCOME_FAILED, OUTCOME_PENDING, JobOutcome
 from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._transfer_queue cimport (
-    OUTCOME_DONE,
-    OUTCOME_FAILED,
-    OUTCOME_PENDING,
-    JobOutcome,
-    TransferQueue,
-)
+from kvortex.transfer._transfer_queue cimport TransferQueue

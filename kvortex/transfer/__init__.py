@@ -1,9 +1,10 @@
 """Rank 4: movement between a device and pinned slots. It knows addresses and streams, never keys."""
 
 from kvortex.transfer._gather import gather_pays
+from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
 from kvortex.transfer._probe import PlannerRow, probe_layout
 from kvortex.transfer._signals import JobSignals
-from kvortex.transfer._transfer_queue import Job, TransferQueue
+from kvortex.transfer._transfer_queue import TransferQueue
 
 __all__ = ["Job", "JobSignals", "KVLayout", "PlannerRow", "TransferQueue", "gather_pays", "probe_layout"]

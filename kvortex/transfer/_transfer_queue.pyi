@@ -1,12 +1,11 @@
-from collections.abc import Generator
 from typing import Any, Literal, Self
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvortex.driver import Device
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.transfer._gather import Gather
+from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
 from kvortex.transfer._signals import JobSignals
 
@@ -34,14 +33,3 @@ class TransferQueue:
     def close(self, timeout_ms: int = 5000) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: Any) -> None: ...
-
-class Job:
-    statuses: NDArray[np.uint8] | None
-    @property
-    def num_blocks(self) -> int: ...
-    @property
-    def submitted(self) -> bool: ...
-    def done(self) -> bool: ...
-    def wait(self, timeout_ms: int | None = None) -> None: ...
-    def wait_on(self, stream: Any) -> None: ...
-    def __await__(self) -> Generator[Any, None, Self]: ...

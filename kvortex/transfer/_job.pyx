@@ -1,0 +1,188 @@
+# cython: nonecheck=False
+"""Job: the caller's handle on a record of a JobTable."""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t, uint64_t
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport check, require_timeout
+from kvortex.transfer._job_table cimport ENTER_NS, OUTCOME_FAILED, OUTCOME_PENDING, SIGNALS_NS, JobRecord, JobTable, \
+    OutcomeState
+
+from kvortex.errors import DriverError, EngineClosed
+from kvortex.transfer.awaiting import wait_in_loop
+
+
+@cython.no_gc_clear  # in a garbage cycle the memory must outlive the copies
+cdef class Loan:
+    cdef void give_back_if_over(self) noexcept:
+        if self.queue is not None and self.queue.is_over(self.record, self.generation):
+            self.memory = ()
+
+
+@cython.no_gc_clear  # __dealloc__ takes the pointer to `outcome` back from the queue
+cdef class Job:
+    """What a save or a load did, and when it is over.
+
+    Made by `save_blocks`, `load_blocks` and `TransferQueue.submit`. Dropping it neither stops nor waits for the copies.
+    """
+
+    @property
+    def num_blocks(self):
+        """Blocks moved. Load: the leading run really transferred; targets beyond it are untouched. Save: the NEW ones.
+
+        Raises `DriverError` when the job failed.
+        """
+        self._raise_failed()
+        return self.count
+
+    @property
+    def submitted(self):
+        """True when every copy is on its stream, so that `wait_on` will not block the host."""
+        return True
+
+    def done(self):
+        """Whether the job is over, well or badly. Never blocks on the device.
+
+        The one word that memory may be reused: where the driver cannot be asked, that is False. Only a job that a dead
+        context failed, or a shutdown or close that did not wait long enough, counts as over while a copy may still run:
+        then `wait` raises, and memory that the job was given must not be used again.
+        """
+        cdef int mode = 0
+        if self.queue is None:
+            self.give_loan_back()
+            return True
+        self._require_owner_process()
+        with nogil:
+            if self._state() == OUTCOME_PENDING and self.queue.enter(&mode) == 0:
+                self.queue.poll_once()
+                self.queue.device.leave(mode)
+        cdef bint is_over = self._state() != OUTCOME_PENDING
+        self.give_loan_back()  # after the last look: who sees the job over finds its memory let go
+        return is_over
+
+    def wait(self, timeout_ms=None):
+        """Block the calling thread (GIL released) until the copies are complete and their slots committed or released.
+
+        Raises
+        ------
+        TimeoutError
+            `timeout_ms` passed first; the job goes on.
+        DriverError
+            The job failed. Trouble of the waiting itself is not raised: it goes on.
+        EngineClosed
+            The device was closed before the job was over: nobody knows of it any more.
+        """
+        cdef int mode = 0, code
+        cdef OutcomeState state
+        cdef int64_t limit = require_timeout(timeout_ms)
+        cdef uint64_t deadline = _c.kv_deadline_ns(limit), pause
+        if self.queue is None:
+            self.give_loan_back()
+            return
+        self._require_owner_process()
+        state = self._state()
+        while state == OUTCOME_PENDING:
+            with nogil:
+                code = self.queue.enter(&mode)  # where that fails an engine's thread asks, or we do a little later
+                pause = _c.kv_now_ns() + (ENTER_NS if code else SIGNALS_NS)
+                state = self.queue.wait_outcome(&self.outcome, min(pause, deadline), code == 0)
+                if code == 0:
+                    self.queue.device.leave(mode)
+            PyErr_CheckSignals()
+            if state == OUTCOME_PENDING:
+                state = self._state()  # a signal handler may have ended the job, and closed its device
+            if state == OUTCOME_PENDING:
+                self.queue.device.require_open()
+            if state == OUTCOME_PENDING and _c.kv_now_ns() >= deadline:
+                raise TimeoutError(f"the job is not done after {timeout_ms} ms")
+        self.give_loan_back()
+        self._raise_failed()
+
+    def wait_on(self, stream):
+        """Make later work on `stream` wait for this job, on the device; the host does not block.
+
+        Only where the driver refuses to make the stream wait, the host does, as in `wait`: either way what is submitted
+        after this call comes after the job.
+
+        Parameters
+        ----------
+        stream : int or stream object
+            Of the same device and not capturing; 0 is the legacy default stream.
+
+        Raises
+        ------
+        ValueError
+            The stream is missing, capturing, or another device's.
+        DriverError
+            The job failed.
+        """
+        cdef JobTable queue = self.queue
+        cdef void *caller
+        cdef uint64_t sequence = 0
+        cdef int mode = 0, code = 0
+        if queue is None:
+            return
+        self._require_owner_process()
+        try:
+            caller = queue.device.borrow_stream(stream)
+        except DriverError:  # it could not be asked whether the stream is fit
+            return self.wait()
+        with nogil:
+            if queue.hold_submitted(self.record, self.generation, &sequence):
+                code = queue.device.enter(&mode)
+                if code == 0:
+                    code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
+                    queue.device.leave(mode)
+                queue.drop_hold(self.record)
+        if code:
+            return self.wait()
+        self._raise_failed()
+
+    def __await__(self):
+        """Wait in an asyncio event loop; the result is the job. Cancelling stops the waiting, never the copies."""
+        if not self.done():
+            yield from wait_in_loop(self, self.queue.signals).__await__()
+        self._raise_failed()
+        return self
+
+    cdef void attach(self, JobTable queue, uint32_t record, object owner):
+        """Be the handle of a claimed record; before the copies are submitted, so that it misses no outcome.
+
+        Raises nothing and runs no Python code: from the claim on, somebody must submit or unclaim.
+        """
+        self.queue = queue
+        self.owner = owner
+        self.record = record
+        self.generation = queue.records[record].generation
+        self.outcome.state = OUTCOME_PENDING
+        queue.records[record].outcome = &self.outcome
+
+    cdef void give_loan_back(self) noexcept:
+        if self.loan is not None:
+            self.loan.give_back_if_over()
+
+    cdef OutcomeState _state(self) noexcept nogil:
+        return self.queue.ask(&self.outcome)
+
+    def _require_owner_process(self):
+        if self.queue.device.pid != getpid():
+            raise EngineClosed("this job belongs to the parent process")
+
+    def _raise_failed(self):
+        if self.queue is not None:
+            self._require_owner_process()
+            if self._state() == OUTCOME_FAILED:
+                check(self.queue.device, self.outcome.code, b"a transfer")
+
+    def __dealloc__(self):
+        cdef JobRecord *job
+        if self.queue is None or self.queue.device.pid != getpid():
+            return
+        _c.kv_monitor_lock(&self.queue.monitor)
+        job = &self.queue.records[self.record]
+        if job.outcome == &self.outcome:
+            job.outcome = NULL
+        _c.kv_monitor_unlock(&self.queue.monitor)

@@ -1,0 +1,273 @@
+# cython: nonecheck=False
+"""The jobs of one stream: records that are claimed, submitted in order, asked for, and retired in that order."""
+
+cimport cython
+from libc.stdint cimport uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, realloc
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef uint64_t SPIN_NS = 200_000  # a waiter polls without a pause first: one block takes 50 us, and so does a wake-up
+cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so that it depends on no other thread
+
+
+@cython.no_gc_clear  # what subclasses do in __dealloc__ needs what the collector would clear before
+cdef class JobTable:
+    def __cinit__(self, *args, **kwargs):
+        self.closed = True
+        self.free_head = self.fifo_head = self.fifo_tail = NO_RECORD
+        if _c.kv_monitor_init(&self.monitor):
+            raise MemoryError("pthread_mutex_init failed")
+        self.has_monitor = True
+
+    cdef int reserve_records(self, uint32_t max_jobs) except -1:
+        """Make the table; none of its records has events yet."""
+        cdef uint32_t index
+        self.records = <JobRecord *>calloc(max_jobs, sizeof(JobRecord))
+        if self.records is NULL:
+            raise MemoryError(f"no memory for {max_jobs} job records")
+        self.max_jobs = max_jobs
+        for index in range(max_jobs):
+            self.records[index].next = index + 1 if index + 1 < max_jobs else NO_RECORD
+        self.free_head = 0
+        return 0
+
+    cdef int create_events(self) noexcept nogil:
+        """The events of each record. A CUresult; what was made by then `destroy_events` destroys."""
+        cdef uint32_t index
+        cdef int code = 0
+        for index in range(self.max_jobs):
+            if code == 0:
+                code = self.device.drv.event_create(&self.records[index].done_event, _c.KV_EVENT_DISABLE_TIMING)
+            if code == 0:
+                code = self.device.drv.event_create(&self.records[index].source_event, _c.KV_EVENT_DISABLE_TIMING)
+        return code
+
+    cdef void destroy_events(self) noexcept nogil:
+        cdef uint32_t index
+        for index in range(self.max_jobs):
+            if self.records[index].done_event is not NULL:
+                self.device.drv.event_destroy(self.records[index].done_event)
+            if self.records[index].source_event is not NULL:
+                self.device.drv.event_destroy(self.records[index].source_event)
+
+    def __dealloc__(self):
+        cdef uint32_t index
+        if self.device is not None and self.device.pid != getpid():
+            return
+        for index in range(self.max_jobs):
+            free(self.records[index].slots)
+        free(self.records)
+        if self.has_monitor:
+            _c.kv_monitor_destroy(&self.monitor)
+
+    # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
+
+    cdef uint32_t claim(self, size_t num_slots) noexcept nogil:
+        """A record for a job over `num_slots` slots, or NO_RECORD: all are in flight, no memory, closed, dead."""
+        cdef uint32_t record
+        cdef uint32_t *slots
+        cdef JobRecord *job
+        _c.kv_monitor_lock(&self.monitor)
+        record = self.free_head
+        if record == NO_RECORD or self.failure or self.closed:
+            _c.kv_monitor_unlock(&self.monitor)
+            return NO_RECORD
+        job = &self.records[record]
+        self.free_head = job.next
+        job.state = JOB_CLAIMED
+        job.generation += 1
+        job.outcome = NULL
+        self.jobs_in_flight += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        if job.slots_capacity < num_slots:
+            slots = <uint32_t *>realloc(job.slots, num_slots * sizeof(uint32_t))
+            if slots is NULL:
+                self.unclaim(record)
+                return NO_RECORD
+            job.slots = slots
+            job.slots_capacity = num_slots
+        job.num_slots = 0
+        job.start_ns = _c.kv_now_ns()
+        return record
+
+    cdef void unclaim(self, uint32_t record) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.recycle(record)
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef void recycle(self, uint32_t record) noexcept nogil:
+        """Back to the free list, or as far as somebody's hold allows. The monitor is held."""
+        cdef JobRecord *job = &self.records[record]
+        if job.holds:
+            job.state = JOB_RETIRED
+            return
+        job.state = JOB_FREE
+        job.outcome = NULL
+        job.next = self.free_head
+        self.free_head = record
+        self.jobs_in_flight -= 1
+
+    cdef int poll_once(self) noexcept nogil:
+        """Retire the oldest job if its copies are over: 1 retired, 0 not yet, -1 none in flight.
+
+        The context is current. Any number of threads may call it; the record's state decides who retires.
+        """
+        cdef uint32_t record
+        cdef JobRecord *job
+        cdef int code
+        _c.kv_monitor_lock(&self.monitor)
+        record = self.fifo_head
+        if record == NO_RECORD:
+            _c.kv_monitor_unlock(&self.monitor)
+            return -1
+        job = &self.records[record]
+        job.holds += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        code = self.device.drv.event_query(job.done_event)
+        if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):
+            # The query failed, not the copies: if the whole stream is idle they are over, else ask again later.
+            code = self.device.drv.stream_query(self.stream)
+            if code and not _c.kv_result_is_sticky(code):
+                code = _c.KV_CUDA_NOT_READY
+        _c.kv_monitor_lock(&self.monitor)
+        job.holds -= 1
+        if job.state == JOB_RETIRED:  # another party retired it meanwhile
+            self.recycle(record)
+        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SUBMITTED:
+            _c.kv_monitor_unlock(&self.monitor)
+            return 0
+        job.state = JOB_RETIRING
+        self.fifo_head = job.next
+        if self.fifo_head == NO_RECORD:
+            self.fifo_tail = NO_RECORD
+        if code:
+            self.failure = code
+        _c.kv_monitor_unlock(&self.monitor)
+        if self.hook is not NULL:
+            self.hook(self.hook_owner, self.direction_, job, code)
+        _c.kv_monitor_lock(&self.monitor)
+        if job.outcome is not NULL:
+            job.outcome.code = code
+            job.outcome.state = OUTCOME_FAILED if code else OUTCOME_DONE
+            job.outcome = NULL
+        self.recycle(record)
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        self.signals.retired()
+        return 1
+
+    cdef void fail_all(self, int code) noexcept nogil:
+        """Wake every waiter with an error. Slots and events stay as they are: copies may still be running."""
+        cdef uint32_t record
+        cdef JobRecord *job
+        _c.kv_monitor_lock(&self.monitor)
+        self.failure = code
+        for record in range(self.max_jobs):
+            job = &self.records[record]
+            if job.outcome is not NULL:
+                job.outcome.code = code
+                job.outcome.state = OUTCOME_FAILED
+                job.outcome = NULL
+        self.fifo_head = self.fifo_tail = NO_RECORD
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        self.signals.retired()
+
+    cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil:
+        """Whether no copy of the job can be running any more: never, once the context is dead."""
+        cdef bint over
+        _c.kv_monitor_lock(&self.monitor)
+        over = not self.failure and (self.records[record].generation != generation
+                                     or self.records[record].state in (JOB_FREE, JOB_RETIRED))
+        _c.kv_monitor_unlock(&self.monitor)
+        return over
+
+    cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil:
+        """Hold a job's event if its copies may still be in flight; blocks while the job is being submitted."""
+        cdef JobRecord *job = &self.records[record]
+        cdef bint held
+        _c.kv_monitor_lock(&self.monitor)
+        while job.generation == generation and job.state == JOB_CLAIMED:
+            _c.kv_monitor_wait(&self.monitor, <uint64_t>-1)
+        held = job.generation == generation and job.state == JOB_SUBMITTED
+        if held:
+            job.holds += 1
+            sequence[0] = job.sequence
+        _c.kv_monitor_unlock(&self.monitor)
+        return held
+
+    cdef void drop_hold(self, uint32_t record) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.records[record].holds -= 1
+        if self.records[record].state == JOB_RETIRED:
+            self.recycle(record)
+            _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns, bint is_entered) noexcept nogil:
+        """Wait for a job's end, polling as well in a context that is entered. OUTCOME_PENDING: the deadline passed."""
+        cdef OutcomeState state
+        cdef uint64_t now = _c.kv_now_ns(), until
+        cdef uint64_t spin_until = now + SPIN_NS if is_entered else now
+        while True:
+            if is_entered:
+                self.poll_once()
+            _c.kv_monitor_lock(&self.monitor)
+            state = outcome.state
+            if state == OUTCOME_PENDING:
+                now = _c.kv_now_ns()
+                if spin_until <= now < deadline_ns:
+                    until = now + POLL_NS
+                    _c.kv_monitor_wait(&self.monitor, until if until < deadline_ns else deadline_ns)
+                    state = outcome.state
+            _c.kv_monitor_unlock(&self.monitor)
+            if state != OUTCOME_PENDING or now >= deadline_ns:
+                return state
+            if now < spin_until:
+                sched_yield()  # whoever else wants this core has it; the copies need none
+
+    cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil:
+        """Retire until no job is in flight. 0, or -1 when the deadline passed first."""
+        cdef bint empty
+        while True:
+            while self.poll_once() == 1:
+                pass
+            _c.kv_monitor_lock(&self.monitor)
+            empty = self.jobs_in_flight == 0
+            _c.kv_monitor_unlock(&self.monitor)
+            if empty:
+                return 0
+            if _c.kv_now_ns() >= deadline_ns:
+                return -1
+            _c.kv_nap_ns(POLL_NS)
+
+    # ---- questions --------------------------------------------------------------------------------------------------
+
+    cdef OutcomeState ask(self, JobOutcome *outcome) noexcept nogil:
+        cdef OutcomeState state
+        _c.kv_monitor_lock(&self.monitor)
+        state = outcome.state
+        _c.kv_monitor_unlock(&self.monitor)
+        return state
+
+    cdef int enter(self, int *mode) noexcept nogil:
+        """`Device.enter`, for a look at the jobs. If it fails, nothing is known of them, unless the context is dead."""
+        cdef int code = self.device.enter(mode)
+        if _c.kv_result_is_sticky(code) and not self.signals.served:
+            self.fail_all(code)  # no event will ever be seen complete: wake whoever polls for one
+        return code
+
+    cdef int poll_jobs(self) noexcept nogil:
+        cdef int mode = 0, retired = 0
+        if self.enter(&mode):
+            return -_c.kv_result_code(self.failure)
+        while self.poll_once() == 1:
+            retired += 1
+        self.device.leave(mode)
+        return retired

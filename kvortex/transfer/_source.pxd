@@ -1,0 +1,34 @@
+"""Source: what one call moves. The map; the code is in _source.pyx."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from kvortex.driver._device cimport Device
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._copier cimport Direction
+from kvortex.transfer._layout cimport KVLayout
+
+
+cdef class Source:
+    """What one call moves: block ids of the layout, or addresses with a size each; copies of the caller's arrays."""
+    cdef bint by_block
+    cdef int64_t[::1] block_ids          # by_block
+    cdef uint64_t[::1] addresses         # otherwise
+    cdef uint32_t[::1] lengths           # of every block, at i * length_step
+    cdef size_t length_step
+    cdef tuple memory                    # BorrowedMemory that the addresses came from; None: they came as numbers
+    cdef uint8_t[::1] statuses           # of a save: one a key
+    cdef bint chained                    # a save that continues `after`, which may be empty
+    cdef const uint8_t[:, ::1] after     # keys, the caller's own
+    cdef bint ordered                    # after `stream`
+    cdef void *stream                    # of the caller
+
+    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
+
+
+# Checks what a call moves and copies it, before anything is changed; `device_memory`: the layout's lies on the device.
+# Runs other people's Python code.
+cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint device_memory, Direction direction,
+                        Py_ssize_t n, object block_ids, object data_ptrs, object sizes, object stream)
+
+# Refuses targets that overlap: two copies of one job have no order.
+cdef int require_disjoint(object addresses, object lengths) except -1
