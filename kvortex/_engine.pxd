@@ -1,22 +1,19 @@
 """EngineCore: index + pool + queues, joined without the GIL. The map; the code is in _engine.pyx."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from kvortex._c cimport kv_histogram, kv_monitor
 from kvortex.driver._device cimport Device
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._carrier cimport Carrier
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
-
-cdef enum:
-    MAX_STREAMS = 32
 
 cdef struct Counters:
     uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
@@ -31,21 +28,13 @@ cdef class EngineCore:
     cdef readonly DevicePool device_pool  # or None; with a Device of its own, as memory of it may outlive us
     cdef readonly BlockIndex index
     cdef readonly KVLayout layout        # None when the engine moves raw memory only
-    cdef readonly tuple queues           # D2H ones, then H2D ones; a job's words name them by position
-    cdef int num_queues, num_savers
-    cdef void *queue[MAX_STREAMS]        # the same, borrowed, for use without the GIL
-    cdef uint32_t next_queue[2]          # by direction, round robin; a lost update only changes the balance
-    cdef JobSignals signals
+    cdef readonly tuple queues           # of the carrier
+    cdef Carrier carrier
     cdef CompletionThread thread
-    cdef bint device_memory              # the layout lies in device memory, so a stream is required
 
-    cdef kv_monitor hazards              # guards the next three
-    cdef uint64_t *last_job              # per device block: the last job that reads or writes it, see job_word()
-    cdef uint32_t *stamps                # per device block: the last load that named it
-    cdef uint32_t stamp
     cdef kv_monitor counting             # guards the counters
     cdef Counters count
-    cdef bint monitors_ready
+    cdef bint has_counting
     cdef bint told_failure, told_pool    # what went wrong in the background was logged
     cdef bint leaked                     # pinned memory was left to copies that may still run into it
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
@@ -61,10 +50,6 @@ cdef class EngineCore:
                           object stream)
     cdef void give_loans_back(self) noexcept
     cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses)
-    cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
-    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil
-    cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil
-    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

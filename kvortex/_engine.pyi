@@ -8,7 +8,7 @@ from kvortex.driver import Device
 from kvortex.index import BlockIndex
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.stats import EngineStats
-from kvortex.transfer import Job, JobSignals, KVLayout, TransferQueue
+from kvortex.transfer import Carrier, Job, KVLayout, TransferQueue
 
 class BlockHits(NamedTuple):
     leading: int
@@ -28,10 +28,7 @@ class EngineCore:
         device: Device,
         pool: PinnedPool,
         index: BlockIndex,
-        signals: JobSignals,
-        savers: Sequence[TransferQueue],
-        loaders: Sequence[TransferQueue],
-        layout: KVLayout | None = None,
+        carrier: Carrier,
         device_pool: DevicePool | None = None,
     ) -> None: ...
     def save_blocks(

@@ -5,7 +5,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
@@ -14,12 +14,11 @@ from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._carrier cimport Carrier
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
-from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source, make_source, require_disjoint
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
@@ -42,11 +41,6 @@ class BlockHits(NamedTuple):
     leading_anywhere: int  # blocks of the leading run over all levels
 
 
-cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
-    """A job in one word: 8 bits of queue, 24 of record, 32 of generation; never 0, since generations start at 1."""
-    return <uint64_t>queue << 56 | <uint64_t>record << 32 | generation
-
-
 @cython.no_gc_clear  # __dealloc__ stops the threads that use the parts, so they must still be there
 cdef class EngineCore:
     """The joined parts; `KVortexEngine` is what users create."""
@@ -54,41 +48,21 @@ cdef class EngineCore:
     def __cinit__(self, *args, **kwargs):
         self.closing = self.ended = True
         self.loans = ()
-        if _c.kv_monitor_init(&self.hazards):
-            raise MemoryError("pthread_mutex_init failed")
         if _c.kv_monitor_init(&self.counting):
-            _c.kv_monitor_destroy(&self.hazards)
             raise MemoryError("pthread_mutex_init failed")
-        self.monitors_ready = True
+        self.has_counting = True
 
     def __init__(self, Device device not None, PinnedPool pool not None, BlockIndex index not None,
-                 JobSignals signals not None, savers, loaders, KVLayout layout=None,
-                 DevicePool device_pool=None):
-        cdef int position
-        cdef bint on_device = False
-        if self.queues is not None or self.last_job is not NULL:
+                 Carrier carrier not None, DevicePool device_pool=None):
+        if self.carrier is not None:
             raise RuntimeError("an engine is created once")
-        if len(savers) + len(loaders) > MAX_STREAMS:
-            raise ValueError(f"at most {MAX_STREAMS} streams, got {len(savers) + len(loaders)}")
-        require_parts(device, pool, index, savers, loaders)
-        if layout is not None:
-            self.last_job = <uint64_t *>calloc(layout.num_blocks, sizeof(uint64_t))
-            self.stamps = <uint32_t *>calloc(layout.num_blocks, sizeof(uint32_t))
-            if self.last_job is NULL or self.stamps is NULL:
-                raise MemoryError(f"no memory for the words of {layout.num_blocks} device blocks")
-        self.device, self.pool, self.index, self.layout, self.signals = device, pool, index, layout, signals
-        self.device_pool = device_pool
-        if layout is not None:
-            for base, _, _ in layout.runs:
-                check(self.device, self.device.lies_on_device(base, &on_device), b"cuPointerGetAttribute")
-                self.device_memory |= on_device
-        self.queues = (*savers, *loaders)
-        self.num_queues, self.num_savers = len(self.queues), len(savers)
-        for position in range(self.num_queues):
-            self.queue[position] = <void *>self.queues[position]
-            (<TransferQueue>self.queue[position]).hook = retire
-            (<TransferQueue>self.queue[position]).hook_owner = <void *>self
-        self.thread = CompletionThread(device, signals, self.queues)
+        require_parts(device, pool, index, carrier)
+        self.device, self.pool, self.index, self.carrier = device, pool, index, carrier
+        self.device_pool, self.layout, self.queues = device_pool, carrier.layout, carrier.queues
+        for queue in self.queues:
+            (<TransferQueue>queue).hook = retire
+            (<TransferQueue>queue).hook_owner = <void *>self
+        self.thread = CompletionThread(device, carrier.signals, self.queues)
         pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
 
@@ -401,7 +375,7 @@ cdef class EngineCore:
                           object stream):
         """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
         try:
-            return make_source(self.device, self.layout, self.pool, self.device_memory, direction, n, block_ids,
+            return make_source(self.device, self.layout, self.pool, self.carrier.device_memory, direction, n, block_ids,
                                data_ptrs, sizes, stream)
         except (DriverError, EngineClosed):
             self.require_open()
@@ -438,9 +412,9 @@ cdef class EngineCore:
         if n and not failure:
             with nogil:
                 if direction == H2D and source.by_block:
-                    twice = self.names_block_twice(&source.block_ids[0], n)
+                    twice = self.carrier.names_block_twice(&source.block_ids[0], n)
                 if not twice:
-                    record = self.claim_job(direction, n, &number)
+                    record = self.carrier.claim_job(direction, n, &number)
         if record == NO_RECORD:
             self.calls -= 1
             if loan is not None:
@@ -453,8 +427,8 @@ cdef class EngineCore:
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
             return job  # every status says FULL from the start
-        job.attach(<TransferQueue>self.queue[number], record, self)
-        record_of_job = &(<TransferQueue>self.queue[number]).records[record]
+        job.attach(<TransferQueue>self.carrier.queue[number], record, self)
+        record_of_job = &(<TransferQueue>self.carrier.queue[number]).records[record]
         if loan is not None:
             loan.queue, loan.record, loan.generation = job.queue, record, job.generation
             job.loan = loan
@@ -472,16 +446,16 @@ cdef class EngineCore:
             for index in range(moved):
                 record_of_job.nbytes += source.lengths[index * source.length_step]
             if moved:
-                code = self.submit(number, record, source, &call)
+                code = self.carrier.submit(number, record, source, &call)
             if code:
-                if (<TransferQueue>self.queue[number]).failure:
+                if (<TransferQueue>self.carrier.queue[number]).failure:
                     self.failure = code  # the context is dead: nothing is reused
                 elif direction == D2H:
                     self.index.abort_slots(record_of_job.slots, moved)
                 else:
                     self.index.release_slots(record_of_job.slots, moved)
             if code or not moved:
-                (<TransferQueue>self.queue[number]).unclaim(record)
+                (<TransferQueue>self.carrier.queue[number]).unclaim(record)
             _c.kv_monitor_lock(&self.counting)
             self.count.jobs_failed += code != 0
             if direction == D2H:
@@ -503,115 +477,6 @@ cdef class EngineCore:
         for loan in self.loans:
             loan.give_back_if_over()
         self.loans = tuple([loan for loan in self.loans if loan.memory])
-
-    cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
-        """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full."""
-        cdef int first = 0 if direction == D2H else self.num_savers
-        cdef int count = self.num_savers if direction == D2H else self.num_queues - self.num_savers
-        cdef int _attempt
-        cdef uint32_t record = NO_RECORD
-        for _attempt in range(count):
-            number[0] = first + <int>(self.next_queue[<int>direction] % <uint32_t>count)
-            self.next_queue[<int>direction] += 1
-            record = (<TransferQueue>self.queue[number[0]]).claim(n)
-            if record != NO_RECORD:
-                break
-        return record
-
-    @cython.boundscheck(False)
-    @cython.wraparound(False)
-    @cython.initializedcheck(False)
-    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil:
-        """Submit after the jobs in flight on the same device blocks: one event a queue says it all, as queues are FIFO.
-
-        A CUresult, as of `TransferQueue.submit_plan`.
-        """
-        cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
-        cdef size_t n = job.num_slots, index, num_met = 0, num_waits = 0
-        cdef void *waits[MAX_STREAMS]
-        cdef uint32_t held[MAX_STREAMS]      # record held on each queue
-        cdef uint64_t sequences[MAX_STREAMS]
-        cdef uint64_t *met = NULL
-        cdef uint64_t sequence = 0
-        cdef uint32_t other
-        cdef int other_queue, mode = 0
-        cdef _c.kv_plan plan
-        # Before the blocks are claimed: from then on a failure has to be waited out, which needs the context.
-        cdef int code = self.device.enter(&mode)
-        if code:
-            call[0] = b"cuCtxPushCurrent"
-            return code
-        for other_queue in range(self.num_queues):
-            held[other_queue] = NO_RECORD
-        if source.by_block:
-            met = <uint64_t *>malloc(n * sizeof(uint64_t))
-            if met is NULL:
-                self.device.leave(mode)
-                call[0] = b"malloc"
-                return _c.KV_CUDA_OUT_OF_MEMORY
-            num_met = self.claim_blocks(&source.block_ids[0], n, job_word(number, record, job.generation), met)
-            for index in range(num_met):
-                other_queue = <int>(met[index] >> 56)
-                other = <uint32_t>(met[index] >> 32) & 0xFFFFFF
-                if not (<TransferQueue>self.queue[other_queue]).hold_submitted(other, <uint32_t>met[index], &sequence):
-                    continue
-                if other_queue == number or (held[other_queue] != NO_RECORD and sequences[other_queue] > sequence):
-                    (<TransferQueue>self.queue[other_queue]).drop_hold(other)
-                    continue
-                if held[other_queue] != NO_RECORD:
-                    (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
-                held[other_queue] = other
-                sequences[other_queue] = sequence
-            free(met)
-            for other_queue in range(self.num_queues):
-                if held[other_queue] != NO_RECORD:
-                    waits[num_waits] = (<TransferQueue>self.queue[other_queue]).records[held[other_queue]].done_event
-                    num_waits += 1
-            plan = _c.kv_plan_of_blocks(self.layout.groups, self.layout.num_groups,
-                                        self.layout.strided_bit((<TransferQueue>self.queue[number]).direction_),
-                                        &source.block_ids[0], &self.pool.slots, job.slots, n)
-        else:
-            plan = _c.kv_plan_of_addresses(&source.addresses[0], &source.lengths[0], &self.pool.slots, job.slots, n)
-        code = (<TransferQueue>self.queue[number]).submit_plan(record, &plan, self.layout, source.stream,
-                                                               source.ordered, waits, num_waits, call)
-        for other_queue in range(self.num_queues):
-            if held[other_queue] != NO_RECORD:
-                (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
-        self.device.leave(mode)
-        return code
-
-    cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil:
-        cdef size_t index
-        cdef bint twice = False
-        _c.kv_monitor_lock(&self.hazards)
-        self.stamp += 1
-        if self.stamp == 0:  # wrapped around: old stamps would look new
-            for index in range(self.layout.num_blocks):
-                self.stamps[index] = 0
-            self.stamp = 1
-        for index in range(n):
-            twice |= self.stamps[ids[index]] == self.stamp
-            self.stamps[ids[index]] = self.stamp
-        _c.kv_monitor_unlock(&self.hazards)
-        return twice
-
-    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil:
-        """Name the job in the words of its blocks, all at once, and list the jobs named there before.
-
-        One lock for the whole job gives jobs a total order, so that two that meet in several blocks never wait for
-        each other.
-        """
-        cdef size_t index, num_met = 0
-        cdef uint64_t before
-        _c.kv_monitor_lock(&self.hazards)
-        for index in range(n):
-            before = self.last_job[ids[index]]
-            self.last_job[ids[index]] = word
-            if before != 0 and before != word and (num_met == 0 or met[num_met - 1] != before):
-                met[num_met] = before
-                num_met += 1
-        _c.kv_monitor_unlock(&self.hazards)
-        return num_met
 
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil:
         """The copies of a job are over: make its slots visible, or unpin them. Runs before anyone sees the job done."""
@@ -710,14 +575,11 @@ cdef class EngineCore:
             self.close_parts(1000, False)
         for queue in self.queues or ():
             (<TransferQueue>queue).hook = NULL  # what a queue left open still retires, it retires without us
-        free(self.last_job)
-        free(self.stamps)
-        if self.monitors_ready:
+        if self.has_counting:
             _c.kv_monitor_destroy(&self.counting)
-            _c.kv_monitor_destroy(&self.hazards)
 
 
-cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, object savers, object loaders) except -1:
+cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, Carrier carrier) except -1:
     """Refuse what a thread without the GIL could not tell."""
     device.require_open()
     pool._require_open()
@@ -725,15 +587,10 @@ cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, object 
         raise ValueError("the pool serves another engine; make one for each")
     if index.num_slots < pool.num_slots:
         raise ValueError(f"the index has {index.num_slots} slots and the pool {pool.num_slots}; make it as large")
-    for queues, direction in ((savers, "D2H"), (loaders, "H2D")):
-        if not queues:
-            raise ValueError("savers and loaders need a queue each")
-        for queue in queues:
-            if not isinstance(queue, TransferQueue):
-                raise TypeError(f"savers and loaders must be TransferQueues, got {type(queue).__name__}")
-            queue._require_open()
-            if queue.direction != direction:
-                raise ValueError(f"a queue for {direction} is needed, got one for {queue.direction}")
+    if carrier.device is not device or carrier.pool is not pool:
+        raise ValueError("the carrier is of another device or pool; make one of these")
+    for queue in carrier.queues:
+        queue._require_open()
     return 0
 
 

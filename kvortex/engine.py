@@ -13,7 +13,7 @@ from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
-from kvortex.transfer import JobSignals, TransferQueue, gather_pays, probe_layout
+from kvortex.transfer import Carrier
 
 __all__ = ["BlockHits", "KVortexEngine"]
 
@@ -81,9 +81,8 @@ class KVortexEngine(EngineCore):
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
         num_streams = max(2, config.num_transfer_streams)  # loads and saves never share one
         num_loaders = num_streams // 2
-        # Assigned to names or kept in the list as soon as they are made, so that a signal between two steps loses none.
-        device = pool = device_pool = engine = None
-        queues = []
+        # Assigned to names as soon as they are made, so that a signal between two steps loses none.
+        device = pool = device_pool = carrier = engine = None
         try:
             device = Device.open(config.device)
             if layout is not None and layout.on_gpu and device.is_host:
@@ -105,20 +104,17 @@ class KVortexEngine(EngineCore):
             if config.gpu_pool_size_bytes:
                 device_pool = DevicePool(config.gpu_pool_size_bytes, device.name)
             index = BlockIndex(pool.num_slots)
-            signals = JobSignals()
-            for direction in ("D2H",) * (num_streams - num_loaders) + ("H2D",) * num_loaders:
-                queues.append(TransferQueue(device, direction, max_jobs=config.max_jobs, signals=signals))
-            savers, loaders = queues[:-num_loaders], queues[-num_loaders:]
-            if layout is not None:
-                probe_layout(layout, savers[0])
-                probe_layout(layout, loaders[0])
-                gathered = [queue for queue in queues if gather_pays(layout, queue.direction)]
-                for queue in gathered if config.gather_ctas else ():
-                    queue.use_gather(layout, config.gather_ctas, device_pool)
-                if config.gather_ctas and not gathered:
-                    message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
-                    log(logging.INFO, "gather_unused", message, device=device.name, piece_bytes=layout.piece_bytes)
-            parts = (device, pool, index, signals, savers, loaders, layout, device_pool)
+            carrier = Carrier(
+                device,
+                pool,
+                layout,
+                num_savers=num_streams - num_loaders,
+                num_loaders=num_loaders,
+                max_jobs=config.max_jobs,
+                gather_ctas=config.gather_ctas,
+                device_pool=device_pool,
+            )
+            parts = (device, pool, index, carrier, device_pool)
             engine = cls.__new__(cls, *parts)
             engine.config, engine._shutting_down = config, threading.RLock()
             engine.__init__(*parts)
@@ -140,7 +136,7 @@ class KVortexEngine(EngineCore):
         except BaseException:
             if engine is not None:
                 engine._close(config.shutdown_timeout_ms)
-            for part in (*queues, device_pool, pool, device):  # what the engine has not closed
+            for part in (carrier, device_pool, pool, device):  # what the engine has not closed
                 if part is not None:
                     part.close()
             raise

@@ -1,5 +1,6 @@
 """Rank 4: movement between a device and pinned slots. It knows addresses and streams, never keys."""
 
+from kvortex.transfer._carrier import Carrier
 from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
@@ -7,4 +8,4 @@ from kvortex.transfer._probe import PlannerRow, probe_layout
 from kvortex.transfer._signals import JobSignals
 from kvortex.transfer._transfer_queue import TransferQueue
 
-__all__ = ["Job", "JobSignals", "KVLayout", "PlannerRow", "TransferQueue", "gather_pays", "probe_layout"]
+__all__ = ["Carrier", "Job", "JobSignals", "KVLayout", "PlannerRow", "TransferQueue", "gather_pays", "probe_layout"]

@@ -1,5 +1,6 @@
 """What a constructor that fails gives back: everything, at once, with the error that it met."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -9,7 +10,6 @@ import pytest
 
 import kvortex
 from kvortex.memory import PoolSlot
-from kvortex.transfer import JobSignals
 
 HERE = Path(__file__).parent
 
@@ -42,26 +42,41 @@ PARTS = {
     "device": lambda: kvortex.Device.__new__(kvortex.Device),
     "pool": lambda: kvortex.PinnedPool.__new__(kvortex.PinnedPool),
     "index": lambda: kvortex.BlockIndex(1),
-    "savers": lambda: [kvortex.TransferQueue.__new__(kvortex.TransferQueue)],
-    "loaders": lambda: [object()],
+    "carrier": lambda: kvortex.transfer.Carrier.__new__(kvortex.transfer.Carrier),
 }
 
 
-@pytest.mark.parametrize("part", [*PARTS, "no savers", "both ways"])
+@pytest.mark.parametrize("part", [*PARTS, "another device", "another pool"])
 def test_an_engine_of_unfit_parts_is_refused(device, part):
-    with kvortex.PinnedPool(4 * 4096, 4096, device) as pool, kvortex.TransferQueue(device, "D2H") as saver:
-        parts = {"device": device, "pool": pool, "index": kvortex.BlockIndex(4), "signals": JobSignals()}
-        parts |= {"savers": [saver], "loaders": [saver]}
+    with (
+        kvortex.PinnedPool(4 * 4096, 4096, device) as pool,
+        kvortex.Device.open(device.name) as other,
+        kvortex.PinnedPool(4 * 4096, 4096, other) as other_pool,
+        contextlib.closing(kvortex.transfer.Carrier(device, other_pool if part == "another pool" else pool)) as carrier,
+    ):
+        parts = {"device": device, "pool": pool, "index": kvortex.BlockIndex(4), "carrier": carrier}
         if part in PARTS:
             parts[part] = PARTS[part]()
-        elif part == "no savers":
-            parts["savers"] = []
+        elif part == "another device":
+            parts["device"] = other
         with pytest.raises((ValueError, TypeError, kvortex.EngineClosed)):
             kvortex.KVortexEngine(**parts)
 
 
+@pytest.mark.parametrize("savers, loaders", [(0, 1), (1, 0), (17, 16)])
+def test_a_carrier_of_too_few_or_too_many_queues_is_refused(device, savers, loaders):
+    with kvortex.PinnedPool(4096, 4096, device) as pool, pytest.raises(ValueError, match=f"{savers} that save"):
+        kvortex.transfer.Carrier(device, pool, num_savers=savers, num_loaders=loaders)
+
+
 CLASSES = [kvortex.Device, kvortex.DeviceBuffer, kvortex.DevicePool, kvortex.Event, kvortex.PinnedPool, PoolSlot]
-CLASSES += [kvortex.Stream, kvortex.TransferQueue, kvortex.KVortexEngine, kvortex.memory.PooledBuffer]
+CLASSES += [
+    kvortex.Stream,
+    kvortex.TransferQueue,
+    kvortex.transfer.Carrier,
+    kvortex.KVortexEngine,
+    kvortex.memory.PooledBuffer,
+]
 CLASSES += [kvortex.memory.DeviceArena]
 
 
@@ -106,5 +121,4 @@ def test_no_constructor_runs_twice(device):
             made.__init__(*arguments)
     config = kvortex.KVortexConfig(cpu_pool_size_bytes=1 << 16, block_bytes=4096, device="host")
     with kvortex.KVortexEngine.create(config) as engine, pytest.raises(RuntimeError, match="once"):
-        queues = engine.queues
-        engine.__init__(engine.device, engine.pool, engine.index, JobSignals(), queues[:2], queues[2:])
+        engine.__init__(engine.device, engine.pool, engine.index, kvortex.transfer.Carrier(engine.device, engine.pool))
