@@ -152,6 +152,8 @@ cdef extern from "kvortex/driver.h" nogil:
     const int KV_ROW_stream_get_ctx, KV_ROW_stream_query, KV_ROW_stream_synchronize, KV_ROW_stream_create
     const int KV_ROW_stream_wait_event, KV_ROW_event_create, KV_ROW_event_query, KV_ROW_event_synchronize
     const int KV_ROW_memcpy_dtod_async, KV_ROW_pointer_get_attribute
+    const int KV_ROW_memcpy_dtoh_async, KV_ROW_memcpy_htod_async
+    const int KV_ROW_event_record, KV_ROW_launch_kernel, KV_ROW_memcpy_batch_async, KV_ROW_memcpy_2d_async
 
 
 # kvortex/table.h, entry.h, list.h, lru.h (index) --------------------------------------------------------------------
@@ -277,8 +279,10 @@ cdef extern from "kvortex/copy_plan.h" nogil:
         const int64_t *block_ids
         const kv_slots *slots
         const uint32_t *slot_ids
-        size_t num_blocks
+        size_t num_blocks, block
 
+    bint kv_plan_is_begun(const kv_plan *plan)
+    bint kv_plan_is_done(const kv_plan *plan)
     kv_plan kv_plan_of_blocks(const kv_group *groups, uint32_t num_groups, uint32_t strided, const int64_t *block_ids,
                               const kv_slots *slots, const uint32_t *slot_ids, size_t num_blocks)
     kv_plan kv_plan_of_addresses(const uint64_t *addresses, const uint32_t *sizes, const kv_slots *slots,
@@ -305,6 +309,7 @@ cdef extern from "kvortex/gather.h" nogil:
 
 # kvortex/sync.h ----------------------------------------------------------------------------------------------------
 cdef extern from "kvortex/sync.h" nogil:
+    const uint64_t KV_NEVER_NS
     ctypedef struct kv_monitor:
         pass
 

@@ -14,6 +14,7 @@ from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._source cimport Source
+from kvortex.transfer._submitter cimport Submitter
 
 cdef struct Counters:
     uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
@@ -31,6 +32,8 @@ cdef class EngineCore:
     cdef readonly tuple queues           # of the carrier
     cdef Carrier carrier
     cdef CompletionThread thread
+    cdef Submitter submitter             # None until the first deferred call
+    cdef object deferred                 # of calls that do not say: False, True or "auto"
 
     cdef kv_monitor counting             # guards the counters
     cdef Counters count
@@ -49,7 +52,8 @@ cdef class EngineCore:
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream)
     cdef void give_loans_back(self) noexcept
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses)
+    cdef int deferral(self, object deferred) except -1
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses, int deferred)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,6 +30,7 @@ class EngineCore:
         index: BlockIndex,
         carrier: Carrier,
         device_pool: DevicePool | None = None,
+        deferred: bool | Literal["auto"] = False,
     ) -> None: ...
     def save_blocks(
         self,
@@ -40,6 +41,7 @@ class EngineCore:
         sizes: ArrayLike | None = None,
         stream: Any = None,
         after: NDArray[np.uint8] | None = None,
+        deferred: bool | Literal["auto"] | None = None,
     ) -> Job: ...
     def load_blocks(
         self,
@@ -49,6 +51,7 @@ class EngineCore:
         data_ptrs: ArrayLike | Sequence[Any] | None = None,
         sizes: ArrayLike | None = None,
         stream: Any = None,
+        deferred: bool | Literal["auto"] | None = None,
     ) -> Job: ...
     def check_blocks(self, keys: NDArray[np.uint8]) -> BlockHits: ...
     def touch_blocks(self, keys: NDArray[np.uint8]) -> int: ...

@@ -14,12 +14,13 @@ from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
-from kvortex.transfer._carrier cimport Carrier
+from kvortex.transfer._carrier cimport DEFER_ALL, DEFER_LONG, DEFER_NONE, Carrier
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
 from kvortex.transfer._source cimport Source, make_source, require_disjoint
+from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 import logging
@@ -53,12 +54,13 @@ cdef class EngineCore:
         self.has_counting = True
 
     def __init__(self, Device device not None, PinnedPool pool not None, BlockIndex index not None,
-                 Carrier carrier not None, DevicePool device_pool=None):
+                 Carrier carrier not None, DevicePool device_pool=None, deferred=False):
         if self.carrier is not None:
             raise RuntimeError("an engine is created once")
         require_parts(device, pool, index, carrier)
         self.device, self.pool, self.index, self.carrier = device, pool, index, carrier
         self.device_pool, self.layout, self.queues = device_pool, carrier.layout, carrier.queues
+        self.deferred = deferred
         for queue in self.queues:
             (<TransferQueue>queue).hook = retire
             (<TransferQueue>queue).hook_owner = <void *>self
@@ -68,8 +70,8 @@ cdef class EngineCore:
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
-    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, after=None):
-        """Copy device blocks into the pool; returns once the copies are submitted.
+    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, after=None, deferred=None):
+        """Copy device blocks into the pool; returns once the copies are submitted, or, `deferred`, at once.
 
         The copies wait on the device for `stream` as it stands at the call. The source must not be overwritten before
         they are over: order the next writer with ``job.wait_on(stream)`` (device-side) or ``job.wait()``.
@@ -93,6 +95,12 @@ cdef class EngineCore:
             is saved. What is in RAM of them and of `keys` becomes most recently used and is not evicted for a later
             block of the prefix: where the pool is smaller than the prompt, its tail gets FULL and its head stays.
             Without `after` a prompt longer than the pool evicts its own head.
+        deferred : bool or "auto", optional
+            Whether a thread of the engine submits the copies, so that the call returns within microseconds: the driver
+            takes one for each piece, 65 ms for a long prompt. "auto": only where that is long. By default what the
+            config says. Until ``job.submitted`` a synchronisation of the device or of `stream` does not cover the
+            copies, and ``cudaFree`` does not wait for them; the memory must live until ``job.done()``. ``job.wait_on``
+            right after the call waits until they are submitted.
 
         Returns
         -------
@@ -124,10 +132,10 @@ cdef class EngineCore:
         if after is not None:
             source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
-        return self.run(D2H, rows, source, statuses)
+        return self.run(D2H, rows, source, statuses, self.deferral(deferred))
 
-    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None):
-        """Copy blocks from the pool back to the device; returns once the copies are submitted.
+    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None):
+        """Copy blocks from the pool back to the device; returns once the copies are submitted, or, `deferred`, at once.
 
         The leading run of keys that are in RAM (with the size asked for) is loaded; targets beyond it are untouched.
         The copies wait on the device for `stream` as it stands at the call; order what reads the targets with
@@ -138,11 +146,14 @@ cdef class EngineCore:
         keys, block_ids, data_ptrs, sizes, stream
             As for `save_blocks`; a target named twice is refused, and read-only memory (`BufferError` if it is one of
             `data_ptrs`).
+        deferred : bool or "auto", optional
+            As for `save_blocks`.
 
         Returns
         -------
         Job
-            ``job.num_blocks`` is the length of the run, final on return; blocks may have been evicted since the check.
+            ``job.num_blocks`` is the length of the run, final once ``job.submitted``; blocks may have been evicted
+            since the check.
 
         Raises
         ------
@@ -155,7 +166,7 @@ cdef class EngineCore:
         source = self.source_of(H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
-        return self.run(H2D, rows, source, None)
+        return self.run(H2D, rows, source, None, self.deferral(deferred))
 
     def check_blocks(self, keys):
         """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
@@ -371,6 +382,18 @@ cdef class EngineCore:
             return 1
         return 0
 
+    cdef int deferral(self, object deferred) except -1:
+        """Who issues the copies of a call; the submitter is made for the first that wants it."""
+        if deferred is None:
+            deferred = self.deferred
+        if deferred is False:
+            return DEFER_NONE
+        if deferred is not True and deferred != "auto":
+            raise ValueError(f"deferred must be False, True or 'auto', got {deferred!r}")
+        if self.submitter is None:
+            self.submitter = Submitter(self.device, self.carrier.signals, self.queues)
+        return DEFER_ALL if deferred is True else DEFER_LONG
+
     cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
                           object stream):
         """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
@@ -384,12 +407,12 @@ cdef class EngineCore:
     @cython.boundscheck(False)  # from the claim on nothing may raise
     @cython.wraparound(False)
     @cython.initializedcheck(False)
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses):
+    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses, int deferred):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
-        cdef const char *call = NULL
+        cdef TransferQueue queue
         cdef JobRecord *record_of_job
-        cdef bint twice = False
+        cdef bint twice = False, has_turn = False
         cdef uint32_t record = NO_RECORD
         cdef int number = 0, code = 0, failure
         cdef Loan loan = None
@@ -427,37 +450,39 @@ cdef class EngineCore:
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
             return job  # every status says FULL from the start
-        job.attach(<TransferQueue>self.carrier.queue[number], record, self)
-        record_of_job = &(<TransferQueue>self.carrier.queue[number]).records[record]
+        queue = <TransferQueue>self.carrier.queue[number]
+        job.attach(queue, record, self)
+        record_of_job = &queue.records[record]
         if loan is not None:
             loan.queue, loan.record, loan.generation = job.queue, record, job.generation
             job.loan = loan
         with nogil:
+            self.carrier.fill(number, record, source, n)
             if direction == D2H:
-                moved = self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
-                                                record_of_job.slots, &source.statuses[0], source.chained,
-                                                &source.after[0, 0] if num_before else NULL, num_before)
-                source.keep(record_of_job.slots, n)
+                self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
+                                        record_of_job.slots, &source.statuses[0], source.chained,
+                                        &source.after[0, 0] if num_before else NULL, num_before)
+                queue.keep_slots(record, n)
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                                 record_of_job.slots)
-            record_of_job.num_slots = moved
+                record_of_job.num_slots = moved
+            moved = record_of_job.num_slots
             record_of_job.nbytes = 0
             for index in range(moved):
-                record_of_job.nbytes += source.lengths[index * source.length_step]
+                record_of_job.nbytes += source.lengths[0] if source.by_block else record_of_job.lengths[index]
             if moved:
-                code = self.carrier.submit(number, record, source, &call)
-            if code:
-                if (<TransferQueue>self.carrier.queue[number]).failure:
-                    self.failure = code  # the context is dead: nothing is reused
-                elif direction == D2H:
+                code = self.carrier.submit(number, record, source, deferred, &has_turn)
+            if code and has_turn:
+                queue.wait_outcome(&job.outcome, _c.KV_NEVER_NS, False)
+            elif not has_turn:
+                if moved and direction == D2H:
                     self.index.abort_slots(record_of_job.slots, moved)
-                else:
+                elif moved:
                     self.index.release_slots(record_of_job.slots, moved)
-            if code or not moved:
-                (<TransferQueue>self.carrier.queue[number]).unclaim(record)
+                queue.unclaim(record)
             _c.kv_monitor_lock(&self.counting)
-            self.count.jobs_failed += code != 0
+            self.count.jobs_failed += code != 0 and not has_turn
             if direction == D2H:
                 for index in range(n):
                     self.count.blocks_present += source.statuses[index] == _c.KV_RESERVE_PRESENT
@@ -465,7 +490,7 @@ cdef class EngineCore:
                     self.count.blocks_refused += source.statuses[index] == _c.KV_RESERVE_FULL
             _c.kv_monitor_unlock(&self.counting)
         self.calls -= 1
-        check(self.device, code, call)
+        check(self.device, code, b"malloc")
         job.count = moved
         if not moved:
             job.queue = None
@@ -481,22 +506,25 @@ cdef class EngineCore:
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil:
         """The copies of a job are over: make its slots visible, or unpin them. Runs before anyone sees the job done."""
         cdef size_t committed = 0
+        cdef bint copied = code == 0 and job.code == 0 and not job.is_withdrawn
         cdef uint64_t elapsed_ns
         if code:
             self.failure = code  # the context is dead: slots stay as they are, nothing is reused
-        elif direction == D2H:
+        elif direction == H2D:
+            self.index.release_slots(job.slots, job.num_slots)
+        elif copied:
             committed = self.index.commit_slots(job.slots, job.num_slots, False)
         else:
-            self.index.release_slots(job.slots, job.num_slots)
+            self.index.abort_slots(job.slots, job.num_slots)
         elapsed_ns = _c.kv_now_ns() - job.start_ns
         _c.kv_monitor_lock(&self.counting)
-        if code:
+        if code or job.code:
             self.count.jobs_failed += 1
-        elif direction == D2H:
+        elif copied and direction == D2H:
             self.count.blocks_saved += committed
             self.count.bytes_saved += job.nbytes
             _c.kv_histogram_add(&self.count.save_ns, elapsed_ns)
-        else:
+        elif copied:
             self.count.blocks_loaded += job.num_slots
             self.count.bytes_loaded += job.nbytes
             _c.kv_histogram_add(&self.count.load_ns, elapsed_ns)
@@ -535,6 +563,8 @@ cdef class EngineCore:
                 PyErr_CheckSignals()
             if self.ended:  # by a signal handler
                 return False
+        if self.submitter is not None:
+            self.submitter.end(deadline, False)
         with nogil:
             self.thread.stop()
         if self.calls:

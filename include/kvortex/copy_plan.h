@@ -75,6 +75,9 @@ static inline kv_plan kv_plan_of_addresses(const uint64_t *addresses, const uint
                      .num_blocks = num_blocks};
 }
 
+static inline int kv_plan_is_begun(const kv_plan *plan) { return plan->block || plan->group || plan->row; }
+static inline int kv_plan_is_done(const kv_plan *plan) { return plan->block == plan->num_blocks; }
+
 /* Whether the shape of a group admits a strided copy at all; a probe says whether it is legal and pays. */
 static inline int kv_group_may_be_strided(const kv_group *group)
 {

@@ -6,6 +6,17 @@ from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
 from kvortex.transfer._probe import PlannerRow, probe_layout
 from kvortex.transfer._signals import JobSignals
+from kvortex.transfer._submitter import Submitter
 from kvortex.transfer._transfer_queue import TransferQueue
 
-__all__ = ["Carrier", "Job", "JobSignals", "KVLayout", "PlannerRow", "TransferQueue", "gather_pays", "probe_layout"]
+__all__ = [
+    "Carrier",
+    "Job",
+    "JobSignals",
+    "KVLayout",
+    "PlannerRow",
+    "Submitter",
+    "TransferQueue",
+    "gather_pays",
+    "probe_layout",
+]

@@ -6,12 +6,18 @@ from kvortex._c cimport kv_monitor
 from kvortex.driver._device cimport Device
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport Direction
+from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
 
 cdef enum:
-    MAX_STREAMS = 32
+    MAX_STREAMS = 32  # no more than MAX_WAITS
+
+cdef enum:         # who issues a job
+    DEFER_NONE = 0
+    DEFER_ALL = 1
+    DEFER_LONG = 2  # the caller, unless that takes long
 
 
 cdef class Carrier:
@@ -32,6 +38,9 @@ cdef class Carrier:
     cdef uint32_t stamp
 
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
-    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil
+    cdef void fill(self, int number, uint32_t record, Source source, size_t n) noexcept nogil
+    cdef int submit(self, int number, uint32_t record, Source source, int deferred, bint *has_turn) noexcept nogil
+    cdef size_t copies_of_block(self, int number, Source source) noexcept nogil
+    cdef void hold_met(self, int number, JobRecord *job, const uint64_t *met, size_t num_met) noexcept nogil
     cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil
-    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil
+    cdef size_t claim_blocks(self, int number, uint32_t record, uint64_t *met) noexcept nogil

@@ -1,9 +1,9 @@
 # cython: nonecheck=False
 """Carrier: what moves the blocks of one layout between its device and one pool, in the order that the blocks demand."""
 
-cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check, require_timeout
@@ -21,6 +21,9 @@ import logging
 from kvortex.log import log
 from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._probe import probe_layout
+
+
+cdef size_t LONG_COPIES = 256  # some 100 us of issue: what a caller is not made to wait for where that is "auto"
 
 
 cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
@@ -139,67 +142,92 @@ cdef class Carrier:
                 break
         return record
 
-    @cython.boundscheck(False)
-    @cython.wraparound(False)
-    @cython.initializedcheck(False)
-    cdef int submit(self, int number, uint32_t record, Source source, const char **call) noexcept nogil:
-        """Submit after the jobs in flight on the same device blocks: one event a queue says it all, as queues are FIFO.
+    cdef void fill(self, int number, uint32_t record, Source source, size_t n) noexcept nogil:
+        """Copy into a claimed job which blocks its `n` keys are to move."""
+        cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
+        if source.by_block:
+            memcpy(job.places, &source.block_ids[0], n * sizeof(uint64_t))
+        else:
+            memcpy(job.places, &source.addresses[0], n * sizeof(uint64_t))
+            memcpy(job.lengths, &source.lengths[0], n * sizeof(uint32_t))
 
-        A CUresult, as of `TransferQueue.submit_plan`.
+    cdef int submit(self, int number, uint32_t record, Source source, int deferred, bint *has_turn) noexcept nogil:
+        """Put a filled job on its stream, or hand it over, after the jobs in flight on the same device blocks.
+
+        A CUresult. If the job has no turn by then nothing was done; otherwise it retires as every job does.
         """
         cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
-        cdef size_t n = job.num_slots, index, num_met = 0, num_waits = 0
-        cdef void *waits[MAX_STREAMS]
-        cdef uint32_t held[MAX_STREAMS]      # record held on each queue
-        cdef uint64_t sequences[MAX_STREAMS]
         cdef uint64_t *met = NULL
-        cdef uint64_t sequence = 0
-        cdef uint32_t other
-        cdef int other_queue, mode = 0
-        cdef _c.kv_plan plan
-        # Before the blocks are claimed: from then on a failure has to be waited out, which needs the context.
+        cdef size_t num_met
+        cdef int mode = 0
         cdef int code = self.device.enter(&mode)
+        has_turn[0] = False
         if code:
-            call[0] = b"cuCtxPushCurrent"
             return code
-        for other_queue in range(self.num_queues):
-            held[other_queue] = NO_RECORD
         if source.by_block:
-            met = <uint64_t *>malloc(n * sizeof(uint64_t))
+            met = <uint64_t *>malloc(job.num_slots * sizeof(uint64_t))
             if met is NULL:
-                self.device.leave(mode)
-                call[0] = b"malloc"
-                return _c.KV_CUDA_OUT_OF_MEMORY
-            num_met = self.claim_blocks(&source.block_ids[0], n, job_word(number, record, job.generation), met)
-            for index in range(num_met):
-                other_queue = <int>(met[index] >> 56)
-                other = <uint32_t>(met[index] >> 32) & 0xFFFFFF
-                if not (<TransferQueue>self.queue[other_queue]).hold_submitted(other, <uint32_t>met[index], &sequence):
-                    continue
-                if other_queue == number or (held[other_queue] != NO_RECORD and sequences[other_queue] > sequence):
-                    (<TransferQueue>self.queue[other_queue]).drop_hold(other)
-                    continue
-                if held[other_queue] != NO_RECORD:
-                    (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
-                held[other_queue] = other
-                sequences[other_queue] = sequence
-            free(met)
-            for other_queue in range(self.num_queues):
-                if held[other_queue] != NO_RECORD:
-                    waits[num_waits] = (<TransferQueue>self.queue[other_queue]).records[held[other_queue]].done_event
-                    num_waits += 1
-            plan = _c.kv_plan_of_blocks(self.layout.groups, self.layout.num_groups,
-                                        self.layout.strided_bit((<TransferQueue>self.queue[number]).direction_),
-                                        &source.block_ids[0], &self.pool.slots, job.slots, n)
+                code = _c.KV_CUDA_OUT_OF_MEMORY
+            (<TransferQueue>self.queue[number]).plan_blocks(record, self.layout, self.pool)
         else:
-            plan = _c.kv_plan_of_addresses(&source.addresses[0], &source.lengths[0], &self.pool.slots, job.slots, n)
-        code = (<TransferQueue>self.queue[number]).submit_plan(record, &plan, self.layout, source.stream,
-                                                               source.ordered, waits, num_waits, call)
-        for other_queue in range(self.num_queues):
-            if held[other_queue] != NO_RECORD:
-                (<TransferQueue>self.queue[other_queue]).drop_hold(held[other_queue])
+            job.plan = _c.kv_plan_of_addresses(job.places, job.lengths, &self.pool.slots, job.slots, job.num_slots)
+        if code == 0 and source.ordered:
+            code = (<TransferQueue>self.queue[number]).order(record, source.stream)
+        if code == 0:
+            has_turn[0] = True  # from here on nothing may fail without a seal
+            if source.by_block:
+                num_met = self.claim_blocks(number, record, met)
+                self.hold_met(number, job, met, num_met)
+            else:
+                (<TransferQueue>self.queue[number]).draw_turn(record)
+            if deferred == DEFER_LONG:
+                deferred = job.num_slots * self.copies_of_block(number, source) > LONG_COPIES
+            if deferred:
+                code = (<TransferQueue>self.queue[number]).hand_over(record)
+            else:
+                code = (<TransferQueue>self.queue[number]).issue_in_turn(record)
+        free(met)
         self.device.leave(mode)
         return code
+
+    cdef size_t copies_of_block(self, int number, Source source) noexcept nogil:
+        """Calls or descriptors that one block takes."""
+        cdef uint32_t index, bit
+        cdef size_t copies = 0
+        if not source.by_block:
+            return 1
+        bit = self.layout.strided_bit((<TransferQueue>self.queue[number]).direction_)
+        for index in range(self.layout.num_groups):
+            copies += 1 if self.layout.groups[index].strided & bit else self.layout.groups[index].rows
+        return copies
+
+    cdef void hold_met(self, int number, JobRecord *job, const uint64_t *met, size_t num_met) noexcept nogil:
+        """What the job waits for: of each other queue the latest job that it met, as queues are FIFO; it is held."""
+        cdef uint32_t held[MAX_STREAMS]
+        cdef uint64_t turns[MAX_STREAMS]
+        cdef uint64_t turn = 0
+        cdef uint32_t other
+        cdef int at
+        cdef size_t index
+        for at in range(self.num_queues):
+            held[at] = NO_RECORD
+        for index in range(num_met):
+            at = <int>(met[index] >> 56)
+            other = <uint32_t>(met[index] >> 32) & 0xFFFFFF
+            if at == number or not (<TransferQueue>self.queue[at]).hold(other, <uint32_t>met[index], &turn):
+                continue
+            if held[at] != NO_RECORD and turns[at] > turn:
+                (<TransferQueue>self.queue[at]).drop_hold(other)
+                continue
+            if held[at] != NO_RECORD:
+                (<TransferQueue>self.queue[at]).drop_hold(held[at])
+            held[at] = other
+            turns[at] = turn
+        for at in range(self.num_queues):
+            if held[at] != NO_RECORD:
+                job.waits[job.num_waits].queue = self.queue[at]
+                job.waits[job.num_waits].record = held[at]
+                job.num_waits += 1
 
     cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil:
         cdef size_t index
@@ -216,20 +244,22 @@ cdef class Carrier:
         _c.kv_monitor_unlock(&self.hazards)
         return twice
 
-    cdef size_t claim_blocks(self, const int64_t *ids, size_t n, uint64_t word, uint64_t *met) noexcept nogil:
-        """Name the job in the words of its blocks, all at once, and list the jobs named there before.
+    cdef size_t claim_blocks(self, int number, uint32_t record, uint64_t *met) noexcept nogil:
+        """Name the job in the words of its blocks, list the jobs named there before, and draw its turn, all at once.
 
-        One lock for the whole job gives jobs a total order, so that two that meet in several blocks never wait for
-        each other.
+        One lock for all of that gives jobs one order, by blocks and by queues alike. So every job waits for earlier
+        turns only, and two that meet in several blocks, or in a block and a queue, never wait for each other.
         """
+        cdef const JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
+        cdef uint64_t word = job_word(number, record, job.generation), before
         cdef size_t index, num_met = 0
-        cdef uint64_t before
         _c.kv_monitor_lock(&self.hazards)
-        for index in range(n):
-            before = self.last_job[ids[index]]
-            self.last_job[ids[index]] = word
+        for index in range(job.num_slots):
+            before = self.last_job[job.places[index]]
+            self.last_job[job.places[index]] = word
             if before != 0 and before != word and (num_met == 0 or met[num_met - 1] != before):
                 met[num_met] = before
                 num_met += 1
+        (<TransferQueue>self.queue[number]).draw_turn(record)
         _c.kv_monitor_unlock(&self.hazards)
         return num_met

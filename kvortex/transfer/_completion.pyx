@@ -41,7 +41,7 @@ cdef class CompletionThread:
             if self.signals.stopping:
                 _c.kv_monitor_unlock(&self.signals.monitor)
                 return
-            seen = self.signals.num_submitted
+            seen = self.signals.num_sealed
             _c.kv_monitor_unlock(&self.signals.monitor)
             if not is_bound:  # until then no answer is one about a job; a dead context shows in the first query
                 code = self.device.bind_thread()
@@ -60,7 +60,7 @@ cdef class CompletionThread:
             else:
                 nap_ns = SHORTEST_NAP_NS
                 _c.kv_monitor_lock(&self.signals.monitor)
-                while seen == self.signals.num_submitted and not self.signals.stopping:
+                while seen == self.signals.num_sealed and not self.signals.stopping:
                     _c.kv_monitor_wait(&self.signals.monitor, <uint64_t>-1)
                 _c.kv_monitor_unlock(&self.signals.monitor)
 

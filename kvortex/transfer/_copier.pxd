@@ -1,5 +1,7 @@
 """Copier: a stream and the ways to put the copies of a plan on it. The map; the code is in _copier.pyx."""
 
+from libc.stdint cimport uint64_t
+
 from kvortex._c cimport KV_BATCH_COPIES, kv_copy, kv_devptr, kv_plan
 from kvortex.driver._device cimport Device
 from kvortex.transfer._gather cimport Gather
@@ -23,9 +25,12 @@ cdef class Copier:
     cdef int open(self) noexcept nogil
     cdef int synchronize(self) noexcept nogil
     cdef void close(self) noexcept nogil
-    cdef int copy(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
-    cdef int copy_plan(self, kv_plan *plan, KVLayout layout, const char **call) noexcept nogil
-    cdef int copy_gathered(self, const kv_plan *plan, const char **call) noexcept nogil
+    cdef int copy(self, kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil
+    cdef int copy_plan(self, kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil
+    cdef int copy_gathered(self, kv_plan *plan, uint64_t until_ns) noexcept nogil
+    cdef int launch(self, const kv_plan *plan, size_t count) noexcept nogil
+    cdef int wait_for(self, void *stream, void *event) noexcept nogil
+    cdef int pass_on(self, void *event, void *earlier, void *later) noexcept nogil
     cdef int copy_strided(self, const kv_copy *copy) noexcept nogil
     cdef int copy_batch(self, size_t count) noexcept nogil
     cdef int issue_batch(self, size_t count) noexcept nogil

@@ -38,19 +38,22 @@ cdef class Copier:
         if self.stream is not NULL:
             self.device.drv.stream_destroy(self.stream)
 
-    cdef int copy(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
-        """Issue every copy of the plan by what moves its layout. A CUresult; `call` names the call that failed."""
-        if self.gather is not None and plan.groups == self.gather.layout.groups:
-            return self.copy_gathered(plan, call)
-        return self.copy_plan(plan, layout, call)
+    cdef int copy(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
+        """Issue the copies of the plan by what moves its layout, as far as time goes. A CUresult.
 
-    cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
-        """Issue every copy of the plan: strided ones as they come, plain ones in batches.
+        The plan's cursor tells how far that was; another call goes on from there.
+        """
+        if self.gather is not None and plan.groups == self.gather.layout.groups:
+            return self.copy_gathered(plan, until_ns)
+        return self.copy_plan(plan, layout, until_ns)
+
+    cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
+        """Issue the copies of the plan: strided ones as they come, plain ones in batches.
 
         A batch starts when all of it is issued, so the first ones are small: the device is not to wait for 0.2 ms.
         """
         cdef size_t count, index, row, batched
-        cdef size_t full = FIRST_BATCH_COPIES
+        cdef size_t full = <size_t>_c.KV_BATCH_COPIES if _c.kv_plan_is_begun(plan) else FIRST_BATCH_COPIES
         cdef _c.kv_copy *copy
         cdef int code = 0
         while code == 0:
@@ -61,16 +64,14 @@ cdef class Copier:
             for index in range(count):
                 copy = &self.copies[index]
                 if copy.rows > 1 and plan.strided:
-                    call[0] = b"cuMemcpy2DAsync"
                     code = self.copy_strided(copy)
                     if code == 0:
                         continue
                     if code != _c.KV_CUDA_INVALID_VALUE:
-                        return code
+                        return _c.kv_result_at(code, _c.KV_ROW_memcpy_2d_async)
                     # The rows lie in several allocations after all: piece by piece from here on.
                     layout.strided = False
                     plan.strided = 0
-                call[0] = b"cuMemcpyBatchAsync"
                 for row in range(copy.rows):
                     self.sizes[batched] = copy.row_bytes
                     if self.direction == D2H:
@@ -87,9 +88,11 @@ cdef class Copier:
                         batched = 0
             code = self.copy_batch(batched)
             full = min(2 * full, <size_t>_c.KV_BATCH_COPIES)
+            if until_ns != _c.KV_NEVER_NS and _c.kv_now_ns() >= until_ns:
+                break
         return code
 
-    cdef int copy_gathered(self, const _c.kv_plan *plan, const char **call) noexcept nogil:
+    cdef int copy_gathered(self, _c.kv_plan *plan, uint64_t until_ns) noexcept nogil:
         """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
 
         While one half of the staging goes through the second step, the other is in the first. What the job has to wait
@@ -99,44 +102,52 @@ cdef class Copier:
         cdef bint saving = self.direction == D2H
         cdef void *first_stream = self.gather.stream if saving else self.stream
         cdef void *second_stream = self.stream if saving else self.gather.stream
-        cdef size_t done = 0, count, index
+        cdef size_t count, index
         cdef uint64_t staged
         cdef int code = 0
-        call[0] = b"cuEventRecord or cuStreamWaitEvent"
-        if saving:
-            code = (drv.event_record(self.gather.began, self.stream)
-                    or drv.stream_wait_event(self.gather.stream, self.gather.began, 0))
-        while code == 0 and done < plan.num_blocks:
-            count = min(plan.num_blocks - done, self.gather.blocks_at_once)
+        if saving and not _c.kv_plan_is_begun(plan):
+            code = self.pass_on(self.gather.began, self.stream, self.gather.stream)
+        while code == 0 and not _c.kv_plan_is_done(plan):
+            count = min(plan.num_blocks - plan.block, self.gather.blocks_at_once)
             for index in range(count):
                 staged = (self.gather.staging + self.gather.half * self.gather.half_bytes
                           + index * self.gather.layout.block_bytes)
                 self.targets[index] = staged
-                self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[done + index])
+                self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[plan.block + index])
                 if saving:
                     self.targets[index], self.sources[index] = self.sources[index], staged
                 self.sizes[index] = self.gather.layout.block_bytes
-            code = drv.stream_wait_event(first_stream, self.gather.emptied[self.gather.half], 0)
+            code = self.wait_for(first_stream, self.gather.emptied[self.gather.half])
             if code == 0:
-                call[0] = b"cuLaunchKernel" if saving else b"cuMemcpyBatchAsync"
-                code = self.gather.launch(plan.block_ids + done, count, True) if saving else self.copy_batch(count)
+                code = self.launch(plan, count) if saving else self.copy_batch(count)
             if code == 0:
-                call[0] = b"cuEventRecord or cuStreamWaitEvent"
-                code = (drv.event_record(self.gather.filled[self.gather.half], first_stream)
-                        or drv.stream_wait_event(second_stream, self.gather.filled[self.gather.half], 0))
+                code = self.pass_on(self.gather.filled[self.gather.half], first_stream, second_stream)
             if code == 0:
-                call[0] = b"cuMemcpyBatchAsync" if saving else b"cuLaunchKernel"
-                code = self.copy_batch(count) if saving else self.gather.launch(plan.block_ids + done, count, False)
+                code = self.copy_batch(count) if saving else self.launch(plan, count)
             if code == 0:
-                call[0] = b"cuEventRecord or cuStreamWaitEvent"
-                code = drv.event_record(self.gather.emptied[self.gather.half], second_stream)
+                code = _c.kv_result_at(drv.event_record(self.gather.emptied[self.gather.half], second_stream),
+                                       _c.KV_ROW_event_record)
             self.gather.half ^= 1
-            done += count
-        for index in range(2):
-            if code == 0 and not saving:  # the job is over when its last kernels are
-                call[0] = b"cuStreamWaitEvent"
-                code = drv.stream_wait_event(self.stream, self.gather.emptied[index], 0)
+            plan.block += count
+            if until_ns != _c.KV_NEVER_NS and _c.kv_now_ns() >= until_ns:
+                break
+        if not saving and _c.kv_plan_is_done(plan):
+            for index in range(2):
+                if code == 0:  # the job is over when its last kernels are
+                    code = self.wait_for(self.stream, self.gather.emptied[index])
         return code
+
+    cdef int launch(self, const _c.kv_plan *plan, size_t count) noexcept nogil:
+        return _c.kv_result_at(self.gather.launch(plan.block_ids + plan.block, count, self.direction == D2H),
+                               _c.KV_ROW_launch_kernel)
+
+    cdef int wait_for(self, void *stream, void *event) noexcept nogil:
+        return _c.kv_result_at(self.device.drv.stream_wait_event(stream, event, 0), _c.KV_ROW_stream_wait_event)
+
+    cdef int pass_on(self, void *event, void *earlier, void *later) noexcept nogil:
+        """What comes on the later stream waits for what is on the earlier one."""
+        cdef int code = _c.kv_result_at(self.device.drv.event_record(event, earlier), _c.KV_ROW_event_record)
+        return code if code else self.wait_for(later, event)
 
     cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
         cdef _c.kv_memcpy_2d copy_2d
@@ -161,16 +172,17 @@ cdef class Copier:
 
     cdef int copy_batch(self, size_t count) noexcept nogil:
         """The first `count` of sources, targets and sizes: in one call, or by plain calls where that cannot be or is
-        slower.
+        slower. A CUresult.
         """
         cdef size_t index
-        cdef int code = _c.KV_CUDA_NOT_SUPPORTED
+        cdef int row = _c.KV_ROW_memcpy_batch_async, code = _c.KV_CUDA_NOT_SUPPORTED
         if count == 0:
             return 0
         if count > 1:
             code = self.issue_batch(count)
         if code == _c.KV_CUDA_NOT_SUPPORTED:
             code = 0
+            row = _c.KV_ROW_memcpy_dtoh_async if self.direction == D2H else _c.KV_ROW_memcpy_htod_async
             for index in range(count):
                 if code == 0 and self.direction == D2H:
                     code = self.device.drv.memcpy_dtoh_async(<void *>self.targets[index], self.sources[index],
@@ -179,8 +191,9 @@ cdef class Copier:
                     code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
                                                              self.sizes[index], self.stream)
         if count == 1 and code == _c.KV_CUDA_INVALID_VALUE:
+            row = _c.KV_ROW_memcpy_batch_async
             code = self.issue_batch(count)  # the block is the CPU's memory, which CUDA takes in batches only
-        return code
+        return _c.kv_result_at(code, row)
 
     cdef int issue_batch(self, size_t count) noexcept nogil:
         cdef _c.kv_memcpy_attributes attributes

@@ -41,7 +41,10 @@ cdef class Job:
     @property
     def submitted(self):
         """True when every copy is on its stream, so that `wait_on` will not block the host."""
-        return True
+        if self.queue is None:
+            return True
+        self._require_owner_process()
+        return self.queue.is_submitted(self.record, self.generation)
 
     def done(self):
         """Whether the job is over, well or badly. Never blocks on the device.
@@ -102,10 +105,11 @@ cdef class Job:
         self._raise_failed()
 
     def wait_on(self, stream):
-        """Make later work on `stream` wait for this job, on the device; the host does not block.
+        """Make later work on `stream` wait for this job, on the device.
 
-        Only where the driver refuses to make the stream wait, the host does, as in `wait`: either way what is submitted
-        after this call comes after the job.
+        The host blocks (GIL released) only while copies of a deferred job are still to be submitted, see `submitted`;
+        and where the driver refuses to make the stream wait, as in `wait`. Either way what is submitted after this call
+        comes after the job.
 
         Parameters
         ----------
@@ -121,8 +125,7 @@ cdef class Job:
         """
         cdef JobTable queue = self.queue
         cdef void *caller
-        cdef uint64_t sequence = 0
-        cdef int mode = 0, code = 0
+        cdef int mode = 0, code = 0, held = -1
         if queue is None:
             return
         self._require_owner_process()
@@ -130,16 +133,25 @@ cdef class Job:
             caller = queue.device.borrow_stream(stream)
         except DriverError:  # it could not be asked whether the stream is fit
             return self.wait()
-        with nogil:
-            if queue.hold_submitted(self.record, self.generation, &sequence):
-                code = queue.device.enter(&mode)
-                if code == 0:
-                    code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
-                    queue.device.leave(mode)
-                queue.drop_hold(self.record)
+        while held == -1:  # until it is sealed
+            with nogil:
+                held = queue.hold_sealed(self.record, self.generation, _c.kv_now_ns() + SIGNALS_NS)
+                if held == 1:
+                    code = queue.records[self.record].code  # it failed on the way: waited for, and told
+                    if code == 0:
+                        code = queue.device.enter(&mode)
+                    if code == 0:
+                        code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
+                        queue.device.leave(mode)
+                    queue.drop_hold(self.record)
+            if held == -1:
+                PyErr_CheckSignals()
+                queue.device.require_open()
         if code:
             return self.wait()
         self._raise_failed()
+        if held == -2:  # nobody will put the rest of its copies on the stream
+            check(queue.device, queue.failure, b"an earlier transfer")
 
     def __await__(self):
         """Wait in an asyncio event loop; the result is the job. Cancelling stops the waiting, never the copies."""

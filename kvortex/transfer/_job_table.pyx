@@ -1,9 +1,9 @@
 # cython: nonecheck=False
-"""The jobs of one stream: records that are claimed, submitted in order, asked for, and retired in that order."""
+"""The jobs of one stream: records that are claimed, draw a turn, are sealed, asked for and retired in that order."""
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, realloc
+from libc.stdlib cimport calloc, free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
@@ -19,7 +19,7 @@ cdef uint64_t POLL_NS = 50_000  # then it sleeps in between; it polls itself so 
 cdef class JobTable:
     def __cinit__(self, *args, **kwargs):
         self.closed = True
-        self.free_head = self.fifo_head = self.fifo_tail = NO_RECORD
+        self.free_head = self.fifo_head = self.fifo_tail = self.issue_head = NO_RECORD
         if _c.kv_monitor_init(&self.monitor):
             raise MemoryError("pthread_mutex_init failed")
         self.has_monitor = True
@@ -60,17 +60,17 @@ cdef class JobTable:
         if self.device is not None and self.device.pid != getpid():
             return
         for index in range(self.max_jobs):
-            free(self.records[index].slots)
+            free(self.records[index].places)
         free(self.records)
         if self.has_monitor:
             _c.kv_monitor_destroy(&self.monitor)
 
-    # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
+    # ---- a job's life: claim, turn, seal, retire --------------------------------------------------------------------
 
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil:
         """A record for a job over `num_slots` slots, or NO_RECORD: all are in flight, no memory, closed, dead."""
         cdef uint32_t record
-        cdef uint32_t *slots
+        cdef uint64_t *places
         cdef JobRecord *job
         _c.kv_monitor_lock(&self.monitor)
         record = self.free_head
@@ -84,16 +84,77 @@ cdef class JobTable:
         job.outcome = NULL
         self.jobs_in_flight += 1
         _c.kv_monitor_unlock(&self.monitor)
-        if job.slots_capacity < num_slots:
-            slots = <uint32_t *>realloc(job.slots, num_slots * sizeof(uint32_t))
-            if slots is NULL:
+        if job.capacity < num_slots:
+            places = <uint64_t *>malloc(num_slots * (sizeof(uint64_t) + 2 * sizeof(uint32_t)))
+            if places is NULL:
                 self.unclaim(record)
                 return NO_RECORD
-            job.slots = slots
-            job.slots_capacity = num_slots
-        job.num_slots = 0
+            free(job.places)
+            job.places = places
+            job.slots = <uint32_t *>(places + num_slots)
+            job.lengths = job.slots + num_slots
+            job.capacity = num_slots
+        job.num_slots = job.num_waits = 0
+        job.layout = NULL
+        job.is_ordered = job.is_handed_over = job.is_begun = job.is_withdrawn = job.is_over = False
+        job.code = 0
         job.start_ns = _c.kv_now_ns()
         return record
+
+    cdef void keep_slots(self, uint32_t record, size_t n) noexcept nogil:
+        """Of the `n` blocks that a claimed job is filled with keep those that got a slot."""
+        cdef JobRecord *job = &self.records[record]
+        cdef size_t index
+        job.num_slots = 0
+        for index in range(n):
+            if job.slots[index] == _c.KV_NO_SLOT:
+                continue
+            job.slots[job.num_slots] = job.slots[index]
+            job.places[job.num_slots] = job.places[index]
+            job.lengths[job.num_slots] = job.lengths[index]
+            job.num_slots += 1
+
+    cdef void draw_turn(self, uint32_t record) noexcept nogil:
+        """Take the last place in the FIFO. From here on the job must be issued and sealed, whatever happens."""
+        cdef JobRecord *job = &self.records[record]
+        _c.kv_monitor_lock(&self.monitor)
+        job.state = JOB_QUEUED
+        job.turn = self.num_turns
+        self.num_turns += 1
+        job.next = NO_RECORD
+        if self.fifo_tail == NO_RECORD:
+            self.fifo_head = record
+        else:
+            self.records[self.fifo_tail].next = record
+        self.fifo_tail = record
+        if self.issue_head == NO_RECORD:
+            self.issue_head = record
+        _c.kv_monitor_unlock(&self.monitor)
+
+    cdef int await_turn(self, uint32_t record) noexcept nogil:
+        """Wait until every earlier job is sealed. 0, or a CUresult: the turn will not come."""
+        cdef int code
+        _c.kv_monitor_lock(&self.monitor)
+        while self.issue_head != record and not self.is_abandoned:
+            _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
+        code = 0 if self.issue_head == record else self.failure
+        _c.kv_monitor_unlock(&self.monitor)
+        return code
+
+    cdef void seal_record(self, uint32_t record, int code, bint is_over, bint is_dead) noexcept nogil:
+        """The next turn comes, and the job is over with its event, or is so already; `code`: it failed."""
+        cdef JobRecord *job = &self.records[record]
+        _c.kv_monitor_lock(&self.monitor)
+        job.code = code
+        job.is_over = is_over
+        if is_dead:
+            self.failure = code
+        job.state = JOB_SEALED
+        if self.issue_head == record:
+            self.issue_head = job.next
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)
+        self.signals.sealed()
 
     cdef void unclaim(self, uint32_t record) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)
@@ -114,22 +175,24 @@ cdef class JobTable:
         self.jobs_in_flight -= 1
 
     cdef int poll_once(self) noexcept nogil:
-        """Retire the oldest job if its copies are over: 1 retired, 0 not yet, -1 none in flight.
+        """Retire the oldest job if its copies are over: 1 retired, 0 not yet, -1 none is sealed.
 
         The context is current. Any number of threads may call it; the record's state decides who retires.
         """
         cdef uint32_t record
         cdef JobRecord *job
+        cdef bint is_over
         cdef int code
         _c.kv_monitor_lock(&self.monitor)
         record = self.fifo_head
-        if record == NO_RECORD:
+        if record == NO_RECORD or self.records[record].state == JOB_QUEUED:
             _c.kv_monitor_unlock(&self.monitor)
             return -1
         job = &self.records[record]
         job.holds += 1
+        is_over = job.is_over
         _c.kv_monitor_unlock(&self.monitor)
-        code = self.device.drv.event_query(job.done_event)
+        code = 0 if is_over else self.device.drv.event_query(job.done_event)
         if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):
             # The query failed, not the copies: if the whole stream is idle they are over, else ask again later.
             code = self.device.drv.stream_query(self.stream)
@@ -139,7 +202,7 @@ cdef class JobTable:
         job.holds -= 1
         if job.state == JOB_RETIRED:  # another party retired it meanwhile
             self.recycle(record)
-        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SUBMITTED:
+        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SEALED:
             _c.kv_monitor_unlock(&self.monitor)
             return 0
         job.state = JOB_RETIRING
@@ -148,13 +211,14 @@ cdef class JobTable:
             self.fifo_tail = NO_RECORD
         if code:
             self.failure = code
+        code = self.failure
         _c.kv_monitor_unlock(&self.monitor)
         if self.hook is not NULL:
             self.hook(self.hook_owner, self.direction_, job, code)
         _c.kv_monitor_lock(&self.monitor)
         if job.outcome is not NULL:
-            job.outcome.code = code
-            job.outcome.state = OUTCOME_FAILED if code else OUTCOME_DONE
+            job.outcome.code = code if code else job.code
+            job.outcome.state = OUTCOME_FAILED if job.outcome.code else OUTCOME_DONE
             job.outcome = NULL
         self.recycle(record)
         _c.kv_monitor_broadcast(&self.monitor)
@@ -174,7 +238,8 @@ cdef class JobTable:
                 job.outcome.code = code
                 job.outcome.state = OUTCOME_FAILED
                 job.outcome = NULL
-        self.fifo_head = self.fifo_tail = NO_RECORD
+        self.fifo_head = self.fifo_tail = self.issue_head = NO_RECORD
+        self.is_abandoned = True
         _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.retired()
@@ -188,19 +253,82 @@ cdef class JobTable:
         _c.kv_monitor_unlock(&self.monitor)
         return over
 
-    cdef bint hold_submitted(self, uint32_t record, uint32_t generation, uint64_t *sequence) noexcept nogil:
-        """Hold a job's event if its copies may still be in flight; blocks while the job is being submitted."""
+    cdef bint is_sealed(self, uint32_t record) noexcept nogil:
+        """Whether a job that is held needs no more waiting for its seal."""
+        cdef bint sealed
+        _c.kv_monitor_lock(&self.monitor)
+        sealed = self.records[record].state != JOB_QUEUED or self.is_abandoned
+        _c.kv_monitor_unlock(&self.monitor)
+        return sealed
+
+    cdef bint is_submitted(self, uint32_t record, uint32_t generation) noexcept nogil:
+        cdef bint submitted
+        _c.kv_monitor_lock(&self.monitor)
+        submitted = (self.records[record].generation != generation
+                     or self.records[record].state not in (JOB_CLAIMED, JOB_QUEUED) or self.is_abandoned)
+        _c.kv_monitor_unlock(&self.monitor)
+        return submitted
+
+    cdef bint is_issuing(self) noexcept nogil:
+        """Whether a job has its turn and is not sealed."""
+        cdef bint issuing
+        _c.kv_monitor_lock(&self.monitor)
+        issuing = self.issue_head != NO_RECORD
+        _c.kv_monitor_unlock(&self.monitor)
+        return issuing
+
+    cdef int await_sealed(self, uint32_t record) noexcept nogil:
+        """Wait until a job that is held is sealed. 0, or a CUresult: it will not be."""
+        cdef int code = 0
+        _c.kv_monitor_lock(&self.monitor)
+        while self.records[record].state == JOB_QUEUED and not self.is_abandoned:
+            _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
+        if self.records[record].state == JOB_QUEUED:
+            code = self.failure
+        _c.kv_monitor_unlock(&self.monitor)
+        return code
+
+    cdef bint withdraw_job(self, uint32_t record, uint32_t generation) noexcept nogil:
+        """Let the job copy nothing, if that is still possible."""
+        cdef JobRecord *job = &self.records[record]
+        cdef bint withdrawn
+        _c.kv_monitor_lock(&self.monitor)
+        withdrawn = (job.generation == generation and job.is_handed_over
+                     and (job.is_withdrawn or job.state == JOB_QUEUED and not job.is_begun))
+        if withdrawn:
+            job.is_withdrawn = True
+        _c.kv_monitor_unlock(&self.monitor)
+        return withdrawn
+
+    cdef bint hold(self, uint32_t record, uint32_t generation, uint64_t *turn) noexcept nogil:
+        """Hold a job that has a turn, unless its copies are known to be over."""
         cdef JobRecord *job = &self.records[record]
         cdef bint held
         _c.kv_monitor_lock(&self.monitor)
-        while job.generation == generation and job.state == JOB_CLAIMED:
-            _c.kv_monitor_wait(&self.monitor, <uint64_t>-1)
-        held = job.generation == generation and job.state == JOB_SUBMITTED
+        held = job.generation == generation and job.state in (JOB_QUEUED, JOB_SEALED)
         if held:
             job.holds += 1
-            sequence[0] = job.sequence
+            turn[0] = job.turn
         _c.kv_monitor_unlock(&self.monitor)
         return held
+
+    cdef int hold_sealed(self, uint32_t record, uint32_t generation, uint64_t deadline_ns) noexcept nogil:
+        """Hold a job once it is sealed: 1; 0: it is over; -1: the deadline passed; -2: it will not be sealed."""
+        cdef JobRecord *job = &self.records[record]
+        cdef int answer = 0
+        _c.kv_monitor_lock(&self.monitor)
+        while job.generation == generation and job.state in (JOB_CLAIMED, JOB_QUEUED) and answer == 0:
+            if self.failure:
+                answer = -2
+            elif _c.kv_now_ns() >= deadline_ns:
+                answer = -1
+            else:
+                _c.kv_monitor_wait(&self.monitor, deadline_ns)
+        if answer == 0 and job.generation == generation and job.state == JOB_SEALED:
+            job.holds += 1
+            answer = 1
+        _c.kv_monitor_unlock(&self.monitor)
+        return answer
 
     cdef void drop_hold(self, uint32_t record) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)

@@ -10,7 +10,7 @@ from libc.string cimport memcmp, memset
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport check
-from kvortex.transfer._copier cimport D2H, H2D
+from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
@@ -51,7 +51,7 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
     ----------
     layout : KVLayout
     queue : TransferQueue
-        Idle, best: others submit nothing to it meanwhile.
+        Idle, best: jobs of others go on, but what is measured suffers.
     measure : bool, optional
         Whether to time the copies; by default on CUDA only, because the host driver's times say nothing about a link.
 
@@ -73,18 +73,46 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
     may write the first and the last block meanwhile; a mismatch counts as illegal, so that the worst outcome is slower
     copies.
     """
-    cdef uint32_t bit = 1 << <int>queue.direction_
+    queue._require_open()
+    if measure is None:
+        measure = not queue.device.is_host
+    cdef Copier copier = Copier(queue.device, queue.direction_)  # a stream of its own: jobs of the queue go on
+    open_copier(copier)
+    try:
+        return probe(copier, layout, measure)
+    finally:
+        close_copier(copier)
+
+
+cdef int open_copier(Copier copier) except -1:
+    cdef int mode = 0, code
+    with nogil:
+        code = copier.device.enter(&mode)
+        if code == 0:
+            code = _c.kv_result_at(copier.open(), _c.KV_ROW_stream_create)
+            copier.device.leave(mode)
+    return check(copier.device, code, b"")
+
+
+cdef void close_copier(Copier copier) noexcept:
+    cdef int mode = 0
+    with nogil:
+        if copier.device.enter(&mode) == 0:
+            copier.close()
+            copier.device.leave(mode)
+
+
+cdef list probe(Copier copier, KVLayout layout, bint measure):
+    cdef uint32_t bit = 1 << <int>copier.direction
     cdef uint32_t index
     cdef _c.kv_group *group
     cdef double strided_ns, batch_ns
     cdef uint64_t deadline = _c.kv_now_ns() + BUDGET_NS
-    queue._require_open()
-    if measure is None:
-        measure = not queue.device.is_host
+    cdef str direction = "D2H" if copier.direction == D2H else "H2D"
     for index in range(layout.num_groups):
         layout.groups[index].strided |= bit if _c.kv_group_may_be_strided(&layout.groups[index]) else 0
-    if queue.direction_ == D2H:
-        require_agreement(queue, layout)
+    if copier.direction == D2H:
+        require_agreement(copier, layout)
     tried, counts = {}, {}
     for index in range(layout.num_groups):
         group = &layout.groups[index]
@@ -93,13 +121,13 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
             strided_ns = batch_ns = 0
             if (layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS
                     and (not tried or _c.kv_now_ns() < deadline)):
-                time_group(queue, layout, group, deadline, &strided_ns, &batch_ns)
+                time_group(copier, layout, group, deadline, &strided_ns, &batch_ns)
             tried[shape] = strided_ns, batch_ns
         counts[shape] = counts.get(shape, 0) + 1
         strided_ns, batch_ns = tried[shape]
         if strided_ns > STRIDED_HANDICAP * batch_ns:
             group.strided &= ~bit
-        elif queue.direction_ == H2D and not group.strided & (1 << <int>D2H):
+        elif copier.direction == H2D and not group.strided & (1 << <int>D2H):
             group.strided &= ~bit
     rows = []
     for index in range(layout.num_groups):
@@ -109,9 +137,9 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
             nbytes = trial_blocks(group) * group.rows * group.row_bytes
             gbps = [nbytes / ns if ns else None for ns in tried[shape]]
             backend = "strided" if layout.strided and group.strided & bit else "batch"
-            rows.append(PlannerRow(queue.direction, group.row_bytes, group.rows, group.device_pitch, counts.pop(shape),
+            rows.append(PlannerRow(direction, group.row_bytes, group.rows, group.device_pitch, counts.pop(shape),
                                    backend, *gbps))
-    layout.planner = (*(row for row in layout.planner if row.direction != queue.direction), *rows)
+    layout.planner = (*(row for row in layout.planner if row.direction != direction), *rows)
     return rows
 
 
@@ -119,10 +147,9 @@ cdef size_t trial_blocks(const _c.kv_group *group) noexcept nogil:
     return max(<size_t>1, TRIAL_BYTES // (group.rows * group.row_bytes))
 
 
-cdef int require_agreement(TransferQueue queue, KVLayout layout) except -1:
+cdef int require_agreement(Copier copier, KVLayout layout) except -1:
     """Sets `layout.strided`."""
-    cdef const _c.kv_driver *drv = queue.device.drv
-    cdef const char *call = b"cuMemHostAlloc"
+    cdef const _c.kv_driver *drv = copier.device.drv
     cdef void *scratch = NULL
     cdef int mode = 0, code
     cdef uint32_t index
@@ -132,19 +159,19 @@ cdef int require_agreement(TransferQueue queue, KVLayout layout) except -1:
     if not layout.strided:
         return 0
     with nogil:
-        code = queue.device.enter(&mode)
+        code = copier.device.enter(&mode)
         if code == 0:
             code = drv.mem_host_alloc(&scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
             if code == 0:
-                code = compare(queue, layout, <char *>scratch, &call)
+                code = compare(copier, layout, <char *>scratch)
                 drv.mem_free_host(scratch)
-            queue.device.leave(mode)
+            copier.device.leave(mode)
     if code:
         layout.strided = False
-    return check(queue.device, code, call)
+    return check(copier.device, code, b"cuMemHostAlloc")
 
 
-cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char **call) noexcept nogil:
+cdef int compare(Copier copier, KVLayout layout, char *scratch) noexcept nogil:
     """Copy two blocks strided and piece by piece; clears `layout.strided` unless both went well and agree. A CUresult.
     """
     cdef int64_t ids[2]
@@ -158,15 +185,13 @@ cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char
     space = scratch_slots(scratch, layout.block_bytes, 2)
     memset(scratch, 0x5A, nbytes)
     memset(scratch + nbytes, 0xA5, nbytes)
-    _c.kv_monitor_lock(&queue.submitting)
     plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(D2H), ids, &space, slots, 2)
-    code = queue.copier.copy_plan(&plan, layout, call)  # an INVALID_VALUE clears layout.strided
+    code = copier.copy_plan(&plan, layout, _c.KV_NEVER_NS)  # an INVALID_VALUE clears layout.strided
     space.base = scratch + nbytes
     plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, 0, ids, &space, slots, 2)
     if code == 0:
-        code = queue.copier.copy_plan(&plan, layout, call)
-    _c.kv_monitor_unlock(&queue.submitting)
-    finished = queue.copier.synchronize()
+        code = copier.copy_plan(&plan, layout, _c.KV_NEVER_NS)
+    finished = copier.synchronize()
     if code == 0:
         code = finished
     if code or memcmp(scratch, scratch + nbytes, nbytes):
@@ -174,11 +199,10 @@ cdef int compare(TransferQueue queue, KVLayout layout, char *scratch, const char
     return code
 
 
-cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *group, uint64_t deadline,
+cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, uint64_t deadline,
                     double *strided_ns, double *batch_ns) except -1:
     """Nanoseconds of moving `trial_blocks` blocks of one group either way; both 0 without memory for it."""
-    cdef const _c.kv_driver *drv = queue.device.drv
-    cdef const char *call = b"a trial copy"
+    cdef const _c.kv_driver *drv = copier.device.drv
     cdef _c.kv_group trial = group[0]
     cdef size_t n = trial_blocks(group), index
     cdef size_t stride = (group.rows - 1) * group.slot_pitch + group.row_bytes
@@ -192,36 +216,35 @@ cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *gro
         free(slots)
         raise MemoryError(f"no memory for a trial of {n} blocks")
     with nogil:
-        code = queue.device.enter(&mode)
+        code = copier.device.enter(&mode)
         if code == 0:
             code = drv.mem_host_alloc(&host, n * stride, _c.KV_HOST_ALLOC_PORTABLE)
-            if code == 0 and queue.direction_ == H2D:
+            if code == 0 and copier.direction == H2D:
                 code = drv.mem_alloc(&scratch, n * group.rows * group.row_bytes)
             if code == 0:
                 trial.slot_offset = 0
                 trial.strided = 3
-                if queue.direction_ == H2D:  # dense: the registered cache is not written
+                if copier.direction == H2D:  # dense: the registered cache is not written
                     trial.base, trial.block_stride, trial.device_pitch = scratch, group.row_bytes, n * group.row_bytes
                 for index in range(n):
-                    ids[index] = index if queue.direction_ == H2D else index % layout.num_blocks
+                    ids[index] = index if copier.direction == H2D else index % layout.num_blocks
                     slots[index] = <uint32_t>index
-                code = time_both(queue, layout, &trial, host, stride, ids, slots, n, deadline, strided_ns, batch_ns,
-                                 &call)
+                code = time_both(copier, layout, &trial, host, stride, ids, slots, n, deadline, strided_ns, batch_ns)
             elif code == _c.KV_CUDA_OUT_OF_MEMORY:
                 code = 0
             if scratch:
                 drv.mem_free(scratch)
             if host is not NULL:
                 drv.mem_free_host(host)
-            queue.device.leave(mode)
+            copier.device.leave(mode)
     free(ids)
     free(slots)
-    return check(queue.device, code, call)
+    return check(copier.device, code, b"cuMemHostAlloc or cuMemAlloc")
 
 
-cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *trial, void *host, size_t stride,
+cdef int time_both(Copier copier, KVLayout layout, const _c.kv_group *trial, void *host, size_t stride,
                    const int64_t *ids, const uint32_t *slots, size_t n, uint64_t deadline, double *strided_ns,
-                   double *batch_ns, const char **call) noexcept nogil:
+                   double *batch_ns) noexcept nogil:
     cdef _c.kv_slots space = scratch_slots(<char *>host, stride, <uint32_t>n)
     cdef _c.kv_plan plan
     cdef int code = 0, finished, repeat
@@ -243,10 +266,8 @@ cdef int time_both(TransferQueue queue, KVLayout layout, const _c.kv_group *tria
         best = strided_ns if strided else batch_ns
         plan = _c.kv_plan_of_blocks(trial, 1, strided, ids, &space, slots, n if repeat > 3 else 1)
         start = _c.kv_now_ns()
-        _c.kv_monitor_lock(&queue.submitting)
-        code = queue.copier.copy_plan(&plan, layout, call)
-        _c.kv_monitor_unlock(&queue.submitting)
-        finished = queue.copier.synchronize()
+        code = copier.copy_plan(&plan, layout, _c.KV_NEVER_NS)
+        finished = copier.synchronize()
         code = code or finished
         if code:
             return code

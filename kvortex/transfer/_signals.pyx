@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""Wakes the completion thread when a job is submitted, and event loops when one is retired."""
+"""Wakes the submitter when a job is handed over, the completion thread when one is sealed, event loops when retired."""
 
 from posix.unistd cimport getpid
 
@@ -21,18 +21,37 @@ cdef class JobSignals:
     def __cinit__(self):
         if _c.kv_monitor_init(&self.monitor):
             raise MemoryError("pthread_mutex_init failed")
+        if _c.kv_monitor_init(&self.handing):
+            _c.kv_monitor_destroy(&self.monitor)
+            raise MemoryError("pthread_mutex_init failed")
         self.pid = getpid()
 
     def __dealloc__(self):
         # In a forked child the completion thread still counts as waiting, and destroying would wait for it for ever.
         if self.pid == getpid():
+            _c.kv_monitor_destroy(&self.handing)
             _c.kv_monitor_destroy(&self.monitor)
 
-    cdef void submitted(self) noexcept nogil:
+    cdef void sealed(self) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)
-        self.num_submitted += 1
+        self.num_sealed += 1
         _c.kv_monitor_broadcast(&self.monitor)
         _c.kv_monitor_unlock(&self.monitor)
+        _c.kv_monitor_lock(&self.handing)
+        if self.is_held_up:
+            self.num_handed += 1
+            _c.kv_monitor_broadcast(&self.handing)
+        _c.kv_monitor_unlock(&self.handing)
+
+    cdef bint handed_over(self) noexcept nogil:
+        """Wake the submitter; False where there is none any more."""
+        cdef bint taken
+        _c.kv_monitor_lock(&self.handing)
+        taken = self.has_submitter
+        self.num_handed += 1
+        _c.kv_monitor_broadcast(&self.handing)
+        _c.kv_monitor_unlock(&self.handing)
+        return taken
 
     cdef void retired(self) noexcept nogil:
         # The eventfds are non-blocking and written under the lock, so that none is closed in between.

@@ -22,8 +22,6 @@ cdef class Source:
     cdef bint ordered                    # after `stream`
     cdef void *stream                    # of the caller
 
-    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil
-
 
 # Checks what a call moves and copies it, before anything is changed; `device_memory`: the layout's lies on the device.
 # Runs other people's Python code.

@@ -1,10 +1,8 @@
 # cython: nonecheck=False
 """What one call moves, checked and copied from what other people's objects say of it."""
 
-cimport cython
 from libc.stdint cimport uint32_t, uint64_t
 
-cimport kvortex._c as _c
 from kvortex.driver._buffer cimport dlpack_stream, wait_for_producer
 from kvortex.driver._device cimport Device, check
 from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer
@@ -16,22 +14,7 @@ import numpy as np
 
 
 cdef class Source:
-    @cython.boundscheck(False)
-    @cython.wraparound(False)
-    @cython.initializedcheck(False)
-    cdef void keep(self, uint32_t *slots, size_t n) noexcept nogil:
-        """Close the gaps where no slot was given, in `slots` and here alike."""
-        cdef size_t index, kept = 0
-        for index in range(n):
-            if slots[index] == _c.KV_NO_SLOT:
-                continue
-            slots[kept] = slots[index]
-            if self.by_block:
-                self.block_ids[kept] = self.block_ids[index]
-            else:
-                self.addresses[kept] = self.addresses[index]
-                self.lengths[kept] = self.lengths[index]
-            kept += 1
+    pass
 
 
 cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint device_memory, Direction direction,

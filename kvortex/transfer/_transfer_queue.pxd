@@ -2,7 +2,6 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from kvortex._c cimport kv_monitor, kv_plan
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport Copier
 from kvortex.transfer._job_table cimport JobOutcome, JobTable
@@ -10,11 +9,7 @@ from kvortex.transfer._layout cimport KVLayout
 
 
 cdef class TransferQueue(JobTable):
-    cdef Copier copier                 # how copies get onto the stream; under `submitting`
-    # Serialises submitters, since a stream is FIFO: the one lock that is held over driver calls. Only the table's
-    # monitor is taken inside it; neither the completion thread nor a holder of the GIL ever waits for it.
-    cdef kv_monitor submitting
-    cdef bint has_submitting
+    cdef Copier copier                 # how copies get onto the stream; theirs whose turn it is
     cdef bint ended                    # given back, or leaked on purpose
     cdef set used                      # pools and layouts that jobs were submitted with; kept until close
 
@@ -25,9 +20,15 @@ cdef class TransferQueue(JobTable):
     cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil
 
-    cdef uint32_t claim_blocks(self, KVLayout layout, const uint32_t *slot_ids, size_t n) noexcept nogil
-    cdef int submit_claimed(self, uint32_t record, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
-                            void *caller, const char **call) noexcept nogil
-    cdef int submit_plan(self, uint32_t record, kv_plan *plan, KVLayout layout, void *caller, bint ordered,
-                         void **waits, size_t num_waits, const char **call) noexcept nogil
+    cdef int order(self, uint32_t record, void *caller) noexcept nogil
+    cdef int issue(self, uint32_t record, uint64_t until_ns) noexcept nogil
+    cdef int seal(self, uint32_t record, int code) noexcept nogil
+    cdef int issue_in_turn(self, uint32_t record) noexcept nogil
+    cdef int hand_over(self, uint32_t record) noexcept nogil
+    cdef int issue_next(self, uint64_t slice_ns) noexcept nogil
+
+    cdef uint32_t claim_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+                               const uint32_t *slot_ids, size_t n) noexcept nogil
+    cdef void plan_blocks(self, uint32_t record, KVLayout layout, PinnedPool pool) noexcept nogil
+    cdef int submit_claimed(self, uint32_t record, void *caller, bint deferred, JobOutcome *outcome) noexcept nogil
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1

@@ -24,8 +24,16 @@ class TransferQueue:
         signals: JobSignals | None = None,
     ) -> None: ...
     def submit(
-        self, layout: KVLayout, block_ids: ArrayLike, pool: PinnedPool, slot_ids: ArrayLike, *, stream: Any
+        self,
+        layout: KVLayout,
+        block_ids: ArrayLike,
+        pool: PinnedPool,
+        slot_ids: ArrayLike,
+        *,
+        stream: Any,
+        deferred: bool = False,
     ) -> Job | None: ...
+    def withdraw(self, job: Job) -> bool: ...
     def poll(self) -> int: ...
     def use_gather(self, layout: KVLayout, num_ctas: int, pool: DevicePool | None = None) -> None: ...
     @property

@@ -18,7 +18,6 @@ from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
 from kvortex.transfer._job cimport Job
 from kvortex.transfer._job_table cimport (
     ENTER_NS,
-    JOB_SUBMITTED,
     NO_RECORD,
     OUTCOME_FAILED,
     OUTCOME_PENDING,
@@ -26,6 +25,7 @@ from kvortex.transfer._job_table cimport (
     JobOutcome,
     JobRecord,
     JobTable,
+    JobWait,
 )
 from kvortex.transfer._signals cimport JobSignals
 
@@ -67,9 +67,6 @@ cdef class TransferQueue(JobTable):
 
     def __cinit__(self, *args, **kwargs):
         self.ended = True
-        if _c.kv_monitor_init(&self.submitting):
-            raise MemoryError("pthread_mutex_init failed")
-        self.has_submitting = True
 
     def __init__(self, Device device not None, direction, *, max_jobs=256, JobSignals signals=None):
         cdef int mode = 0, code
@@ -100,67 +97,122 @@ cdef class TransferQueue(JobTable):
             self.end(0, False)
             check(device, code, b"cuEventCreate")
 
-    # ---- a job's life: claim, submit, retire ------------------------------------------------------------------------
+    # ---- a job's turn: order, issue, seal ---------------------------------------------------------------------------
+    # A job that is claimed and filled is ordered after its caller's stream, draws its turn, and is then issued and
+    # sealed, by its caller or by the submitter. Whose turn it is has stream and copier to itself, so no lock is held.
 
-    cdef int submit_plan(self, uint32_t record, _c.kv_plan *plan, KVLayout layout, void *caller, bint ordered,
-                         void **waits, size_t num_waits, const char **call) noexcept nogil:
-        """Put the copies of a claimed job on the stream, after the caller's stream and after `waits`. A CUresult.
+    cdef int order(self, uint32_t record, void *caller) noexcept nogil:
+        """Let the job come after the stream `caller` as it stands now. A CUresult; the context is current."""
+        self.records[record].is_ordered = True
+        return _c.kv_result_at(self.device.drv.event_record(self.records[record].source_event, caller),
+                               _c.KV_ROW_event_record)
 
-        The context is current. When it fails, no copy is in flight any more, or the context is dead (`failure` is set).
-        The record stays claimed: its owner gives the slots back and then calls `unclaim`.
+    cdef int issue(self, uint32_t record, uint64_t until_ns) noexcept nogil:
+        """Put copies of the job on the stream, as far as time goes. A CUresult; the context is current.
+
+        It is the job's turn, and what it waits for is sealed. Before its first copy come the waits.
         """
         cdef JobRecord *job = &self.records[record]
-        cdef const _c.kv_driver *drv = self.device.drv
-        cdef int code = 0, finished = 0
-        cdef size_t index
-        if ordered:
-            call[0] = b"cuEventRecord"
-            code = drv.event_record(job.source_event, caller)
-        _c.kv_monitor_lock(&self.submitting)
-        if code == 0 and ordered:
-            call[0] = b"cuStreamWaitEvent"
-            code = drv.stream_wait_event(self.copier.stream, job.source_event, 0)
-        for index in range(num_waits):
-            if code == 0:
-                call[0] = b"cuStreamWaitEvent"
-                code = drv.stream_wait_event(self.copier.stream, waits[index], 0)
-        if code == 0:
-            code = self.copier.copy(plan, layout, call)
-        if code == 0:
-            call[0] = b"cuEventRecord"
-            code = drv.event_record(job.done_event, self.copier.stream)
-        if code:
-            # Copies may be running: the slots are the caller's again only when they are known to be over. And whoever
-            # meets this job in the engine's words, instead of the jobs it met itself, must find those over too.
-            finished = self.copier.synchronize()
-            for index in range(num_waits):
-                if finished == 0:
-                    finished = drv.event_synchronize(waits[index])
-            if finished:
-                code = finished
-        _c.kv_monitor_lock(&self.monitor)
-        if code == 0:
-            job.state = JOB_SUBMITTED
-            job.sequence = self.num_submitted
-            self.num_submitted += 1
-            job.next = NO_RECORD
-            if self.fifo_tail == NO_RECORD:
-                self.fifo_head = record
-            else:
-                self.records[self.fifo_tail].next = record
-            self.fifo_tail = record
-        elif finished:
-            self.failure = code
-        _c.kv_monitor_broadcast(&self.monitor)
-        _c.kv_monitor_unlock(&self.monitor)
-        _c.kv_monitor_unlock(&self.submitting)
-        if code == 0:
-            self.signals.submitted()
+        cdef JobWait *wait
+        cdef int code = self.failure
+        if not job.is_begun:
+            _c.kv_monitor_lock(&self.monitor)
+            job.is_begun = True  # from here on nobody withdraws it
+            _c.kv_monitor_unlock(&self.monitor)
+            if code == 0 and job.is_ordered:
+                code = self.copier.wait_for(self.stream, job.source_event)
+            while code == 0 and job.num_waits:
+                wait = &job.waits[job.num_waits - 1]
+                code = self.copier.wait_for(self.stream, event_of(wait))
+                if code == 0:
+                    drop(wait)
+                    job.num_waits -= 1
+        if code == 0 and not job.is_withdrawn:
+            code = self.copier.copy(&job.plan, <KVLayout>job.layout, until_ns)
         return code
+
+    cdef int seal(self, uint32_t record, int code) noexcept nogil:
+        """Record the job's event and let the next turn come; `code`: what went wrong until now. Returns what did.
+
+        A failed job is over when the copies that it did submit are. And whoever meets it in the words of device blocks,
+        instead of the jobs that it met itself, must find those over too.
+        """
+        cdef JobRecord *job = &self.records[record]
+        cdef uint32_t index
+        cdef int finished = self.failure
+        cdef bint is_over = False
+        if code == 0:
+            code = _c.kv_result_at(self.device.drv.event_record(job.done_event, self.stream), _c.KV_ROW_event_record)
+        if code and finished == 0:
+            if (self.copier.gather is not None or job.num_waits
+                    or self.device.drv.event_record(job.done_event, self.stream) != 0):
+                finished = _c.kv_result_at(self.copier.synchronize(), _c.KV_ROW_stream_synchronize)
+                for index in range(job.num_waits):
+                    if finished == 0:
+                        finished = _c.kv_result_at(self.device.drv.event_synchronize(event_of(&job.waits[index])),
+                                                   _c.KV_ROW_event_synchronize)
+                is_over = finished == 0
+        if finished:
+            code = finished
+        while job.num_waits:
+            job.num_waits -= 1
+            drop(&job.waits[job.num_waits])
+        self.seal_record(record, code, is_over, finished != 0)
+        return code
+
+    cdef int issue_in_turn(self, uint32_t record) noexcept nogil:
+        """What the caller of a job does that is not handed over. A CUresult: of the job, or why its turn never came."""
+        cdef JobRecord *job = &self.records[record]
+        cdef uint32_t index
+        cdef int code = self.await_turn(record)
+        if code:
+            while job.num_waits:
+                job.num_waits -= 1
+                drop(&job.waits[job.num_waits])
+            return code
+        for index in range(job.num_waits):
+            if code == 0:
+                code = (<JobTable>job.waits[index].queue).await_sealed(job.waits[index].record)
+        return self.seal(record, code if code else self.issue(record, _c.KV_NEVER_NS))
+
+    cdef int hand_over(self, uint32_t record) noexcept nogil:
+        """Leave issue and seal to the submitter. A CUresult: there was none, and the caller had to do it."""
+        _c.kv_monitor_lock(&self.monitor)
+        self.records[record].is_handed_over = True
+        _c.kv_monitor_unlock(&self.monitor)
+        if self.signals.handed_over():
+            return 0
+        return self.issue_in_turn(record)
+
+    cdef int issue_next(self, uint64_t slice_ns) noexcept nogil:
+        """What the submitter does here: go on with the first job. 1: some was done; 0: others are to seal; -1: nothing.
+
+        The context is current.
+        """
+        cdef JobRecord *job
+        cdef uint32_t record, index
+        cdef bint mine
+        cdef int code
+        _c.kv_monitor_lock(&self.monitor)
+        record = self.issue_head
+        mine = record != NO_RECORD and self.records[record].is_handed_over
+        _c.kv_monitor_unlock(&self.monitor)
+        if not mine:
+            return -1 if record == NO_RECORD else 0
+        job = &self.records[record]
+        if not job.is_begun:
+            for index in range(job.num_waits):
+                if not (<JobTable>job.waits[index].queue).is_sealed(job.waits[index].record):
+                    return 0
+        code = self.issue(record, _c.kv_now_ns() + slice_ns)
+        if code or job.is_withdrawn or _c.kv_plan_is_done(&job.plan):
+            self.seal(record, code)
+        return 1
 
     # ---- use without an engine --------------------------------------------------------------------------------------
 
-    def submit(self, KVLayout layout not None, block_ids, PinnedPool pool not None, slot_ids, *, stream):
+    def submit(self, KVLayout layout not None, block_ids, PinnedPool pool not None, slot_ids, *, stream,
+               bint deferred=False):
         """Move blocks between the device and slots; returns at once.
 
         Parameters
@@ -173,6 +225,10 @@ cdef class TransferQueue(JobTable):
             Slots of the pool, registered ones. A target (slot or block) named twice ends up with a mix of both.
         stream : int or stream object
             The copies wait for its work so far; 0 is the legacy default stream.
+        deferred : bool, default False
+            Leave the copies to the queue's `Submitter` and return in microseconds, where the driver takes one for each
+            piece. Until `Job.submitted` a synchronisation of the device does not cover them; all memory must live
+            until `Job.done`.
 
         Returns
         -------
@@ -183,14 +239,14 @@ cdef class TransferQueue(JobTable):
         ------
         ValueError
             Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream; a
-            layout over read-only memory for a load, or over a GPU's for the host device.
+            layout over read-only memory for a load, or over a GPU's for the host device; `deferred` without a
+            `Submitter`.
         DriverError
             The driver refused; no copy is in flight, unless the context is dead.
         """
         cdef int64_t[::1] ids = as_block_ids(block_ids, layout)
         cdef uint32_t[::1] slots = as_slot_ids(slot_ids, pool)
         cdef size_t n = ids.shape[0]
-        cdef const char *call = NULL
         cdef uint32_t record
         cdef int code
         self._require_open()
@@ -205,10 +261,12 @@ cdef class TransferQueue(JobTable):
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
                              f"({pool.payload_bytes})")
         layout.require_reachable(self.device, self.direction_ == H2D)
+        if deferred and not self.signals.has_submitter:
+            raise ValueError("deferred jobs need a Submitter over this queue; make one, or leave `deferred` out")
         if n == 0:
             return job
         with nogil:
-            record = self.claim_blocks(layout, &slots[0], n)
+            record = self.claim_blocks(layout, &ids[0], pool, &slots[0], n)
         if record == NO_RECORD:
             self._require_open()
             check(self.device, self.failure, b"an earlier transfer")
@@ -216,45 +274,56 @@ cdef class TransferQueue(JobTable):
         job.attach(self, record, self)
         job.count = n
         with nogil:
-            code = self.submit_claimed(record, layout, &ids[0], pool, caller, &call)
-        check(self.device, code, call)
+            code = self.submit_claimed(record, caller, deferred, &job.outcome)
+        check(self.device, code, b"")
         return job
 
-    cdef uint32_t claim_blocks(self, KVLayout layout, const uint32_t *slot_ids, size_t n) noexcept nogil:
-        """`claim`, with what the job is about."""
+    cdef uint32_t claim_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+                               const uint32_t *slot_ids, size_t n) noexcept nogil:
+        """`claim`, filled."""
         cdef uint32_t record = self.claim(n)
+        cdef JobRecord *job = &self.records[record]
         if record != NO_RECORD:
-            memcpy(self.records[record].slots, slot_ids, n * sizeof(uint32_t))
-            self.records[record].num_slots = n
-            self.records[record].nbytes = n * layout.block_bytes
+            memcpy(job.places, block_ids, n * sizeof(uint64_t))
+            memcpy(job.slots, slot_ids, n * sizeof(uint32_t))
+            job.num_slots = n
+            job.nbytes = n * layout.block_bytes
+            self.plan_blocks(record, layout, pool)
         return record
 
-    cdef int submit_claimed(self, uint32_t record, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
-                            void *caller, const char **call) noexcept nogil:
-        """`submit_plan` with the blocks of a claimed record; unclaims it where that fails. A CUresult."""
+    cdef void plan_blocks(self, uint32_t record, KVLayout layout, PinnedPool pool) noexcept nogil:
+        """The plan of a filled job over blocks of a layout."""
+        cdef JobRecord *job = &self.records[record]
+        job.layout = <void *>layout
+        job.plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(self.direction_),
+                                        <const int64_t *>job.places, &pool.slots, job.slots, job.num_slots)
+
+    cdef int submit_claimed(self, uint32_t record, void *caller, bint deferred, JobOutcome *outcome) noexcept nogil:
+        """Order, turn, issue and seal of a filled record. A CUresult: the job failed and is over, if it ever began."""
         cdef int mode = 0, code
-        cdef _c.kv_plan plan = _c.kv_plan_of_blocks(
-            layout.groups, layout.num_groups, layout.strided_bit(self.direction_), block_ids, &pool.slots,
-            self.records[record].slots, self.records[record].num_slots)
-        call[0] = b"cuCtxPushCurrent"
         code = self.device.enter(&mode)
         if code == 0:
-            code = self.submit_plan(record, &plan, layout, caller, True, NULL, 0, call)
+            code = self.order(record, caller)
+            if code == 0:
+                self.draw_turn(record)
+                code = self.hand_over(record) if deferred else self.issue_in_turn(record)
+                if code:
+                    self.wait_outcome(outcome, _c.KV_NEVER_NS, True)
+                self.device.leave(mode)
+                return code
             self.device.leave(mode)
-        if code:
-            self.unclaim(record)
+        self.unclaim(record)
         return code
 
     cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil:
-        cdef const char *call = NULL
-        cdef uint32_t record = self.claim_blocks(layout, slot_ids, n)
+        cdef uint32_t record = self.claim_blocks(layout, block_ids, pool, slot_ids, n)
         cdef int code
         outcome.state = OUTCOME_PENDING
         outcome.code = 0
         if record != NO_RECORD:
             self.records[record].outcome = outcome
-            code = self.submit_claimed(record, layout, block_ids, pool, stream, &call)
+            code = self.submit_claimed(record, stream, False, outcome)
         elif self.failure:
             code = self.failure
         else:
@@ -264,6 +333,37 @@ cdef class TransferQueue(JobTable):
             outcome.state = OUTCOME_FAILED
             outcome.code = code
         return code
+
+    def withdraw(self, Job job not None):
+        """Let a job that was handed over copy nothing, if none of its copies is on the stream yet.
+
+        Parameters
+        ----------
+        job : Job
+            Of this queue, submitted with ``deferred=True``.
+
+        Returns
+        -------
+        bool
+            True: nothing was or will be copied; `Job.num_blocks` is 0 from now on, and the job ends in its turn. False:
+            it is too late, or the job was never handed over; DMA cannot be recalled.
+
+        Raises
+        ------
+        ValueError
+            The job is another queue's.
+
+        Notes
+        -----
+        Thread-safe; blocks on nothing.
+        """
+        if job.queue is not None and job.queue is not self:
+            raise ValueError("the job is of another queue")
+        self._require_open()
+        if job.queue is None or not self.withdraw_job(job.record, job.generation):
+            return False
+        job.count = 0
+        return True
 
     def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
@@ -392,8 +492,6 @@ cdef class TransferQueue(JobTable):
             return
         if self.device is not None and not self.ended:  # without a device nothing of ours was made, not even `ended`
             self.end(_c.kv_deadline_ns(5000), False)
-        if self.has_submitting:
-            _c.kv_monitor_destroy(&self.submitting)
 
 
 cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *:
@@ -402,3 +500,11 @@ cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *:
     for index in np.flatnonzero((array < 0) | (array >= pool.num_ready))[:1]:
         raise ValueError(f"slot_ids[{index}] is {array[index]}, and {pool.num_ready} slots are registered")
     return np.asarray(array, dtype=np.uint32)
+
+
+cdef inline void *event_of(const JobWait *wait) noexcept nogil:
+    return (<JobTable>wait.queue).records[wait.record].done_event
+
+
+cdef inline void drop(const JobWait *wait) noexcept nogil:
+    (<JobTable>wait.queue).drop_hold(wait.record)

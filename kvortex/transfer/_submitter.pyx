@@ -1,0 +1,145 @@
+"""The thread that puts copies of deferred jobs on their streams. It never takes the GIL, nor waits for the device."""
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint64_t
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, require_timeout
+from kvortex.transfer._signals cimport JobSignals
+from kvortex.transfer._transfer_queue cimport TransferQueue
+
+cdef uint64_t SLICE_NS = 1_000_000  # of one queue's copies, before it is the next queue's turn
+cdef uint64_t ENTER_NS = 1_000_000  # after which it tries again to enter a context that could not be entered
+cdef uint64_t DRAIN_NS = 100_000
+
+
+@cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
+cdef class Submitter:
+    """Issue and seal the deferred jobs of some queues of one device, the queues in turn, a millisecond each.
+
+    So a load of one block does not wait until all pieces of a long save are submitted. The thread waits for nobody: a
+    queue whose next job has to wait for another thread's job to be sealed is passed over until then.
+
+    Parameters
+    ----------
+    device : Device
+    signals : JobSignals
+        That all the queues share; it serves one submitter at a time.
+    queues : sequence of TransferQueue
+        At most 64.
+
+    Raises
+    ------
+    ValueError
+        Too many queues, one with other signals or of another device, or there is a submitter already.
+    MemoryError
+        No thread could be started.
+    """
+
+    def __init__(self, Device device not None, JobSignals signals not None, queues):
+        if self.device is not None:
+            raise RuntimeError("Submitter.__init__ may be called once")
+        queues = tuple(queues)
+        if len(queues) > MAX_QUEUES:
+            raise ValueError(f"at most {MAX_QUEUES} queues, got {len(queues)}")
+        for queue in queues:
+            if (<TransferQueue?>queue).signals is not signals or (<TransferQueue>queue).device is not device:
+                raise ValueError("a queue has other signals or another device than its submitter")
+        if signals.has_submitter:
+            raise ValueError("these queues have a submitter already")
+        self.device, self.signals, self.queues = device, signals, queues
+        for queue in queues:
+            self.issued[self.num_queues] = <void *>queue
+            self.num_queues += 1
+        signals.submitter_stops = False
+        if _c.pthread_create(&self.thread, NULL, submitter_main, <void *>self):
+            raise MemoryError("no thread for submitting could be started")
+        self.running = signals.has_submitter = True
+
+    cdef void run(self) noexcept nogil:
+        cdef uint64_t seen
+        cdef bint is_bound = False
+        cdef int code, answer
+        while True:
+            _c.kv_monitor_lock(&self.signals.handing)
+            if self.signals.submitter_stops:
+                _c.kv_monitor_unlock(&self.signals.handing)
+                return
+            seen = self.signals.num_handed
+            self.signals.is_held_up = True  # before the look at the queues, so that no seal after it is missed
+            _c.kv_monitor_unlock(&self.signals.handing)
+            if not is_bound:
+                code = self.device.bind_thread()
+                is_bound = code == 0 or _c.kv_result_is_sticky(code)
+                if not is_bound:
+                    _c.kv_nap_ns(ENTER_NS)
+                    continue
+            answer = self.issue_round()
+            if answer == 1:
+                continue
+            _c.kv_monitor_lock(&self.signals.handing)
+            self.signals.is_held_up = answer == 0
+            while seen == self.signals.num_handed and not self.signals.submitter_stops:
+                _c.kv_monitor_wait(&self.signals.handing, _c.KV_NEVER_NS)
+            _c.kv_monitor_unlock(&self.signals.handing)
+
+    cdef int issue_round(self) noexcept nogil:
+        """Each queue once: 1 something was done; 0 some queue waits for a seal; -1 there is nothing to do."""
+        cdef int index, answer, best = -1
+        for index in range(self.num_queues):
+            answer = (<TransferQueue>self.issued[index]).issue_next(SLICE_NS)
+            best = max(best, answer)
+        return best
+
+    def close(self, timeout_ms=5000):
+        """Take no more jobs, submit those taken, and end the thread. Idempotent; releases the GIL.
+
+        What is not submitted within `timeout_ms` never is: closing its queue fails it.
+        """
+        self.end(_c.kv_deadline_ns(require_timeout(timeout_ms)), True)
+
+    cdef bint has_work(self) noexcept nogil:
+        cdef int index
+        for index in range(self.num_queues):
+            if (<TransferQueue>self.issued[index]).is_issuing():
+                return True
+        return False
+
+    cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
+        if not self.running or self.device.pid != getpid():
+            return 0
+        _c.kv_monitor_lock(&self.signals.handing)
+        self.signals.has_submitter = False
+        _c.kv_monitor_unlock(&self.signals.handing)
+        while self.has_work() and _c.kv_now_ns() < deadline_ns:
+            with nogil:
+                _c.kv_nap_ns(DRAIN_NS)
+            if interruptible:
+                PyErr_CheckSignals()
+        if not self.running:  # by a signal handler
+            return 0
+        self.running = False
+        with nogil:
+            _c.kv_monitor_lock(&self.signals.handing)
+            self.signals.submitter_stops = True
+            _c.kv_monitor_broadcast(&self.signals.handing)
+            _c.kv_monitor_unlock(&self.signals.handing)
+            _c.pthread_join(self.thread, NULL)
+        return 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+    def __dealloc__(self):
+        if self.running and self.device.pid == getpid():
+            self.end(_c.kv_deadline_ns(5000), False)
+
+
+cdef void *submitter_main(void *thread) noexcept nogil:
+    (<Submitter>thread).run()
+    return NULL
