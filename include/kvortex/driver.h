@@ -1,7 +1,7 @@
 /* driver.h: the CUDA driver entry points KVortex uses, as a table of function pointers.
  *
  * Two fillers exist: the cuda loader asks cuGetProcAddress for each row at the version named here (legacy-stream
- * variants), and the host driver (kvortex/driver/host_driver.c) implements the same rows over host memory.
+ * variants), and the host driver (kvortex/driver/host_*.c) implements the same rows over host memory.
  * Everything above calls through the table and never holds the GIL while it does.
  *
  * Invariants
