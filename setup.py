@@ -19,9 +19,7 @@ os.chdir(ROOT)
 
 # C sources a module is built from besides its own .pyx.
 EXTRA_SOURCES = {
-    "kvortex.driver._host": [
-        f"kvortex/driver/host_{part}.c" for part in ("driver", "device", "stream", "memory", "pool", "space", "control")
-    ],
+    "kvortex.driver._host": sorted(map(str, Path("kvortex/driver").glob("host_*.c"))),
 }
 
 # Bounds and None are checked, because other people's tuples and arrays are read nearly everywhere. Where a loop is too

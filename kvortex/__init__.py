@@ -20,8 +20,7 @@ from kvortex.memory import DevicePool, PinnedPool
 from kvortex.metrics import prometheus_text
 from kvortex.stats import EngineStats
 from kvortex.transfer import Job, KVLayout, TransferQueue
-
-__version__ = "0.1.0"
+from kvortex.version import __version__ as __version__
 
 __all__ = [
     "BlockHits",

@@ -148,6 +148,25 @@ cdef extern from "kvortex/driver.h" nogil:
     int kv_result_at(int code, int row)
     int kv_result_code(int code)
     int kv_result_row(int code)
+    const char *kv_result_call(int code)
+
+    # Macros: the name of a row is one of these, and the compiler checks the arguments against the row's.
+    int kv_call(const kv_driver *drv, int row, ...)
+    int kv_answer(int code, int row)
+    enum:
+        init, driver_get_version, get_error_name, get_error_string, device_get_count, device_get, device_get_name,
+        device_get_attribute, device_primary_ctx_retain, device_primary_ctx_release, ctx_push_current,
+        ctx_pop_current, ctx_get_current, ctx_set_current, ctx_get_device, ctx_synchronize,
+        thread_exchange_stream_capture_mode, stream_create, stream_create_with_priority, stream_destroy,
+        stream_query, stream_synchronize, stream_wait_event, stream_is_capturing, stream_get_ctx, event_create,
+        event_destroy, event_record, event_query, event_synchronize, mem_get_info, mem_alloc, mem_free,
+        mem_pool_create, mem_pool_destroy, mem_pool_set_attribute, mem_pool_get_attribute, mem_pool_trim_to,
+        mem_alloc_from_pool_async, mem_free_async, mem_get_allocation_granularity, mem_address_reserve,
+        mem_address_free, mem_create, mem_release, mem_map, mem_set_access, mem_unmap, mem_host_alloc, mem_free_host,
+        mem_host_register, mem_host_unregister, pointer_get_attribute, memcpy_dtoh_async, memcpy_htod_async,
+        memcpy_dtod_async, memcpy_2d_async, memcpy_batch_async, module_load_data, module_unload, module_get_function,
+        launch_kernel, memset_d8_async
+
     const int KV_ROW_ctx_set_current, KV_ROW_thread_exchange_stream_capture_mode, KV_ROW_device_get
     const int KV_ROW_stream_get_ctx, KV_ROW_stream_query, KV_ROW_stream_synchronize, KV_ROW_stream_create
     const int KV_ROW_stream_wait_event, KV_ROW_event_create, KV_ROW_event_query, KV_ROW_event_synchronize

@@ -8,6 +8,7 @@ import re
 from typing import NamedTuple
 
 from kvortex.errors import ConfigError, EngineClosed
+from kvortex.version import __version__
 
 COUNTERS = {  # field of EngineStats: (metric, what it counts)
     "blocks_checked": ("blocks_checked", "Blocks asked for by check_blocks."),
@@ -70,8 +71,6 @@ def families(stats, labels=None):
     ConfigError
         A label is no label name, starts with ``__``, or is one of KVortex's own.
     """
-    import kvortex  # late: it is what imports this module
-
     labels = {name: str(value) for name, value in (labels or {}).items()}
     own = {"device", "version", "quantile", *_PLANNER_LABELS}
     for name in labels:
@@ -80,7 +79,7 @@ def families(stats, labels=None):
                 f"{name!r} cannot be a label: letters, digits and _ are allowed, no digit and no __ in front, and "
                 f"{', '.join(sorted(own))} are taken"
             )
-    engine = {**labels, "device": stats.device, "version": kvortex.__version__}
+    engine = {**labels, "device": stats.device, "version": __version__}
     found = [Family("kvortex_engine_info", "gauge", "Always 1; the labels tell about the engine.", [(engine, 1)])]
     for kind, table in (("counter", COUNTERS), ("gauge", GAUGES)):
         for field, (name, text) in table.items():

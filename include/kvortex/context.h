@@ -4,7 +4,7 @@
  *   - What enter has changed, leave puts back. Where the driver refuses that twice, `kv_left` remembers it, and every
  *     later enter of the thread, on whichever device, tries it again before anything else.
  *   - A context is popped again only while it is on top: what the thread's owner pushed over it is the owner's to pop.
- *   - A code that enter answers says which row failed (kv_result_at), so an error names no call that was never made.
+ *   - A code that enter answers says which row failed (kv_call), so an error names no call that was never made.
  *
  * Costs: four driver calls a pair, and one look at a thread-local word.
  */
@@ -26,18 +26,18 @@ static inline kv_result kv_context_put_back(void)
     const kv_driver *drv = kv_left.drv;
     kv_result code;
     if (kv_left.mode >= 0) {
-        if ((code = drv->thread_exchange_stream_capture_mode(&kv_left.mode)))
-            return kv_result_at(code, KV_ROW_thread_exchange_stream_capture_mode);
+        if ((code = kv_call(drv, thread_exchange_stream_capture_mode, &kv_left.mode)))
+            return code;
         kv_left.mode = -1;
     }
     while (kv_left.num_contexts) {
         void *top = NULL;
-        if ((code = drv->ctx_get_current(&top)))
-            return kv_result_at(code, KV_ROW_ctx_get_current);
+        if ((code = kv_call(drv, ctx_get_current, &top)))
+            return code;
         if (top != kv_left.context)
             return 0;
-        if ((code = drv->ctx_pop_current(&top)))
-            return kv_result_at(code, KV_ROW_ctx_pop_current);
+        if ((code = kv_call(drv, ctx_pop_current, &top)))
+            return code;
         kv_left.num_contexts--;
     }
     kv_left.drv = NULL;
@@ -68,16 +68,12 @@ static inline void kv_context_leave(const kv_driver *drv, void *context, int mod
 static inline kv_result kv_context_enter(const kv_driver *drv, void *context, int *mode)
 {
     kv_result code = kv_left.drv ? kv_context_put_back() : 0;
-    if (code)
+    if (code || (code = kv_call(drv, ctx_push_current, context)))
         return code;
-    if ((code = drv->ctx_push_current(context)))
-        return kv_result_at(code, KV_ROW_ctx_push_current);
     *mode = KV_CAPTURE_MODE_RELAXED;
-    if ((code = drv->thread_exchange_stream_capture_mode(mode))) {
+    if ((code = kv_call(drv, thread_exchange_stream_capture_mode, mode)))
         kv_context_leave(drv, context, -1);
-        return kv_result_at(code, KV_ROW_thread_exchange_stream_capture_mode);
-    }
-    return 0;
+    return code;
 }
 
 #endif

@@ -1,7 +1,7 @@
 /* driver.h: the CUDA driver entry points KVortex uses, as a table of function pointers.
  *
  * Two fillers exist: the cuda loader asks cuGetProcAddress for each row at the version named here (legacy-stream
- * variants), and the host driver (kvortex/driver/host_driver.c) implements the same rows over host memory.
+ * variants), and the host driver (kvortex/driver/host_*.c) implements the same rows over host memory.
  * Everything above calls through the table and never holds the GIL while it does.
  *
  * Invariants
@@ -233,13 +233,22 @@ enum { KV_DRIVER_ROWS(KV_DRIVER_ROW_NUMBER) };
 enum { KV_DRIVER_NUM_ROWS = sizeof(kv_driver_rows) / sizeof(kv_driver_rows[0]) };
 
 /* A code may carry the row that answered it, above its own 16 bits. An error then names that call, and the code equals
- * none of those above: the failure of a preparation is no answer of the call that it prepares. */
+ * none of those above: the failure of a preparation is no answer of the call that it prepares.
+ *
+ *   code = kv_call(drv, event_query, event);                        calls a row of the table; a failure carries the row
+ *   if (code == kv_answer(KV_CUDA_NOT_READY, event_query)) ...      exactly this answer of exactly this row */
 static inline kv_result kv_result_at(kv_result code, int row)
 {
     return code && !(code >> 16) ? code | (row + 1) << 16 : code; /* 0 stays 0, and a row that is named stays named */
 }
 static inline kv_result kv_result_code(kv_result code) { return code & 0xFFFF; }
 static inline int kv_result_row(kv_result code) { return (code >> 16) - 1; } /* -1: it carries none */
+static inline const char *kv_result_call(kv_result code) /* its symbol */
+{
+    return code >> 16 ? kv_driver_rows[kv_result_row(code)].symbol : "the driver";
+}
+#define kv_call(drv, field, ...) kv_result_at((drv)->field(__VA_ARGS__), KV_ROW_##field)
+#define kv_answer(code, field) kv_result_at(code, KV_ROW_##field)
 
 /* True for errors after which the context is lost and every later call fails too (the driver calls them sticky). */
 static inline int kv_result_is_sticky(kv_result code)

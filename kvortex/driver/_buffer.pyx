@@ -12,9 +12,13 @@ from kvortex._c cimport (
     KV_CUDA_NOT_READY,
     KV_DLPACK_CPU,
     KV_DLPACK_CUDA,
-    KV_ROW_memcpy_dtod_async,
+    kv_call,
     kv_devptr,
-    kv_result_at,
+    mem_alloc,
+    memcpy_dtod_async,
+    memcpy_dtoh_async,
+    memcpy_htod_async,
+    memset_d8_async,
 )
 from kvortex.driver._device cimport Device, check
 from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer
@@ -77,9 +81,9 @@ cdef class DeviceBuffer(Lender):
         with nogil:
             code = opened.enter(&mode)
             if code == 0:
-                code = opened.drv.mem_alloc(&start, size)
+                code = kv_call(opened.drv, mem_alloc, &start, size)
                 opened.leave(mode)
-        check(opened, code, b"cuMemAlloc")
+        check(opened, code)
         self.device = opened
         self.owns_device = from_name
         self.stream = stream
@@ -181,19 +185,19 @@ cdef class DeviceBuffer(Lender):
                 code = self.device.enter(&mode)
             if code == 0:
                 if on_device and inward:
-                    code = self.device.drv.memcpy_dtod_async(self.start + offset, address, size, handle)
-                    code = kv_result_at(code, KV_ROW_memcpy_dtod_async)
+                    code = kv_call(self.device.drv, memcpy_dtod_async, self.start + offset, address, size, handle)
                 elif on_device:
-                    code = self.device.drv.memcpy_dtod_async(address, self.start + offset, size, handle)
-                    code = kv_result_at(code, KV_ROW_memcpy_dtod_async)
+                    code = kv_call(self.device.drv, memcpy_dtod_async, address, self.start + offset, size, handle)
                 elif inward:
-                    code = self.device.drv.memcpy_htod_async(self.start + offset, <void *>address, size, handle)
+                    code = kv_call(self.device.drv, memcpy_htod_async, self.start + offset, <void *>address, size,
+                                   handle)
                 else:
-                    code = self.device.drv.memcpy_dtoh_async(<void *>address, self.start + offset, size, handle)
+                    code = kv_call(self.device.drv, memcpy_dtoh_async, <void *>address, self.start + offset, size,
+                                   handle)
                 self.device.leave(mode)
         if code and self.lent is held:  # there is no copy
             self.lent = lent
-        check(self.device, code, b"cuMemcpyHtoDAsync" if inward else b"cuMemcpyDtoHAsync")
+        check(self.device, code)
         if not blocking:
             self.follow(handle)
             return 0
@@ -230,9 +234,9 @@ cdef class DeviceBuffer(Lender):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.memset_d8_async(self.start + offset, byte, size, handle)
+                code = kv_call(self.device.drv, memset_d8_async, self.start + offset, byte, size, handle)
                 self.device.leave(mode)
-        check(self.device, code, b"cuMemsetD8Async")
+        check(self.device, code)
         if stream is None:
             self.stream.synchronize()
         else:
@@ -250,7 +254,7 @@ cdef class DeviceBuffer(Lender):
                 with nogil:
                     code = ask(self.device, handle, NULL, True)
                 PyErr_CheckSignals()
-            check(self.device, code, b"cuStreamSynchronize")
+            check(self.device, code)
         return 0
 
     # ---- in others' hands -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ cdef class Device:
     cdef int require_open(self) except -1
     # A caller's stream, as it comes from Python, to its handle; refuses None, capturing ones, other devices'.
     cdef void *borrow_stream(self, object stream) except? NULL
-    # The same checks on a handle: 0 fine, else a CUresult (STREAM_CAPTURE_UNSUPPORTED, INVALID_DEVICE ...).
+    # The same checks on a handle: 0 fine, INVALID_DEVICE where it is another device's, else a CUresult with its row.
     cdef int check_stream(self, void *handle) noexcept nogil
     # Whether the driver says so; host memory, pinned or not, and what it does not know, is not. A CUresult: an answer
     # that could not be had is not "no".
@@ -37,6 +37,6 @@ cdef class Device:
 # Milliseconds of a timeout as it comes from Python; -1 for None, which waits for ever. Refuses what is no whole number.
 cdef int64_t require_timeout(object timeout_ms) except? -2
 
-# Raises DriverError(code, name, call) unless code is 0; a row that the code carries goes before `call`. Needs no GIL
-# when it is 0.
-cdef int check(Device device, int code, const char *call) except -1 nogil
+# Raises DriverError(code, name, call) unless code is 0. The call is that of the row which the code carries (kv_call);
+# `call` is for codes that carry none. Needs no GIL when it is 0.
+cdef int check(Device device, int code, const char *call=*) except -1 nogil

@@ -19,16 +19,23 @@ from kvortex._c cimport (
     KV_DRIVER_NUM_ROWS,
     KV_MEMORY_TYPE_DEVICE,
     KV_POINTER_MEMORY_TYPE,
-    KV_ROW_ctx_set_current,
-    KV_ROW_device_get,
-    KV_ROW_pointer_get_attribute,
-    KV_ROW_stream_get_ctx,
-    KV_ROW_thread_exchange_stream_capture_mode,
+    ctx_set_current,
+    device_get,
+    device_get_count,
+    device_get_name,
+    device_primary_ctx_retain,
+    driver_get_version,
+    init,
+    kv_answer,
+    kv_call,
     kv_driver,
     kv_driver_rows,
-    kv_result_at,
+    kv_result_call,
     kv_result_code,
-    kv_result_row,
+    pointer_get_attribute,
+    stream_get_ctx,
+    stream_is_capturing,
+    thread_exchange_stream_capture_mode,
 )
 from kvortex.driver._host cimport host_table
 from kvortex.driver._memory cimport is_integer, whole_number
@@ -109,15 +116,15 @@ cdef class Device:
         cdef int count = 0, device = 0, code
         cdef void *context = NULL
         with nogil:
-            code = self.drv.device_get_count(&count)
-        check(self, code, b"cuDeviceGetCount")
+            code = kv_call(self.drv, device_get_count, &count)
+        check(self, code)
         if self.ordinal >= count:
             raise ConfigError(f"device {self.name!r} does not exist: the driver sees {count}, numbered from 0")
         with nogil:
-            code = kv_result_at(self.drv.device_get(&device, self.ordinal), KV_ROW_device_get)
+            code = kv_call(self.drv, device_get, &device, self.ordinal)
             if code == 0:
-                code = self.drv.device_primary_ctx_retain(&context, device)
-        check(self, code, b"cuDevicePrimaryCtxRetain")
+                code = kv_call(self.drv, device_primary_ctx_retain, &context, device)
+        check(self, code)
         self.context = context
         self.closed = False
         return 0
@@ -160,10 +167,10 @@ cdef class Device:
         cdef int code, device = 0
         self.require_open()
         with nogil:
-            code = kv_result_at(self.drv.device_get(&device, self.ordinal), KV_ROW_device_get)
+            code = kv_call(self.drv, device_get, &device, self.ordinal)
             if code == 0:
-                code = self.drv.device_get_name(name, sizeof(name), device)
-        check(self, code, b"cuDeviceGetName")
+                code = kv_call(self.drv, device_get_name, name, sizeof(name), device)
+        check(self, code)
         return name.decode()
 
     @property
@@ -172,8 +179,8 @@ cdef class Device:
         cdef int version = 0, code
         self.require_open()
         with nogil:
-            code = self.drv.driver_get_version(&version)
-        check(self, code, b"cuDriverGetVersion")
+            code = kv_call(self.drv, driver_get_version, &version)
+        check(self, code)
         return _cuda.version_text(version)
 
     @property
@@ -195,11 +202,8 @@ cdef class Device:
 
     cdef int bind_thread(self) noexcept nogil:
         cdef int mode = KV_CAPTURE_MODE_RELAXED
-        cdef int code = self.drv.ctx_set_current(self.context)
-        if code != 0:
-            return kv_result_at(code, KV_ROW_ctx_set_current)
-        return kv_result_at(self.drv.thread_exchange_stream_capture_mode(&mode),
-                            KV_ROW_thread_exchange_stream_capture_mode)
+        cdef int code = kv_call(self.drv, ctx_set_current, self.context)
+        return code if code else kv_call(self.drv, thread_exchange_stream_capture_mode, &mode)
 
     cdef int require_open(self) except -1:
         if self.closed:
@@ -217,13 +221,11 @@ cdef class Device:
         cdef int code = self.enter(&mode)
         if code != 0:
             return code
-        code = self.drv.stream_is_capturing(handle, &status)
+        code = kv_call(self.drv, stream_is_capturing, handle, &status)
         if code == 0 and status != KV_CAPTURE_STATUS_NONE:
-            code = KV_CUDA_STREAM_CAPTURE_UNSUPPORTED
+            code = kv_answer(KV_CUDA_STREAM_CAPTURE_UNSUPPORTED, stream_is_capturing)
         if code == 0 and <size_t>handle > LAST_DEFAULT_STREAM:
-            code = self.drv.stream_get_ctx(handle, &context)
-            if code != KV_CUDA_INVALID_HANDLE:
-                code = kv_result_at(code, KV_ROW_stream_get_ctx)
+            code = kv_call(self.drv, stream_get_ctx, handle, &context)
             if code == 0 and context != self.context:
                 code = KV_CUDA_INVALID_DEVICE
         self.leave(mode)
@@ -234,12 +236,12 @@ cdef class Device:
         cdef int mode = 0
         cdef int code = self.enter(&mode)
         if code == 0:
-            code = self.drv.pointer_get_attribute(&memory_type, KV_POINTER_MEMORY_TYPE, address)
+            code = kv_call(self.drv, pointer_get_attribute, &memory_type, KV_POINTER_MEMORY_TYPE, address)
             self.leave(mode)
-            if code == KV_CUDA_INVALID_VALUE:  # the driver does not know it
+            if code == kv_answer(KV_CUDA_INVALID_VALUE, pointer_get_attribute):  # the driver does not know it
                 memory_type = code = 0
         answer[0] = memory_type == <unsigned int>KV_MEMORY_TYPE_DEVICE
-        return kv_result_at(code, KV_ROW_pointer_get_attribute)
+        return code
 
     cdef void *borrow_stream(self, object stream) except? NULL:
         self.require_open()
@@ -298,21 +300,22 @@ def stream_handle(stream):
 
 
 cdef object refuse_stream(Device device, object stream, int code):
-    if code == KV_CUDA_STREAM_CAPTURE_UNSUPPORTED:
+    if code == kv_answer(KV_CUDA_STREAM_CAPTURE_UNSUPPORTED, stream_is_capturing):
         raise ValueError(
             f"stream {stream!r} is capturing a graph, and transfers cannot be captured; call outside of the capture, "
             "or pass another stream"
         )
-    if code == KV_CUDA_STREAM_CAPTURE_IMPLICIT:
+    if code == kv_answer(KV_CUDA_STREAM_CAPTURE_IMPLICIT, stream_is_capturing):
         raise ValueError(
             f"stream {stream!r} is the legacy default stream while a blocking stream captures a graph, which would "
             "pull it into the capture; call outside of the capture, or pass another stream"
         )
     if code == KV_CUDA_INVALID_DEVICE:
         raise ValueError(f"stream {stream!r} belongs to another device than {device.name}; pass a stream of this one")
-    if code == KV_CUDA_INVALID_HANDLE:
+    if code in (kv_answer(KV_CUDA_INVALID_HANDLE, stream_is_capturing),
+                kv_answer(KV_CUDA_INVALID_HANDLE, stream_get_ctx)):
         raise ValueError(f"stream {stream!r} is not a stream of this process, or was destroyed; pass a live one")
-    check(device, code, b"cuStreamIsCapturing")
+    check(device, code)
 
 
 cdef int64_t require_timeout(object timeout_ms) except? -2:
@@ -325,7 +328,7 @@ cdef int64_t require_timeout(object timeout_ms) except? -2:
     return min(int(timeout_ms), 1 << 62)  # which is for ever, too
 
 
-cdef int check(Device device, int code, const char *call) except -1 nogil:
+cdef int check(Device device, int code, const char *call=NULL) except -1 nogil:
     if code == 0:
         return 0
     with gil:
@@ -335,9 +338,8 @@ cdef int check(Device device, int code, const char *call) except -1 nogil:
 cdef object raise_driver_error(Device device, int code, const char *call):
     cdef const char *name = NULL
     cdef const char *text = NULL
-    cdef int row = kv_result_row(code)
-    if row >= 0:
-        call = kv_driver_rows[row].symbol
+    if call is NULL or code != kv_result_code(code):
+        call = kv_result_call(code)
     code = kv_result_code(code)
     if device.drv.get_error_name(code, &name) != 0 or name == NULL:
         name = b"CUDA_ERROR_UNRECOGNIZED"
@@ -397,10 +399,10 @@ cdef const kv_driver *load_table(bint is_host) except NULL:
     global cuda_table
     cdef int code
     if is_host:
-        code = host_table().init(0)
+        code = kv_call(host_table(), init, 0)
         if code != 0:
             raise DriverError(
-                code, "CUDA_ERROR_NOT_INITIALIZED", "cuInit",
+                kv_result_code(code), "CUDA_ERROR_NOT_INITIALIZED", kv_result_call(code).decode(),
                 "the host driver cannot serve a forked child; start workers with the spawn method",
             )
         return host_table()

@@ -8,16 +8,20 @@ from posix.unistd cimport getpid
 from kvortex._c cimport (
     KV_CUDA_NOT_READY,
     KV_EVENT_DISABLE_TIMING,
-    KV_ROW_event_query,
-    KV_ROW_event_synchronize,
-    KV_ROW_stream_query,
-    KV_ROW_stream_synchronize,
-    KV_ROW_stream_wait_event,
     KV_STREAM_NON_BLOCKING,
+    event_create,
+    event_query,
+    event_record,
+    event_synchronize,
+    kv_answer,
+    kv_call,
     kv_driver,
     kv_nap_ns,
     kv_now_ns,
-    kv_result_at,
+    stream_create,
+    stream_query,
+    stream_synchronize,
+    stream_wait_event,
 )
 from kvortex.driver._device cimport Device, check
 
@@ -62,9 +66,9 @@ cdef class Stream:
         with nogil:
             code = device.enter(&mode)
             if code == 0:
-                code = device.drv.stream_create(&self.stream, KV_STREAM_NON_BLOCKING)
+                code = kv_call(device.drv, stream_create, &self.stream, KV_STREAM_NON_BLOCKING)
                 device.leave(mode)
-        check(device, code, b"cuStreamCreate")
+        check(device, code)
         self.device = device
         self.is_owned = True
         self.closed = False
@@ -120,7 +124,7 @@ cdef class Stream:
             with nogil:
                 code = ask(self.device, self.stream, NULL, True)
             PyErr_CheckSignals()
-        check(self.device, code, b"cuStreamSynchronize")
+        check(self.device, code)
 
     def query(self):
         """Tell whether everything submitted so far is complete. Does not block."""
@@ -129,11 +133,11 @@ cdef class Stream:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.stream_query(self.stream)
+                code = kv_call(self.device.drv, stream_query, self.stream)
                 self.device.leave(mode)
-        if code == KV_CUDA_NOT_READY:
+        if code == kv_answer(KV_CUDA_NOT_READY, stream_query):
             return False
-        check(self.device, code, b"cuStreamQuery")
+        check(self.device, code)
         return True
 
     def wait_event(self, Event event not None):
@@ -155,9 +159,9 @@ cdef class Stream:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.stream_wait_event(self.stream, event.event, 0)
+                code = kv_call(self.device.drv, stream_wait_event, self.stream, event.event, 0)
                 self.device.leave(mode)
-        check(self.device, code, b"cuStreamWaitEvent")
+        check(self.device, code)
 
     def close(self):
         """Destroy the stream if it is ours. Idempotent, does not block: what was submitted still runs."""
@@ -223,9 +227,9 @@ cdef class Event:
         with nogil:
             code = device.enter(&mode)
             if code == 0:
-                code = device.drv.event_create(&self.event, KV_EVENT_DISABLE_TIMING)
+                code = kv_call(device.drv, event_create, &self.event, KV_EVENT_DISABLE_TIMING)
                 device.leave(mode)
-        check(device, code, b"cuEventCreate")
+        check(device, code)
         self.device = device
         self.closed = False
         return self
@@ -257,9 +261,9 @@ cdef class Event:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.event_record(self.event, handle)
+                code = kv_call(self.device.drv, event_record, self.event, handle)
                 self.device.leave(mode)
-        check(self.device, code, b"cuEventRecord")
+        check(self.device, code)
 
     def query(self):
         """Tell whether the last record is complete. Does not block."""
@@ -268,11 +272,11 @@ cdef class Event:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.event_query(self.event)
+                code = kv_call(self.device.drv, event_query, self.event)
                 self.device.leave(mode)
-        if code == KV_CUDA_NOT_READY:
+        if code == kv_answer(KV_CUDA_NOT_READY, event_query):
             return False
-        check(self.device, code, b"cuEventQuery")
+        check(self.device, code)
         return True
 
     def synchronize(self):
@@ -289,7 +293,7 @@ cdef class Event:
             with nogil:
                 code = ask(self.device, NULL, self.event, True)
             PyErr_CheckSignals()
-        check(self.device, code, b"cuEventSynchronize")
+        check(self.device, code)
 
     def close(self):
         """Destroy the event. Idempotent, does not block; waits that were submitted for it still hold."""
@@ -349,14 +353,14 @@ cdef int is_over(Device device, void *stream, void *event) noexcept nogil:
     cdef const kv_driver *drv = device.drv
     cdef int code
     if event is not NULL:
-        code = drv.event_query(event)
+        code = kv_call(drv, event_query, event)
         if code == 0:
-            return kv_result_at(drv.event_synchronize(event), KV_ROW_event_synchronize)
-        return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_event_query)
-    code = drv.stream_query(stream)
+            return kv_call(drv, event_synchronize, event)
+        return KV_CUDA_NOT_READY if code == kv_answer(KV_CUDA_NOT_READY, event_query) else code
+    code = kv_call(drv, stream_query, stream)
     if code == 0:
-        return kv_result_at(drv.stream_synchronize(stream), KV_ROW_stream_synchronize)
-    return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_stream_query)
+        return kv_call(drv, stream_synchronize, stream)
+    return KV_CUDA_NOT_READY if code == kv_answer(KV_CUDA_NOT_READY, stream_query) else code
 
 
 cdef int order_streams(Device device, void *later, void *earlier) except -1:
@@ -365,9 +369,9 @@ cdef int order_streams(Device device, void *later, void *earlier) except -1:
     with nogil:
         code = device.enter(&mode)
         if code == 0:
-            code = device.drv.event_record(event.event, earlier)
+            code = kv_call(device.drv, event_record, event.event, earlier)
             if code == 0:
-                code = kv_result_at(device.drv.stream_wait_event(later, event.event, 0), KV_ROW_stream_wait_event)
+                code = kv_call(device.drv, stream_wait_event, later, event.event, 0)
             device.leave(mode)
     event.close()  # what waits for it goes on waiting
-    return check(device, code, b"cuEventRecord")
+    return check(device, code)

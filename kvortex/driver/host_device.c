@@ -1,20 +1,10 @@
-/* Process, devices and contexts of the host driver. */
+/* The process, its devices and the thread's contexts: the rows. */
 
-#include "host_state.h"
+#include "host_rows.h"
 
 #include <stdio.h>
 
-enum { MAX_CONTEXT_DEPTH = 32, DRIVER_VERSION = 12080 };
-static const uint64_t CONTEXT_TAG = 0x43ull << 48; /* 'C'; a handle is tag | generation | ordinal */
-
-_Atomic int kv_host_initialized;
-_Atomic int kv_host_num_devices = 2;
-_Atomic int kv_host_numa_node = -1;
-kv_host_device kv_host_devices[KV_HOST_MAX_DEVICES];
-
-static pthread_mutex_t contexts_mutex = PTHREAD_MUTEX_INITIALIZER; /* retain and release, the only long section */
-static _Thread_local uint64_t context_stack[MAX_CONTEXT_DEPTH];
-static _Thread_local int context_depth;
+enum { DRIVER_VERSION = 12080 };
 
 /* Process and devices ---------------------------------------------------------------------------------------------- */
 
@@ -110,11 +100,6 @@ kv_result kv_host_get_error_string(kv_result error, const char **text)
     return text ? error_name(error, NULL, text) : KV_CUDA_INVALID_VALUE;
 }
 
-static int is_device(int ordinal)
-{
-    return ordinal >= 0 && ordinal < atomic_load(&kv_host_num_devices);
-}
-
 kv_result kv_host_device_get_count(int *count)
 {
     KV_HOST_BEGIN(device_get_count);
@@ -129,7 +114,7 @@ kv_result kv_host_device_get(int *dev, int ordinal)
     KV_HOST_BEGIN(device_get);
     if (!dev)
         return KV_CUDA_INVALID_VALUE;
-    if (!is_device(ordinal))
+    if (!kv_host_is_device(ordinal))
         return KV_CUDA_INVALID_DEVICE;
     *dev = ordinal;
     return KV_CUDA_SUCCESS;
@@ -138,7 +123,7 @@ kv_result kv_host_device_get(int *dev, int ordinal)
 kv_result kv_host_device_get_name(char *name, int name_bytes, int dev)
 {
     KV_HOST_BEGIN(device_get_name);
-    if (!is_device(dev))
+    if (!kv_host_is_device(dev))
         return KV_CUDA_INVALID_DEVICE;
     if (!name || name_bytes < 1)
         return KV_CUDA_INVALID_VALUE;
@@ -149,7 +134,7 @@ kv_result kv_host_device_get_name(char *name, int name_bytes, int dev)
 kv_result kv_host_device_get_attribute(int *value, int attribute, int dev)
 {
     KV_HOST_BEGIN(device_get_attribute);
-    if (!is_device(dev))
+    if (!kv_host_is_device(dev))
         return KV_CUDA_INVALID_DEVICE;
     if (!value)
         return KV_CUDA_INVALID_VALUE;
@@ -169,74 +154,27 @@ kv_result kv_host_device_get_attribute(int *value, int attribute, int dev)
     }
 }
 
-/* Contexts --------------------------------------------------------------------------------------------------------- */
-
-kv_host_device *kv_host_device_of(uint64_t context)
-{
-    size_t i = context & 0xff;
-    if (context >> 48 != CONTEXT_TAG >> 48 || i >= KV_HOST_MAX_DEVICES)
-        return NULL;
-    return atomic_load(&kv_host_devices[i].context) == context ? &kv_host_devices[i] : NULL;
-}
-
-kv_host_device *kv_host_current_device(void)
-{
-    return context_depth ? kv_host_device_of(context_stack[context_depth - 1]) : NULL;
-}
-
-kv_result kv_host_device_primary_ctx_retain(void **context, int ordinal)
-{
-    KV_HOST_BEGIN(device_primary_ctx_retain);
-    if (!context)
-        return KV_CUDA_INVALID_VALUE;
-    if (!is_device(ordinal))
-        return KV_CUDA_INVALID_DEVICE;
-    kv_host_device *dev = &kv_host_devices[ordinal];
-    kv_result code = atomic_load(&dev->sticky);
-    if (code)
-        return code;
-    pthread_mutex_lock(&contexts_mutex);
-    if (dev->num_retained++ == 0)
-        atomic_store(&dev->context, CONTEXT_TAG | (++dev->generation & 0xffffffff) << 8 | (uint64_t)ordinal);
-    *context = (void *)(uintptr_t)atomic_load(&dev->context);
-    pthread_mutex_unlock(&contexts_mutex);
-    return KV_CUDA_SUCCESS;
-}
-
-kv_result kv_host_device_primary_ctx_release(int ordinal)
-{
-    KV_HOST_BEGIN(device_primary_ctx_release);
-    if (!is_device(ordinal))
-        return KV_CUDA_INVALID_DEVICE;
-    kv_result code = KV_CUDA_SUCCESS;
-    pthread_mutex_lock(&contexts_mutex);
-    if (kv_host_devices[ordinal].num_retained == 0)
-        code = KV_CUDA_INVALID_CONTEXT;
-    else if (--kv_host_devices[ordinal].num_retained == 0) {
-        atomic_store(&kv_host_devices[ordinal].context, 0);
-        kv_host_reap(ordinal);
-    }
-    pthread_mutex_unlock(&contexts_mutex);
-    return code;
-}
+/* The thread's contexts -------------------------------------------------------------------------------------------- */
 
 kv_result kv_host_ctx_push_current(void *context)
 {
     KV_HOST_BEGIN(ctx_push_current);
+    kv_host_thread *self = &kv_host_this_thread;
     if (!kv_host_device_of((uintptr_t)context))
         return KV_CUDA_INVALID_CONTEXT;
-    if (context_depth == MAX_CONTEXT_DEPTH)
+    if (self->num_contexts == KV_HOST_MAX_CONTEXT_DEPTH)
         return KV_CUDA_OUT_OF_MEMORY;
-    context_stack[context_depth++] = (uintptr_t)context;
+    self->contexts[self->num_contexts++] = (uintptr_t)context;
     return KV_CUDA_SUCCESS;
 }
 
 kv_result kv_host_ctx_pop_current(void **context)
 {
     KV_HOST_BEGIN(ctx_pop_current);
-    if (!context_depth)
+    kv_host_thread *self = &kv_host_this_thread;
+    if (!self->num_contexts)
         return KV_CUDA_INVALID_CONTEXT;
-    uint64_t top = context_stack[--context_depth];
+    uint64_t top = self->contexts[--self->num_contexts];
     if (context)
         *context = (void *)(uintptr_t)top;
     return KV_CUDA_SUCCESS;
@@ -247,19 +185,21 @@ kv_result kv_host_ctx_get_current(void **context)
     KV_HOST_BEGIN(ctx_get_current);
     if (!context)
         return KV_CUDA_INVALID_VALUE;
-    *context = context_depth ? (void *)(uintptr_t)context_stack[context_depth - 1] : NULL;
+    const kv_host_thread *self = &kv_host_this_thread;
+    *context = self->num_contexts ? (void *)(uintptr_t)self->contexts[self->num_contexts - 1] : NULL;
     return KV_CUDA_SUCCESS;
 }
 
 kv_result kv_host_ctx_set_current(void *context)
 {
     KV_HOST_BEGIN(ctx_set_current);
+    kv_host_thread *self = &kv_host_this_thread;
     if (context && !kv_host_device_of((uintptr_t)context))
         return KV_CUDA_INVALID_CONTEXT;
-    if (context_depth)
-        context_depth--;
+    if (self->num_contexts)
+        self->num_contexts--;
     if (context)
-        context_stack[context_depth++] = (uintptr_t)context;
+        self->contexts[self->num_contexts++] = (uintptr_t)context;
     return KV_CUDA_SUCCESS;
 }
 
@@ -272,5 +212,17 @@ kv_result kv_host_ctx_get_device(int *ordinal)
     if (!ordinal)
         return KV_CUDA_INVALID_VALUE;
     *ordinal = (int)(dev - kv_host_devices);
+    return KV_CUDA_SUCCESS;
+}
+
+kv_result kv_host_thread_exchange_stream_capture_mode(int *mode)
+{
+    KV_HOST_BEGIN(thread_exchange_stream_capture_mode);
+    kv_host_thread *self = &kv_host_this_thread;
+    if (!mode || *mode < KV_CAPTURE_MODE_GLOBAL || *mode > KV_CAPTURE_MODE_RELAXED)
+        return KV_CUDA_INVALID_VALUE;
+    int before = self->capture_mode;
+    self->capture_mode = *mode;
+    *mode = before;
     return KV_CUDA_SUCCESS;
 }

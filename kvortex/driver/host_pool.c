@@ -7,11 +7,10 @@
  * until the stream gets there. */
 
 #include "host_memory.h"
-#include "host_state.h"
+#include "host_rows.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 enum { MAX_POOLS = 256, PAGE_BYTES = 4096 };
 static const uint64_t POOL_TAG = 0x50ull << 48; /* 'P'; a handle is tag | generation | slot */
@@ -154,11 +153,6 @@ static block *block_at(uintptr_t start, pool **owner)
 
 /* The rows --------------------------------------------------------------------------------------------------------- */
 
-static size_t physical_bytes(void)
-{
-    return (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-}
-
 kv_result kv_host_mem_pool_create(void **handle, const kv_mem_pool_props *props)
 {
     KV_HOST_BEGIN(mem_pool_create);
@@ -166,7 +160,7 @@ kv_result kv_host_mem_pool_create(void **handle, const kv_mem_pool_props *props)
         props->location.type != KV_MEM_LOCATION_TYPE_DEVICE)
         return KV_CUDA_INVALID_VALUE;
     int ordinal = props->location.id;
-    if (ordinal < 0 || ordinal >= atomic_load(&kv_host_num_devices))
+    if (!kv_host_is_device(ordinal))
         return KV_CUDA_INVALID_DEVICE;
     if (!atomic_load(&kv_host_devices[ordinal].context)) /* which takes its pools along */
         return KV_CUDA_INVALID_CONTEXT;
@@ -178,7 +172,7 @@ kv_result kv_host_mem_pool_create(void **handle, const kv_mem_pool_props *props)
     if (made) {
         uint64_t generation = made->generation + 1;
         *made = (pool){.generation = generation, .ordinal = ordinal};
-        made->max_bytes = props->max_bytes ? props->max_bytes : physical_bytes();
+        made->max_bytes = props->max_bytes ? props->max_bytes : kv_host_physical_bytes();
         made->handle = POOL_TAG | (generation & 0xffffffff) << 8 | (uint64_t)(made - pools);
         *handle = (void *)(uintptr_t)made->handle;
         if ((size_t)(made - pools) >= num_pools_used)
@@ -285,7 +279,7 @@ kv_result kv_host_mem_alloc_from_pool_async(kv_devptr *address, size_t bytes, vo
         return code;
     if (!address || !bytes)
         return KV_CUDA_INVALID_VALUE;
-    if (bytes > physical_bytes())
+    if (bytes > kv_host_physical_bytes())
         return KV_CUDA_OUT_OF_MEMORY;
     kv_range closed;
     kv_op *op = kv_op_new(KV_OP_WAIT, 0);

@@ -4,11 +4,10 @@
  * Imitated is what KVortex does: whole allocations, mapped once at a time, read and written by their own device. */
 
 #include "host_memory.h"
-#include "host_state.h"
+#include "host_rows.h"
 
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 enum { GRANULARITY = 2 << 20, PAGE_BYTES = 4096 };
 static const uint64_t PHYSICAL_TAG = 0x4dull << 48; /* 'M'; a handle is tag | number */
@@ -90,8 +89,7 @@ static kv_result check_props(const kv_mem_allocation_props *props)
     if (!props || props->type != KV_MEM_ALLOCATION_TYPE_PINNED || props->handle_types ||
         props->location.type != KV_MEM_LOCATION_TYPE_DEVICE)
         return KV_CUDA_INVALID_VALUE;
-    return props->location.id >= 0 && props->location.id < atomic_load(&kv_host_num_devices) ? KV_CUDA_SUCCESS
-                                                                                             : KV_CUDA_INVALID_DEVICE;
+    return kv_host_is_device(props->location.id) ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_DEVICE;
 }
 
 kv_result kv_host_mem_get_allocation_granularity(size_t *bytes, const kv_mem_allocation_props *props, int option)
@@ -176,7 +174,7 @@ kv_result kv_host_mem_create(unsigned long long *handle, size_t bytes, const kv_
         return code;
     if (!handle || !bytes || !is_aligned(bytes) || flags)
         return KV_CUDA_INVALID_VALUE;
-    size_t physical_bytes = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+    size_t physical_bytes = kv_host_physical_bytes();
     physical *made = malloc(sizeof *made);
     pthread_mutex_lock(&spaces_mutex);
     if (!made || created_bytes > physical_bytes || bytes > physical_bytes - created_bytes)

@@ -52,7 +52,7 @@ typedef struct kv_stream {
     uint64_t random; /* the worker's own */
     _Atomic uint64_t completed;
 
-    _Atomic int capture_status; /* the rest under the control mutex of host_driver.c */
+    _Atomic int capture_status; /* the rest under the control mutex of host_gate.c */
     int capture_mode;
     const void *capture_thread;
     size_t num_captured;

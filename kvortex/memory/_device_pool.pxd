@@ -57,4 +57,4 @@ cdef class DeviceArena(DeviceBuffer):
     cdef object growing               # lock: one thread at a time, as parts lie behind each other
 
     cdef int map_more(self, size_t nbytes) except -1
-    cdef int map_at(self, kv_devptr address, size_t nbytes, const char **call) noexcept nogil
+    cdef int map_at(self, kv_devptr address, size_t nbytes) noexcept nogil

@@ -93,7 +93,6 @@ cdef class DevicePool:
         self.release_threshold_bytes = limit_bytes if release_threshold_bytes is None else release_threshold_bytes
         cdef _c.kv_mem_pool_props props
         cdef uint64_t threshold = self.release_threshold_bytes
-        cdef const char *call = b"cuMemPoolCreate"
         cdef int code, mode = 0
         memset(&props, 0, sizeof(props))
         props.allocation_type = _c.KV_MEM_ALLOCATION_TYPE_PINNED
@@ -104,15 +103,15 @@ cdef class DevicePool:
         with nogil:
             code = opened.enter(&mode)
             if code == 0:
-                code = opened.drv.mem_pool_create(&self.pool, &props)
+                code = _c.kv_call(opened.drv, _c.mem_pool_create, &self.pool, &props)
                 if code == 0:
-                    call = b"cuMemPoolSetAttribute"
-                    code = opened.drv.mem_pool_set_attribute(self.pool, _c.KV_MEMPOOL_RELEASE_THRESHOLD, &threshold)
+                    code = _c.kv_call(opened.drv, _c.mem_pool_set_attribute, self.pool,
+                                      _c.KV_MEMPOOL_RELEASE_THRESHOLD, &threshold)
                     if code:
                         opened.drv.mem_pool_destroy(self.pool)
                         self.pool = NULL
                 opened.leave(mode)
-        check(opened, code, call)
+        check(opened, code)
         self.device = opened
         self.owns_device = from_name
         self.closed = False
@@ -160,15 +159,14 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.event_record(born.event, handle)
+                code = _c.kv_call(self.device.drv, _c.event_record, born.event, handle)
                 if code == 0:
-                    code = _c.kv_result_at(self.device.drv.stream_wait_event(own.stream, born.event, 0),
-                                           _c.KV_ROW_stream_wait_event)
+                    code = _c.kv_call(self.device.drv, _c.stream_wait_event, own.stream, born.event, 0)
                 self.device.leave(mode)
         if code:  # no other stream can come after the allocation, so it is freed on its own
             start, buffer.start = buffer.start, 0
             self.give(start, nbytes, handle)
-        check(self.device, code, b"cuEventRecord")
+        check(self.device, code)
         buffer.is_unborn = buffer.worked_elsewhere = True
         buffer.closed = False
         return buffer
@@ -193,7 +191,6 @@ cdef class DevicePool:
         """
         cdef DeviceArena arena = DeviceArena.__new__(DeviceArena)
         cdef _c.kv_mem_allocation_props props
-        cdef const char *call = b"cuMemGetAllocationGranularity"
         cdef size_t unit = 0, size
         cdef int code, mode = 0
         require_size("reserve_bytes", reserve_bytes, 1)
@@ -209,13 +206,13 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_get_allocation_granularity(&unit, &props, _c.KV_MEM_GRANULARITY_MINIMUM)
+                code = _c.kv_call(self.device.drv, _c.mem_get_allocation_granularity, &unit, &props,
+                                  _c.KV_MEM_GRANULARITY_MINIMUM)
                 if code == 0:
-                    call = b"cuMemAddressReserve"
                     size = round_up(size, unit)
-                    code = self.device.drv.mem_address_reserve(&arena.start, size, 0, 0, 0)
+                    code = _c.kv_call(self.device.drv, _c.mem_address_reserve, &arena.start, size, 0, 0, 0)
                 self.device.leave(mode)
-        check(self.device, code, call)
+        check(self.device, code)
         arena.unit, arena.reserve_bytes = unit, size
         arena.pool = self
         self.num_out += 1
@@ -256,10 +253,10 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_pool_trim_to(self.pool, keep)
+                code = _c.kv_call(self.device.drv, _c.mem_pool_trim_to, self.pool, keep)
                 self.device.leave(mode)
         self.come_back()
-        check(self.device, code, b"cuMemPoolTrimTo")
+        check(self.device, code)
 
     def close(self):
         """Hand out no more, and give back what nobody holds. Idempotent.
@@ -374,15 +371,15 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_alloc_from_pool_async(&start, nbytes, self.pool, stream)
+                code = _c.kv_call(self.device.drv, _c.mem_alloc_from_pool_async, &start, nbytes, self.pool, stream)
                 self.device.leave(mode)
         if code:
             self.unclaim(nbytes)
             used = self.used
             self.come_back()
-            if code == _c.KV_CUDA_OUT_OF_MEMORY:
-                refuse(self.device, b"cuMemAllocFromPoolAsync", nbytes, used, self.limit_bytes)
-            check(self.device, code, b"cuMemAllocFromPoolAsync")
+            if code == _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_alloc_from_pool_async):
+                refuse(self.device, code, nbytes, used, self.limit_bytes)
+            check(self.device, code)
         return start
 
     cdef void give(self, kv_devptr start, size_t nbytes, void *stream) noexcept:
@@ -406,10 +403,10 @@ cdef class DevicePool:
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_pool_get_attribute(self.pool, attribute, &value)
+                code = _c.kv_call(self.device.drv, _c.mem_pool_get_attribute, self.pool, attribute, &value)
                 self.device.leave(mode)
         self.come_back()
-        check(self.device, code, b"cuMemPoolGetAttribute")
+        check(self.device, code)
         return value
 
     cdef tuple idle_pair(self):
@@ -495,9 +492,9 @@ cdef class PooledBuffer(DeviceBuffer):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.stream_wait_event(handle, self.born.event, 0)
+                code = _c.kv_call(self.device.drv, _c.stream_wait_event, handle, self.born.event, 0)
                 self.device.leave(mode)
-        return check(self.device, code, b"cuStreamWaitEvent")
+        return check(self.device, code)
 
     cdef void give_back(self) noexcept:
         if self.start != 0:
@@ -584,9 +581,9 @@ cdef class DeviceArena(DeviceBuffer):
         return offset
 
     cdef int map_more(self, size_t nbytes) except -1:
-        cdef const char *call = b"cuCtxPushCurrent"
         cdef size_t keep
         cdef int code, mode = 0
+        cdef bint is_full = False
         cdef kv_devptr address = self.start + self.mapped_bytes
         self.pool.claim(nbytes)
         self.pool.arenas += nbytes
@@ -595,20 +592,21 @@ cdef class DeviceArena(DeviceBuffer):
             code = self.device.enter(&mode)
             if code == 0:
                 self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would come on top of the limit
-                code = self.map_at(address, nbytes, &call)
+                code = self.map_at(address, nbytes)
+                is_full = _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY
                 self.device.leave(mode)
         if code:
             self.pool.arenas -= nbytes
             self.pool.unclaim(nbytes)
-            if code == _c.KV_CUDA_OUT_OF_MEMORY:
-                refuse(self.device, call, nbytes, self.pool.used, self.pool.limit_bytes)
-            check(self.device, code, call)
+            if is_full:
+                refuse(self.device, code, nbytes, self.pool.used, self.pool.limit_bytes)
+            check(self.device, code)
         self.pool.arenas_high = max(self.pool.arenas_high, self.pool.arenas)
         self.mappings += (nbytes,)
         self.mapped_bytes += nbytes
         return 0
 
-    cdef int map_at(self, kv_devptr address, size_t nbytes, const char **call) noexcept nogil:
+    cdef int map_at(self, kv_devptr address, size_t nbytes) noexcept nogil:
         """Map new memory there, of which nothing is left if that fails. A CUresult."""
         cdef const _c.kv_driver *drv = self.device.drv
         cdef _c.kv_mem_allocation_props props
@@ -617,15 +615,12 @@ cdef class DeviceArena(DeviceBuffer):
         cdef int code
         fill_props(&props, self.device)
         access.location, access.flags = props.location, _c.KV_MEM_ACCESS_READWRITE
-        call[0] = b"cuMemCreate"
-        code = drv.mem_create(&handle, nbytes, &props, 0)
+        code = _c.kv_call(drv, _c.mem_create, &handle, nbytes, &props, 0)
         if code:
             return code
-        call[0] = b"cuMemMap"
-        code = drv.mem_map(address, nbytes, 0, handle, 0)
+        code = _c.kv_call(drv, _c.mem_map, address, nbytes, 0, handle, 0)
         if code == 0:
-            call[0] = b"cuMemSetAccess"
-            code = drv.mem_set_access(address, nbytes, &access, 1)
+            code = _c.kv_call(drv, _c.mem_set_access, address, nbytes, &access, 1)
             if code:
                 drv.mem_unmap(address, nbytes)
         drv.mem_release(handle)  # a mapping keeps what it maps
@@ -693,12 +688,12 @@ cdef size_t round_up(size_t nbytes, size_t unit) noexcept nogil:
 cdef bint supports(Device device, int attribute) except -1:
     cdef int code, number = 0, value = 0
     with nogil:
-        code = _c.kv_result_at(device.drv.device_get(&number, device.ordinal), _c.KV_ROW_device_get)
+        code = _c.kv_call(device.drv, _c.device_get, &number, device.ordinal)
         if code == 0:
-            code = device.drv.device_get_attribute(&value, attribute, number)
-    if code == _c.KV_CUDA_INVALID_VALUE:  # the driver does not know the attribute
+            code = _c.kv_call(device.drv, _c.device_get_attribute, &value, attribute, number)
+    if code == _c.kv_answer(_c.KV_CUDA_INVALID_VALUE, _c.device_get_attribute):  # the driver does not know it
         return False
-    check(device, code, b"cuDeviceGetAttribute")
+    check(device, code)
     return value != 0
 
 
@@ -724,7 +719,8 @@ cdef bint wait_for_device(Device device) noexcept:
     return code == 0
 
 
-cdef object refuse(Device device, bytes call, size_t nbytes, size_t used, size_t limit):
+cdef object refuse(Device device, int code, size_t nbytes, size_t used, size_t limit):
+    call = _c.kv_result_call(code).decode()
     raise PoolExhausted(f"{device.name} has no {nbytes} bytes for a device pool with {used} of its {limit} bytes in "
-                        f"use ({call.decode()} ran out of memory): frees whose streams have not got there still "
+                        f"use ({call} ran out of memory): frees whose streams have not got there still "
                         f"count, so synchronise them and trim(), or lower the limit")

@@ -46,7 +46,7 @@ cdef class PinnedPool(Lender):
     cdef void claim_nothing(self) noexcept
     cdef int allocate_by_driver(self, size_t nbytes) except -1
     cdef int map_pages(self, size_t nbytes, bint huge_pages, object node) except -1
-    cdef int raise_refused(self, int code, bytes call, size_t nbytes) except -1
+    cdef int raise_refused(self, int code, size_t nbytes) except -1
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil
     cdef int register_chunk(self, uint32_t chunk) noexcept nogil
     cdef void register_rest(self) noexcept nogil

@@ -50,6 +50,8 @@ cdef extern from *:
 cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
+# What registering answers, also where the memory was not even there to be touched.
+cdef int OUT_OF_MEMORY = _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_host_register)
 
 cdef enum:
     UNREGISTER_ATTEMPTS = 3  # one passing error of the driver is no reason to leak a pool
@@ -181,10 +183,10 @@ cdef class PinnedPool(Lender):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = self.device.drv.mem_host_alloc(&address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
+                code = _c.kv_call(self.device.drv, _c.mem_host_alloc, &address, nbytes, _c.KV_HOST_ALLOC_PORTABLE)
                 self.device.leave(mode)
         self.longest_call_ns = _c.kv_now_ns() - start
-        self.raise_refused(code, b"cuMemHostAlloc", nbytes)
+        self.raise_refused(code, nbytes)
         self.allocation = address
         self.slots.base = <char *>address
         self.num_ready = self.slots.num_slots
@@ -218,20 +220,21 @@ cdef class PinnedPool(Lender):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = _c.KV_CUDA_OUT_OF_MEMORY
+                code = OUT_OF_MEMORY
                 if _c.kv_populate(self.slots.base, self.slots.first_chunk_slots * self.slots.stride_bytes,
                                   self.claim.left) == 0:
                     code = self.register_chunk(0)
                 self.device.leave(mode)
-        self.raise_refused(code, b"cuMemHostRegister", self.slots.first_chunk_slots * self.slots.stride_bytes)
+        self.raise_refused(code, self.slots.first_chunk_slots * self.slots.stride_bytes)
         self.num_ready = self.slots.first_chunk_slots
         return 0
 
-    cdef int raise_refused(self, int code, bytes call, size_t nbytes) except -1:
-        if code == _c.KV_CUDA_OUT_OF_MEMORY:
-            raise PoolExhausted(f"touching or pinning {bytes_text(nbytes)} ({call.decode()}) ran out of memory; "
+    cdef int raise_refused(self, int code, size_t nbytes) except -1:
+        if code in (OUT_OF_MEMORY, _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_host_alloc)):
+            call = _c.kv_result_call(code).decode()
+            raise PoolExhausted(f"touching or pinning {bytes_text(nbytes)} ({call}) ran out of memory; "
                                 f"candidates are RLIMIT_MEMLOCK (ulimit -l), the cgroup's memory limit and free memory")
-        return check(self.device, code, call)
+        return check(self.device, code)
 
     # ---- registering ------------------------------------------------------------------------------------------------
 
@@ -240,7 +243,8 @@ cdef class PinnedPool(Lender):
         cdef char *address = self.slots.base + _c.kv_slots_chunk_first(&self.slots, chunk) * self.slots.stride_bytes
         cdef size_t nbytes = _c.kv_slots_chunk_count(&self.slots, chunk) * self.slots.stride_bytes
         cdef uint64_t start = _c.kv_now_ns(), elapsed_ns
-        cdef int code = self.device.drv.mem_host_register(address, nbytes, _c.KV_HOST_REGISTER_PORTABLE)
+        cdef int code = _c.kv_call(self.device.drv, _c.mem_host_register, address, nbytes,
+                                   _c.KV_HOST_REGISTER_PORTABLE)
         elapsed_ns = _c.kv_now_ns() - start
         if elapsed_ns > self.longest_call_ns:
             self.longest_call_ns = elapsed_ns
@@ -280,7 +284,7 @@ cdef class PinnedPool(Lender):
             chunk = _c.kv_slots_chunk(&self.slots, first)
             count = _c.kv_slots_chunk_count(&self.slots, chunk)
             if _c.kv_touch_until(&self.touching, (first + count) * self.slots.stride_bytes, not self.num_touchers):
-                code = 0 if self.stopping else _c.KV_CUDA_OUT_OF_MEMORY
+                code = 0 if self.stopping else OUT_OF_MEMORY
                 continue
             code = self.register_chunk(chunk)
             if code == 0:
@@ -330,7 +334,7 @@ cdef class PinnedPool(Lender):
         if ready:
             return
         if self.failure:
-            self.raise_refused(self.failure, b"cuMemHostRegister", self.slots.chunk_slots * self.slots.stride_bytes)
+            self.raise_refused(self.failure, self.slots.chunk_slots * self.slots.stride_bytes)
         if self.stopping:
             raise EngineClosed("the pool was closed while it was being registered")
         raise TimeoutError(f"{self.num_ready} of {self.slots.num_slots} slots are registered after {timeout_ms} ms")

@@ -1,7 +1,9 @@
 """What a call changes on its thread, the context and the capture mode, is put back, whichever of the calls fails."""
 
 import ctypes
+import re
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,6 +149,7 @@ def mode_of(calls):
 ACTIONS = {
     "Device.open": lambda parts: kvortex.Device.open("host"),
     "Device.description": lambda parts: parts.device.description,
+    "Device.cuda_version": lambda parts: parts.device.cuda_version,
     "Stream.create": lambda parts: kvortex.Stream.create(parts.device),
     "Stream.borrow": lambda parts: kvortex.Stream.borrow(parts.device, parts.stream.handle),
     "Stream.synchronize": lambda parts: parts.stream.synchronize(),
@@ -166,8 +169,12 @@ ACTIONS = {
     "DevicePool.alloc": lambda parts: parts.pool.alloc(64, parts.stream),
     "DevicePool.arena": lambda parts: parts.pool.arena(1 << 20),
     "DevicePool.usage": lambda parts: parts.pool.usage(),
+    "DevicePool.trim": lambda parts: parts.pool.trim(),
+    "DeviceArena.grow": lambda parts: parts.pool.arena(1 << 20).grow(64),
+    "PooledBuffer on other streams": lambda parts: use_on_other_streams(parts),
     "TransferQueue": lambda parts: kvortex.TransferQueue(parts.device, "D2H", max_jobs=2),
     "PinnedPool": lambda parts: kvortex.PinnedPool(4096, 4096, parts.device),
+    "PinnedPool of two chunks": lambda parts: register_in_the_background(parts),
     "PinnedPool of the driver": lambda parts: kvortex.PinnedPool(4096, 4096, parts.device, driver_allocated=True),
 }
 
@@ -177,26 +184,59 @@ def parts(device, stream):
     with (
         kvortex.DeviceBuffer(64, device) as buffer,
         kvortex.DeviceBuffer(64, device) as other,
-        kvortex.DevicePool(1 << 20, device) as pool,
+        kvortex.DevicePool(64 << 20, device) as pool,
         kvortex.Event.create(device) as event,
+        kvortex.Stream.create(device) as other_stream,
     ):
         data = np.zeros(64, np.uint8)
         yield SimpleNamespace(
-            device=device, stream=stream, buffer=buffer, other=other, pool=pool, event=event, data=data
+            device=device,
+            stream=stream,
+            other_stream=other_stream,
+            buffer=buffer,
+            other=other,
+            pool=pool,
+            event=event,
+            data=data,
         )
 
 
+def use_on_other_streams(parts):
+    _host.set_delay_us(1000, 1000)  # so that the memory is not there yet, and another stream waits for it
+    try:
+        buffer = parts.pool.alloc(64, parts.stream)
+        buffer.fill(1, stream=parts.other_stream)
+        buffer.free(parts.stream)
+    finally:
+        _host.set_delay_us(0, 0)
+
+
+def register_in_the_background(parts):
+    with kvortex.PinnedPool(8192, 4096, parts.device, first_chunk_bytes=4096, chunk_bytes=4096) as pool:
+        pool.wait_ready()
+
+
+@pytest.mark.parametrize("part", ["driver", "memory"])
+def test_nobody_types_the_name_of_a_call(part):
+    for path in (Path(kvortex.__file__).parent / part).glob("*.pyx"):
+        assert re.findall(r'\bb"cu[A-Z]\w+', path.read_text()) == [], path
+
+
 @pytest.mark.parametrize("name", ACTIONS)
-def test_an_error_names_the_call_that_failed(parts, host, name):
+@pytest.mark.parametrize("code", [1, OUT_OF_MEMORY, 400, 600])
+def test_an_error_names_the_call_that_failed(parts, host, name, code):
     for n in range(1, 60):  # a wait may ask more often than that
         host.count_calls()
-        host.fail_call(n, OUT_OF_MEMORY)
+        host.fail_call(n, code)
         made = None
         try:
             made = ACTIONS[name](parts)
+        except ValueError:  # what these rows answer tells about the argument; the same code of another row does not
+            assert host.call_names()[n - 1] in {"stream_is_capturing", "stream_get_ctx", "device_get_attribute"}
         except (kvortex.DriverError, kvortex.PoolExhausted) as error:
             failed = SYMBOLS[host.call_names()[n - 1]]
             assert failed in (error.call if isinstance(error, kvortex.DriverError) else str(error)), f"call {n}"
+            assert isinstance(error, kvortex.DriverError) or code == OUT_OF_MEMORY
         reached = not host.fail_pending()
         host.fail_call(0, 0)
         if hasattr(made, "close"):

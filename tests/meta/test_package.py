@@ -39,7 +39,7 @@ def test_import_loads_nothing_heavy():
 def test_the_version_stands_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
-    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "kvortex.__version__"}
+    assert project["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "kvortex.version.__version__"}
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", kvortex.__version__)
     try:
         installed = importlib.metadata.version("kvortex")

@@ -13,11 +13,11 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
-from kvortex.integrations.vllm import register
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
 from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape, require_host_memory
+from kvortex.integrations.vllm.plugin import register
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
 from kvortex.log import Guarded
