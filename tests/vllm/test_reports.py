@@ -3,6 +3,7 @@
 import pickle
 import random
 
+import numpy as np
 import prometheus_client
 import pytest
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -10,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvortex.integrations.vllm import KVortexConnector
-from kvortex.integrations.vllm.messages import WorkerReport
+from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer, WorkerReport
 from kvortex.integrations.vllm.metrics import LEVELS, SUMS, KVortexStats
 from kvortex.integrations.vllm.scheduler import as_keys
 
@@ -122,10 +123,33 @@ def test_sums_add_up_and_levels_do_not():
 
 def test_reports_of_ranks_add_up_inside_the_numbers():
     """vLLM 0.15 has no other way for them."""
-    one, two = (KVortexStats(report=WorkerReport(done={1: 1}, failed=failed)) for failed in ({}, {2: 1}))
+    one, two = (KVortexStats(report=WorkerReport()) for _ in range(2))
+    for stats, bad in ((one, [7]), (two, [8])):
+        stats.report.add(CHUNK, 1)
+        stats.report.add(SAVE, 1, bad)
+    two.report.add(LOAD, 2)
     one, two = pickle.loads(pickle.dumps((one, two)))
     report = KVortexStats().aggregate(one).aggregate(two).take_report()
-    assert (report.done, report.failed) == ({1: 2}, {2: 1})
+    assert report.ended == {(CHUNK, 1): 2, (SAVE, 1): 2, (LOAD, 2): 1}
+    assert report.bad == {(SAVE, 1): {7, 8}}
+
+
+def test_reports_of_one_rank_that_wait_for_the_next_step_add_up_too():
+    report = WorkerReport()
+    report.add(SAVE, 1, bad=np.array([3], np.uint32))
+    report.add(SAVE, 2)
+    assert (report.ended, report.bad) == ({(SAVE, 1): 1, (SAVE, 2): 1}, {(SAVE, 1): {3}})
+
+
+def test_a_step_that_saves_and_loads_much_is_a_small_message():
+    """It is pickled in every step, for every rank."""
+    slots, block_ids = np.arange(2048, dtype=np.uint32), np.arange(2048)
+    loads = [Transfer(LOAD, number, slots[:8], block_ids[:8], f"request {number}") for number in range(1, 11)]
+    step = StepMetadata(transfers=[*loads, Transfer(SAVE, 11, slots, block_ids, None)])
+    payload = sum(one.slots.nbytes + one.block_ids.nbytes for one in step.transfers)
+    assert len(pickle.dumps(step)) < payload + 200 * len(step.transfers) + 500
+    step = pickle.loads(pickle.dumps(step))
+    assert [one.number for one in step.of(LOAD)] == list(range(1, 11)) and step.of(SAVE)[0].number == 11
 
 
 def test_nothing_new_is_not_told(make_rig, prompt):

@@ -11,7 +11,7 @@ import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
-from kvortex.integrations.vllm.messages import Load, StepMetadata, Transfer
+from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
 
 KEY_BYTES = 32
 NO_KEY = bytes(KEY_BYTES)
@@ -35,11 +35,10 @@ class RequestState:
 class InFlight:
     """A transfer that not every rank has reported yet."""
 
-    slots: np.ndarray
+    transfer: Transfer
     hashes: list  # of the blocks, as vLLM names them
-    request_id: str | None  # of a load; a save has none
     ranks: int = 0
-    failed: bool = False
+    bad: set = field(default_factory=set)  # slots whose block one rank could not move
 
 
 class SchedulerHalf:
@@ -219,7 +218,7 @@ class SchedulerHalf:
         assert len(slots) == count, "nothing leaves the index between a match and its allocation"
         self.blocks_matched += count
         self.fence(targets)
-        self.loads.append(Load(request.request_id, self.start(slots, targets, hashes, request.request_id)))
+        self.loads.append(self.start(LOAD, slots, targets, hashes, request.request_id))
 
     # ---- once a step -------------------------------------------------------------------------------------------------
 
@@ -262,7 +261,9 @@ class SchedulerHalf:
         )
         self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
-        step.save = self.save(offers) if offers else None
+        save = self.save(offers) if offers else None
+        if save is not None:
+            step.transfers.append(save)
         return step
 
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
@@ -316,14 +317,15 @@ class SchedulerHalf:
         hashes, slots = [hashes[at] for at in new], slots[new]
         self.writing.update(hashes)
         self.evicted(slots)
-        return self.start(slots, np.asarray(block_ids, dtype=np.int64)[new], hashes, None)
+        return self.start(SAVE, slots, np.asarray(block_ids, dtype=np.int64)[new], hashes)
 
-    def start(self, slots, block_ids, hashes, request_id):
+    def start(self, kind, slots, block_ids, hashes, request_id=None):
         self.last_number += 1
         block_ids = np.asarray(block_ids, dtype=np.int64)
         self.last_transfer[block_ids] = self.last_number
-        self.in_flight[self.last_number] = InFlight(slots, hashes, request_id)
-        return Transfer(self.last_number, slots, block_ids)
+        transfer = Transfer(kind, self.last_number, slots, block_ids, request_id)
+        self.in_flight[self.last_number] = InFlight(transfer, hashes)
+        return transfer
 
     def fence(self, block_ids):
         """This step may write these device blocks: transfers in flight on them come first."""
@@ -339,55 +341,56 @@ class SchedulerHalf:
     # ---- a transfer's way out ----------------------------------------------------------------------------------------
 
     def reported(self, report):
-        """Finish the transfers that every rank has reported; a copy that failed in one rank has failed."""
-        for numbers, failed in ((report.failed, True), (report.done, False)):
-            for number, ranks in numbers.items():
-                if number < 0:
-                    self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
-                    if self.chunk_ranks[number] == self.shape.num_ranks:
-                        self.index.add_slots(*self.shape.chunk(-number))
-                    continue
-                transfer = self.in_flight[number]
-                transfer.ranks += ranks
-                if failed and not transfer.failed:
-                    transfer.failed = True
-                    self.failed(transfer)
-                if transfer.ranks == self.shape.num_ranks:
-                    del self.in_flight[number]
-                    self.finish(transfer)
+        """Finish the transfers that every rank has reported; a block that went wrong in one rank has gone wrong."""
+        for (kind, number), bad in report.bad.items():
+            moving = self.in_flight[number]
+            moving.bad |= bad
+            if kind == LOAD:
+                self.failed(moving, bad)
+        for (kind, number), ranks in report.ended.items():
+            if kind == CHUNK:
+                self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
+                if self.chunk_ranks[number] == self.shape.num_ranks:
+                    self.index.add_slots(*self.shape.chunk(number))
+                continue
+            moving = self.in_flight[number]
+            moving.ranks += ranks
+            if moving.ranks == self.shape.num_ranks:
+                del self.in_flight[number]
+                self.finish(moving)
 
-    def failed(self, transfer):
-        """One rank could not do it. What it was to load is forgotten: vLLM asks again at once, and must not find it."""
-        if transfer.request_id is None:
-            return
-        self.index.discard(as_keys(transfer.hashes))
-        self.evicted(transfer.slots)
+    def failed(self, moving, bad):
+        """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
+        gone = is_in(moving.transfer.slots, bad)
+        self.index.discard(as_keys([moving.hashes[at] for at in np.flatnonzero(gone)]))
+        self.evicted(moving.transfer.slots[gone])
 
     def distrust_saves(self):
         """A load failed, ours or another connector's: what steps computed from garbage is being saved.
 
         Which of the saves, vLLM does not tell. To be called before `reported`, which may end them.
         """
-        for transfer in self.in_flight.values():
-            if transfer.request_id is None:
-                self.index.discard(as_keys(transfer.hashes))
+        for moving in self.in_flight.values():
+            if moving.transfer.kind == SAVE:
+                self.index.discard(as_keys(moving.hashes))
 
-    def finish(self, transfer):
-        if transfer.request_id is not None:
-            self.index.release(transfer.slots)
-            if transfer.request_id in self.requests and self.load_async:
-                self.landed.add(transfer.request_id)
+    def finish(self, moving):
+        """Every rank has reported it."""
+        kind, _, slots, _, request_id = moving.transfer
+        if kind == LOAD:
+            self.index.release(slots)
+            if request_id in self.requests and self.load_async:
+                self.landed.add(request_id)
             return
-        self.writing.difference_update(transfer.hashes)
-        if transfer.failed:
-            self.index.abort(transfer.slots)
-            return
-        ready = self.index.commit(transfer.slots) == CommitStatus.READY
+        self.writing.difference_update(moving.hashes)
+        bad = is_in(slots, moving.bad)
+        self.index.abort(slots[bad])
+        good = np.flatnonzero(~bad)
+        ready = self.index.commit(slots[good]) == CommitStatus.READY
         if self.tenants is not None:
-            for slot, name, is_ready in zip(transfer.slots.tolist(), transfer.hashes, ready.tolist(), strict=True):
-                if is_ready:
-                    self.tenants[slot] = name
-                    self.stored.append(name)
+            for at in good[ready].tolist():
+                self.tenants[slots[at]] = moving.hashes[at]
+                self.stored.append(moving.hashes[at])
 
     def finished(self, request):
         """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
@@ -426,6 +429,11 @@ class SchedulerHalf:
         events = [[hash_of(name) for name in names] for names in (self.stored, self.removed)]
         self.stored, self.removed = [], []
         return events
+
+
+def is_in(slots, some):
+    """Per slot whether it is one of the set `some`."""
+    return np.isin(slots, list(some)) if some else np.zeros(len(slots), dtype=bool)
 
 
 def is_session(request):
