@@ -135,7 +135,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.counted = {}
             logger.info(
                 "KVortexConnector: %d blocks of %d bytes in host memory, %d ranks",
-                shape.num_slots, shape.slot_bytes, shape.num_ranks,
+                shape.slots.num_slots, shape.slots.stride_bytes, shape.num_ranks,
             )  # fmt: skip
         else:
             self.worker = WorkerHalf(shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads())

@@ -8,7 +8,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
 # What a message is about.
 SAVE, LOAD = "save", "load"  # a `Transfer`
-CHUNK = "chunk"  # slots that are registered together, see `PoolShape.chunk`
+CHUNK = "chunk"  # slots that are registered together, see `Slots.chunk`
 
 
 class Transfer(NamedTuple):

@@ -71,8 +71,8 @@ class SchedulerHalf:
         self.shape_to_send = shape  # until the workers have it
         self.whole_prompts = whole_prompts and load_async
         self.reload_preempted = reload_preempted or load_async
-        self.index = BlockIndex(shape.num_slots)
-        self.index.add_slots(*shape.chunk(0))
+        self.index = BlockIndex(shape.slots.num_slots)
+        self.index.add_slots(*shape.slots.chunk(0))
         self.requests, self.matches = {}, {}
         # Request id -> hashes of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
@@ -89,7 +89,7 @@ class SchedulerHalf:
         self.fences, self.loads = set(), []
         # Request id -> blocks found on the device, of those admitted in this step for whom nothing is loaded from here.
         self.not_ours = {}
-        self.tenants = [None] * shape.num_slots if events else None
+        self.tenants = [None] * shape.slots.num_slots if events else None
         self.stored, self.removed = [], []
         self.blocks_matched = 0
 
@@ -351,7 +351,7 @@ class SchedulerHalf:
             if kind == CHUNK:
                 self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
                 if self.chunk_ranks[number] == self.shape.num_ranks:
-                    self.index.add_slots(*self.shape.chunk(number))
+                    self.index.add_slots(*self.shape.slots.chunk(number))
                 continue
             moving = self.in_flight[number]
             moving.ranks += ranks
@@ -412,7 +412,7 @@ class SchedulerHalf:
         for state in self.requests.values():
             state.outdated = True
         if self.tenants is not None:
-            self.evicted(np.arange(self.shape.num_slots))
+            self.evicted(np.arange(self.shape.slots.num_slots))
 
     # ---- events ------------------------------------------------------------------------------------------------------
 

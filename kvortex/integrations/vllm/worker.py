@@ -133,9 +133,10 @@ class WorkerHalf:
         self.device = Device.open(f"cuda:{tensor.device.index or 0}" if on_gpu else "host")
         self.compute = CudaCompute(self.device, tensor.device) if on_gpu else HostCompute()
         self.pool = PinnedPool(
-            self.shape.num_slots * self.shape.slot_bytes,
+            self.shape.slots.pool_bytes,
             self.shape.block_bytes,
             self.device,
+            header_bytes=engine.header_bytes,
             first_chunk_bytes=engine.pool_first_chunk_bytes,
             chunk_bytes=engine.pool_chunk_bytes,
             huge_pages=engine.pool_huge_pages,
@@ -352,7 +353,7 @@ class WorkerHalf:
                 "what may be in the way", self.pool.slots_usable, self.pool.num_slots,
             )  # fmt: skip
         while self.pool is not None:
-            first, count = self.shape.chunk(self.next_chunk)
+            first, count = self.shape.slots.chunk(self.next_chunk)
             if not count or self.pool.slots_ready < first + count:
                 break
             self.report.add(CHUNK, self.next_chunk)
