@@ -122,7 +122,7 @@ def test_a_block_that_one_rank_could_not_save_is_a_miss_and_the_others_are_not(m
 
 
 def test_a_block_that_one_rank_could_not_load_is_computed_and_the_others_stay(make_rig, prompt, load_async):
-    rig = make_rig(num_ranks=2, load_async=load_async)
+    rig = make_rig(num_ranks=2, load_async=load_async, events=True)
     rig.serve("first", prompt("p", 100), 1)
     rig.forget_device()
     with late(rig, 1), bad_blocks(rig, 0, LOAD, [3]):
@@ -133,6 +133,8 @@ def test_a_block_that_one_rank_could_not_load_is_computed_and_the_others_stay(ma
     rig.run()
     assert found(rig, "first") == [True] * 6  # saved anew
     assert rig.outputs("second") == rig.outputs("first")
+    rig.serve("third", prompt("q", 20))  # events are taken with a step's output
+    assert followed(rig.events) == held(rig)
     rig.require_clean()
 
 
