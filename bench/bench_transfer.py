@@ -5,6 +5,7 @@ import pytest
 from kvcache import SHAPES, DeviceCache
 
 from kvortex import PinnedPool, TransferQueue
+from kvortex.slots import stride_bytes
 from kvortex.transfer import probe_layout
 
 NBYTES = 64 << 20
@@ -20,7 +21,7 @@ class Paired:
         self.shape = shape.replace("_", " ")
         self.cache = DeviceCache(device, shape, NBYTES >> 20, layers, PIECE_BYTES)
         self.num_blocks = self.cache.num_blocks
-        self.pool = PinnedPool(self.num_blocks * (self.cache.block_bytes + 4096), self.cache.block_bytes, device)
+        self.pool = PinnedPool(self.num_blocks * stride_bytes(self.cache.block_bytes), self.cache.block_bytes, device)
         self.pool.wait_ready(60_000)
         rng = np.random.default_rng(5)
         self.blocks, self.slots = rng.permutation(self.num_blocks), rng.permutation(self.num_blocks)

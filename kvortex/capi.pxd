@@ -4,7 +4,7 @@
 
 The C compiler needs ``kvortex.get_include()`` among its include folders. Nothing here takes or needs the GIL unless it
 returns an object. What each verb promises stands where it is declared: index/_block_index.pxd, keys/_block_keys.pxd,
-memory/_pinned_pool.pxd, transfer/_transfer_queue.pxd.
+keys/_ram_keys.pxd, memory/_pinned_pool.pxd, transfer/_transfer_queue.pxd.
 """
 
 from kvortex._c cimport (
@@ -20,6 +20,7 @@ from kvortex._c cimport (
 from kvortex.driver._device cimport Device
 from kvortex.index._block_index cimport BlockIndex, IndexCounters
 from kvortex.keys._block_keys cimport chain_keys, hash_root
+from kvortex.keys._ram_keys cimport xor_keys
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._job_table cimport OUTCOME_DONE, OUTCOME_FAILED, OUTCOME_PENDING, JobOutcome
 from kvortex.transfer._layout cimport KVLayout

@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from kvortex.errors import ConfigError
 from kvortex.log import warn_once
-
-MIB = 1 << 20
+from kvortex.slots import CHUNK_BYTES, FIRST_CHUNK_BYTES
 
 PREFIX = "KVORTEX_"
 CONFIG_VARIABLE = "KVORTEX_CONFIG"
@@ -31,6 +30,8 @@ OTHER_VARIABLES = {
     "KVORTEX_VERDICTS",
     "KVORTEX_WERROR",
 }
+# What was a setting once, and what to do about it now.
+REMOVED = {"header_bytes": "is no setting any more: it follows from the tiers; leave it out"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 _SIZE = re.compile(r"(\d{1,20}) ?(KiB|MiB|GiB|TiB)?", re.ASCII)
 _DEVICE = re.compile(r"auto|(host|cuda)(:\d{1,4})?", re.ASCII)
@@ -53,7 +54,7 @@ class KVortexConfig:
     ----------
     cpu_pool_size_bytes : int
         Pinned host memory for blocks; exactly ``cpu_pool_size_bytes // stride`` slots, where the stride is the block
-        (and header) rounded up to 4 KiB. At least one slot.
+        rounded up to 4 KiB. At least one slot.
     num_transfer_streams : int, default 3
         Streams of the engine, 1 to 32; at least two are made, since loads and saves never share one.
     device : str, default "auto"
@@ -61,8 +62,6 @@ class KVortexConfig:
         driver.
     block_bytes : int, optional
         Largest block. Taken from the layout when there is one; required for engines that use raw pointers only.
-    header_bytes : {0, 4096}, default 0
-        Room before each block for the record header of lower tiers.
     max_jobs : int, default 256
         Jobs in flight per stream, 1 to 65536; when all are taken a call moves 0 blocks.
     shutdown_timeout_ms : int, default 5000
@@ -93,11 +92,10 @@ class KVortexConfig:
     num_transfer_streams: int = 3
     device: str = "auto"
     block_bytes: int | None = None
-    header_bytes: int = 0
     max_jobs: int = 256
     shutdown_timeout_ms: int = 5000
-    pool_first_chunk_bytes: int = 128 * MIB
-    pool_chunk_bytes: int = 256 * MIB
+    pool_first_chunk_bytes: int = FIRST_CHUNK_BYTES
+    pool_chunk_bytes: int = CHUNK_BYTES
     pool_driver_allocated: bool = False
     pool_huge_pages: bool = True
     gather_ctas: int = 0
@@ -108,7 +106,6 @@ class KVortexConfig:
         "cpu_pool_size_bytes": (1, 1 << 50),
         "num_transfer_streams": (1, 32),
         "block_bytes": (1, (1 << 32) - 1),
-        "header_bytes": (0, 4096),
         "max_jobs": (1, 65536),
         "gather_ctas": (0, 1024),
         "gpu_pool_size_bytes": (0, (1 << 48) - 1),
@@ -116,6 +113,11 @@ class KVortexConfig:
         "pool_first_chunk_bytes": (1, 1 << 50),
         "pool_chunk_bytes": (1, 1 << 50),
     }
+
+    def __new__(cls, *args, **keywords):
+        for name in REMOVED.keys() & keywords.keys():
+            raise ConfigError(f"{name} {REMOVED[name]}")
+        return super().__new__(cls)
 
     def __post_init__(self):
         for field in fields(self):
@@ -174,7 +176,7 @@ class KVortexConfig:
         known = cls.names()
         for name, value in keywords.items():
             if name not in known:
-                raise ConfigError(f"unknown setting {name!r}; {_hint(name, known)}")
+                raise ConfigError(_unknown(name, f"unknown setting {name!r}", known))
             found[name] = Setting(cls.check(name, value), "keyword")
         return found
 
@@ -182,6 +184,11 @@ class KVortexConfig:
     def names(cls):
         """The names of all settings."""
         return [field.name for field in fields(cls)]
+
+    @property
+    def header_bytes(self):
+        """Bytes before each block in its slot: a page where there are lower tiers. There are none yet."""
+        return 0
 
     @property
     def sources(self):
@@ -202,8 +209,6 @@ class KVortexConfig:
                 raise ConfigError(f"{name} must be an int, got {value!r}")
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be {low} to {high}, got {value}")
-            if name == "header_bytes" and value not in (0, 4096):
-                raise ConfigError(f"header_bytes must be 0 or 4096, got {value}")
         elif name == "device":
             if not isinstance(value, str):
                 raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
@@ -227,7 +232,7 @@ class KVortexConfig:
         for name, value in table.items():
             where = f"key {name!r} of the configuration file {path}"
             if name not in known:
-                raise ConfigError(f"{where} is no setting; {_hint(name, known)}")
+                raise ConfigError(_unknown(name, f"{where} is no setting", known))
             try:
                 if isinstance(value, str) and name.endswith("_bytes"):
                     value = parse_bytes(value)
@@ -242,7 +247,12 @@ class KVortexConfig:
             if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable in OTHER_VARIABLES:
                 continue
             if variable not in variables:
-                near = nearest(variable.removeprefix(PREFIX).lower(), [*cls.names(), "config"])
+                name = variable.removeprefix(PREFIX).lower()
+                if name in REMOVED:
+                    if text:
+                        raise ConfigError(f"{name} {REMOVED[name]} (environment variable {variable})")
+                    continue
+                near = nearest(name, [*cls.names(), "config"])
                 if near:
                     hint = f"did you mean {PREFIX}{near.upper()}?"
                     raise ConfigError(f"the environment variable {variable} is no setting; {hint}")
@@ -305,6 +315,9 @@ def nearest(name, known):
     return next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 
-def _hint(name, known):
+def _unknown(name, complaint, known):
+    """What to say of a name that is no setting."""
+    if name in REMOVED:
+        return f"{name} {REMOVED[name]} ({complaint})"
     near = nearest(name, known)
-    return f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
+    return f"{complaint}; " + (f"did you mean {near!r}?" if near else f"known are {', '.join(known)}")

@@ -10,9 +10,9 @@ from kvortex.config import KVortexConfig, Setting, bytes_text
 from kvortex.driver import list_devices, why_no_cuda
 from kvortex.keys import uses_sha_instructions
 from kvortex.memory.limits import free_memory, memlock_bytes, require_memory, transparent_huge_pages, usable_cpus
+from kvortex.slots import Slots, stride_bytes
 from kvortex.transfer import probe_layout
 
-PAGE_BYTES = 4096  # slots are aligned to it
 PROBE_BLOCK_BYTES = 2 << 20
 PROBE_CACHE_BYTES = 32 << 20
 NOT_SET = "not set"
@@ -110,23 +110,22 @@ def _memory():
 
 def _pool(pool_bytes, block_bytes, header_bytes):
     """What `PinnedPool` would make of these sizes; None for what cannot be known yet."""
-    stride_bytes = num_slots = problem = None
-    if block_bytes is not None:
-        stride_bytes = -(-(header_bytes + block_bytes) // PAGE_BYTES) * PAGE_BYTES
+    num_slots = problem = None
     if pool_bytes is not None:
-        if stride_bytes is not None:
-            num_slots = pool_bytes // stride_bytes
-            pool_bytes = num_slots * stride_bytes
+        if block_bytes is not None:
+            try:
+                slots = Slots.of(pool_bytes, block_bytes, header_bytes=header_bytes)
+                pool_bytes, num_slots = slots.pool_bytes, slots.num_slots
+            except kvortex.ConfigError as error:
+                num_slots, problem = 0, str(error)
         try:
             require_memory(pool_bytes)
         except kvortex.PoolExhausted as error:
             problem = str(error)
-        if num_slots == 0:
-            problem = f"the pool holds no slot of {stride_bytes} bytes; set cpu_pool_size_bytes to at least that"
     return {
         "pool_bytes": pool_bytes,
         "block_bytes": block_bytes,
-        "stride_bytes": stride_bytes,
+        "stride_bytes": None if block_bytes is None else stride_bytes(block_bytes, header_bytes),
         "num_slots": num_slots,
         "problem": problem,
     }

@@ -4,11 +4,13 @@ The oracle of every correctness test: it knows where the pieces of a block lie f
 through the planner nor through a layout.
 """
 
+import dataclasses
 import struct
 
 import numpy as np
 
 import kvortex
+from kvortex.slots import stride_bytes
 
 _NOISE = np.random.default_rng(20).bytes(1 << 20)
 
@@ -109,13 +111,19 @@ class DeviceCache:
             buffer.close()
 
 
-def make_engine(cache, num_slots, **settings):
+class ConfigWithTiers(kvortex.KVortexConfig):
+    """As with tiers below the pool, which are not there yet: they want a header page."""
+
+    header_bytes = 4096
+
+
+def make_engine(cache, num_slots, make_config=kvortex.KVortexConfig, **settings):
     """An engine over `cache` with exactly `num_slots` slots, all of them registered."""
-    stride = -(-(cache.block_bytes + settings.get("header_bytes", 0)) // 4096) * 4096
     settings.setdefault("gather_ctas", 4 if cache.shape == "gathered" else 0)
-    config = kvortex.KVortexConfig(
-        cpu_pool_size_bytes=num_slots * stride, device=cache.device.name, **{"shutdown_timeout_ms": 20_000, **settings}
-    )
+    settings = {"cpu_pool_size_bytes": 1, "shutdown_timeout_ms": 20_000, **settings}
+    config = make_config(device=cache.device.name, **settings)
+    stride = stride_bytes(cache.block_bytes, config.header_bytes)
+    config = dataclasses.replace(config, cpu_pool_size_bytes=num_slots * stride)
     engine = kvortex.KVortexEngine.create(config, layout=cache.layout)
     if settings.get("pool_chunk_bytes") is None:
         engine.wait_ready(60_000)

@@ -21,6 +21,7 @@ import numpy as np
 import kvortex
 from bench.gpu import compute, plots, table
 from bench.gpu.link import GIB, KIB, MIB, Cache, Link, keys_of, timed
+from kvortex.slots import stride_bytes
 from kvortex.transfer import TransferQueue, probe_layout
 
 REPEATS = 5
@@ -61,7 +62,7 @@ CASES = [
 
 def make_engine(cache, device, gather_ctas=0):
     config = kvortex.KVortexConfig(
-        cpu_pool_size_bytes=cache.num_blocks * -(-cache.layout.block_bytes // 4096) * 4096,
+        cpu_pool_size_bytes=cache.num_blocks * stride_bytes(cache.layout.block_bytes),
         device=device.name,
         gather_ctas=gather_ctas,
     )

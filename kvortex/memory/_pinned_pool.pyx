@@ -1,7 +1,5 @@
 """The pinned pool: address space at once, memory in chunks, slots that straddle no chunk."""
 
-import operator
-
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.exc cimport PyErr_CheckSignals
@@ -15,9 +13,10 @@ from kvortex.driver._memory cimport Lender
 
 from kvortex.driver._memory import require_shareable
 from kvortex.config import bytes_text
-from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
+from kvortex.errors import EngineClosed, PoolExhausted
 from kvortex.log import warn_once
 from kvortex.memory.limits import claim_memory, transparent_huge_pages, usable_cpus
+from kvortex.slots import CHUNK_BYTES, FIRST_CHUNK_BYTES, Slots
 
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -47,7 +46,6 @@ cdef extern from *:
     void *kv_map_failed() nogil
     int kv_prefer_node(void *address, size_t nbytes, int node) nogil
 
-cdef size_t PAGE_BYTES = 4096
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 # What registering answers, also where the memory was not even there to be touched.
@@ -109,45 +107,31 @@ cdef class PinnedPool(Lender):
         self.monitor_ready = True
 
     def __init__(self, pool_bytes, payload_bytes, device="auto", *, header_bytes=0,
-                 first_chunk_bytes=128 << 20, chunk_bytes=256 << 20, bint huge_pages=True,
+                 first_chunk_bytes=FIRST_CHUNK_BYTES, chunk_bytes=CHUNK_BYTES, bint huge_pages=True,
                  bint numa=True, bint driver_allocated=False):
         if self.slots.base is not NULL:
             raise RuntimeError("PinnedPool.__init__ may be called once")
-        pool_bytes, payload_bytes = operator.index(pool_bytes), operator.index(payload_bytes)
-        first_chunk_bytes, chunk_bytes = operator.index(first_chunk_bytes), operator.index(chunk_bytes)
-        if not 0 < payload_bytes < 1 << 32:
-            raise ConfigError(f"payload_bytes must be 1 to 2^32 - 1, got {payload_bytes}")
-        if header_bytes not in (0, 4096):
-            raise ConfigError(f"header_bytes must be 0 or 4096, got {header_bytes}")
-        cdef size_t stride = (header_bytes + payload_bytes + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-        cdef size_t num_slots = max(0, min(pool_bytes, 1 << 62)) // stride
-        if num_slots == 0:
-            raise ConfigError(f"a pool of {pool_bytes} bytes holds no slot of {stride} bytes; set cpu_pool_size_bytes "
-                              f"to at least {stride}")
-        if num_slots >= 0xFFFFFFFF:
-            raise ConfigError(f"a pool of {pool_bytes} bytes holds {num_slots} slots of {stride} bytes, and may hold "
-                              f"2^32 - 2; use larger blocks or a smaller pool")
-        if first_chunk_bytes <= 0 or chunk_bytes <= 0:
-            raise ConfigError(f"chunks must be larger than 0 bytes, got {first_chunk_bytes} and {chunk_bytes}")
-        self.slots.stride_bytes = stride
-        self.slots.header_bytes = header_bytes
-        self.slots.payload_bytes = payload_bytes
-        self.slots.num_slots = <uint32_t>num_slots
-        self.slots.first_chunk_slots = <uint32_t>min(num_slots, max(1, first_chunk_bytes // stride))
-        self.slots.chunk_slots = <uint32_t>min(num_slots, max(1, chunk_bytes // stride))
+        slots = Slots.of(pool_bytes, payload_bytes, header_bytes=header_bytes, first_chunk_bytes=first_chunk_bytes,
+                         chunk_bytes=chunk_bytes, one_chunk=driver_allocated)
+        cdef size_t nbytes = slots.pool_bytes
+        self.slots.stride_bytes = slots.stride_bytes
+        self.slots.header_bytes = slots.header_bytes
+        self.slots.payload_bytes = slots.payload_bytes
+        self.slots.num_slots = slots.num_slots
+        self.slots.first_chunk_slots = slots.first_chunk_slots
+        self.slots.chunk_slots = slots.chunk_slots
         self.driver_allocated = driver_allocated
         try:
-            self.claim = claim_memory(num_slots * stride)
+            self.claim = claim_memory(nbytes)
             self.device = device if isinstance(device, Device) else Device.open(device)
             self.device.require_open()
             if driver_allocated:
-                self.slots.first_chunk_slots = <uint32_t>num_slots
-                self.allocate_by_driver(num_slots * stride)
+                self.allocate_by_driver(nbytes)
             else:
-                self.map_pages(num_slots * stride, huge_pages, self.device.numa_node if numa else None)
+                self.map_pages(nbytes, huge_pages, self.device.numa_node if numa else None)
             self.closed = False
-            if self.num_ready < num_slots:
-                self.start_registering(num_slots * stride)
+            if self.num_ready < self.slots.num_slots:
+                self.start_registering(nbytes)
         except BaseException:
             self.give_up()
             raise

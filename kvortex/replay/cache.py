@@ -13,6 +13,7 @@ import numpy as np
 import kvortex
 from kvortex.memory.limits import require_memory
 from kvortex.replay.oracle import POISON, rows_differ
+from kvortex.slots import stride_bytes
 
 _ARENA_UNIT_BYTES = 2 << 20  # arenas round up to it
 _MAX_COPY_THREADS = 8  # copies to and from a GPU; more than this and the memory bus is the limit
@@ -73,8 +74,8 @@ class ModelCache:
             workers = min(_MAX_COPY_THREADS, os.cpu_count(), num_pieces)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="kvortex-replay")
             scratch_bytes = 2 * max_rows * self.piece_bytes
-            stride = -(-scratch_bytes // 4096) * 4096
-            self._pinned = kvortex.PinnedPool(workers * stride, scratch_bytes, device)  # pageable copies are 5x slower
+            pool_bytes = workers * stride_bytes(scratch_bytes)
+            self._pinned = kvortex.PinnedPool(pool_bytes, scratch_bytes, device)  # pageable copies are 5x slower
             self._pinned.wait_ready()
         self._workers = workers
         self._scratch = queue.SimpleQueue()  # a pair of row buffers for each worker

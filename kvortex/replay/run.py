@@ -10,8 +10,7 @@ import numpy as np
 import kvortex
 from kvortex.replay.cache import ModelCache
 from kvortex.replay.oracle import STAMP_BYTES, Oracle, key_words
-
-PAGE_BYTES = 4096  # slots are aligned to it, so a pool of n blocks needs n strides of whole pages
+from kvortex.slots import stride_bytes
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,7 @@ class ReplayOptions:
         """Exact bytes of the pool."""
         if self.pool_bytes is not None:
             return self.pool_bytes
-        stride = -(-self.block_bytes // PAGE_BYTES) * PAGE_BYTES
-        return (1024 if self.pool_blocks is None else self.pool_blocks) * stride
+        return (1024 if self.pool_blocks is None else self.pool_blocks) * stride_bytes(self.block_bytes)
 
 
 @dataclass

@@ -10,10 +10,11 @@ import pytest
 
 import kvortex
 from kvortex import ConfigError, KVortexConfig
-from kvortex.config import OTHER_VARIABLES, PREFIX, parse_bytes
+from kvortex.config import OTHER_VARIABLES, PREFIX, REMOVED, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = {"KVORTEX_CPU_POOL_SIZE_BYTES": "1GiB"}
+KEYWORDS = {"cpu_pool_size_bytes": 1 << 30}
 
 
 @pytest.fixture
@@ -32,13 +33,11 @@ def test_keywords_win_over_environment_over_file_over_defaults(toml):
     path = toml('cpu_pool_size_bytes = "2GiB"\nmax_jobs = 11\ngather_ctas = 12\nnum_transfer_streams = 4\n')
     environ = {"KVORTEX_MAX_JOBS": "21", "KVORTEX_GATHER_CTAS": "22"}
     config = KVortexConfig.load(path, environ=environ, gather_ctas=32)
-    assert config == KVortexConfig(
-        cpu_pool_size_bytes=2 << 30, num_transfer_streams=4, max_jobs=21, gather_ctas=32, header_bytes=0
-    )
+    assert config == KVortexConfig(cpu_pool_size_bytes=2 << 30, num_transfer_streams=4, max_jobs=21, gather_ctas=32)
     assert config.sources["cpu_pool_size_bytes"] == config.sources["num_transfer_streams"] == str(path)
     assert config.sources["max_jobs"] == "KVORTEX_MAX_JOBS"
     assert config.sources["gather_ctas"] == "keyword"
-    assert config.sources["header_bytes"] == "default"
+    assert config.sources["block_bytes"] == "default"
     assert list(config.sources) == KVortexConfig.names()
 
 
@@ -48,7 +47,6 @@ def test_every_setting_can_be_given_each_way(toml):
         "num_transfer_streams": ("5", 5),
         "device": ("host:1", "host:1"),
         "block_bytes": ("64KiB", 64 << 10),
-        "header_bytes": ("4 KiB", 4096),
         "max_jobs": ("7", 7),
         "shutdown_timeout_ms": ("0", 0),
         "pool_first_chunk_bytes": ("1MiB", 1 << 20),
@@ -121,7 +119,6 @@ def test_a_missing_pool_says_how_to_set_it():
         ("KVORTEX_MAX_JOBS", "4KiB", "max_jobs must be an int"),
         ("KVORTEX_CPU_POOL_SIZE_BYTES", "16GB", "bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got '16GB'"),
         ("KVORTEX_CPU_POOL_SIZE_BYTES", "9999TiB", "cpu_pool_size_bytes must be 1 to"),
-        ("KVORTEX_HEADER_BYTES", "512", "header_bytes must be 0 or 4096, got 512"),
         ("KVORTEX_ENABLE_NUMA", "maybe", "enable_numa must be one of 1, true, yes, on, 0, false, no, off, got 'maybe'"),
         ("KVORTEX_DEVICE", "tpu", "device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got 'tpu'"),
     ],
@@ -130,6 +127,40 @@ def test_a_bad_value_in_the_environment_names_its_variable(variable, text, compl
     with pytest.raises(ConfigError, match=re.escape(complaint)) as raised:
         KVortexConfig.load(environ={**POOL, variable: text})
     assert f"(environment variable {variable})" in str(raised.value)
+
+
+def given_by_keyword(name, value, toml):
+    return KVortexConfig(**{**KEYWORDS, name: value})
+
+
+def given_to_load(name, value, toml):
+    return KVortexConfig.load(environ={}, **{**KEYWORDS, name: value})
+
+
+def given_in_a_file(name, value, toml):
+    return KVortexConfig.load(toml(f"{name} = {value}\n"), environ=POOL)
+
+
+def given_in_the_environment(name, value, toml):
+    return KVortexConfig.load(environ={**POOL, f"KVORTEX_{name.upper()}": str(value)})
+
+
+def given_by_replace(name, value, toml):
+    return dataclasses.replace(KVortexConfig(**KEYWORDS), **{name: value})
+
+
+@pytest.mark.parametrize("name", REMOVED)
+@pytest.mark.parametrize("value", [0, 4096])
+@pytest.mark.parametrize(
+    "give", [given_by_keyword, given_to_load, given_in_a_file, given_in_the_environment, given_by_replace]
+)
+def test_what_is_no_setting_any_more_is_refused_with_what_to_do(give, name, value, toml):
+    with pytest.raises(ConfigError, match=f"{name} is no setting any more: .*leave it out"):
+        give(name, value, toml)
+
+
+def test_a_variable_of_what_is_no_setting_any_more_counts_as_unset_when_it_is_empty():
+    assert KVortexConfig.load(environ={**POOL, "KVORTEX_HEADER_BYTES": ""}).header_bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import time
 
 import numpy as np
 import pytest
-from kvcache import SHAPES, content, keys_of
+from kvcache import SHAPES, ConfigWithTiers, content, keys_of
 
 import kvortex
-from kvortex import ReserveStatus
+from kvortex import KVortexConfig, ReserveStatus
 
 NEW, PRESENT, PENDING, FULL = (int(status) for status in ReserveStatus)
 
@@ -27,9 +27,9 @@ def test_every_shape_comes_back_byte_by_byte(make_bench, shape):
     assert all(bench.holds(20 + key_id, key_id) for key_id in range(10))
 
 
-@pytest.mark.parametrize("header_bytes", [0, 4096])
-def test_header_page_leaves_the_payload_alone(make_bench, header_bytes):
-    bench = make_bench(4, header_bytes=header_bytes)
+@pytest.mark.parametrize("make_config, header_bytes", [(KVortexConfig, 0), (ConfigWithTiers, 4096)])
+def test_header_page_leaves_the_payload_alone(make_bench, make_config, header_bytes):
+    bench = make_bench(4, make_config=make_config)
     bench.saved([1, 2])
     bench.load([1, 2], [5, 6]).wait(20_000)
     assert bench.holds(5, 1) and bench.holds(6, 2)

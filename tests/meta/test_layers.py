@@ -14,13 +14,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BASE = {"_c", "errors", "log", "config", "stats", "version"}
+BASE = {"_c", "errors", "log", "config", "slots", "stats", "version"}
 TOP = {"__init__", "__main__", "cli", "info", "metrics", "replay", "integrations"}
 MAY_IMPORT = {  # part of kvortex: the other parts it may name
     "_c": set(),
     "errors": BASE,
     "log": BASE,
     "config": BASE | {"keys"},
+    "slots": BASE,
     "stats": BASE | {"keys"},
     "version": set(),
     "keys": BASE,

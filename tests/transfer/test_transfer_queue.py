@@ -10,6 +10,7 @@ from kvcache import SHAPES, DeviceCache, content
 
 import kvortex
 from kvortex import DriverError, EngineClosed, KVLayout, PinnedPool, PoolExhausted, TransferQueue
+from kvortex.slots import stride_bytes
 from kvortex.transfer import JobSignals, probe_layout
 
 TIMEOUT_MS = 20_000
@@ -23,8 +24,7 @@ class Moved:
     def __init__(self, device, stream, shape="one_allocation"):
         self.stream = stream
         self.cache = DeviceCache(device, shape, num_blocks=NUM_BLOCKS)
-        stride = -(-self.cache.block_bytes // 4096) * 4096
-        self.pool = PinnedPool(NUM_BLOCKS * stride, self.cache.block_bytes, device)
+        self.pool = PinnedPool(NUM_BLOCKS * stride_bytes(self.cache.block_bytes), self.cache.block_bytes, device)
         self.pool.wait_ready(TIMEOUT_MS)
 
     def submit(self, queue, blocks, slots, stream=None):

@@ -181,4 +181,4 @@ def leave(engine, args):
     engine.add("saves", prompts[1], 8)
     engine.llm.llm_engine.step()
     running = engine.worker_half.running.values()
-    return {"in_flight": sorted("load" if transfer.load else "save" for transfer in running)}
+    return {"in_flight": sorted(each.transfer.kind for each in running)}

@@ -51,7 +51,7 @@ def after_save():
     original = WorkerHalf.begin
 
     def begin(self, step):
-        step.fences = [number for number in step.fences if number in self.running and self.running[number].load]
+        step.fences = [number for number in step.fences if number in self.running and self.running[number].is_load]
         original(self, step)
 
     WorkerHalf.begin = begin

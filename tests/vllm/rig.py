@@ -49,6 +49,7 @@ except ImportError:  # before 0.33
     from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 
 from kvortex.integrations.vllm import KVortexConnector
+from kvortex.integrations.vllm.messages import LOAD, StepMetadata
 
 TINY = Path(__file__).parent / "tiny"
 BLOCK_TOKENS = 16
@@ -325,9 +326,9 @@ class Rig:
             if not late:
                 worker.start_load_kv(None)
         steps = getattr(output.kv_connector_metadata, "metadata", [output.kv_connector_metadata])
-        for load in itertools.chain.from_iterable(getattr(step, "loads", ()) for step in steps):
+        for load in itertools.chain.from_iterable(step.of(LOAD) for step in steps if isinstance(step, StepMetadata)):
             for failed in self.failed_blocks:
-                failed.difference_update(load.transfer.block_ids.tolist())
+                failed.difference_update(load.block_ids.tolist())
         runs = self.runs(output)
         wrong = self.forward(runs)
         results = []

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvortex
+from kvortex import KVortexConfig
 from kvortex.integrations.vllm import connector
 
 # ---- layers whose pages differ: vLLM gives the scheduler the spec of one layer for all ------------------------------
@@ -18,13 +19,28 @@ def test_layers_with_pages_of_their_own_have_one_pool(make_rig, prompt, load_asy
     (worker,) = rig.workers
     assert rig.half.shape == worker.worker.shape
     assert worker.worker.layout.block_bytes == rig.half.shape.block_bytes == sum(heads) * 128
-    assert rig.half.shape.num_slots == 48 // 2 == worker.worker.pool.num_slots  # two pages a slot
+    assert rig.half.shape.slots.num_slots == 48 // 2 == worker.worker.pool.num_slots  # two pages a slot
     for name in "pqrs":
         rig.serve(name, prompt(name, 150), 10)
-    assert rig.index.num_ready == rig.half.shape.num_slots  # every slot is used, and none is missed
+    assert rig.index.num_ready == rig.half.shape.slots.num_slots  # every slot is used, and none is missed
     rig.forget_device()
     assert rig.serve("again", prompt("s", 150), 10) == 144
     assert rig.outputs("again") == rig.outputs("s")
+    rig.require_clean()
+
+
+def test_a_header_page_is_known_to_both_halves(make_rig, prompt, monkeypatch):
+    """As with tiers below the pool, which are not there yet."""
+    monkeypatch.setattr(KVortexConfig, "header_bytes", 4096)
+    rig = make_rig(num_slots=48, extra={"pool_first_chunk_bytes": 5 * 8192, "pool_chunk_bytes": 7 * 8192})
+    (worker,) = rig.halves
+    worker.pool.wait_ready(10_000)
+    assert worker.pool.header_bytes == 4096 and worker.pool.num_slots == rig.half.shape.slots.num_slots == 24
+    rig.serve("early", prompt("q", 20))
+    assert rig.index.slots_added == 24  # the chunks that the worker reported are those that the scheduler expects
+    rig.serve("first", prompt("p", 150), 10)
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 150), 10) == 144
     rig.require_clean()
 
 
@@ -32,7 +48,7 @@ def test_layers_with_pages_of_their_own_have_one_pool(make_rig, prompt, load_asy
 def test_a_rank_with_another_pool_ends_offloading_and_nothing_else(make_rig, prompt, load_async, monkeypatch, odd_rank):
     rig = make_rig(num_ranks=2, load_async=load_async)
     part = rig.workers[odd_rank].worker
-    part.shape = replace(part.shape, num_slots=part.shape.num_slots // 2)
+    part.shape = replace(part.shape, slots=replace(part.shape.slots, num_slots=part.shape.slots.num_slots // 2))
     errors = []
     monkeypatch.setattr(connector.logger, "error", lambda text, *values: errors.append(text % values))
     for name in ("first", "second"):

@@ -5,6 +5,7 @@ Every life is right with the connector as it is, and reads wrong tokens without 
 
 import pytest
 
+from kvortex.integrations.vllm.messages import LOAD, SAVE
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import WorkerHalf
 
@@ -95,11 +96,11 @@ def with_loads_reported_at_once(monkeypatch):
 
     def start_and_report(self, step):
         start_loads(self, step)
-        self.received.update(load.request_id for load in step.loads)
+        self.received.update(load.request_id for load in step.of(LOAD))
 
-    def end_in_silence(self, running, where):
+    def end_in_silence(self, running, bad=()):
         received = set(self.received)
-        end(self, running, where)
+        end(self, running, bad)
         self.received = received
 
     monkeypatch.setattr(WorkerHalf, "start_loads", start_and_report)
@@ -109,14 +110,16 @@ def with_loads_reported_at_once(monkeypatch):
 def with_blocks_ready_at_submission(monkeypatch):
     start, finish = SchedulerHalf.start, SchedulerHalf.finish
 
-    def start_and_commit(self, slots, block_ids, hashes, request_id):
-        if request_id is None:
+    def start_and_commit(self, kind, slots, *rest):
+        if kind == SAVE:
             self.index.commit(slots)
             self.writing.clear()
-        return start(self, slots, block_ids, hashes, request_id)
+        return start(self, kind, slots, *rest)
 
     monkeypatch.setattr(SchedulerHalf, "start", start_and_commit)
-    monkeypatch.setattr(SchedulerHalf, "finish", lambda self, transfer: transfer.request_id and finish(self, transfer))
+    monkeypatch.setattr(
+        SchedulerHalf, "finish", lambda self, moving: moving.transfer.kind == LOAD and finish(self, moving)
+    )
 
 
 @pytest.mark.parametrize("faulty", [False, True], ids=["as_it_is", "faulty"])

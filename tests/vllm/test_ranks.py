@@ -4,7 +4,9 @@ from contextlib import contextmanager
 
 import pytest
 from test_faults import refused
+from test_reports import followed, held
 
+from kvortex.integrations.vllm.messages import LOAD, SAVE
 from kvortex.integrations.vllm.scheduler import as_keys
 
 
@@ -15,6 +17,28 @@ def late(rig, rank):
     part.retire = lambda: None
     yield
     del part.retire
+
+
+@contextmanager
+def bad_blocks(rig, rank, kind, positions):
+    """Let a rank say that it could not move these blocks of its transfers; vLLM hears of those that it was to load."""
+    part = rig.workers[rank].worker
+    end = part.end
+
+    def end_badly(running, bad=()):
+        slots, block_ids = running.transfer.slots[positions], running.transfer.block_ids[positions]
+        if running.transfer.kind == LOAD == kind:
+            part.load_errors.update(block_ids.tolist())
+        end(running, slots if running.transfer.kind == kind else bad)
+
+    part.end = end_badly
+    yield
+    del part.end
+
+
+def found(rig, request_id):
+    """Which blocks of a request are in the index."""
+    return rig.index.lookup(as_keys(rig.requests[request_id].block_hashes))[0].tolist()
 
 
 def leading(rig, request_id):
@@ -81,6 +105,36 @@ def test_a_load_that_fails_in_one_rank_is_computed_in_both(make_rig, prompt, hos
     assert len(rig.outputs("second")) == 10
     rig.forget_device()
     assert rig.serve("third", prompt("p", 130), 10) == 128
+    rig.require_clean()
+
+
+def test_a_block_that_one_rank_could_not_save_is_a_miss_and_the_others_are_not(make_rig, prompt):
+    rig = make_rig(num_ranks=2, events=True)
+    with bad_blocks(rig, 0, SAVE, [2, 5]), bad_blocks(rig, 1, SAVE, [4]):
+        rig.serve("first", prompt("p", 100), 1)
+    assert found(rig, "first") == [True, True, False, True, False, False]
+    assert rig.index.num_ready == 3 and rig.index.num_free == 61
+    rig.forget_device()
+    assert rig.serve("second", prompt("p", 100)) == 32
+    rig.serve("third", prompt("q", 20))  # events are taken with a step's output
+    assert found(rig, "first") == [True] * 6 and followed(rig.events) == held(rig)
+    rig.require_clean()
+
+
+def test_a_block_that_one_rank_could_not_load_is_computed_and_the_others_stay(make_rig, prompt, load_async):
+    rig = make_rig(num_ranks=2, load_async=load_async, events=True)
+    rig.serve("first", prompt("p", 100), 1)
+    rig.forget_device()
+    with late(rig, 1), bad_blocks(rig, 0, LOAD, [3]):
+        rig.add("second", prompt("p", 100), 1)
+        while found(rig, "first")[3]:  # until rank 0 has told
+            rig.step()
+        assert found(rig, "first") == [True, True, True, False, True, True]
+    rig.run()
+    assert found(rig, "first") == [True] * 6  # saved anew
+    assert rig.outputs("second") == rig.outputs("first")
+    rig.serve("third", prompt("q", 20))  # events are taken with a step's output
+    assert followed(rig.events) == held(rig)
     rig.require_clean()
 
 

@@ -3,16 +3,18 @@
 import pickle
 import random
 
+import numpy as np
 import prometheus_client
 import pytest
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvortex.integrations.vllm import KVortexConnector
-from kvortex.integrations.vllm.messages import WorkerReport
+from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer, WorkerReport
 from kvortex.integrations.vllm.metrics import LEVELS, SUMS, KVortexStats
-from kvortex.integrations.vllm.scheduler import as_keys
+from kvortex.integrations.vllm.scheduler import keys_of
 
 # ---- KV events -------------------------------------------------------------------------------------------------------
 
@@ -34,10 +36,12 @@ def followed(events):
 
 def held(rig):
     """The blocks in host memory, as the index has them."""
-    hashes = {name for request in rig.requests.values() for name in request.block_hashes}
-    hashes = sorted(hashes)
-    found, _ = rig.index.lookup(as_keys(hashes))
-    return {maybe_convert_block_hash(name) for name, is_there in zip(hashes, found, strict=True) if is_there}
+    held = set()
+    for request in rig.requests.values():
+        found, _ = rig.index.lookup(keys_of(request, 0, len(request.block_hashes)))
+        names = zip(request.block_hashes, found, strict=True)
+        held |= {maybe_convert_block_hash(name) for name, is_there in names if is_there}
+    return held
 
 
 def test_events_tell_what_is_stored(make_rig, prompt):
@@ -58,12 +62,21 @@ def test_events_name_blocks_of_an_adapter_as_vllm_does(make_rig, prompt):
     assert not followed(rig.events) & set(map(maybe_convert_block_hash, hashes))
 
 
-def test_events_follow_the_index_through_evictions_resets_and_failures(make_rig, prompt, host, seed):
+ADAPTERS = [None, LoRARequest("one", 1, "nowhere"), LoRARequest("two", 2, "nowhere")]
+
+
+@pytest.mark.parametrize(
+    "num_ranks, hash_function", [(1, sha256), (2, lambda content: sha256(content)[:16])], ids=["32", "16"]
+)
+def test_events_follow_the_index_through_evictions_resets_and_failures(
+    make_rig, prompt, host, seed, num_ranks, hash_function
+):
     draw = random.Random(seed)
-    rig = make_rig(events=True, num_slots=24)
+    rig = make_rig(events=True, num_slots=24, num_ranks=num_ranks, hash_function=hash_function)
     host.set_delay_us(0, 500)
     for number in range(40):
-        rig.add(f"r{number}", prompt(draw.randrange(12), draw.randrange(20, 120)), 4)
+        tokens = prompt(draw.randrange(12), draw.randrange(20, 120))
+        rig.add(f"r{number}", tokens, 4, lora_request=draw.choice(ADAPTERS))
         for _ in range(draw.randrange(8)):
             rig.step()
         if draw.random() < 0.1:
@@ -78,10 +91,30 @@ def test_events_follow_the_index_through_evictions_resets_and_failures(make_rig,
     rig.require_clean()
 
 
+def test_events_tell_that_a_reset_removed_what_was_being_loaded_too(make_rig, prompt, host):
+    rig = make_rig(events=True)
+    for name, adapter in zip("pqr", ADAPTERS, strict=True):
+        rig.serve(name, prompt(name, 100), lora_request=adapter)
+    rig.forget_device()
+    host.hold()
+    for name in "pq":  # two loads, of one prefix
+        rig.add(f"{name} again", prompt("q", 100), lora_request=ADAPTERS[1])
+    for _ in range(3):
+        rig.step()
+    assert rig.index.num_pinned and len(held(rig)) == 18
+    rig.connector.reset_cache()
+    assert not held(rig)
+    host.release()
+    rig.run()
+    rig.serve("last", prompt("p", 20))  # events are taken with a step's output
+    assert followed(rig.events) == held(rig)
+    rig.require_clean()
+
+
 def test_without_kv_events_none_are_kept(make_rig, prompt):
     rig = make_rig()
     rig.serve("first", prompt("p", 100))
-    assert list(rig.connector.take_events()) == [] and not rig.half.stored
+    assert list(rig.connector.take_events()) == [] and rig.half.events is None
     rig.require_clean()
 
 
@@ -122,10 +155,33 @@ def test_sums_add_up_and_levels_do_not():
 
 def test_reports_of_ranks_add_up_inside_the_numbers():
     """vLLM 0.15 has no other way for them."""
-    one, two = (KVortexStats(report=WorkerReport(done={1: 1}, failed=failed)) for failed in ({}, {2: 1}))
+    one, two = (KVortexStats(report=WorkerReport()) for _ in range(2))
+    for stats, bad in ((one, [7]), (two, [8])):
+        stats.report.add(CHUNK, 1)
+        stats.report.add(SAVE, 1, bad)
+    two.report.add(LOAD, 2)
     one, two = pickle.loads(pickle.dumps((one, two)))
     report = KVortexStats().aggregate(one).aggregate(two).take_report()
-    assert (report.done, report.failed) == ({1: 2}, {2: 1})
+    assert report.ended == {(CHUNK, 1): 2, (SAVE, 1): 2, (LOAD, 2): 1}
+    assert report.bad == {(SAVE, 1): {7, 8}}
+
+
+def test_reports_of_one_rank_that_wait_for_the_next_step_add_up_too():
+    report = WorkerReport()
+    report.add(SAVE, 1, bad=np.array([3], np.uint32))
+    report.add(SAVE, 2)
+    assert (report.ended, report.bad) == ({(SAVE, 1): 1, (SAVE, 2): 1}, {(SAVE, 1): {3}})
+
+
+def test_a_step_that_saves_and_loads_much_is_a_small_message():
+    """It is pickled in every step, for every rank."""
+    slots, block_ids = np.arange(2048, dtype=np.uint32), np.arange(2048)
+    loads = [Transfer(LOAD, number, slots[:8], block_ids[:8], f"request {number}") for number in range(1, 11)]
+    step = StepMetadata(transfers=[*loads, Transfer(SAVE, 11, slots, block_ids, None)])
+    payload = sum(one.slots.nbytes + one.block_ids.nbytes for one in step.transfers)
+    assert len(pickle.dumps(step)) < payload + 200 * len(step.transfers) + 500
+    step = pickle.loads(pickle.dumps(step))
+    assert [one.number for one in step.of(LOAD)] == list(range(1, 11)) and step.of(SAVE)[0].number == 11
 
 
 def test_nothing_new_is_not_told(make_rig, prompt):

@@ -683,7 +683,7 @@ def test_a_request_whose_load_failed_computes_though_others_have_saved_its_block
     rig = make_rig(num_blocks=29)
     rig.serve("first", prompt("p", 260))
     rig.forget_device()
-    rig.half.failed = lambda transfer: None  # as if they were there again before vLLM asks
+    rig.half.failed = lambda moving, bad: None  # as if they were there again before vLLM asks
     host.fail_call(1, 2, field="memcpy_batch_async")
     rig.add("second", prompt("p", 260))  # 17 of 28 blocks
     rig.run()

@@ -135,7 +135,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.counted = {}
             logger.info(
                 "KVortexConnector: %d blocks of %d bytes in host memory, %d ranks",
-                shape.num_slots, shape.slot_bytes, shape.num_ranks,
+                shape.slots.num_slots, shape.slots.stride_bytes, shape.num_ranks,
             )  # fmt: skip
         else:
             self.worker = WorkerHalf(shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads())
@@ -214,12 +214,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return True
 
     def take_events(self):
-        if not self.scheduler or self.scheduler.tenants is None:
+        if not self.scheduler or self.scheduler.events is None:
             return ()
         from vllm.distributed.kv_events import BlockRemoved, BlockStored
         from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
-        stored, removed = ([maybe_convert_block_hash(name) for name in part] for part in self.scheduler.take_events())
+        stored, removed = ([maybe_convert_block_hash(name) for name in part] for part in self.scheduler.events.take())
         events = []
         if removed:
             events.append(BlockRemoved(block_hashes=removed, medium="CPU"))

@@ -6,20 +6,19 @@ from typing import NamedTuple
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
+# What a message is about.
+SAVE, LOAD = "save", "load"  # a `Transfer`
+CHUNK = "chunk"  # slots that are registered together, see `Slots.chunk`
+
 
 class Transfer(NamedTuple):
     """Blocks to move between device and slots, one to one."""
 
-    number: int  # ascending; names the transfer in fences and reports
+    kind: str  # SAVE or LOAD
+    number: int  # ascending, whatever the kind; names the transfer in fences and reports
     slots: np.ndarray  # uint32
     block_ids: np.ndarray  # int64
-
-
-class Load(NamedTuple):
-    """A transfer for one request."""
-
-    request_id: str
-    transfer: Transfer
+    request_id: str | None  # whose blocks a LOAD brings; a SAVE is of several requests
 
 
 @dataclass
@@ -30,9 +29,9 @@ class StepMetadata(base.KVConnectorMetadata):
     ----------
     fences : list of int
         Transfers in flight on device blocks that this step may write; its forward must wait for them.
-    loads : list of Load
-    save : Transfer or None
-        Blocks whose last token this step's forward writes, or an earlier one wrote.
+    transfers : list of Transfer
+        What begins in this step. A SAVE is of blocks whose last token the step's forward writes, or an earlier one
+        wrote.
     waits : list of int
         Transfers in flight on device blocks that another connector may fill from this step on. They must be over before
         it begins: nothing orders that connector after vLLM's stream.
@@ -43,11 +42,14 @@ class StepMetadata(base.KVConnectorMetadata):
     """
 
     fences: list = field(default_factory=list)
-    loads: list = field(default_factory=list)
-    save: Transfer | None = None
+    transfers: list = field(default_factory=list)
     waits: list = field(default_factory=list)
     is_idle: bool = False
     shape: object = None
+
+    def of(self, kind):
+        """The transfers of one kind."""
+        return [transfer for transfer in self.transfers if transfer.kind == kind]
 
 
 # vLLM 0.15 has no such class and no way to send one: there the report travels inside the statistics.
@@ -56,18 +58,32 @@ WorkerMetadata = getattr(base, "KVConnectorWorkerMetadata", object)
 
 @dataclass
 class WorkerReport(WorkerMetadata):
-    """Workers to scheduler: what ended since the last report, and in how many ranks.
+    """Workers to scheduler: what ended since the last report, in how many ranks, and which blocks went wrong.
 
-    Negative numbers name chunks of the pool that have been registered, see `PoolShape.chunk`.
+    Attributes
+    ----------
+    ended : dict
+        (kind, number) of a transfer, or of a chunk that is registered -> ranks.
+    bad : dict
+        (kind, number) of a transfer -> set of slots whose block at least one of these ranks could not move. Where none
+        went wrong, there is no entry.
+    is_refusal : bool
+        The rank has another pool than the scheduler counts on, and keeps nothing.
     """
 
-    done: dict = field(default_factory=dict)  # number -> ranks
-    failed: dict = field(default_factory=dict)
-    is_refusal: bool = False  # the rank has another pool than the scheduler counts on, and keeps nothing
+    ended: dict = field(default_factory=dict)
+    bad: dict = field(default_factory=dict)
+    is_refusal: bool = False
+
+    def add(self, kind, number, bad=()):
+        """This ended in one rank, all of it but the blocks in the slots `bad`."""
+        name, bad = (kind, number), {int(slot) for slot in bad}
+        self.aggregate(WorkerReport({name: 1}, {name: bad} if bad else {}))
 
     def aggregate(self, other):
-        for mine, theirs in ((self.done, other.done), (self.failed, other.failed)):
-            for number, ranks in theirs.items():
-                mine[number] = mine.get(number, 0) + ranks
+        for name, ranks in other.ended.items():
+            self.ended[name] = self.ended.get(name, 0) + ranks
+        for name, slots in other.bad.items():
+            self.bad[name] = self.bad.get(name, set()) | slots
         self.is_refusal |= other.is_refusal
         return self

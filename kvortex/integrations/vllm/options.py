@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from kvortex import ConfigError, KVortexConfig, PoolExhausted
 from kvortex.config import nearest, parse_bytes
 from kvortex.memory.limits import lacking_memory
+from kvortex.slots import Slots, stride_bytes
 
-PAGE_BYTES = 4096
 ENGINE_OPTIONS = (
     "cpu_pool_size_bytes",
     "max_jobs",
@@ -84,22 +84,13 @@ class PoolShape:
 
     num_device_blocks: int
     block_tokens: int
-    block_bytes: int  # of one rank
-    num_slots: int
-    first_slots: int  # registered as soon as the pool is there
-    chunk_slots: int  # registered together, later on
     num_ranks: int
+    slots: Slots  # of one rank; chunk 0 is registered from the start
 
     @property
-    def slot_bytes(self):
-        return slot_bytes(self.block_bytes)
-
-    def chunk(self, number):
-        """First slot and count of what is registered together; chunk 0 is there from the start."""
-        if number == 0:
-            return 0, self.first_slots
-        first = self.first_slots + (number - 1) * self.chunk_slots
-        return first, max(0, min(self.chunk_slots, self.num_slots - first))
+    def block_bytes(self):
+        """Bytes of a block in one rank."""
+        return self.slots.payload_bytes
 
     @classmethod
     def of(cls, options, kv_cache_config, *, num_ranks):
@@ -111,25 +102,25 @@ class PoolShape:
             The pool does not hold one block a rank.
         """
         (group,) = kv_cache_config.kv_cache_groups
-        block_bytes = bytes_of_block(kv_cache_config)
-        rank_bytes, stride = options.engine.cpu_pool_size_bytes // num_ranks, slot_bytes(block_bytes)
-        num_slots = rank_bytes // stride
-        if num_slots == 0:
+        engine, block_bytes = options.engine, bytes_of_block(kv_cache_config)
+        rank_bytes, stride = engine.cpu_pool_size_bytes // num_ranks, stride_bytes(block_bytes, engine.header_bytes)
+        if rank_bytes < stride:
             raise ConfigError(
-                f"cpu_pool_size_bytes is {options.engine.cpu_pool_size_bytes}, {rank_bytes} for each of {num_ranks} "
+                f"cpu_pool_size_bytes is {engine.cpu_pool_size_bytes}, {rank_bytes} for each of {num_ranks} "
                 f"ranks, and one block has {stride} bytes; set it to at least {stride * num_ranks}"
             )
-        first_slots = min(num_slots, max(1, options.engine.pool_first_chunk_bytes // stride))
-        if options.engine.pool_driver_allocated:
-            first_slots = num_slots
         return cls(
             num_device_blocks=kv_cache_config.num_blocks,
             block_tokens=group.kv_cache_spec.block_size,
-            block_bytes=block_bytes,
-            num_slots=num_slots,
-            first_slots=first_slots,
-            chunk_slots=max(1, options.engine.pool_chunk_bytes // stride),
             num_ranks=num_ranks,
+            slots=Slots.of(
+                rank_bytes,
+                block_bytes,
+                header_bytes=engine.header_bytes,
+                first_chunk_bytes=engine.pool_first_chunk_bytes,
+                chunk_bytes=engine.pool_chunk_bytes,
+                one_chunk=engine.pool_driver_allocated,
+            ),
         )
 
 
@@ -189,8 +180,3 @@ def require_host_memory(transfer, parallel):
             f"node take {needed / 2**30:.2f} GiB together, and {what} leaves {free / 2**30:.2f} GiB; lower "
             f"cpu_pool_size_bytes in kv_connector_extra_config, or raise the limit"
         )
-
-
-def slot_bytes(block_bytes):
-    """From slot to slot: slots are aligned to pages."""
-    return -(-block_bytes // PAGE_BYTES) * PAGE_BYTES

@@ -4,6 +4,7 @@ Pure policy over a `BlockIndex`; it names no engine module and touches no memory
 index in one call.
 """
 
+import functools
 import hashlib
 from dataclasses import dataclass, field
 
@@ -11,11 +12,12 @@ import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
-from kvortex.integrations.vllm.messages import Load, StepMetadata, Transfer
+from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
+from kvortex.keys import digest_of, ram_keys
 
 KEY_BYTES = 32
 NO_KEY = bytes(KEY_BYTES)
-ADAPTER_BYTES = 12  # of a name, behind vLLM's hash of 16 or 32
+NO_DIGEST = digest_of()
 
 
 @dataclass
@@ -25,7 +27,7 @@ class RequestState:
     request: object  # vLLM's, for its block hashes, which grow
     block_ids: list = field(default_factory=list)
     num_offered: int = 0  # leading blocks that were offered to the index
-    stop: bytes | None = None  # hash of the least recently used of its blocks in the index; None: none is there
+    stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there
     is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
     load_failed: bool = False  # and it has no device blocks since
@@ -35,11 +37,10 @@ class RequestState:
 class InFlight:
     """A transfer that not every rank has reported yet."""
 
-    slots: np.ndarray
-    hashes: list  # of the blocks, as vLLM names them
-    request_id: str | None  # of a load; a save has none
+    transfer: Transfer
+    keys: np.ndarray  # of the blocks
     ranks: int = 0
-    failed: bool = False
+    bad: set = field(default_factory=set)  # slots whose block one rank could not move
 
 
 class SchedulerHalf:
@@ -59,7 +60,7 @@ class SchedulerHalf:
         Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
         such a load fails: it looks only at blocks that were computed when the request ran first.
     events : bool, default False
-        Whether to keep what `take_events` yields.
+        Whether to keep what vLLM is told of blocks, in `events`.
 
     Notes
     -----
@@ -72,17 +73,17 @@ class SchedulerHalf:
         self.shape_to_send = shape  # until the workers have it
         self.whole_prompts = whole_prompts and load_async
         self.reload_preempted = reload_preempted or load_async
-        self.index = BlockIndex(shape.num_slots)
-        self.index.add_slots(*shape.chunk(0))
+        self.index = BlockIndex(shape.slots.num_slots)
+        self.index.add_slots(*shape.slots.chunk(0))
         self.requests, self.matches = {}, {}
-        # Request id -> hashes of the blocks that it loads, until its next step, when others find them on the device.
+        # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
         self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
         self.landed, self.idle = set(), False  # those of them whose load is over
         self.holders = np.zeros(shape.num_device_blocks, dtype=np.int32)  # requests that have a device block
         self.num_held, self.no_room = 0, False
         self.in_flight, self.chunk_ranks = {}, {}
-        self.writing = set()  # hashes of blocks that are being saved
+        self.writing = set()  # keys of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
         # meets another in flight was ordered after it by a fence, so it ends later.
         self.last_transfer = np.zeros(shape.num_device_blocks, dtype=np.int64)
@@ -90,8 +91,7 @@ class SchedulerHalf:
         self.fences, self.loads = set(), []
         # Request id -> blocks found on the device, of those admitted in this step for whom nothing is loaded from here.
         self.not_ours = {}
-        self.tenants = [None] * shape.num_slots if events else None
-        self.stored, self.removed = [], []
+        self.events = BlockEvents(shape.slots.num_slots) if events else None
         self.blocks_matched = 0
 
     # ---- a request's way in ------------------------------------------------------------------------------------------
@@ -138,13 +138,13 @@ class SchedulerHalf:
             return 0, False
         if request.num_preemptions and not self.reload_preempted:
             return 0, False
-        hashes = names_of(request, first, most)
-        _, leading = self.index.lookup(as_keys(hashes))
-        if first + leading < least and hashes[leading] in self.writing:
+        keys = keys_of(request, first, most)
+        _, leading = self.index.lookup(keys)
+        if first + leading < least and keys[leading].tobytes() in self.writing:
             return None, False
         load_async = self.load_async and leading > 0
         if load_async and self.loading:
-            middle = hashes[(leading - 1) // 2]  # those before it are in whatever prefix it is in
+            middle = keys[(leading - 1) // 2].tobytes()  # those before it are in whatever prefix it is in
             for name, others in self.loading.items():
                 if middle in others and name not in self.landed:
                     self.waits_for[request.request_id] = name
@@ -204,22 +204,22 @@ class SchedulerHalf:
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated, state.is_cut, state.stop = False, False, None
         if first:  # hits on the device are hits
-            self.index.touch(as_keys(names_of(request, 0, first)))
+            self.index.touch(keys_of(request, 0, first))
         if first or count:  # both are used now, the tail of each before its head, and what is loaded last
-            state.stop = next(iter(names_of(request, (first or count) - 1, first or count)), None)
+            state.stop = keys_of(request, (first or count) - 1, first or count).tobytes() or None
             state.is_cut = False
         if not count:
             if first is not None:
                 self.not_ours[request.request_id] = first
             return
-        hashes, targets = names_of(request, first, first + count), block_ids[first : first + count]
+        keys, targets = keys_of(request, first, first + count), block_ids[first : first + count]
         if self.load_async:
-            self.loading[request.request_id] = frozenset(hashes)
-        slots = self.index.acquire(as_keys(hashes), self.shape.block_bytes)
+            self.loading[request.request_id] = frozenset(as_bytes(keys))
+        slots = self.index.acquire(keys, self.shape.block_bytes)
         assert len(slots) == count, "nothing leaves the index between a match and its allocation"
         self.blocks_matched += count
         self.fence(targets)
-        self.loads.append(Load(request.request_id, self.start(slots, targets, hashes, request.request_id)))
+        self.loads.append(self.start(LOAD, slots, targets, keys, request.request_id))
 
     # ---- once a step -------------------------------------------------------------------------------------------------
 
@@ -262,7 +262,9 @@ class SchedulerHalf:
         )
         self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
-        step.save = self.save(offers) if offers else None
+        save = self.save(offers) if offers else None
+        if save is not None:
+            step.transfers.append(save)
         return step
 
     def replace_blocks(self, request_id, block_ids, num_computed_tokens):
@@ -292,38 +294,47 @@ class SchedulerHalf:
         its blocks continue: eviction for it ends at the least recently used block of its chain, as long as no other
         request uses that one too.
         """
-        hashes, block_ids, stops, parts = [], [], [], []
+        keys, block_ids, stops, parts = [], [], [], []
         slots = self.index.slots_of(as_keys([state.stop or NO_KEY for state, _, _ in offers])).tolist()
         for (state, first, end), stop in zip(offers, slots, strict=True):
             if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
                 state.stop = None
-                state.is_cut = NO_SLOT in self.index.slots_of(as_keys(names_of(state.request, 0, first)))
+                state.is_cut = NO_SLOT in self.index.slots_of(keys_of(state.request, 0, first))
             if not state.is_cut:
-                parts.append((state, slice(len(hashes), len(hashes) + end - first)))
-                hashes += names_of(state.request, first, end)
+                parts.append((state, slice(len(stops), len(stops) + end - first)))
+                keys.append(keys_of(state.request, first, end))
                 block_ids += state.block_ids[first:end]
                 stops += [stop] * (end - first)
-        slots, statuses = self.index.reserve(as_keys(hashes), self.shape.block_bytes, stops=stops)
+        if not parts:
+            return None
+        keys = np.concatenate(keys)
+        slots, statuses, *victims = self.index.reserve(
+            keys, self.shape.block_bytes, stops=stops, victims=self.events is not None
+        )
+        for blocks in victims:
+            self.events.remove(blocks.slots, blocks.keys)
         for state, part in parts:
             state.is_cut = bool((statuses[part] == ReserveStatus.FULL).any())
             if state.stop is None:  # the tail of what was there was used first; what is new will be used later
                 kept = np.flatnonzero(statuses[part] == ReserveStatus.PRESENT)
                 kept = kept if kept.size else np.flatnonzero(statuses[part] != ReserveStatus.FULL)
-                state.stop = hashes[part.start + kept[-1]] if kept.size else None
+                state.stop = keys[part.start + kept[-1]].tobytes() if kept.size else None
+            if self.events is not None:
+                self.events.reserved(state.request, slots[part][statuses[part] == ReserveStatus.NEW])
         new = np.flatnonzero(statuses == ReserveStatus.NEW)
         if not new.size:
             return None
-        hashes, slots = [hashes[at] for at in new], slots[new]
-        self.writing.update(hashes)
-        self.evicted(slots)
-        return self.start(slots, np.asarray(block_ids, dtype=np.int64)[new], hashes, None)
+        keys = keys[new]
+        self.writing.update(as_bytes(keys))
+        return self.start(SAVE, slots[new], np.asarray(block_ids, dtype=np.int64)[new], keys)
 
-    def start(self, slots, block_ids, hashes, request_id):
+    def start(self, kind, slots, block_ids, keys, request_id=None):
         self.last_number += 1
         block_ids = np.asarray(block_ids, dtype=np.int64)
         self.last_transfer[block_ids] = self.last_number
-        self.in_flight[self.last_number] = InFlight(slots, hashes, request_id)
-        return Transfer(self.last_number, slots, block_ids)
+        transfer = Transfer(kind, self.last_number, slots, block_ids, request_id)
+        self.in_flight[self.last_number] = InFlight(transfer, keys)
+        return transfer
 
     def fence(self, block_ids):
         """This step may write these device blocks: transfers in flight on them come first."""
@@ -339,55 +350,58 @@ class SchedulerHalf:
     # ---- a transfer's way out ----------------------------------------------------------------------------------------
 
     def reported(self, report):
-        """Finish the transfers that every rank has reported; a copy that failed in one rank has failed."""
-        for numbers, failed in ((report.failed, True), (report.done, False)):
-            for number, ranks in numbers.items():
-                if number < 0:
-                    self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
-                    if self.chunk_ranks[number] == self.shape.num_ranks:
-                        self.index.add_slots(*self.shape.chunk(-number))
-                    continue
-                transfer = self.in_flight[number]
-                transfer.ranks += ranks
-                if failed and not transfer.failed:
-                    transfer.failed = True
-                    self.failed(transfer)
-                if transfer.ranks == self.shape.num_ranks:
-                    del self.in_flight[number]
-                    self.finish(transfer)
+        """Finish the transfers that every rank has reported; a block that went wrong in one rank has gone wrong."""
+        for (kind, number), bad in report.bad.items():
+            moving = self.in_flight[number]
+            moving.bad |= bad
+            if kind == LOAD:
+                self.failed(moving, bad)
+        for (kind, number), ranks in report.ended.items():
+            if kind == CHUNK:
+                self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
+                if self.chunk_ranks[number] == self.shape.num_ranks:
+                    self.index.add_slots(*self.shape.slots.chunk(number))
+                continue
+            moving = self.in_flight[number]
+            moving.ranks += ranks
+            if moving.ranks == self.shape.num_ranks:
+                del self.in_flight[number]
+                self.finish(moving)
 
-    def failed(self, transfer):
-        """One rank could not do it. What it was to load is forgotten: vLLM asks again at once, and must not find it."""
-        if transfer.request_id is None:
-            return
-        self.index.discard(as_keys(transfer.hashes))
-        self.evicted(transfer.slots)
+    def failed(self, moving, bad):
+        """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
+        self.discard(moving.keys[is_in(moving.transfer.slots, bad)])
 
     def distrust_saves(self):
         """A load failed, ours or another connector's: what steps computed from garbage is being saved.
 
         Which of the saves, vLLM does not tell. To be called before `reported`, which may end them.
         """
-        for transfer in self.in_flight.values():
-            if transfer.request_id is None:
-                self.index.discard(as_keys(transfer.hashes))
+        for moving in self.in_flight.values():
+            if moving.transfer.kind == SAVE:
+                self.discard(moving.keys)
 
-    def finish(self, transfer):
-        if transfer.request_id is not None:
-            self.index.release(transfer.slots)
-            if transfer.request_id in self.requests and self.load_async:
-                self.landed.add(transfer.request_id)
+    def discard(self, keys):
+        """Forget these blocks."""
+        if self.events is not None:
+            there = keys[self.index.lookup(keys)[0]]
+            self.events.remove(self.index.slots_of(there), there)
+        self.index.discard(keys)
+
+    def finish(self, moving):
+        """Every rank has reported it."""
+        kind, _, slots, _, request_id = moving.transfer
+        if kind == LOAD:
+            self.index.release(slots)
+            if request_id in self.requests and self.load_async:
+                self.landed.add(request_id)
             return
-        self.writing.difference_update(transfer.hashes)
-        if transfer.failed:
-            self.index.abort(transfer.slots)
-            return
-        ready = self.index.commit(transfer.slots) == CommitStatus.READY
-        if self.tenants is not None:
-            for slot, name, is_ready in zip(transfer.slots.tolist(), transfer.hashes, ready.tolist(), strict=True):
-                if is_ready:
-                    self.tenants[slot] = name
-                    self.stored.append(name)
+        self.writing.difference_update(as_bytes(moving.keys))
+        bad = is_in(slots, moving.bad)
+        self.index.abort(slots[bad])
+        ready = self.index.commit(slots[~bad]) == CommitStatus.READY
+        if self.events is not None:
+            self.events.store(slots[~bad][ready], moving.keys[~bad][ready])
 
     def finished(self, request):
         """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
@@ -399,33 +413,71 @@ class SchedulerHalf:
         if state is not None:
             self.hold(state, ())
         if state is not None and state.num_offered:
-            self.index.touch(as_keys(names_of(request, 0, state.num_offered)))
+            self.index.touch(keys_of(request, 0, state.num_offered))
 
     def reset(self):
         """Forget every block, saves in flight included, and what running requests computed before."""
+        if self.events is not None:
+            self.tell_all_removed()
         self.index.clear()
         self.matches.clear()
         self.writing.clear()
         for state in self.requests.values():
             state.outdated = True
-        if self.tenants is not None:
-            self.evicted(np.arange(self.shape.num_slots))
 
-    # ---- events ------------------------------------------------------------------------------------------------------
+    def tell_all_removed(self):
+        """Every block that is there is about to be forgotten: those that nothing pins, and those that loads do."""
+        self.index.offer_again()
+        blocks = self.index.coldest(self.shape.slots.num_slots)
+        self.index.release(blocks.slots)
+        self.events.remove(blocks.slots, blocks.keys)
+        loads = [moving.keys for moving in self.in_flight.values() if moving.transfer.kind == LOAD]
+        if loads:
+            self.discard(np.unique(np.concatenate(loads), axis=0))
 
-    def evicted(self, slots):
-        """These slots lose their tenants, if they have any."""
-        if self.tenants is not None:
-            for slot in slots.tolist():
-                if self.tenants[slot] is not None:
-                    self.removed.append(self.tenants[slot])
-                    self.tenants[slot] = None
 
-    def take_events(self):
-        """vLLM's hashes of the blocks stored, and of those removed, since the last call."""
-        events = [[hash_of(name) for name in names] for names in (self.stored, self.removed)]
+class BlockEvents:
+    """What vLLM is told of blocks in host memory, under its own hashes.
+
+    Parameters
+    ----------
+    num_slots : int
+    """
+
+    def __init__(self, num_slots):
+        self.hash_bytes = KEY_BYTES
+        # A key alone does not tell by which digest it was made. There is one for each adapter.
+        self.numbers = {NO_DIGEST: 0}
+        self.number_of = np.zeros(num_slots, dtype=np.uint32)  # of the digest, by slot
+        self.stored, self.removed = [], []
+
+    def reserved(self, request, slots):
+        """These slots are for blocks of this request."""
+        self.hash_bytes = len(request.block_hashes[0])
+        digest = digest_of_adapter(request.lora_request)
+        self.number_of[slots] = self.numbers.setdefault(digest, len(self.numbers))
+
+    def store(self, slots, keys):
+        self.stored += self.hashes_of(slots, keys)
+
+    def remove(self, slots, keys):
+        self.removed += self.hashes_of(slots, keys)
+
+    def hashes_of(self, slots, keys):
+        digests = np.frombuffer(b"".join(self.numbers), dtype=np.uint8).reshape(-1, KEY_BYTES)
+        hashes = as_bytes(ram_keys(keys, digests[self.number_of[slots]]))
+        return [name[: self.hash_bytes] for name in hashes]
+
+    def take(self):
+        """The hashes of the blocks stored, and of those removed, since the last call."""
+        events = self.stored, self.removed
         self.stored, self.removed = [], []
         return events
+
+
+def is_in(slots, some):
+    """Per slot whether it is one of the set `some`."""
+    return np.isin(slots, list(some)) if some else np.zeros(len(slots), dtype=bool)
 
 
 def is_session(request):
@@ -433,31 +485,32 @@ def is_session(request):
     return getattr(request, "resumable", False)
 
 
-def names_of(request, first, end):
-    """Names of the request's blocks `first` to `end`: vLLM's hashes, with what they do not say of a LoRA.
+def keys_of(request, first, end):
+    """Keys of the request's blocks `first` to `end`, as far as it has hashes."""
+    return as_keys(request.block_hashes[first:end], digest_of_adapter(request.lora_request))
+
+
+def digest_of_adapter(lora):
+    """What vLLM's hashes do not say of a LoRA.
 
     vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is loaded anew under
     its name has another id.
     """
-    hashes, lora = request.block_hashes[first:end], request.lora_request
-    if lora is None:
-        return hashes
-    adapter = hashlib.sha256(f"{lora.lora_int_id} {lora.lora_path}".encode()).digest()[:ADAPTER_BYTES]
-    return [name + adapter for name in hashes]
+    return NO_DIGEST if lora is None else digest_of_name(f"{lora.lora_int_id} {lora.lora_path}")
 
 
-def hash_of(name):
-    """vLLM's hash in a name."""
-    return name[: len(name) - len(name) % 16]
+@functools.lru_cache(1024)
+def digest_of_name(name):
+    return digest_of(tag=hashlib.sha256(name.encode()).digest())
 
 
-def as_keys(names):
+def as_keys(hashes, digest=NO_DIGEST):
     """An (n, 32) array of keys; vLLM's hashes have 32 bytes, or 16 with xxhash."""
-    content = b"".join(names)
-    if len(content) != KEY_BYTES * len(names) or (names and len(names[0]) != KEY_BYTES):
-        content = b"".join(map(as_key, names))
-    return np.frombuffer(content, dtype=np.uint8).reshape(-1, KEY_BYTES)
+    if hashes and len(hashes[0]) < KEY_BYTES:
+        hashes = [name.ljust(KEY_BYTES, b"\0") for name in hashes]
+    return ram_keys(np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, KEY_BYTES), digest)
 
 
-def as_key(name):
-    return hashlib.sha256(name).digest() if len(name) > KEY_BYTES else name.ljust(KEY_BYTES, b"\0")
+def as_bytes(keys):
+    """A list of the rows of an (n, 32) array."""
+    return keys.view(f"V{KEY_BYTES}")[:, 0].tolist()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 
 from kvortex import Device, DriverError, Event, KVLayout, PinnedPool, Stream, TransferQueue
-from kvortex.integrations.vllm.messages import Load, Transfer, WorkerReport
+from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, Transfer, WorkerReport
 from kvortex.log import Guarded
 from kvortex.transfer import gather_pays, probe_layout
 
@@ -69,12 +69,15 @@ class Running:
     """A transfer that was asked for and is not over."""
 
     transfer: Transfer
-    load: Load | None = None  # None: a save
     submission: Future = field(default_factory=Future)  # of its job; None, or cancelled: it was given up
     is_unwanted: bool = False  # somebody else writes what it would load
     began: float = field(default_factory=time.perf_counter)
     is_captured: bool = False  # by `verify`, or there was no room for it
     check: object = None
+
+    @property
+    def is_load(self):
+        return self.transfer.kind == LOAD
 
     def job(self):
         """Its job, None if nothing is copied; waits until that is known."""
@@ -130,9 +133,10 @@ class WorkerHalf:
         self.device = Device.open(f"cuda:{tensor.device.index or 0}" if on_gpu else "host")
         self.compute = CudaCompute(self.device, tensor.device) if on_gpu else HostCompute()
         self.pool = PinnedPool(
-            self.shape.num_slots * self.shape.slot_bytes,
+            self.shape.slots.pool_bytes,
             self.shape.block_bytes,
             self.device,
+            header_bytes=engine.header_bytes,
             first_chunk_bytes=engine.pool_first_chunk_bytes,
             chunk_bytes=engine.pool_chunk_bytes,
             huge_pages=engine.pool_huge_pages,
@@ -166,19 +170,19 @@ class WorkerHalf:
         """Before the forward: it may overwrite blocks that are being copied."""
         for number in step.fences:
             running = self.running.get(number)
-            if running is None or (running.load and running.give_up()):  # aborted: vLLM 0.15 gives its blocks away
+            if running is None or (running.is_load and running.give_up()):  # aborted: vLLM 0.15 gives its blocks away
                 continue
             self.order(running)  # the wait after a save
             self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
         for number in step.waits:
             if number in self.running:
                 self.finish(self.running[number])  # the wait before another connector writes
-        if step.loads:
+        if step.of(LOAD):
             self.compute.mark()
 
     def start_loads(self, step):
-        for load in step.loads:
-            running = self.begin_transfer(load.transfer, load)
+        for load in step.of(LOAD):
+            running = self.begin_transfer(load)
             self.wanted.put(running)
             if not self.options.load_async:
                 self.order(running)  # the wait after a load
@@ -190,31 +194,30 @@ class WorkerHalf:
 
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
-        if step.save is None:
-            return
-        running = self.begin_transfer(step.save)
-        try:
-            job = self.submit(self.saver, step.save, self.compute.stream)  # the wait before a save
-        except DriverError as error:
-            self.fail(running, error)
-            return
-        if job is None:
-            self.count(saves_dropped=len(step.save.slots))
-            self.end(running, self.report.failed)
-            return
-        running.submission.set_result(job)
-        self.capture(running)
+        for save in step.of(SAVE):
+            running = self.begin_transfer(save)
+            try:
+                job = self.submit(self.saver, save, self.compute.stream)  # the wait before a save
+            except DriverError as error:
+                self.fail(running, error)
+                continue
+            if job is None:
+                self.count(saves_dropped=len(save.slots))
+                self.end(running, bad=save.slots)
+                continue
+            running.submission.set_result(job)
+            self.capture(running)
 
-    def begin_transfer(self, transfer, load=None):
+    def begin_transfer(self, transfer):
         if not self.tensors_in_use:
             self.tensors_in_use = [tensor() for tensor in self.tensors]
-        running = self.running[transfer.number] = Running(transfer, load)
+        running = self.running[transfer.number] = Running(transfer)
         return running
 
     def collect(self, finished_request_ids):
         """Note which copies are over."""
         if not self.reports_aborted_loads and self.options.load_async:
-            loads = {running.load.request_id for running in self.running.values() if running.load}
+            loads = {running.transfer.request_id for running in self.running.values() if running.is_load}
             self.aborted |= loads & set(finished_request_ids)
         self.retire()
 
@@ -277,11 +280,11 @@ class WorkerHalf:
             except DriverError as error:
                 self.fail(running, error)
                 continue
-            what = "save" if running.load is None else "load"
+            what = running.transfer.kind
             amounts = {"blocks": num_blocks, "bytes": num_blocks * self.layout.block_bytes}
             amounts["seconds"] = time.perf_counter() - running.began
             self.count(**{f"{what}_{unit}": amount for unit, amount in amounts.items()})
-            self.end(running, self.report.done)
+            self.end(running)
 
     def fail(self, running, error):
         """A transfer did not happen: blocks loaded are vLLM's to compute, blocks saved are not kept."""
@@ -291,23 +294,24 @@ class WorkerHalf:
         self.count(transfers_failed=1)
         if running.check is not None:
             self.verifier.release(running.check)
-        if running.load is not None and running.load.request_id not in self.aborted:  # else they are another's by now
-            self.load_errors.update(running.load.transfer.block_ids.tolist())
-        self.end(running, self.report.failed)
+        kind, _, slots, block_ids, request_id = running.transfer
+        if kind == LOAD and request_id not in self.aborted:  # else they are another's by now
+            self.load_errors.update(block_ids.tolist())
+        self.end(running, bad=slots)
 
-    def end(self, running, where):
-        """Report a transfer as done or failed, and its request as loaded."""
-        number = running.transfer.number
+    def end(self, running, bad=()):
+        """Report a transfer, with the slots whose blocks did not move, and its request as loaded."""
+        kind, number, _, _, request_id = running.transfer
         del self.running[number]
         if not self.running:
             self.tensors_in_use = ()
-        where[number] = 1
-        if running.load is None or not self.options.load_async:
+        self.report.add(kind, number, bad)
+        if kind != LOAD or not self.options.load_async:
             return
-        if running.load.request_id in self.aborted:
-            self.aborted.remove(running.load.request_id)
+        if request_id in self.aborted:
+            self.aborted.remove(request_id)
         else:
-            self.received.add(running.load.request_id)
+            self.received.add(request_id)
 
     def capture(self, running):
         """For `verify`: what the device holds of these blocks at this point of vLLM's stream."""
@@ -319,7 +323,7 @@ class WorkerHalf:
         """Whether a finished copy has been compared with what the device held, or need not be."""
         if self.verifier is None:
             return True
-        if running.load is not None and self.options.load_async:
+        if running.is_load and self.options.load_async:
             self.capture(running)  # it has ended: from here on a forward may read it
         verdict = self.verifier.verdict(running.check)
         if verdict is not None:
@@ -349,12 +353,12 @@ class WorkerHalf:
                 "what may be in the way", self.pool.slots_usable, self.pool.num_slots,
             )  # fmt: skip
         while self.pool is not None:
-            first, count = self.shape.chunk(self.next_chunk)
+            first, count = self.shape.slots.chunk(self.next_chunk)
             if not count or self.pool.slots_ready < first + count:
                 break
-            self.report.done[-self.next_chunk] = 1
+            self.report.add(CHUNK, self.next_chunk)
             self.next_chunk += 1
-        if not (self.report.done or self.report.failed):
+        if not self.report.ended:
             return None
         report, self.report = self.report, WorkerReport()
         return report

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
 from kvortex.integrations.vllm import KVortexConnector
-from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
+from kvortex.integrations.vllm.messages import SAVE, StepMetadata, WorkerReport
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 
 OURS = {
@@ -114,8 +114,10 @@ def pytest_configure(config):
 
     def build_and_fail(self, output):
         step = build(self, output)
-        if step.save is not None:
-            self.reported(WorkerReport(failed={step.save.number: 1}))
+        for save in step.of(SAVE):
+            report = WorkerReport()
+            report.add(SAVE, save.number, bad=save.slots)
+            self.reported(report)
         return step
 
     SchedulerHalf.build = build_and_fail
