@@ -114,13 +114,9 @@ cdef class Stream:
         DriverError, EngineClosed
             Whether it is complete is not known.
         """
-        cdef int code = KV_CUDA_NOT_READY
-        while code == KV_CUDA_NOT_READY:
+        self.require_open()
+        while not wait_a_while(self.device, self.stream, NULL):
             self.require_open()  # a signal handler may have closed it
-            with nogil:
-                code = ask(self.device, self.stream, NULL, True)
-            PyErr_CheckSignals()
-        check(self.device, code, b"cuStreamSynchronize")
 
     def query(self):
         """Tell whether everything submitted so far is complete. Does not block."""
@@ -283,13 +279,9 @@ cdef class Event:
         DriverError, EngineClosed
             Whether it is complete is not known.
         """
-        cdef int code = KV_CUDA_NOT_READY
-        while code == KV_CUDA_NOT_READY:
+        self.require_open()
+        while not wait_a_while(self.device, NULL, self.event):
             self.require_open()  # a signal handler may have closed it
-            with nogil:
-                code = ask(self.device, NULL, self.event, True)
-            PyErr_CheckSignals()
-        check(self.device, code, b"cuEventSynchronize")
 
     def close(self):
         """Destroy the event. Idempotent, does not block; waits that were submitted for it still hold."""
@@ -326,37 +318,48 @@ cdef class Event:
         return self.device.require_open()
 
 
+cdef bint wait_a_while(Device device, void *stream, void *event) except -1:
+    cdef int code
+    with nogil:
+        code = ask(device, stream, event, True)
+    PyErr_CheckSignals()
+    if code == KV_CUDA_NOT_READY:
+        return False
+    check(device, code, b"cuStreamQuery")
+    return True
+
+
 cdef int ask(Device device, void *stream, void *event, bint waiting) noexcept nogil:
-    cdef uint64_t now = kv_now_ns()
-    cdef uint64_t spin_until = now + SPIN_NS, wait_until = now + SIGNALS_NS
+    cdef uint64_t now, spin_until, wait_until
     cdef int mode = 0, code = device.enter(&mode)
     if code:
         return code
-    code = is_over(device, stream, event)
-    while waiting and code == KV_CUDA_NOT_READY and now < wait_until:
-        if now < spin_until:
-            sched_yield()
-        else:
-            kv_nap_ns(NAP_NS)
+    code = query(device.drv, stream, event)
+    if waiting and code == KV_CUDA_NOT_READY:  # the clock is not asked for what is over already
         now = kv_now_ns()
-        code = is_over(device, stream, event)
+        spin_until, wait_until = now + SPIN_NS, now + SIGNALS_NS
+        while code == KV_CUDA_NOT_READY and now < wait_until:
+            if now < spin_until:
+                sched_yield()
+            else:
+                kv_nap_ns(NAP_NS)
+            now = kv_now_ns()
+            code = query(device.drv, stream, event)
+    if waiting and code == 0:  # only at a wait of its own does the driver give back what its memory pools may not keep
+        if event is not NULL:
+            code = kv_result_at(device.drv.event_synchronize(event), KV_ROW_event_synchronize)
+        else:
+            code = kv_result_at(device.drv.stream_synchronize(stream), KV_ROW_stream_synchronize)
     device.leave(mode)
     return code
 
 
-cdef int is_over(Device device, void *stream, void *event) noexcept nogil:
-    """Whether it is, and if so, the driver's own wait, at which its memory pools give back. A CUresult."""
-    cdef const kv_driver *drv = device.drv
-    cdef int code
-    if event is not NULL:
-        code = drv.event_query(event)
-        if code == 0:
-            return kv_result_at(drv.event_synchronize(event), KV_ROW_event_synchronize)
-        return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_event_query)
-    code = drv.stream_query(stream)
-    if code == 0:
-        return kv_result_at(drv.stream_synchronize(stream), KV_ROW_stream_synchronize)
-    return code if code == KV_CUDA_NOT_READY else kv_result_at(code, KV_ROW_stream_query)
+cdef int query(const kv_driver *drv, void *stream, void *event) noexcept nogil:
+    """A CUresult, with its row if it is an error."""
+    cdef int code = drv.event_query(event) if event is not NULL else drv.stream_query(stream)
+    if code == KV_CUDA_NOT_READY:
+        return code
+    return kv_result_at(code, KV_ROW_event_query if event is not NULL else KV_ROW_stream_query)
 
 
 cdef int order_streams(Device device, void *later, void *earlier) except -1:
