@@ -247,7 +247,7 @@ cdef class DeviceBuffer(Lender):
                 pass
         return 0
 
-    # ---- in others' hands -------------------------------------------------------------------------------------------
+    # ---- sharing ----------------------------------------------------------------------------------------------------
 
     cdef int lend(self, BorrowedMemory borrowed) except -1:
         self.require_open()
