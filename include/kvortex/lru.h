@@ -72,6 +72,8 @@ static inline void kv_lru_use(kv_lru *lru, uint32_t slot)
 /* A slot on one of the lists becomes the next colder one of `hotter`, which may be the sentinel `recent`. */
 static inline void kv_lru_use_behind(kv_lru *lru, uint32_t hotter, uint32_t slot)
 {
+    if (kv_list_before(lru->entries, slot) == hotter) /* as when a prefix is saved again */
+        return;
     kv_list_unlink(lru->entries, slot);
     kv_list_link_after(lru->entries, hotter, slot);
 }

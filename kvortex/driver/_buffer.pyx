@@ -3,13 +3,11 @@
 import operator
 
 from cpython.buffer cimport PyBuffer_FillInfo
-from cpython.exc cimport PyErr_CheckSignals
 from cython cimport auto_pickle, no_gc_clear
 from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
 from kvortex._c cimport (
-    KV_CUDA_NOT_READY,
     KV_DLPACK_CPU,
     KV_DLPACK_CUDA,
     kv_call,
@@ -22,7 +20,7 @@ from kvortex._c cimport (
 )
 from kvortex.driver._device cimport Device, check
 from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer
-from kvortex.driver._stream cimport Stream, ask, order_streams
+from kvortex.driver._stream cimport Stream, order_streams, wait_a_while
 
 from kvortex.driver._memory import require_shareable
 from kvortex.errors import ConfigError, DriverError, EngineClosed
@@ -173,7 +171,7 @@ cdef class DeviceBuffer(Lender):
         if not blocking and self.lent is not None and self.stream.query():
             self.lent = None
         wait_for_producer(self.device, handle, memory)
-        if blocking:
+        if blocking and not self.stream.query():
             self.stream.synchronize()  # here Ctrl-C is heard; a driver call waits as well, if memory is pageable
         lent = self.lent
         held = (lent, memory)
@@ -245,19 +243,15 @@ cdef class DeviceBuffer(Lender):
 
     cdef int follow(self, void *handle) except -1:
         """Let the private stream wait for the work that was just put on another one."""
-        cdef int code = KV_CUDA_NOT_READY
         self.worked_elsewhere = self.followed = True
         try:
             order_streams(self.device, self.stream.stream, handle)
         except DriverError:  # the work is there all the same: what cannot be followed is over instead
-            while code == KV_CUDA_NOT_READY:
-                with nogil:
-                    code = ask(self.device, handle, NULL, True)
-                PyErr_CheckSignals()
-            check(self.device, code)
+            while not wait_a_while(self.device, handle, NULL):
+                pass
         return 0
 
-    # ---- in others' hands -------------------------------------------------------------------------------------------
+    # ---- sharing ----------------------------------------------------------------------------------------------------
 
     cdef int lend(self, BorrowedMemory borrowed) except -1:
         self.require_open()

@@ -1,4 +1,4 @@
-"""BorrowedMemory, Lender: memory of others, and ours in others' hands. The map; the code is in _memory.pyx."""
+"""BorrowedMemory, Lender: memory of others, and our own shared with them. The map; the code is in _memory.pyx."""
 
 from libc.stdint cimport uint64_t
 

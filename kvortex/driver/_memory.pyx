@@ -377,7 +377,7 @@ def dense_strides(shape, itemsize):
     return tuple(reversed(strides))
 
 
-# ---- ours, in others' hands -----------------------------------------------------------------------------------------
+# ---- sharing our own ------------------------------------------------------------------------------------------------
 
 @auto_pickle(False)  # what it lends is not copied by Python
 cdef class Lender:

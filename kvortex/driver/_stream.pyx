@@ -118,13 +118,9 @@ cdef class Stream:
         DriverError, EngineClosed
             Whether it is complete is not known.
         """
-        cdef int code = KV_CUDA_NOT_READY
-        while code == KV_CUDA_NOT_READY:
+        self.require_open()
+        while not wait_a_while(self.device, self.stream, NULL):
             self.require_open()  # a signal handler may have closed it
-            with nogil:
-                code = ask(self.device, self.stream, NULL, True)
-            PyErr_CheckSignals()
-        check(self.device, code)
 
     def query(self):
         """Tell whether everything submitted so far is complete. Does not block."""
@@ -287,13 +283,9 @@ cdef class Event:
         DriverError, EngineClosed
             Whether it is complete is not known.
         """
-        cdef int code = KV_CUDA_NOT_READY
-        while code == KV_CUDA_NOT_READY:
+        self.require_open()
+        while not wait_a_while(self.device, NULL, self.event):
             self.require_open()  # a signal handler may have closed it
-            with nogil:
-                code = ask(self.device, NULL, self.event, True)
-            PyErr_CheckSignals()
-        check(self.device, code)
 
     def close(self):
         """Destroy the event. Idempotent, does not block; waits that were submitted for it still hold."""
@@ -330,37 +322,48 @@ cdef class Event:
         return self.device.require_open()
 
 
+cdef bint wait_a_while(Device device, void *stream, void *event) except -1:
+    cdef int code
+    with nogil:
+        code = ask(device, stream, event, True)
+    PyErr_CheckSignals()
+    if code == KV_CUDA_NOT_READY:
+        return False
+    check(device, code)
+    return True
+
+
 cdef int ask(Device device, void *stream, void *event, bint waiting) noexcept nogil:
-    cdef uint64_t now = kv_now_ns()
-    cdef uint64_t spin_until = now + SPIN_NS, wait_until = now + SIGNALS_NS
+    cdef uint64_t now, spin_until, wait_until
     cdef int mode = 0, code = device.enter(&mode)
     if code:
         return code
-    code = is_over(device, stream, event)
-    while waiting and code == KV_CUDA_NOT_READY and now < wait_until:
-        if now < spin_until:
-            sched_yield()
-        else:
-            kv_nap_ns(NAP_NS)
+    code = query(device.drv, stream, event)
+    if waiting and code == KV_CUDA_NOT_READY:  # the clock is not asked for what is over already
         now = kv_now_ns()
-        code = is_over(device, stream, event)
+        spin_until, wait_until = now + SPIN_NS, now + SIGNALS_NS
+        while code == KV_CUDA_NOT_READY and now < wait_until:
+            if now < spin_until:
+                sched_yield()
+            else:
+                kv_nap_ns(NAP_NS)
+            now = kv_now_ns()
+            code = query(device.drv, stream, event)
+    if waiting and code == 0:  # only at a wait of its own does the driver give back what its memory pools may not keep
+        if event is not NULL:
+            code = kv_call(device.drv, event_synchronize, event)
+        else:
+            code = kv_call(device.drv, stream_synchronize, stream)
     device.leave(mode)
     return code
 
 
-cdef int is_over(Device device, void *stream, void *event) noexcept nogil:
-    """Whether it is, and if so, the driver's own wait, at which its memory pools give back. A CUresult."""
-    cdef const kv_driver *drv = device.drv
-    cdef int code
-    if event is not NULL:
-        code = kv_call(drv, event_query, event)
-        if code == 0:
-            return kv_call(drv, event_synchronize, event)
-        return KV_CUDA_NOT_READY if code == kv_answer(KV_CUDA_NOT_READY, event_query) else code
-    code = kv_call(drv, stream_query, stream)
-    if code == 0:
-        return kv_call(drv, stream_synchronize, stream)
-    return KV_CUDA_NOT_READY if code == kv_answer(KV_CUDA_NOT_READY, stream_query) else code
+cdef int query(const kv_driver *drv, void *stream, void *event) noexcept nogil:
+    """A CUresult, with its row unless it is NOT_READY."""
+    cdef int code = drv.event_query(event) if event is not NULL else drv.stream_query(stream)
+    if code == KV_CUDA_NOT_READY:
+        return code
+    return kv_answer(code, event_query) if event is not NULL else kv_answer(code, stream_query)
 
 
 cdef int order_streams(Device device, void *later, void *earlier) except -1:

@@ -46,7 +46,7 @@ cdef class BlockIndex:
     # in the wrong state aborts the process: going on would serve wrong bytes.
     # -> how many are NEW. `chained`: the keys continue `after`, num_after * 32 bytes that may be none. `stops` (may be
     # NULL) has the slot at which eviction for each key ends. The first `num_admitted` of them are a tier's to have.
-    # `victims` (may be NULL) is told what was evicted, n blocks at the most.
+    # What was evicted is written to `victims` (may be NULL), n blocks at the most.
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=*, const uint8_t *after=*,
                              size_t num_after=*, const uint32_t *stops=*, size_t num_admitted=*,
@@ -58,11 +58,9 @@ cdef class BlockIndex:
     cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, bint gaps=*) noexcept nogil
     cdef void release_slots(self, const uint32_t *slots, size_t n) noexcept nogil
-    # The cleaner's: the coldest n that it has not passed, pinned; -> how many. Then what came of each, in that order.
+    # The cleaner's: the coldest n that it has not passed, pinned; -> how many.
     cdef size_t take_coldest(self, size_t n, BlockArrays *blocks) noexcept nogil
-    cdef void release_offered(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
-                              size_t n) noexcept nogil
-    cdef void take_border_back(self) noexcept nogil
+    cdef void take_border_back(self) noexcept nogil                             # nothing counts as passed any more
     cdef size_t lookup_keys(self, const uint8_t *keys, size_t n, uint8_t *mask) noexcept nogil  # -> leading run
     # Tail-first; -> how many are READY; mask (may be NULL) tells which.
     cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=*) noexcept nogil

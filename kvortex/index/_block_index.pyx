@@ -100,7 +100,7 @@ cdef class BlockIndex:
     as any one-dimensional array-like of integers. Bad arguments raise before anything is changed.
     """
 
-    # --- Life ---------------------------------------------------------------------------------------------------
+    # ---- life -------------------------------------------------------------------------------------------------------
 
     def __cinit__(self, object num_slots):
         cdef object limit = 0xFFFFFFFF - 3
@@ -160,7 +160,7 @@ cdef class BlockIndex:
         if taken != _c.KV_NO_SLOT:
             raise ValueError(f"slot {taken} was added before; each slot is added once")
 
-    # --- Writing ------------------------------------------------------------------------------------------------
+    # ---- writing ----------------------------------------------------------------------------------------------------
 
     def reserve(self, keys, lengths, *, after=None, stops=None, admit=0, bint victims=False):
         """Ask for a slot for each key that is not there yet.
@@ -313,7 +313,7 @@ cdef class BlockIndex:
         if bad != n:
             raise bad_slot("abort", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
 
-    # --- Reading ------------------------------------------------------------------------------------------------
+    # ---- reading ----------------------------------------------------------------------------------------------------
 
     def lookup(self, keys, bint touch=False):
         """Tell which keys are READY. No side effects, no lock, no waiting.
@@ -496,7 +496,7 @@ cdef class BlockIndex:
             self.find_keys(&key_view[0, 0], n, slot_ptr)
         return slots
 
-    # --- Forgetting ---------------------------------------------------------------------------------------------
+    # ---- forgetting -------------------------------------------------------------------------------------------------
 
     def evict(self, n):
         """Drop the `n` least recently used blocks, or as many as are not pinned.
@@ -545,7 +545,7 @@ cdef class BlockIndex:
         with nogil:
             self.clear_all()
 
-    # --- Numbers ------------------------------------------------------------------------------------------------
+    # ---- numbers ----------------------------------------------------------------------------------------------------
 
     def counters(self):
         """Return all counters, taken at one moment.
@@ -641,7 +641,7 @@ cdef class BlockIndex:
             _c.pthread_mutex_unlock(&self.mutex)
         return <double>total / max(keys, 1), longest
 
-    # --- The verbs, for callers without the GIL -----------------------------------------------------------------
+    # ---- the verbs, for callers without the GIL ---------------------------------------------------------------------
 
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=False, const uint8_t *after=NULL,
@@ -773,12 +773,6 @@ cdef class BlockIndex:
         _c.pthread_mutex_unlock(&self.mutex)
         return count
 
-    cdef void release_offered(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
-                              size_t n) noexcept nogil:
-        _c.pthread_mutex_lock(&self.mutex)
-        self.release_offered_locked(slots, passed, clean, n)
-        _c.pthread_mutex_unlock(&self.mutex)
-
     cdef void take_border_back(self) noexcept nogil:
         _c.pthread_mutex_lock(&self.mutex)
         _c.kv_lru_offer_again(&self.lru)
@@ -864,7 +858,7 @@ cdef class BlockIndex:
         target[0] = self.count
         _c.pthread_mutex_unlock(&self.mutex)
 
-    # --- Steps, with the mutex held ------------------------------------------------------------------------------
+    # ---- steps, with the mutex held ---------------------------------------------------------------------------------
 
     # Fills hashes for the chunk of keys that begins with the i-th, and prefetches what finding them reads.
     cdef void hash_chunk(self, const uint8_t *keys, size_t n, size_t i, uint64_t *hashes) noexcept nogil:

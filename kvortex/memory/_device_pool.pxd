@@ -17,8 +17,8 @@ cdef class DevicePool:
     cdef size_t arenas, arenas_high   # mapped into arenas, which the driver's pool knows nothing of
     cdef Py_ssize_t num_out           # buffers, arenas and calls that still need the pool
     # Streams and events of buffers that are freed, as (Stream, Event, what their last copies still use); the next ones
-    # get them when the stream is idle. No list, which the collector would empty while copies run.
-    cdef tuple resting
+    # get them once the stream is idle. No list, which the collector would empty while copies run.
+    cdef tuple idle_streams
     cdef object __weakref__
 
     cdef int require_open(self) except -1
@@ -33,18 +33,18 @@ cdef class DevicePool:
     cdef tuple idle_pair(self)
     cdef void end(self) noexcept
     cdef void sweep(self, bint waiting) noexcept
-    cdef void come_back(self) noexcept
+    cdef void end_use(self) noexcept
     # Close without a driver call: the context is dead.
     cdef void abandon(self) noexcept
 
 
 cdef class PooledBuffer(DeviceBuffer):
     cdef readonly DevicePool pool     # kept open for what is out of it
-    cdef Event born                   # recorded when the memory was there
-    cdef bint is_unborn               # that was not seen complete yet
+    cdef Event ready_event            # recorded when the memory was there
+    cdef bint is_pending              # the event was not seen complete yet
 
-    cdef int wait_for_birth(self, void *handle) except -1
-    cdef void rest(self) noexcept
+    cdef int wait_ready(self, void *handle) except -1
+    cdef void pass_stream_on(self) noexcept
 
 
 cdef class DeviceArena(DeviceBuffer):
@@ -53,7 +53,7 @@ cdef class DeviceArena(DeviceBuffer):
     cdef readonly size_t mapped_bytes  # the pool's limit counts these; a multiple of the unit
     cdef size_t unit
     cdef tuple mappings               # their sizes, in the order of their addresses; no list, as above
-    cdef bint is_over                 # unmapped, and the pool is still to hear of it
+    cdef bint is_unmapped             # and the pool has yet to count that
     cdef object growing               # lock: one thread at a time, as parts lie behind each other
 
     cdef int map_more(self, size_t nbytes) except -1

@@ -19,7 +19,7 @@ from kvortex.driver._stream cimport Event, Stream, ask, order_streams
 from kvortex.errors import ConfigError, DriverError, EngineClosed, PoolExhausted
 
 cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # in which CUDA takes memory for a pool; a smaller limit would stop the first
-cdef int MAX_LOOKS = 4                     # resting streams that one allocation asks whether they are idle
+cdef int MAX_LOOKS = 4                     # streams of freed buffers that one allocation asks whether they are idle
 
 
 class DevicePoolUsage(NamedTuple):
@@ -75,7 +75,7 @@ cdef class DevicePool:
 
     def __cinit__(self, *args, **kwargs):
         self.closed = True
-        self.resting = ()
+        self.idle_streams = ()
 
     def __init__(self, limit_bytes, device="auto", *, release_threshold_bytes=None):
         if self.device is not None:
@@ -145,29 +145,29 @@ cdef class DevicePool:
         """
         cdef PooledBuffer buffer = PooledBuffer.__new__(PooledBuffer)
         cdef Stream own
-        cdef Event born
+        cdef Event ready_event
         cdef kv_devptr start
         cdef int code, mode = 0
         cdef void *handle
         require_size("nbytes", nbytes, 1)
         self.require_open()
         handle = self.device.borrow_stream(stream)
-        own, born = self.idle_pair()
-        buffer.device, buffer.pool, buffer.stream, buffer.born = self.device, self, own, born
+        own, ready_event = self.idle_pair()
+        buffer.device, buffer.pool, buffer.stream, buffer.ready_event = self.device, self, own, ready_event
         buffer.start = self.take(nbytes, handle)
         buffer.nbytes = nbytes
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = _c.kv_call(self.device.drv, _c.event_record, born.event, handle)
+                code = _c.kv_call(self.device.drv, _c.event_record, ready_event.event, handle)
                 if code == 0:
-                    code = _c.kv_call(self.device.drv, _c.stream_wait_event, own.stream, born.event, 0)
+                    code = _c.kv_call(self.device.drv, _c.stream_wait_event, own.stream, ready_event.event, 0)
                 self.device.leave(mode)
         if code:  # no other stream can come after the allocation, so it is freed on its own
             start, buffer.start = buffer.start, 0
             self.give(start, nbytes, handle)
         check(self.device, code)
-        buffer.is_unborn = buffer.worked_elsewhere = True
+        buffer.is_pending = buffer.worked_elsewhere = True
         buffer.closed = False
         return buffer
 
@@ -255,7 +255,7 @@ cdef class DevicePool:
             if code == 0:
                 code = _c.kv_call(self.device.drv, _c.mem_pool_trim_to, self.pool, keep)
                 self.device.leave(mode)
-        self.come_back()
+        self.end_use()
         check(self.device, code)
 
     def close(self):
@@ -268,7 +268,7 @@ cdef class DevicePool:
         self.closed = True
         if self.pool is NULL or self.device.closed or getpid() != self.device.pid:
             return
-        for own, _, lent in self.resting:
+        for own, _, lent in self.idle_streams:
             if lent is not None:
                 with suppress(DriverError, EngineClosed):  # nobody knows: then `sweep` keeps it
                     (<Stream>own).synchronize()
@@ -289,7 +289,7 @@ cdef class DevicePool:
                 self.device.drv.mem_pool_set_attribute(self.pool, _c.KV_MEMPOOL_RELEASE_THRESHOLD, &threshold)
                 self.device.drv.mem_pool_trim_to(self.pool, 0)
                 self.device.leave(mode)
-        self.come_back()
+        self.end_use()
 
     cdef void abandon(self) noexcept:
         self.closed = True
@@ -299,8 +299,8 @@ cdef class DevicePool:
         """Let go of what freed buffers copied from or to, where that is over; with `waiting`, when it is."""
         cdef void *stream
         cdef int code
-        before, self.resting = self.resting, ()
-        for own, born, lent in before:
+        before, self.idle_streams = self.idle_streams, ()
+        for own, ready_event, lent in before:
             if lent is not None:
                 stream = (<Stream>own).stream
                 with nogil:
@@ -309,19 +309,19 @@ cdef class DevicePool:
                         code = ask(self.device, stream, NULL, waiting)
                 if code == 0:  # else it is in use, or nobody knows, so it is kept
                     lent = None
-            self.resting += ((own, born, lent),)
+            self.idle_streams += ((own, ready_event, lent),)
 
-    cdef void come_back(self) noexcept:
+    cdef void end_use(self) noexcept:
         cdef void *pool = self.pool
         cdef int mode = 0
         self.num_out -= 1
         if self.num_out or not self.closed or getpid() != self.device.pid:
             return
         self.pool = NULL
-        for own, born, _ in self.resting:
+        for own, ready_event, _ in self.idle_streams:
             (<Stream>own).close()
-            (<Event>born).close()
-        self.resting = ()
+            (<Event>ready_event).close()
+        self.idle_streams = ()
         if pool is not NULL and not self.device.closed:
             with nogil:
                 if self.device.enter(&mode) == 0:
@@ -376,7 +376,7 @@ cdef class DevicePool:
         if code:
             self.unclaim(nbytes)
             used = self.used
-            self.come_back()
+            self.end_use()
             if code == _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_alloc_from_pool_async):
                 refuse(self.device, code, nbytes, used, self.limit_bytes)
             check(self.device, code)
@@ -392,7 +392,7 @@ cdef class DevicePool:
                     self.device.leave(mode)
         if code == 0:  # what could not be freed stays used
             self.unclaim(nbytes)
-        self.come_back()
+        self.end_use()
 
     cdef size_t reserved(self, int attribute) except? 0xFFFFFFFF:
         """What the driver holds for the pool, without arenas."""
@@ -405,20 +405,20 @@ cdef class DevicePool:
             if code == 0:
                 code = _c.kv_call(self.device.drv, _c.mem_pool_get_attribute, self.pool, attribute, &value)
                 self.device.leave(mode)
-        self.come_back()
+        self.end_use()
         check(self.device, code)
         return value
 
     cdef tuple idle_pair(self):
         """A stream and an event for a new buffer: of one that was freed and whose work is over, or new ones."""
         cdef int _
-        for _ in range(min(MAX_LOOKS, len(self.resting))):
-            if not self.resting:  # taken by another thread meanwhile
+        for _ in range(min(MAX_LOOKS, len(self.idle_streams))):
+            if not self.idle_streams:  # taken by another thread meanwhile
                 break
-            first, self.resting = self.resting[0], self.resting[1:]
+            first, self.idle_streams = self.idle_streams[0], self.idle_streams[1:]
             if (<Stream>first[0]).query():
                 return first[:2]
-            self.resting += (first,)
+            self.idle_streams += (first,)
         return Stream.create(self.device), Event.create(self.device)
 
 
@@ -463,7 +463,7 @@ cdef class PooledBuffer(DeviceBuffer):
         self.require_open()
         handle = self.device.borrow_stream(stream)
         self.require_open()  # the stream's own code may have freed it
-        self.wait_for_birth(handle)
+        self.wait_ready(handle)
         if self.followed:
             order_streams(self.device, handle, self.stream.stream)
         if self.exports:
@@ -472,33 +472,33 @@ cdef class PooledBuffer(DeviceBuffer):
         elif not self.closed:  # by another thread, meanwhile
             self.closed = True
             start, self.start = self.start, 0
-            self.rest()
+            self.pass_stream_on()
             self.pool.give(start, self.nbytes, handle)
 
     cdef void *stream_for(self, object stream) except? NULL:
         cdef void *handle = DeviceBuffer.stream_for(self, stream)
         if stream is not None:
-            self.wait_for_birth(handle)
+            self.wait_ready(handle)
         return handle
 
-    cdef int wait_for_birth(self, void *handle) except -1:
+    cdef int wait_ready(self, void *handle) except -1:
         """Let work on another stream than that of the allocation come after it."""
         cdef int code, mode = 0
-        if not self.is_unborn:
+        if not self.is_pending:
             return 0
-        if self.born.query():
-            self.is_unborn = False
+        if self.ready_event.query():
+            self.is_pending = False
             return 0
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                code = _c.kv_call(self.device.drv, _c.stream_wait_event, handle, self.born.event, 0)
+                code = _c.kv_call(self.device.drv, _c.stream_wait_event, handle, self.ready_event.event, 0)
                 self.device.leave(mode)
         return check(self.device, code)
 
     cdef void give_back(self) noexcept:
         if self.start != 0:
-            self.rest()  # first: with the memory the pool may end
+            self.pass_stream_on()  # first: with the memory the pool may end
             self.release()
 
     cdef void release(self) noexcept:
@@ -508,8 +508,8 @@ cdef class PooledBuffer(DeviceBuffer):
             self.pool.give(start, self.nbytes, self.stream.stream)
         # else: a dead context forbids to wait, and memory that may be in use is nobody's to reuse
 
-    cdef void rest(self) noexcept:
-        self.pool.resting += ((self.stream, self.born, self.lent),)
+    cdef void pass_stream_on(self) noexcept:
+        self.pool.idle_streams += ((self.stream, self.ready_event, self.lent),)
         self.lent = None
         if self.pool.closed:  # nobody would ask later
             self.pool.sweep(True)
@@ -654,13 +654,13 @@ cdef class DeviceArena(DeviceBuffer):
                 self.device.leave(mode)
         self.pool.arenas -= offset
         self.pool.unclaim(offset)
-        self.is_over = True
+        self.is_unmapped = True
 
     cdef void give_back(self) noexcept:
         DeviceBuffer.give_back(self)
-        if self.is_over:
-            self.is_over = False
-            self.pool.come_back()  # last: with it the device may be closed
+        if self.is_unmapped:
+            self.is_unmapped = False
+            self.pool.end_use()  # last: with it the device may be closed
 
     def __dealloc__(self):
         if self.start != 0:

@@ -32,7 +32,7 @@ cdef extern from *:
     #include <unistd.h>
     static inline void *kv_map_failed(void) { return MAP_FAILED; }
     /* Pages of the range come from `node` where it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. The kernel
-     * takes one bit less than it is told of. */
+     * takes one bit less than the length that it gets. */
     static inline int kv_prefer_node(void *address, size_t bytes, int node)
     {
         enum { MODE_PREFERRED = 1, BITS = 8 * sizeof(unsigned long), MAX_NODES = 1024 };

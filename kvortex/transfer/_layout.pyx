@@ -1,7 +1,7 @@
 """KVLayout: runs, constructors over them, and the groups that strided copies can move."""
 
 cimport cython
-from libc.stdint cimport int64_t, uint32_t, uintptr_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport calloc, free
 
 cimport kvortex._c as _c
@@ -10,6 +10,7 @@ from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer, w
 from kvortex.memory._pinned_pool cimport PinnedPool
 
 import math
+from itertools import accumulate
 
 import numpy as np
 
@@ -59,6 +60,8 @@ cdef class KVLayout:
     """
 
     def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
+        cdef bint apart = True  # each run begins where the one before it is over, as in most layouts
+        cdef uint64_t end = 0
         if self.groups is not NULL:
             raise RuntimeError("KVLayout.__init__ may be called once")
         bases, runs = [], as_list(runs, "runs")
@@ -71,14 +74,12 @@ cdef class KVLayout:
             raise ValueError(f"block_size must not be negative, got {block_size}")
         if num_blocks * max(block_size, 1) >= 1 << 63:
             raise ValueError(f"{num_blocks} blocks of {block_size} tokens are too many, 2^63 in all are the limit")
-        distinct = {}  # by what makes two runs the same
         for number, run in enumerate(runs):
-            base, stride, piece = read_run(run, number, num_blocks, bases)
-            distinct.setdefault((base, stride if num_blocks > 1 else 0, piece), (number, (base, stride, piece)))
-        numbers, runs = zip(*distinct.values())
-        found = find_overlap(runs, num_blocks)
-        if found is not None:
-            refuse_overlap(numbers, runs, found)
+            runs[number] = base, stride, piece = read_run(run, number, num_blocks, bases)
+            apart &= <uint64_t>base >= end
+            end = base + (num_blocks - 1) * stride + piece
+        if not apart:
+            runs = distinct_runs(runs, num_blocks)
         runs = merge_touching(runs, num_blocks)
         block_bytes = sum(piece for _, _, piece in runs)
         if block_bytes >= 1 << 32:
@@ -260,8 +261,9 @@ cdef tuple read_run(object run, object number, object num_blocks, list bases):
         base, stride, piece = run
     except (TypeError, ValueError):
         raise ValueError(f"run {number} must be (base, block_stride, piece_bytes), got {run!r}") from None
-    stride = whole_number(stride, f"run {number}: block_stride")
-    piece = whole_number(piece, f"run {number}: piece_bytes")
+    if type(stride) is not int or type(piece) is not int:  # a layout may have a million runs, and texts take time
+        stride = whole_number(stride, f"run {number}: block_stride")
+        piece = whole_number(piece, f"run {number}: piece_bytes")
     if piece < 1 or (num_blocks > 1 and piece > stride):
         raise ValueError(f"run {number}: piece_bytes must be 1 to block_stride ({stride}), got {piece}")
     if not 0 <= stride < 1 << 63:  # of a single block, too
@@ -276,7 +278,21 @@ cdef tuple read_run(object run, object number, object num_blocks, list bases):
     return base, stride, piece
 
 
-cdef object refuse_overlap(tuple numbers, tuple runs, tuple found):
+cdef list distinct_runs(list runs, object num_blocks):
+    """Each run once; refuses runs that share bytes and are not the same."""
+    distinct = {}  # by what makes two runs the same
+    for number, run in enumerate(runs):
+        base, stride, piece = run
+        distinct.setdefault((base, stride if num_blocks > 1 else 0, piece), number)
+    numbers = list(distinct.values())
+    runs = [runs[number] for number in numbers]
+    found = find_overlap(runs, num_blocks)
+    if found is not None:
+        refuse_overlap(numbers, runs, found)
+    return runs
+
+
+cdef object refuse_overlap(list numbers, list runs, tuple found):
     (one, block), (other, other_block) = sorted(found)
     raise ValueError(f"run {numbers[one]}, block {block} and run {numbers[other]}, block {other_block} share bytes: as "
                      f"(base, block_stride, piece_bytes) these runs are {runs[one]} and {runs[other]}. A byte must "
@@ -382,7 +398,7 @@ def group_evenly_spaced(runs):
     Runs of K and V alternate (period 2), so every period up to MAX_PERIOD is tried and the one with the fewest groups
     taken; within a period, even stretches are taken greedily.
     """
-    offsets = np.concatenate([[0], np.cumsum([piece for _, _, piece in runs])]).tolist()
+    offsets = list(accumulate((piece for _, _, piece in runs), initial=0))
     best = None
     for period in range(1, MAX_PERIOD + 1):
         groups = []
@@ -391,6 +407,8 @@ def group_evenly_spaced(runs):
             groups += even_stretches([(*runs[index], offsets[index]) for index in members])
         if best is None or len(groups) < len(best):
             best = groups
+        if len(best) <= period:  # a longer period has as many phases, and each at least one group
+            break
     return sorted(best, key=lambda group: group[2])
 
 

@@ -54,14 +54,17 @@ def find_overlap(runs, num_blocks):
 def overlapping_extents(runs, num_blocks):
     """Yield the numbers of runs, two or more and by base, whose extents from first to last byte form one stretch."""
     stretch, end = [], 0
-    for number in sorted(range(len(runs)), key=lambda number: runs[number][0]):
-        base, stride, piece = runs[number]
+    past_first = num_blocks - 1
+    extents = [(base, base + past_first * stride + piece) for base, stride, piece in runs]
+    for number in sorted(range(len(runs)), key=extents.__getitem__):
+        base, stop = extents[number]
         if base >= end:
             if len(stretch) > 1:
                 yield stretch
             stretch = []
         stretch.append(number)
-        end = max(end, base + (num_blocks - 1) * stride + piece)
+        if stop > end:
+            end = stop
     if len(stretch) > 1:
         yield stretch
 

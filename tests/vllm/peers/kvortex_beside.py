@@ -4,10 +4,12 @@
 * `ExampleConnector` and `NixlConnector` are replaced.
 * `MockKVConnector` claims tokens that a test makes up: KVortex stands beside it, in a `MultiConnector`.
 * `create_mock_connector()` answers what a test says: KVortex is told all the same, as beside another connector.
+* Configurations of a KV cache name no tensors in these tests: KVortex's get those that vLLM always makes.
 
 There are no workers, so that every save fails at once; else requests would wait for what others are saving.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -15,6 +17,7 @@ import pytest
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.v1.kv_cache_interface import KVCacheTensor
 
 from kvortex.integrations.vllm import KVortexConnector
 from kvortex.integrations.vllm.messages import SAVE, StepMetadata, WorkerReport
@@ -90,6 +93,22 @@ def tell_kvortex(create):
     return create_mock_connector
 
 
+def with_tensors(config):
+    """`config` with the allocation that vLLM makes for a model whose layers are alike."""
+    if config.kv_cache_tensors or len(config.kv_cache_groups) != 1:
+        return config
+    (group,) = config.kv_cache_groups
+    page_bytes = group.kv_cache_spec.page_size_bytes
+    layer_bytes = page_bytes * config.num_blocks
+    tensor = KVCacheTensor(
+        size=layer_bytes * len(group.layer_names),
+        layers=group.layer_names,
+        layer_stride=layer_bytes,
+        block_stride=page_bytes,
+    )
+    return replace(config, kv_cache_tensors=[tensor])
+
+
 def pytest_configure(config):
     after_init, init = KVTransferConfig.__post_init__, KVortexConnector.__init__
 
@@ -97,9 +116,9 @@ def pytest_configure(config):
         substitute(self)
         after_init(self)
 
-    def noted(self, *args, **kwargs):
+    def noted(self, vllm_config, role, kv_cache_config):
         global num_made
-        init(self, *args, **kwargs)
+        init(self, vllm_config, role, with_tensors(kv_cache_config))
         made.append(self)
         num_made += 1
 
