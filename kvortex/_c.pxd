@@ -167,12 +167,6 @@ cdef extern from "kvortex/driver.h" nogil:
         memcpy_dtod_async, memcpy_2d_async, memcpy_batch_async, module_load_data, module_unload, module_get_function,
         launch_kernel, memset_d8_async
 
-    const int KV_ROW_ctx_set_current, KV_ROW_thread_exchange_stream_capture_mode, KV_ROW_device_get
-    const int KV_ROW_stream_get_ctx, KV_ROW_stream_query, KV_ROW_stream_synchronize, KV_ROW_stream_create
-    const int KV_ROW_stream_wait_event, KV_ROW_event_create, KV_ROW_event_query, KV_ROW_event_synchronize
-    const int KV_ROW_memcpy_dtod_async, KV_ROW_pointer_get_attribute
-    const int KV_ROW_memcpy_dtoh_async, KV_ROW_memcpy_htod_async
-    const int KV_ROW_event_record, KV_ROW_launch_kernel, KV_ROW_memcpy_batch_async, KV_ROW_memcpy_2d_async
 
 
 # kvortex/table.h, entry.h, list.h, lru.h (index) --------------------------------------------------------------------

@@ -445,7 +445,7 @@ cdef class EngineCore:
             if twice:
                 raise ValueError("block_ids names a target twice; each target of a load must be its own block")
             self.require_open()  # else shut down meanwhile
-            check(self.device, failure if n else 0, b"an earlier job of this engine")
+            check(self.device, failure if n else 0)
             _c.kv_monitor_lock(&self.counting)
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
@@ -490,7 +490,7 @@ cdef class EngineCore:
                     self.count.blocks_refused += source.statuses[index] == _c.KV_RESERVE_FULL
             _c.kv_monitor_unlock(&self.counting)
         self.calls -= 1
-        check(self.device, code, b"malloc")
+        check(self.device, code)
         job.count = moved
         if not moved:
             job.queue = None
@@ -626,7 +626,7 @@ cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, Carrier
 
 cdef str error_name(Device device, int code):
     try:
-        check(device, code, b"")
+        check(device, code)
     except DriverError as error:
         return error.name
 

@@ -85,7 +85,7 @@ cdef class Carrier:
             if self.last_job is NULL or self.stamps is NULL:
                 raise MemoryError(f"no memory for the words of {layout.num_blocks} device blocks")
             for base, _, _ in layout.runs:
-                check(self.device, self.device.lies_on_device(base, &on_device), b"cuPointerGetAttribute")
+                check(self.device, self.device.lies_on_device(base, &on_device))
                 self.device_memory |= on_device
         queues = []
         try:

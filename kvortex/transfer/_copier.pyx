@@ -22,13 +22,13 @@ cdef class Copier:
 
     cdef int open(self) noexcept nogil:
         """Create the stream. A CUresult."""
-        return self.device.drv.stream_create(&self.stream, _c.KV_STREAM_NON_BLOCKING)
+        return _c.kv_call(self.device.drv, _c.stream_create, &self.stream, _c.KV_STREAM_NON_BLOCKING)
 
     cdef int synchronize(self) noexcept nogil:
         """Block until everything issued is over. A CUresult."""
-        cdef int code = self.device.drv.stream_synchronize(self.stream)
+        cdef int code = _c.kv_call(self.device.drv, _c.stream_synchronize, self.stream)
         if code == 0 and self.gather is not None:
-            code = self.device.drv.stream_synchronize(self.gather.stream)
+            code = _c.kv_call(self.device.drv, _c.stream_synchronize, self.gather.stream)
         return code
 
     cdef void close(self) noexcept nogil:
@@ -67,8 +67,8 @@ cdef class Copier:
                     code = self.copy_strided(copy)
                     if code == 0:
                         continue
-                    if code != _c.KV_CUDA_INVALID_VALUE:
-                        return _c.kv_result_at(code, _c.KV_ROW_memcpy_2d_async)
+                    if code != _c.kv_answer(_c.KV_CUDA_INVALID_VALUE, _c.memcpy_2d_async):
+                        return code
                     # The rows lie in several allocations after all: piece by piece from here on.
                     layout.strided = False
                     plan.strided = 0
@@ -125,8 +125,7 @@ cdef class Copier:
             if code == 0:
                 code = self.copy_batch(count) if saving else self.launch(plan, count)
             if code == 0:
-                code = _c.kv_result_at(drv.event_record(self.gather.emptied[self.gather.half], second_stream),
-                                       _c.KV_ROW_event_record)
+                code = _c.kv_call(drv, _c.event_record, self.gather.emptied[self.gather.half], second_stream)
             self.gather.half ^= 1
             plan.block += count
             if until_ns != _c.KV_NEVER_NS and _c.kv_now_ns() >= until_ns:
@@ -138,15 +137,14 @@ cdef class Copier:
         return code
 
     cdef int launch(self, const _c.kv_plan *plan, size_t count) noexcept nogil:
-        return _c.kv_result_at(self.gather.launch(plan.block_ids + plan.block, count, self.direction == D2H),
-                               _c.KV_ROW_launch_kernel)
+        return self.gather.launch(plan.block_ids + plan.block, count, self.direction == D2H)
 
     cdef int wait_for(self, void *stream, void *event) noexcept nogil:
-        return _c.kv_result_at(self.device.drv.stream_wait_event(stream, event, 0), _c.KV_ROW_stream_wait_event)
+        return _c.kv_call(self.device.drv, _c.stream_wait_event, stream, event, 0)
 
     cdef int pass_on(self, void *event, void *earlier, void *later) noexcept nogil:
         """What comes on the later stream waits for what is on the earlier one."""
-        cdef int code = _c.kv_result_at(self.device.drv.event_record(event, earlier), _c.KV_ROW_event_record)
+        cdef int code = _c.kv_call(self.device.drv, _c.event_record, event, earlier)
         return code if code else self.wait_for(later, event)
 
     cdef int copy_strided(self, const _c.kv_copy *copy) noexcept nogil:
@@ -168,37 +166,34 @@ cdef class Copier:
             copy_2d.target_memory_type = _c.KV_MEMORY_TYPE_DEVICE
             copy_2d.target_device = copy.device
             copy_2d.target_pitch = copy.device_pitch
-        return self.device.drv.memcpy_2d_async(&copy_2d, self.stream)
+        return _c.kv_call(self.device.drv, _c.memcpy_2d_async, &copy_2d, self.stream)
 
     cdef int copy_batch(self, size_t count) noexcept nogil:
         """The first `count` of sources, targets and sizes: in one call, or by plain calls where that cannot be or is
         slower. A CUresult.
         """
+        cdef const _c.kv_driver *drv = self.device.drv
         cdef size_t index
-        cdef int row = _c.KV_ROW_memcpy_batch_async, code = _c.KV_CUDA_NOT_SUPPORTED
-        if count == 0:
-            return 0
+        cdef int code = 0
         if count > 1:
             code = self.issue_batch(count)
-        if code == _c.KV_CUDA_NOT_SUPPORTED:
+        if count == 1 or code == _c.kv_answer(_c.KV_CUDA_NOT_SUPPORTED, _c.memcpy_batch_async):
             code = 0
-            row = _c.KV_ROW_memcpy_dtoh_async if self.direction == D2H else _c.KV_ROW_memcpy_htod_async
             for index in range(count):
                 if code == 0 and self.direction == D2H:
-                    code = self.device.drv.memcpy_dtoh_async(<void *>self.targets[index], self.sources[index],
-                                                             self.sizes[index], self.stream)
+                    code = _c.kv_call(drv, _c.memcpy_dtoh_async, <void *>self.targets[index], self.sources[index],
+                                      self.sizes[index], self.stream)
                 elif code == 0:
-                    code = self.device.drv.memcpy_htod_async(self.targets[index], <const void *>self.sources[index],
-                                                             self.sizes[index], self.stream)
-        if count == 1 and code == _c.KV_CUDA_INVALID_VALUE:
-            row = _c.KV_ROW_memcpy_batch_async
+                    code = _c.kv_call(drv, _c.memcpy_htod_async, self.targets[index],
+                                      <const void *>self.sources[index], self.sizes[index], self.stream)
+        if count == 1 and _c.kv_result_code(code) == _c.KV_CUDA_INVALID_VALUE:
             code = self.issue_batch(count)  # the block is the CPU's memory, which CUDA takes in batches only
-        return _c.kv_result_at(code, row)
+        return code
 
     cdef int issue_batch(self, size_t count) noexcept nogil:
         cdef _c.kv_memcpy_attributes attributes
         cdef size_t attribute_index = 0, fail_index = 0
         memset(&attributes, 0, sizeof(attributes))
         attributes.source_access_order = _c.KV_SRC_ACCESS_ORDER_STREAM
-        return self.device.drv.memcpy_batch_async(self.targets, self.sources, self.sizes, count, &attributes,
-                                                  &attribute_index, 1, &fail_index, self.stream)
+        return _c.kv_call(self.device.drv, _c.memcpy_batch_async, self.targets, self.sources, self.sizes, count,
+                          &attributes, &attribute_index, 1, &fail_index, self.stream)

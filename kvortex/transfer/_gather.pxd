@@ -27,8 +27,8 @@ cdef class Gather:
     cdef kv_gather told                # scratch of the queue's one submitter
 
     cdef int launch(self, const int64_t *block_ids, size_t n, bint to_staging) noexcept nogil
-    cdef int build(self, const char *image, const char **call) noexcept nogil
-    cdef int allocate(self, const char **call) noexcept nogil
-    cdef int upload(self, const void *table, const char **call) noexcept nogil
+    cdef int build(self, const char *image) noexcept nogil
+    cdef int allocate(self) noexcept nogil
+    cdef int upload(self, const void *table) noexcept nogil
     cdef void give_back(self) noexcept
     cdef void close(self) noexcept nogil

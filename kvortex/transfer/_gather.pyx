@@ -54,7 +54,6 @@ cdef class Gather:
         cdef _c.kv_gather_run *table
         cdef uint32_t num_runs = len(layout.runs), index
         cdef size_t offset = 0
-        cdef const char *call = NULL
         cdef int mode = 0, code
         cdef bytes image = read_kernel()
         cdef const char *text = image
@@ -86,50 +85,45 @@ cdef class Gather:
         self.runs_bytes = num_runs * sizeof(_c.kv_gather_run)
         self.pool = pool
         with nogil:
-            call = b"cuCtxPushCurrent"
             code = device.enter(&mode)
             if code == 0:
-                code = self.build(text, &call)
+                code = self.build(text)
                 if code == 0:
-                    code = self.allocate(&call)
+                    code = self.allocate()
                 if code == 0:
-                    code = self.upload(table, &call)
+                    code = self.upload(table)
                 if code:
                     self.close()
                 device.leave(mode)
         free(table)
         if self.refusal is not None:
             raise self.refusal
-        check(device, code, call)
+        check(device, code)
 
-    cdef int build(self, const char *image, const char **call) noexcept nogil:
+    cdef int build(self, const char *image) noexcept nogil:
         cdef const _c.kv_driver *drv = self.device.drv
         cdef int code, index
-        call[0] = b"cuModuleLoadData"
-        code = drv.module_load_data(&self.module, image)
+        code = _c.kv_call(drv, _c.module_load_data, &self.module, image)
         if code == 0:
-            call[0] = b"cuModuleGetFunction"
-            code = drv.module_get_function(&self.function, self.module, b"kv_gather_blocks")
+            code = _c.kv_call(drv, _c.module_get_function, &self.function, self.module, b"kv_gather_blocks")
         if code == 0:
-            call[0] = b"cuStreamCreateWithPriority"
-            code = drv.stream_create_with_priority(&self.stream, _c.KV_STREAM_NON_BLOCKING, HIGHEST_PRIORITY)
+            code = _c.kv_call(drv, _c.stream_create_with_priority, &self.stream, _c.KV_STREAM_NON_BLOCKING,
+                              HIGHEST_PRIORITY)
         if code == 0:
-            call[0] = b"cuEventCreate"
-            code = drv.event_create(&self.began, _c.KV_EVENT_DISABLE_TIMING)
+            code = _c.kv_call(drv, _c.event_create, &self.began, _c.KV_EVENT_DISABLE_TIMING)
         for index in range(2):
             if code == 0:
-                code = drv.event_create(&self.filled[index], _c.KV_EVENT_DISABLE_TIMING)
+                code = _c.kv_call(drv, _c.event_create, &self.filled[index], _c.KV_EVENT_DISABLE_TIMING)
             if code == 0:
-                code = drv.event_create(&self.emptied[index], _c.KV_EVENT_DISABLE_TIMING)
+                code = _c.kv_call(drv, _c.event_create, &self.emptied[index], _c.KV_EVENT_DISABLE_TIMING)
         return code
 
-    cdef int allocate(self, const char **call) noexcept nogil:
+    cdef int allocate(self) noexcept nogil:
         cdef const _c.kv_driver *drv = self.device.drv
         cdef int code
         if self.pool is None:
-            call[0] = b"cuMemAlloc"
-            code = drv.mem_alloc(&self.runs, self.runs_bytes)
-            return code if code else drv.mem_alloc(&self.staging, 2 * self.half_bytes)
+            code = _c.kv_call(drv, _c.mem_alloc, &self.runs, self.runs_bytes)
+            return code if code else _c.kv_call(drv, _c.mem_alloc, &self.staging, 2 * self.half_bytes)
         with gil:
             try:
                 self.runs = self.pool.take(self.runs_bytes, self.stream)
@@ -139,14 +133,12 @@ cdef class Gather:
                 return _c.KV_CUDA_OUT_OF_MEMORY
         return 0
 
-    cdef int upload(self, const void *table, const char **call) noexcept nogil:
+    cdef int upload(self, const void *table) noexcept nogil:
         cdef const _c.kv_driver *drv = self.device.drv
         cdef int code
-        call[0] = b"cuMemcpyHtoDAsync"
-        code = drv.memcpy_htod_async(self.runs, table, self.runs_bytes, self.stream)
+        code = _c.kv_call(drv, _c.memcpy_htod_async, self.runs, table, self.runs_bytes, self.stream)
         if code == 0:  # from here on the memory is there for other streams, too
-            call[0] = b"cuStreamSynchronize"
-            code = drv.stream_synchronize(self.stream)
+            code = _c.kv_call(drv, _c.stream_synchronize, self.stream)
         self.told.runs = self.runs
         return code
 
@@ -160,8 +152,8 @@ cdef class Gather:
         for index in range(n):
             self.told.block_ids[index] = <uint32_t>block_ids[index]
         parameters[0] = &self.told
-        return self.device.drv.launch_kernel(self.function, self.num_ctas, 1, 1, _c.KV_GATHER_THREADS, 1, 1, 0,
-                                             self.stream, parameters, NULL)
+        return _c.kv_call(self.device.drv, _c.launch_kernel, self.function, self.num_ctas, 1, 1, _c.KV_GATHER_THREADS,
+                          1, 1, 0, self.stream, parameters, NULL)
 
     cdef void close(self) noexcept nogil:
         """Give everything back; no job is in flight, and the context is current."""

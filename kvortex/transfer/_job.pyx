@@ -141,7 +141,8 @@ cdef class Job:
                     if code == 0:
                         code = queue.device.enter(&mode)
                     if code == 0:
-                        code = queue.device.drv.stream_wait_event(caller, queue.records[self.record].done_event, 0)
+                        code = _c.kv_call(queue.device.drv, _c.stream_wait_event, caller,
+                                          queue.records[self.record].done_event, 0)
                         queue.device.leave(mode)
                     queue.drop_hold(self.record)
             if held == -1:
@@ -151,7 +152,7 @@ cdef class Job:
             return self.wait()
         self._raise_failed()
         if held == -2:  # nobody will put the rest of its copies on the stream
-            check(queue.device, queue.failure, b"an earlier transfer")
+            check(queue.device, queue.failure)
 
     def __await__(self):
         """Wait in an asyncio event loop; the result is the job. Cancelling stops the waiting, never the copies."""
@@ -187,7 +188,7 @@ cdef class Job:
         if self.queue is not None:
             self._require_owner_process()
             if self._state() == OUTCOME_FAILED:
-                check(self.queue.device, self.outcome.code, b"a transfer")
+                check(self.queue.device, self.outcome.code)
 
     def __dealloc__(self):
         cdef JobRecord *job

@@ -38,13 +38,15 @@ cdef class JobTable:
 
     cdef int create_events(self) noexcept nogil:
         """The events of each record. A CUresult; what was made by then `destroy_events` destroys."""
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef unsigned int flags = _c.KV_EVENT_DISABLE_TIMING
         cdef uint32_t index
         cdef int code = 0
         for index in range(self.max_jobs):
             if code == 0:
-                code = self.device.drv.event_create(&self.records[index].done_event, _c.KV_EVENT_DISABLE_TIMING)
+                code = _c.kv_call(drv, _c.event_create, &self.records[index].done_event, flags)
             if code == 0:
-                code = self.device.drv.event_create(&self.records[index].source_event, _c.KV_EVENT_DISABLE_TIMING)
+                code = _c.kv_call(drv, _c.event_create, &self.records[index].source_event, flags)
         return code
 
     cdef void destroy_events(self) noexcept nogil:

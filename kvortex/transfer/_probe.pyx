@@ -89,9 +89,9 @@ cdef int open_copier(Copier copier) except -1:
     with nogil:
         code = copier.device.enter(&mode)
         if code == 0:
-            code = _c.kv_result_at(copier.open(), _c.KV_ROW_stream_create)
+            code = copier.open()
             copier.device.leave(mode)
-    return check(copier.device, code, b"")
+    return check(copier.device, code)
 
 
 cdef void close_copier(Copier copier) noexcept:
@@ -161,14 +161,14 @@ cdef int require_agreement(Copier copier, KVLayout layout) except -1:
     with nogil:
         code = copier.device.enter(&mode)
         if code == 0:
-            code = drv.mem_host_alloc(&scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
+            code = _c.kv_call(drv, _c.mem_host_alloc, &scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
             if code == 0:
                 code = compare(copier, layout, <char *>scratch)
                 drv.mem_free_host(scratch)
             copier.device.leave(mode)
     if code:
         layout.strided = False
-    return check(copier.device, code, b"cuMemHostAlloc")
+    return check(copier.device, code)
 
 
 cdef int compare(Copier copier, KVLayout layout, char *scratch) noexcept nogil:
@@ -218,9 +218,9 @@ cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, ui
     with nogil:
         code = copier.device.enter(&mode)
         if code == 0:
-            code = drv.mem_host_alloc(&host, n * stride, _c.KV_HOST_ALLOC_PORTABLE)
+            code = _c.kv_call(drv, _c.mem_host_alloc, &host, n * stride, _c.KV_HOST_ALLOC_PORTABLE)
             if code == 0 and copier.direction == H2D:
-                code = drv.mem_alloc(&scratch, n * group.rows * group.row_bytes)
+                code = _c.kv_call(drv, _c.mem_alloc, &scratch, n * group.rows * group.row_bytes)
             if code == 0:
                 trial.slot_offset = 0
                 trial.strided = 3
@@ -230,7 +230,7 @@ cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, ui
                     ids[index] = index if copier.direction == H2D else index % layout.num_blocks
                     slots[index] = <uint32_t>index
                 code = time_both(copier, layout, &trial, host, stride, ids, slots, n, deadline, strided_ns, batch_ns)
-            elif code == _c.KV_CUDA_OUT_OF_MEMORY:
+            elif _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY:
                 code = 0
             if scratch:
                 drv.mem_free(scratch)
@@ -239,7 +239,7 @@ cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, ui
             copier.device.leave(mode)
     free(ids)
     free(slots)
-    return check(copier.device, code, b"cuMemHostAlloc or cuMemAlloc")
+    return check(copier.device, code)
 
 
 cdef int time_both(Copier copier, KVLayout layout, const _c.kv_group *trial, void *host, size_t stride,

@@ -61,7 +61,7 @@ cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint de
                 code = device.lies_on_device(source.addresses[index], &source.ordered)
                 if code or source.ordered:
                     break
-        check(device, code, b"cuPointerGetAttribute")
+        check(device, code)
     if source.ordered:
         source.stream = device.borrow_stream(stream)
     if n and source.memory is not None:

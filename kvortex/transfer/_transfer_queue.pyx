@@ -88,14 +88,14 @@ cdef class TransferQueue(JobTable):
         with nogil:
             code = device.enter(&mode)
             if code == 0:
-                code = _c.kv_result_at(self.copier.open(), _c.KV_ROW_stream_create)
+                code = self.copier.open()
                 self.stream = self.copier.stream
                 if code == 0:
                     code = self.create_events()
                 device.leave(mode)
         if code:
             self.end(0, False)
-            check(device, code, b"cuEventCreate")
+            check(device, code)
 
     # ---- a job's turn: order, issue, seal ---------------------------------------------------------------------------
     # A job that is claimed and filled is ordered after its caller's stream, draws its turn, and is then issued and
@@ -104,8 +104,7 @@ cdef class TransferQueue(JobTable):
     cdef int order(self, uint32_t record, void *caller) noexcept nogil:
         """Let the job come after the stream `caller` as it stands now. A CUresult; the context is current."""
         self.records[record].is_ordered = True
-        return _c.kv_result_at(self.device.drv.event_record(self.records[record].source_event, caller),
-                               _c.KV_ROW_event_record)
+        return _c.kv_call(self.device.drv, _c.event_record, self.records[record].source_event, caller)
 
     cdef int issue(self, uint32_t record, uint64_t until_ns) noexcept nogil:
         """Put copies of the job on the stream, as far as time goes. A CUresult; the context is current.
@@ -142,15 +141,14 @@ cdef class TransferQueue(JobTable):
         cdef int finished = self.failure
         cdef bint is_over = False
         if code == 0:
-            code = _c.kv_result_at(self.device.drv.event_record(job.done_event, self.stream), _c.KV_ROW_event_record)
+            code = _c.kv_call(self.device.drv, _c.event_record, job.done_event, self.stream)
         if code and finished == 0:
             if (self.copier.gather is not None or job.num_waits
-                    or self.device.drv.event_record(job.done_event, self.stream) != 0):
-                finished = _c.kv_result_at(self.copier.synchronize(), _c.KV_ROW_stream_synchronize)
+                    or _c.kv_call(self.device.drv, _c.event_record, job.done_event, self.stream) != 0):
+                finished = self.copier.synchronize()
                 for index in range(job.num_waits):
                     if finished == 0:
-                        finished = _c.kv_result_at(self.device.drv.event_synchronize(event_of(&job.waits[index])),
-                                                   _c.KV_ROW_event_synchronize)
+                        finished = _c.kv_call(self.device.drv, _c.event_synchronize, event_of(&job.waits[index]))
                 is_over = finished == 0
         if finished:
             code = finished
@@ -269,13 +267,13 @@ cdef class TransferQueue(JobTable):
             record = self.claim_blocks(layout, &ids[0], pool, &slots[0], n)
         if record == NO_RECORD:
             self._require_open()
-            check(self.device, self.failure, b"an earlier transfer")
+            check(self.device, self.failure)
             return None
         job.attach(self, record, self)
         job.count = n
         with nogil:
             code = self.submit_claimed(record, caller, deferred, &job.outcome)
-        check(self.device, code, b"")
+        check(self.device, code)
         return job
 
     cdef uint32_t claim_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
@@ -411,7 +409,7 @@ cdef class TransferQueue(JobTable):
         with nogil:
             retired = self.poll_jobs()
         if retired < 0:
-            check(self.device, self.failure, b"an earlier transfer")
+            check(self.device, self.failure)
         return retired
 
     @property
