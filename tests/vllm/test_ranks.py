@@ -6,8 +6,8 @@ import pytest
 from test_faults import refused
 from test_reports import followed, held
 
+from kvortex.integrations.vllm.keys import as_keys
 from kvortex.integrations.vllm.messages import LOAD, SAVE
-from kvortex.integrations.vllm.scheduler import as_keys
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
 
 from kvortex.integrations.vllm import KVortexConnector
+from kvortex.integrations.vllm.keys import keys_of
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer, WorkerReport
 from kvortex.integrations.vllm.metrics import LEVELS, SUMS, KVortexStats
-from kvortex.integrations.vllm.scheduler import keys_of
 
 # ---- KV events -------------------------------------------------------------------------------------------------------
 

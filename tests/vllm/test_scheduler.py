@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
-from kvortex.integrations.vllm.scheduler import as_keys
+from kvortex.integrations.vllm.keys import as_keys
 
 try:
     from vllm.distributed.aux_output_connector.connector import AuxOutputSchedulerConnector as AuxOutputs
@@ -314,7 +314,7 @@ def test_those_that_wait_for_a_load_are_not_looked_up_in_every_step(make_rig, pr
         rig.add(f"again {number}", prompt("p", 160) + prompt(number, 20))
     rig.step()
     looked_up = []
-    monkeypatch.setattr("kvortex.integrations.vllm.scheduler.as_keys", looked_up.append)
+    monkeypatch.setattr("kvortex.integrations.vllm.scheduler.keys_of", looked_up.append)
     for _ in range(5):
         rig.step()
     monkeypatch.undo()

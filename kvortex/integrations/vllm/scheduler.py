@@ -4,20 +4,17 @@ Pure policy over a `BlockIndex`; it names no engine module and touches no memory
 index in one call.
 """
 
-import functools
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
+from kvortex.integrations.vllm.events import BlockEvents
+from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, keys_of
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
-from kvortex.keys import digest_of, ram_keys
 
-KEY_BYTES = 32
 NO_KEY = bytes(KEY_BYTES)
-NO_DIGEST = digest_of()
 
 
 @dataclass
@@ -436,45 +433,6 @@ class SchedulerHalf:
             self.discard(np.unique(np.concatenate(loads), axis=0))
 
 
-class BlockEvents:
-    """What vLLM is told of blocks in host memory, under its own hashes.
-
-    Parameters
-    ----------
-    num_slots : int
-    """
-
-    def __init__(self, num_slots):
-        self.hash_bytes = KEY_BYTES
-        # A key alone does not tell by which digest it was made. There is one for each adapter.
-        self.numbers = {NO_DIGEST: 0}
-        self.number_of = np.zeros(num_slots, dtype=np.uint32)  # of the digest, by slot
-        self.stored, self.removed = [], []
-
-    def reserved(self, request, slots):
-        """These slots are for blocks of this request."""
-        self.hash_bytes = len(request.block_hashes[0])
-        digest = digest_of_adapter(request.lora_request)
-        self.number_of[slots] = self.numbers.setdefault(digest, len(self.numbers))
-
-    def store(self, slots, keys):
-        self.stored += self.hashes_of(slots, keys)
-
-    def remove(self, slots, keys):
-        self.removed += self.hashes_of(slots, keys)
-
-    def hashes_of(self, slots, keys):
-        digests = np.frombuffer(b"".join(self.numbers), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        hashes = as_bytes(ram_keys(keys, digests[self.number_of[slots]]))
-        return [name[: self.hash_bytes] for name in hashes]
-
-    def take(self):
-        """The hashes of the blocks stored, and of those removed, since the last call."""
-        events = self.stored, self.removed
-        self.stored, self.removed = [], []
-        return events
-
-
 def is_in(slots, some):
     """Per slot whether it is one of the set `some`."""
     return np.isin(slots, list(some)) if some else np.zeros(len(slots), dtype=bool)
@@ -483,34 +441,3 @@ def is_in(slots, some):
 def is_session(request):
     """Whether a request is a streaming session: up to vLLM 0.31 its hashes keep a token that it drops."""
     return getattr(request, "resumable", False)
-
-
-def keys_of(request, first, end):
-    """Keys of the request's blocks `first` to `end`, as far as it has hashes."""
-    return as_keys(request.block_hashes[first:end], digest_of_adapter(request.lora_request))
-
-
-def digest_of_adapter(lora):
-    """What vLLM's hashes do not say of a LoRA.
-
-    vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is loaded anew under
-    its name has another id.
-    """
-    return NO_DIGEST if lora is None else digest_of_name(f"{lora.lora_int_id} {lora.lora_path}")
-
-
-@functools.lru_cache(1024)
-def digest_of_name(name):
-    return digest_of(tag=hashlib.sha256(name.encode()).digest())
-
-
-def as_keys(hashes, digest=NO_DIGEST):
-    """An (n, 32) array of keys; vLLM's hashes have 32 bytes, or 16 with xxhash."""
-    if hashes and len(hashes[0]) < KEY_BYTES:
-        hashes = [name.ljust(KEY_BYTES, b"\0") for name in hashes]
-    return ram_keys(np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, KEY_BYTES), digest)
-
-
-def as_bytes(keys):
-    """A list of the rows of an (n, 32) array."""
-    return keys.view(f"V{KEY_BYTES}")[:, 0].tolist()
