@@ -25,7 +25,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
     int madvise(void *address, size_t length, int advice)
     const int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    const int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTFORK
+    const int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTFORK, MADV_DONTNEED
 
 cdef extern from *:
     """
@@ -52,7 +52,6 @@ cdef size_t HUGE_PAGE_BYTES = 2 << 20
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
 
 cdef enum:
-    UNREGISTER_ATTEMPTS = 3  # one passing error of the driver is no reason to leak a pool
     MAX_TOUCHERS = 8  # sixteen are slower: they contend with the registering thread for the address space's lock
 
 
@@ -249,6 +248,7 @@ cdef class PinnedPool(Lender):
     cdef void register_rest(self) noexcept nogil:
         cdef pthread_t touchers[MAX_TOUCHERS]
         cdef int started = 0
+        cdef size_t touched
         while started < self.num_touchers and _c.pthread_create(&touchers[started], NULL, _c.kv_touch_main,
                                                                 &self.touching) == 0:
             started += 1
@@ -258,6 +258,9 @@ cdef class PinnedPool(Lender):
         while started:
             started -= 1
             _c.pthread_join(touchers[started], NULL)
+        if self.failure:  # what was touched ahead serves nobody
+            touched = self.num_ready * self.slots.stride_bytes
+            madvise(self.slots.base + touched, self.slots.num_slots * self.slots.stride_bytes - touched, MADV_DONTNEED)
         self.claim.left[0] = 0  # all is touched, or what is left never will be
         _c.kv_monitor_lock(&self.monitor)
         self.thread_is_over = True
@@ -480,7 +483,7 @@ cdef class PinnedPool(Lender):
 
     cdef int end(self, bint interruptible) except -1:
         cdef uint32_t first
-        cdef int mode = 0, code, _attempt
+        cdef int code
         if self.device is None or self.device.pid != getpid():
             return 0
         self.closed = True
@@ -491,13 +494,8 @@ cdef class PinnedPool(Lender):
             self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
             self.exports += 1  # ours: nobody else's end may unmap it meanwhile
             with nogil:
-                for _attempt in range(UNREGISTER_ATTEMPTS):
-                    code = self.device.enter(&mode)
-                    if code == 0:
-                        code = self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
-                        self.device.leave(mode)
-                    if code == 0 or _c.kv_result_is_sticky(code):
-                        break
+                code = self.device.give_back(self.device.drv.mem_host_unregister,
+                                             self.slots.base + first * self.slots.stride_bytes)
             self.exports -= 1
             if code:  # a dead context: the driver still knows these pages
                 self.is_lost = True
@@ -520,14 +518,12 @@ cdef class PinnedPool(Lender):
     cdef void unmap(self) noexcept:
         cdef char *mapping = self.mapping
         cdef void *allocation = self.allocation
-        cdef int mode = 0
         self.mapping = self.allocation = NULL  # taken under the GIL, so that nobody gives them back twice
         with nogil:
             if mapping is not NULL:
                 munmap(mapping, self.mapping_bytes)
-            if allocation is not NULL and self.device.enter(&mode) == 0:
-                self.device.drv.mem_free_host(allocation)
-                self.device.leave(mode)
+            if allocation is not NULL:
+                self.device.give_back(self.device.drv.mem_free_host, allocation)
 
     def __enter__(self):
         return self

@@ -36,7 +36,7 @@ cdef class Copier:
         if self.gather is not None:
             self.gather.close()
         if self.stream is not NULL:
-            self.device.drv.stream_destroy(self.stream)
+            self.device.give_back(self.device.drv.stream_destroy, self.stream)
 
     cdef int copy(self, _c.kv_plan *plan, KVLayout layout, const char **call) noexcept nogil:
         """Issue every copy of the plan by what moves its layout. A CUresult; `call` names the call that failed."""

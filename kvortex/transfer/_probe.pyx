@@ -137,7 +137,7 @@ cdef int require_agreement(TransferQueue queue, KVLayout layout) except -1:
             code = drv.mem_host_alloc(&scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
             if code == 0:
                 code = compare(queue, layout, <char *>scratch, &call)
-                drv.mem_free_host(scratch)
+                queue.device.give_back(drv.mem_free_host, scratch)
             queue.device.leave(mode)
     if code:
         layout.strided = False
@@ -210,9 +210,9 @@ cdef int time_group(TransferQueue queue, KVLayout layout, const _c.kv_group *gro
             elif code == _c.KV_CUDA_OUT_OF_MEMORY:
                 code = 0
             if scratch:
-                drv.mem_free(scratch)
+                queue.device.give_memory_back(scratch)
             if host is not NULL:
-                drv.mem_free_host(host)
+                queue.device.give_back(drv.mem_free_host, host)
             queue.device.leave(mode)
     free(ids)
     free(slots)

@@ -604,9 +604,9 @@ cdef class TransferQueue:
             else:
                 for index in range(self.max_jobs):
                     if self.records[index].done_event is not NULL:
-                        drv.event_destroy(self.records[index].done_event)
+                        self.device.give_back(drv.event_destroy, self.records[index].done_event)
                     if self.records[index].source_event is not NULL:
-                        drv.event_destroy(self.records[index].source_event)
+                        self.device.give_back(drv.event_destroy, self.records[index].source_event)
                 self.copier.close()
             if code == 0:
                 self.device.leave(mode)
