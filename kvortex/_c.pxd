@@ -168,7 +168,6 @@ cdef extern from "kvortex/driver.h" nogil:
         launch_kernel, memset_d8_async
 
 
-
 # kvortex/table.h, entry.h, list.h, lru.h (index) --------------------------------------------------------------------
 cdef extern from "kvortex/status.h" nogil:
     const uint32_t KV_NO_SLOT

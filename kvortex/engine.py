@@ -135,7 +135,7 @@ class KVortexEngine(EngineCore):
             return engine
         except BaseException:
             if engine is not None:
-                engine._close(config.shutdown_timeout_ms)
+                EngineCore._close(engine, config.shutdown_timeout_ms)  # a subclass's own may rely on what was not made
             for part in (carrier, device_pool, pool, device):  # what the engine has not closed
                 if part is not None:
                     part.close()

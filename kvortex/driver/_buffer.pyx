@@ -363,13 +363,10 @@ cdef class DeviceBuffer(Lender):
 
     cdef void release(self) noexcept:
         cdef kv_devptr start = self.start
-        cdef int mode = 0
         self.start = 0  # taken under the GIL, so that nobody frees it twice
         if start != 0 and not self.device.closed and getpid() == self.device.pid:
             with nogil:
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.mem_free(start)
-                    self.device.leave(mode)
+                self.device.give_memory_back(start)
 
     def __dealloc__(self):
         if self.start != 0:

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from kvortex._c cimport kv_driver
+from kvortex._c cimport kv_devptr, kv_driver, kv_result_is_sticky
 
 
 cdef class Device:
@@ -21,6 +21,10 @@ cdef class Device:
     # that carries its row: a context that could not be entered says nothing about what was to be asked in it.
     cdef int enter(self, int *mode) noexcept nogil
     cdef void leave(self, int mode) noexcept nogil   # what it cannot restore, the thread's next enter() does
+    # End what the driver made, by the row for it, such as drv.stream_destroy; give_memory_back calls mem_free. An error
+    # that passes is no reason to leak, so they try three times. Need no context that is entered. A CUresult.
+    cdef int give_back(self, int (*end)(void *) noexcept nogil, void *thing) noexcept nogil
+    cdef int give_memory_back(self, kv_devptr address) noexcept nogil
     # For threads of our own: the same once, for the thread's life.
     cdef int bind_thread(self) noexcept nogil
     # Raises EngineClosed when closed or in a forked child; touches no lock and no driver.
@@ -32,6 +36,13 @@ cdef class Device:
     # Whether the driver says so; host memory, pinned or not, and what it does not know, is not. A CUresult: an answer
     # that could not be had is not "no".
     cdef int lies_on_device(self, uint64_t address, bint *answer) noexcept nogil
+
+
+# For a loop over calls of the driver that give something back: True the first time, and twice more after an error that
+# may pass.
+cdef inline bint try_again(int *attempts, int code) noexcept nogil:
+    attempts[0] += 1
+    return attempts[0] == 1 or (attempts[0] <= 3 and code != 0 and not kv_result_is_sticky(code))
 
 
 # Milliseconds of a timeout as it comes from Python; -1 for None, which waits for ever. Refuses what is no whole number.

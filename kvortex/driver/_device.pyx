@@ -28,6 +28,7 @@ from kvortex._c cimport (
     init,
     kv_answer,
     kv_call,
+    kv_devptr,
     kv_driver,
     kv_driver_rows,
     kv_result_call,
@@ -136,11 +137,13 @@ cdef class Device:
             self.release()
 
     cdef void release(self) noexcept:
-        cdef int device = 0
+        cdef int device = 0, code = 0, attempts = 0
         if self.context != NULL and getpid() == self.pid:
             with nogil:
-                if self.drv.device_get(&device, self.ordinal) == 0:
-                    self.drv.device_primary_ctx_release(device)
+                while try_again(&attempts, code):
+                    code = self.drv.device_get(&device, self.ordinal)
+                    if code == 0:
+                        code = self.drv.device_primary_ctx_release(device)
         self.context = NULL
 
     def __cinit__(self):
@@ -199,6 +202,24 @@ cdef class Device:
 
     cdef void leave(self, int mode) noexcept nogil:
         kv_context_leave(self.drv, self.context, mode)
+
+    cdef int give_back(self, int (*end)(void *) noexcept nogil, void *thing) noexcept nogil:
+        cdef int mode = 0, code = 0, attempts = 0
+        while try_again(&attempts, code):
+            code = self.enter(&mode)
+            if code == 0:
+                code = end(thing)
+                self.leave(mode)
+        return code
+
+    cdef int give_memory_back(self, kv_devptr address) noexcept nogil:
+        cdef int mode = 0, code = 0, attempts = 0
+        while try_again(&attempts, code):
+            code = self.enter(&mode)
+            if code == 0:
+                code = self.drv.mem_free(address)
+                self.leave(mode)
+        return code
 
     cdef int bind_thread(self) noexcept nogil:
         cdef int mode = KV_CAPTURE_MODE_RELAXED

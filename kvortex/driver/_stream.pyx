@@ -166,12 +166,9 @@ cdef class Stream:
             self.destroy()
 
     cdef void destroy(self) noexcept:
-        cdef int mode = 0
         if self.is_owned and not self.device.closed and getpid() == self.device.pid:
             with nogil:
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.stream_destroy(self.stream)
-                    self.device.leave(mode)
+                self.device.give_back(self.device.drv.stream_destroy, self.stream)
         self.owner = None
 
     def __dealloc__(self):
@@ -294,12 +291,9 @@ cdef class Event:
             self.destroy()
 
     cdef void destroy(self) noexcept:
-        cdef int mode = 0
         if not self.device.closed and getpid() == self.device.pid:
             with nogil:
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.event_destroy(self.event)
-                    self.device.leave(mode)
+                self.device.give_back(self.device.drv.event_destroy, self.event)
 
     def __dealloc__(self):
         if not self.closed:

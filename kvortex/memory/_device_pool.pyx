@@ -13,7 +13,7 @@ from posix.unistd cimport getpid
 cimport kvortex._c as _c
 from kvortex._c cimport kv_devptr
 from kvortex.driver._buffer cimport DeviceBuffer
-from kvortex.driver._device cimport Device, check
+from kvortex.driver._device cimport Device, check, try_again
 from kvortex.driver._stream cimport Event, Stream, ask, order_streams
 
 from kvortex.errors import ConfigError, DriverError, EngineClosed, PoolExhausted
@@ -313,7 +313,6 @@ cdef class DevicePool:
 
     cdef void end_use(self) noexcept:
         cdef void *pool = self.pool
-        cdef int mode = 0
         self.num_out -= 1
         if self.num_out or not self.closed or getpid() != self.device.pid:
             return
@@ -324,9 +323,7 @@ cdef class DevicePool:
         self.idle_streams = ()
         if pool is not NULL and not self.device.closed:
             with nogil:
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.mem_pool_destroy(pool)
-                    self.device.leave(mode)
+                self.device.give_back(self.device.drv.mem_pool_destroy, pool)
         if self.owns_device:
             self.device.close()
 
@@ -383,13 +380,14 @@ cdef class DevicePool:
         return start
 
     cdef void give(self, kv_devptr start, size_t nbytes, void *stream) noexcept:
-        cdef int code = 0, mode = 0
+        cdef int code = 0, mode = 0, attempts = 0
         if not self.device.closed and getpid() == self.device.pid:
             with nogil:
-                code = self.device.enter(&mode)
-                if code == 0:
-                    code = self.device.drv.mem_free_async(start, stream)
-                    self.device.leave(mode)
+                while try_again(&attempts, code):
+                    code = self.device.enter(&mode)
+                    if code == 0:
+                        code = self.device.drv.mem_free_async(start, stream)
+                        self.device.leave(mode)
         if code == 0:  # what could not be freed stays used
             self.unclaim(nbytes)
         self.end_use()
@@ -637,21 +635,27 @@ cdef class DeviceArena(DeviceBuffer):
     cdef void release(self) noexcept:
         cdef kv_devptr start = self.start
         cdef size_t offset = 0, nbytes
-        cdef int mode = 0
+        cdef int mode = 0, code = 0, attempts
         self.start = 0
         if start == 0 or self.device.closed or getpid() != self.device.pid or not wait_for_device(self.device):
             return
         for size in self.mappings:
             nbytes = size
+            attempts = 0
             with nogil:
-                if self.device.enter(&mode) == 0:
-                    self.device.drv.mem_unmap(start + offset, nbytes)
-                    self.device.leave(mode)
+                while try_again(&attempts, code):
+                    code = self.device.enter(&mode)
+                    if code == 0:
+                        code = self.device.drv.mem_unmap(start + offset, nbytes)
+                        self.device.leave(mode)
             offset += nbytes
+        attempts = 0
         with nogil:
-            if self.device.enter(&mode) == 0:
-                self.device.drv.mem_address_free(start, self.reserve_bytes)
-                self.device.leave(mode)
+            while try_again(&attempts, code):
+                code = self.device.enter(&mode)
+                if code == 0:
+                    code = self.device.drv.mem_address_free(start, self.reserve_bytes)
+                    self.device.leave(mode)
         self.pool.arenas -= offset
         self.pool.unclaim(offset)
         self.is_unmapped = True
@@ -704,18 +708,19 @@ cdef bint wait_for_device(Device device) noexcept:
     thread's mode, and spoils it.
     """
     cdef kv_devptr scratch = 0
-    cdef int code, mode = 0
+    cdef int code = 0, mode = 0, attempts = 0
     if device.closed or getpid() != device.pid:
         return False
     with nogil:
-        code = device.enter(&mode)
-        if code == 0:
-            code = device.drv.mem_alloc(&scratch, 1)
+        while try_again(&attempts, code):
+            code = device.enter(&mode)
             if code == 0:
-                code = device.drv.mem_free(scratch)
-            elif code == _c.KV_CUDA_OUT_OF_MEMORY:
-                code = device.drv.ctx_synchronize()
-            device.leave(mode)
+                code = device.drv.mem_alloc(&scratch, 1)
+                if code == 0:
+                    code = device.give_memory_back(scratch)
+                elif code == _c.KV_CUDA_OUT_OF_MEMORY:
+                    code = device.drv.ctx_synchronize()
+                device.leave(mode)
     return code == 0
 
 

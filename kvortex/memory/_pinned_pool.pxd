@@ -56,11 +56,3 @@ cdef class PinnedPool(Lender):
     cdef int end(self, bint interruptible) except -1
     cdef void abandon(self) noexcept
     cdef void unmap(self) noexcept
-
-
-cdef class PoolSlot:
-    cdef readonly PinnedPool pool   # kept alive; close() leaves it mapped while the slot's memory is out
-    cdef readonly uint32_t slot
-    cdef void *payload
-
-    cdef PinnedPool require_pool(self)

@@ -1,8 +1,7 @@
 from typing import Any, Self
 
-from typing_extensions import CapsuleType
-
 from kvortex.driver import Device
+from kvortex.memory._pool_slot import PoolSlot
 
 class PinnedPool:
     device: Device
@@ -48,20 +47,3 @@ class PinnedPool:
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(self, *exception: Any) -> None: ...
-
-class PoolSlot:
-    pool: PinnedPool
-    slot: int
-    @property
-    def nbytes(self) -> int: ...
-    def __len__(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
-    def __dlpack__(
-        self,
-        *,
-        stream: None = None,
-        max_version: tuple[int, int] | None = None,
-        dl_device: tuple[int, int] | None = None,
-        copy: bool | None = None,
-    ) -> CapsuleType: ...

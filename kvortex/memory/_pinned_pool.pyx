@@ -10,8 +10,8 @@ cimport kvortex._c as _c
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check, require_timeout
 from kvortex.driver._memory cimport Lender
+from kvortex.memory._pool_slot cimport PoolSlot
 
-from kvortex.driver._memory import require_shareable
 from kvortex.config import bytes_text
 from kvortex.errors import EngineClosed, PoolExhausted
 from kvortex.log import warn_once
@@ -24,7 +24,7 @@ cdef extern from "<sys/mman.h>" nogil:
     int munmap(void *address, size_t length)
     int madvise(void *address, size_t length, int advice)
     const int PROT_READ, PROT_WRITE, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
-    const int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTFORK
+    const int MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_DONTFORK, MADV_DONTNEED
 
 cdef extern from *:
     """
@@ -52,7 +52,6 @@ cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal 
 cdef int OUT_OF_MEMORY = _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_host_register)
 
 cdef enum:
-    UNREGISTER_ATTEMPTS = 3  # one passing error of the driver is no reason to leak a pool
     MAX_TOUCHERS = 8  # sixteen are slower: they contend with the registering thread for the address space's lock
 
 
@@ -237,6 +236,7 @@ cdef class PinnedPool(Lender):
     cdef void register_rest(self) noexcept nogil:
         cdef pthread_t touchers[MAX_TOUCHERS]
         cdef int started = 0
+        cdef size_t touched
         while started < self.num_touchers and _c.pthread_create(&touchers[started], NULL, _c.kv_touch_main,
                                                                 &self.touching) == 0:
             started += 1
@@ -246,6 +246,9 @@ cdef class PinnedPool(Lender):
         while started:
             started -= 1
             _c.pthread_join(touchers[started], NULL)
+        if self.failure:  # what was touched ahead serves nobody
+            touched = self.num_ready * self.slots.stride_bytes
+            madvise(self.slots.base + touched, self.slots.num_slots * self.slots.stride_bytes - touched, MADV_DONTNEED)
         self.claim.left[0] = 0  # all is touched, or what is left never will be
         _c.kv_monitor_lock(&self.monitor)
         self.thread_is_over = True
@@ -353,8 +356,8 @@ cdef class PinnedPool(Lender):
         """The payload of a slot for numpy, torch, CuPy and the like, as `PoolSlot`; nothing is copied."""
         self._require_registered(slot)
         cdef PoolSlot made = PoolSlot.__new__(PoolSlot)
-        made.pool, made.slot = self, slot
-        made.payload = _c.kv_slots_payload(&self.slots, slot)
+        made.pool, made.slot, made.is_host = self, slot, self.device.is_host
+        made.payload, made.payload_bytes = _c.kv_slots_payload(&self.slots, slot), self.slots.payload_bytes
         return made
 
     def _require_registered(self, slot):
@@ -468,7 +471,7 @@ cdef class PinnedPool(Lender):
 
     cdef int end(self, bint interruptible) except -1:
         cdef uint32_t first
-        cdef int mode = 0, code, _attempt
+        cdef int code
         if self.device is None or self.device.pid != getpid():
             return 0
         self.closed = True
@@ -479,13 +482,8 @@ cdef class PinnedPool(Lender):
             self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
             self.exports += 1  # ours: nobody else's end may unmap it meanwhile
             with nogil:
-                for _attempt in range(UNREGISTER_ATTEMPTS):
-                    code = self.device.enter(&mode)
-                    if code == 0:
-                        code = self.device.drv.mem_host_unregister(self.slots.base + first * self.slots.stride_bytes)
-                        self.device.leave(mode)
-                    if code == 0 or _c.kv_result_is_sticky(code):
-                        break
+                code = self.device.give_back(self.device.drv.mem_host_unregister,
+                                             self.slots.base + first * self.slots.stride_bytes)
             self.exports -= 1
             if code:  # a dead context: the driver still knows these pages
                 self.is_lost = True
@@ -508,14 +506,12 @@ cdef class PinnedPool(Lender):
     cdef void unmap(self) noexcept:
         cdef char *mapping = self.mapping
         cdef void *allocation = self.allocation
-        cdef int mode = 0
         self.mapping = self.allocation = NULL  # taken under the GIL, so that nobody gives them back twice
         with nogil:
             if mapping is not NULL:
                 munmap(mapping, self.mapping_bytes)
-            if allocation is not NULL and self.device.enter(&mode) == 0:
-                self.device.drv.mem_free_host(allocation)
-                self.device.leave(mode)
+            if allocation is not NULL:
+                self.device.give_back(self.device.drv.mem_free_host, allocation)
 
     def __enter__(self):
         return self
@@ -529,82 +525,6 @@ cdef class PinnedPool(Lender):
         self.end(False)
         if self.monitor_ready:
             _c.kv_monitor_destroy(&self.monitor)
-
-
-cdef class PoolSlot:
-    """The payload of one slot as others see it: uint8 in host memory, through the buffer protocol and DLPack.
-
-    Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share
-    the memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so
-    that no device may use it. Its content is the block that the slot holds at the time: pin that in the index.
-
-    Attributes
-    ----------
-    pool : PinnedPool
-    slot : int
-    nbytes : int
-    """
-
-    def __init__(self):
-        raise TypeError("PoolSlot has no constructor; use PinnedPool.slot(slot)")
-
-    cdef PinnedPool require_pool(self):
-        if self.pool is None:
-            raise EngineClosed("this slot was never made; use PinnedPool.slot(slot)")
-        return self.pool
-
-    @property
-    def nbytes(self):
-        """Bytes of the payload."""
-        return self.require_pool().slots.payload_bytes
-
-    def __len__(self):
-        return self.nbytes
-
-    def __getbuffer__(self, Py_buffer *buffer, int flags):
-        self.require_pool()._require_open()
-        PyBuffer_FillInfo(buffer, self, self.payload, <Py_ssize_t>self.pool.slots.payload_bytes, 0, flags)
-        self.pool.exports += 1
-
-    def __releasebuffer__(self, Py_buffer *buffer):
-        self.pool.take_back()
-
-    def __dlpack_device__(self):
-        """(1, 0), memory of the CPU: what every library takes, though it is pinned."""
-        return _c.KV_DLPACK_CPU, 0
-
-    def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
-        """A DLPack capsule over the payload as uint8, never a copy.
-
-        Parameters
-        ----------
-        stream : None
-        dl_device : (int, int), optional
-            ``(3, 0)``, CUDA host, for who reaches pinned memory from a GPU; in a pool of the host device (1, 0) only.
-        max_version, copy
-            As the array API standard has them.
-
-        Raises
-        ------
-        BufferError
-            A copy was asked for, or another device.
-        ValueError
-            There is a stream.
-        EngineClosed
-        """
-        self.require_pool()._require_open()
-        if stream is not None:
-            raise ValueError(f"memory of the CPU has no streams, got stream {stream!r}; pass None")
-        devices = ((_c.KV_DLPACK_CPU, 0),)
-        if not self.pool.device.is_host:
-            devices += ((_c.KV_DLPACK_CUDA_HOST, 0),)
-        device_type, device_id = require_shareable(dl_device, copy, devices)
-        return self.pool.capsule(<uint64_t>self.payload, self.nbytes, device_type, device_id, max_version)
-
-    def __repr__(self):
-        if self.pool is None:
-            return "<PoolSlot never made>"
-        return f"<PoolSlot {self.slot}, {self.nbytes} bytes at {<uint64_t>self.payload:#x}>"
 
 
 cdef void *register_main(void *pool) noexcept nogil:

@@ -36,7 +36,7 @@ cdef class Copier:
         if self.gather is not None:
             self.gather.close()
         if self.stream is not NULL:
-            self.device.drv.stream_destroy(self.stream)
+            self.device.give_back(self.device.drv.stream_destroy, self.stream)
 
     cdef int copy(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
         """Issue the copies of the plan by what moves its layout, as far as time goes. A CUresult.

@@ -164,20 +164,20 @@ cdef class Gather:
                 self.give_back()
         else:
             if self.staging:
-                drv.mem_free(self.staging)
+                self.device.give_memory_back(self.staging)
             if self.runs:
-                drv.mem_free(self.runs)
+                self.device.give_memory_back(self.runs)
         for index in range(2):
             if self.filled[index] is not NULL:
-                drv.event_destroy(self.filled[index])
+                self.device.give_back(drv.event_destroy, self.filled[index])
             if self.emptied[index] is not NULL:
-                drv.event_destroy(self.emptied[index])
+                self.device.give_back(drv.event_destroy, self.emptied[index])
         if self.began is not NULL:
-            drv.event_destroy(self.began)
+            self.device.give_back(drv.event_destroy, self.began)
         if self.stream is not NULL:
-            drv.stream_destroy(self.stream)
+            self.device.give_back(drv.stream_destroy, self.stream)
         if self.module is not NULL:
-            drv.module_unload(self.module)
+            self.device.give_back(drv.module_unload, self.module)
 
     cdef void give_back(self) noexcept:
         if self.staging:

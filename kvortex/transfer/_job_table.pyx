@@ -53,9 +53,9 @@ cdef class JobTable:
         cdef uint32_t index
         for index in range(self.max_jobs):
             if self.records[index].done_event is not NULL:
-                self.device.drv.event_destroy(self.records[index].done_event)
+                self.device.give_back(self.device.drv.event_destroy, self.records[index].done_event)
             if self.records[index].source_event is not NULL:
-                self.device.drv.event_destroy(self.records[index].source_event)
+                self.device.give_back(self.device.drv.event_destroy, self.records[index].source_event)
 
     def __dealloc__(self):
         cdef uint32_t index

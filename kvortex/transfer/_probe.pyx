@@ -164,7 +164,7 @@ cdef int require_agreement(Copier copier, KVLayout layout) except -1:
             code = _c.kv_call(drv, _c.mem_host_alloc, &scratch, 4 * layout.block_bytes, _c.KV_HOST_ALLOC_PORTABLE)
             if code == 0:
                 code = compare(copier, layout, <char *>scratch)
-                drv.mem_free_host(scratch)
+                copier.device.give_back(drv.mem_free_host, scratch)
             copier.device.leave(mode)
     if code:
         layout.strided = False
@@ -233,9 +233,9 @@ cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, ui
             elif _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY:
                 code = 0
             if scratch:
-                drv.mem_free(scratch)
+                copier.device.give_memory_back(scratch)
             if host is not NULL:
-                drv.mem_free_host(host)
+                copier.device.give_back(drv.mem_free_host, host)
             copier.device.leave(mode)
     free(ids)
     free(slots)

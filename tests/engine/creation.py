@@ -136,7 +136,7 @@ def interrupted():
 
 
 def subclasses():
-    """A subclass that raises before or after what it overrides, or leaves it out."""
+    """A subclass that raises before or after what it overrides, or leaves it out, and may raise at its end again."""
 
     class Before(kvortex.KVortexEngine):
         def __init__(self, *parts):
@@ -151,7 +151,12 @@ def subclasses():
         def __init__(self, *parts):
             pass
 
-    for cls, kind, text in (Before, OSError, "mine"), (After, OSError, "mine"), (Never, TypeError, "super().__init__"):
+    class Unready(After):
+        def _close(self, timeout_ms):
+            raise AttributeError("what the constructor would have made")
+
+    mine = [(cls, OSError, "mine") for cls in (Before, After, Unready)]
+    for cls, kind, text in (*mine, (Never, TypeError, "super().__init__")):
         try:
             create(cls)
         except kind as error:

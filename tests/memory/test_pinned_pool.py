@@ -194,6 +194,20 @@ def test_wait_ready_ends_with_the_error_that_ended_the_registering(device, host)
 
 
 @pytest.mark.host
+def test_pages_of_slots_that_were_never_registered_are_not_kept(device, host):
+    host.fail_call(3, 2, field="mem_host_register")
+    before = resident_bytes()
+    with PinnedPool(64 * MIB, PAGE, device, first_chunk_bytes=MIB, chunk_bytes=16 * MIB) as pool:
+        with pytest.raises(PoolExhausted):
+            pool.wait_ready(20_000)
+        assert pool.bytes_ready == 17 * MIB
+        deadline = time.monotonic() + 20  # the thread that met the error tells of it before it ends
+        while (kept := resident_bytes() - before) > 21 * MIB and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert kept <= 21 * MIB
+
+
+@pytest.mark.host
 def test_first_registration_refused_leaves_nothing(device, host):
     before = host.live_objects()
     host.fail_call(1, 2, field="mem_host_register")
@@ -299,3 +313,8 @@ def test_one_passing_error_of_a_close_leaks_nothing(device, host, field):
 def mapped_bytes():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * 4096
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * 4096
