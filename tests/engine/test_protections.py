@@ -152,6 +152,7 @@ def test_failed_submission_returns_when_the_copies_it_had_submitted_are_over(mak
 def test_no_verb_spoils_the_capture_of_another_stream(bench, device, host):
     with kvortex.Stream.create(device) as capturing:
         assert host.begin_capture(capturing.handle) == 0
+        host.set_delay_us(20_000, 20_000)  # so that the jobs are not over before they are waited for
         thread, answers = call_in_thread(lambda: use_every_verb(bench))
         thread.join()
         assert host.end_capture(capturing.handle) == (0, 0)
