@@ -555,7 +555,7 @@ cdef class EngineCore:
         thread still retires, or while the pool is given back. Each step may be done again.
         """
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
-        cdef bint dead = False
+        cdef bint dead = False, stuck
         while (self.calls or self.any_in_flight()) and _c.kv_now_ns() < deadline:
             with nogil:
                 _c.kv_nap_ns(100_000)
@@ -563,12 +563,11 @@ cdef class EngineCore:
                 PyErr_CheckSignals()
             if self.ended:  # by a signal handler
                 return False
-        if self.submitter is not None:
-            self.submitter.end(deadline, False)
+        stuck = self.submitter is not None and not self.submitter.end(deadline, False)
         with nogil:
             self.thread.stop()
-        if self.calls:
-            # A call does not come to its end: leave it its parts.
+        if self.calls or stuck:
+            # A call, or the submitter, does not come to its end: leave it its parts.
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
             self.leaked = self.ended = True

@@ -79,6 +79,9 @@ class KVortexConfig:
     gpu_pool_size_bytes : int, default 0
         Limit of `engine.device_pool`, a `DevicePool` for device memory: the gather's, and whatever the runtime takes
         from it. 0: there is none. Nothing is taken before it is asked for.
+    deferred : bool or "auto", default False
+        Whether a thread of the engine submits the copies of a save or a load, so that the call returns at once; "auto":
+        where there are many. A call may say otherwise; `KVortexEngine.save_blocks` tells what it means for the caller.
     enable_numa : bool, default True
         Prefer memory of the GPU's NUMA node for the pool (`engine.pool.numa_node` tells what came of it).
 
@@ -100,6 +103,7 @@ class KVortexConfig:
     pool_huge_pages: bool = True
     gather_ctas: int = 0
     gpu_pool_size_bytes: int = 0
+    deferred: bool | str = False
     enable_numa: bool = True
 
     _LIMITS = {
@@ -213,6 +217,9 @@ class KVortexConfig:
             if not isinstance(value, str):
                 raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
             parse_device(value)
+        elif name == "deferred":
+            if not isinstance(value, bool) and value != "auto":
+                raise ConfigError(f"deferred must be True, False or 'auto', got {value!r}")
         elif not isinstance(value, bool):
             raise ConfigError(f"{name} must be True or False, got {value!r}")
         return value
@@ -271,7 +278,7 @@ class KVortexConfig:
             return parse_bytes(text)
         if name in cls._LIMITS:
             return int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else text  # which the check refuses
-        if name == "device":
+        if name == "device" or (name, text) == ("deferred", "auto"):
             return text
         if text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE

@@ -114,7 +114,7 @@ class KVortexEngine(EngineCore):
                 gather_ctas=config.gather_ctas,
                 device_pool=device_pool,
             )
-            parts = (device, pool, index, carrier, device_pool)
+            parts = (device, pool, index, carrier, device_pool, config.deferred)
             engine = cls.__new__(cls, *parts)
             engine.config, engine._shutting_down = config, threading.RLock()
             engine.__init__(*parts)

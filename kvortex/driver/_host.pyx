@@ -6,6 +6,7 @@ Everything here acts on the whole process. `reset` puts all of it back; no other
 import atexit
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
 
 from kvortex._c cimport KV_DRIVER_NUM_ROWS, kv_driver, kv_driver_rows
 from kvortex.errors import ConfigError
@@ -26,6 +27,12 @@ cdef extern from "host_driver.h" nogil:
     void kv_host_control_release()
     void kv_host_control_fail_call(uint64_t n, int code, int sticky, int row)
     int kv_host_control_fail_pending()
+    ctypedef struct kv_host_stopped:
+        long thread
+        int row
+    void kv_host_control_stop_calls(const uint8_t *rows)
+    size_t kv_host_control_stopped(kv_host_stopped *calls, size_t capacity)
+    int kv_host_control_step(long thread)
     void kv_host_control_count_calls(int enabled)
     uint64_t kv_host_control_num_calls(int row)
     size_t kv_host_control_last_calls(uint8_t *rows)
@@ -116,6 +123,28 @@ def fail_call(uint64_t n, int code, bint sticky=False, field=None):
 def fail_pending():
     """Tell whether the failure that `fail_call` armed is still to come."""
     return bool(kv_host_control_fail_pending())
+
+
+def stop_calls(*fields):
+    """Let each call of these rows stop before it does anything, until `step`; without fields all of them go on."""
+    cdef uint8_t[256] rows
+    memset(rows, 0, sizeof(rows))
+    for field in fields:
+        rows[row_number(field)] = 1
+    kv_host_control_stop_calls(rows if fields else NULL)
+
+
+def stopped():
+    """Return {native thread id: field} of the calls that stand still now."""
+    cdef kv_host_stopped[64] calls
+    cdef size_t count = kv_host_control_stopped(calls, 64)
+    return {calls[i].thread: kv_driver_rows[calls[i].row].field.decode() for i in range(count)}
+
+
+def step(long thread):
+    """Let the call of this thread go on that stands still."""
+    if kv_host_control_step(thread):
+        raise ValueError(f"no call of thread {thread} stands still")
 
 
 def count_calls(bint enabled=True):

@@ -52,6 +52,7 @@ void kv_host_control_live(kv_host_live *live)
 
 void kv_host_control_reset(void)
 {
+    kv_host_control_stop_calls(NULL);
     kv_host_control_fail_call(0, KV_CUDA_SUCCESS, 0, -1);
     kv_host_control_count_calls(0);
     kv_host_control_release();

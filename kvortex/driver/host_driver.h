@@ -48,6 +48,14 @@ void kv_host_control_fail_call(uint64_t n, kv_result code, int sticky, int row);
 /* True until the armed failure has happened. */
 int kv_host_control_fail_pending(void);
 
+/* Calls of rows whose byte in `rows` (one for each row) is not 0 stop before they do anything, each until it is stepped;
+ * NULL lets all go on, and no call stops from then on. */
+void kv_host_control_stop_calls(const uint8_t *rows);
+/* The calls that stand still now, as thread (gettid) and row; at most `capacity` are filled in. Returns how many. */
+typedef struct kv_host_stopped { long thread; int row; } kv_host_stopped;
+size_t kv_host_control_stopped(kv_host_stopped *calls, size_t capacity);
+int kv_host_control_step(long thread); /* lets that thread's call go on; 0 if it stood still */
+
 /* Counting is off by default. Turning it on starts from zero. */
 void kv_host_control_count_calls(int enabled);
 uint64_t kv_host_control_num_calls(int row); /* of one row, or of all with -1 */

@@ -4,6 +4,8 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static pthread_mutex_t control_mutex = PTHREAD_MUTEX_INITIALIZER; /* counters, the armed failure, captures */
 static uint64_t num_calls, num_row_calls[KV_DRIVER_NUM_ROWS];
@@ -14,6 +16,12 @@ static struct {
     int sticky, row;
 } failure;
 static size_t num_capturing;
+
+/* Calls that stand still, see kv_host_control_stop_calls. */
+enum { MAX_STOPPED = 64 };
+static uint8_t stopping_rows[KV_DRIVER_NUM_ROWS];
+static struct { kv_host_stopped call; int goes; } stopped[MAX_STOPPED]; /* thread 0: free */
+static pthread_cond_t stepped = PTHREAD_COND_INITIALIZER;
 
 /* Capture ---------------------------------------------------------------------------------------------------------- */
 
@@ -160,10 +168,32 @@ static int needs_live_device(int row)
     return row >= KV_ROW_stream_create;
 }
 
+/* Stands still until somebody steps this thread. The mutex is held. */
+static void stand_still(int row)
+{
+    size_t i = 0;
+    while (i < MAX_STOPPED && stopped[i].call.thread)
+        i++;
+    if (i == MAX_STOPPED)
+        return;
+    stopped[i].call = (kv_host_stopped){syscall(SYS_gettid), row};
+    stopped[i].goes = 0;
+    while (!stopped[i].goes && stopping_rows[row])
+        pthread_cond_wait(&stepped, &control_mutex);
+    stopped[i].call.thread = 0;
+}
+
 kv_result kv_host_begin_unusual(int row, unsigned int bits)
 {
     if (bits & KV_HOST_FORKED)
         return KV_CUDA_NOT_INITIALIZED;
+    if (bits & KV_HOST_STEPPING) {
+        pthread_mutex_lock(&control_mutex);
+        if (stopping_rows[row])
+            stand_still(row);
+        pthread_mutex_unlock(&control_mutex);
+        bits = atomic_load(&kv_host_unusual);
+    }
     kv_result code = KV_CUDA_SUCCESS;
     kv_host_device *dev = kv_host_current_device();
     if (bits & (KV_HOST_COUNTING | KV_HOST_FAILING)) {
@@ -263,6 +293,41 @@ void kv_host_control_fail_call(uint64_t n, kv_result code, int sticky, int row)
 int kv_host_control_fail_pending(void)
 {
     return (atomic_load(&kv_host_unusual) & KV_HOST_FAILING) != 0;
+}
+
+void kv_host_control_stop_calls(const uint8_t *rows)
+{
+    pthread_mutex_lock(&control_mutex);
+    if (rows)
+        memcpy(stopping_rows, rows, sizeof stopping_rows);
+    else
+        memset(stopping_rows, 0, sizeof stopping_rows);
+    kv_host_set_unusual(KV_HOST_STEPPING, rows != NULL);
+    pthread_cond_broadcast(&stepped);
+    pthread_mutex_unlock(&control_mutex);
+}
+
+size_t kv_host_control_stopped(kv_host_stopped *calls, size_t capacity)
+{
+    size_t count = 0;
+    pthread_mutex_lock(&control_mutex);
+    for (size_t i = 0; i < MAX_STOPPED && count < capacity; i++)
+        if (stopped[i].call.thread && !stopped[i].goes)
+            calls[count++] = stopped[i].call;
+    pthread_mutex_unlock(&control_mutex);
+    return count;
+}
+
+int kv_host_control_step(long thread)
+{
+    int found = 0;
+    pthread_mutex_lock(&control_mutex);
+    for (size_t i = 0; i < MAX_STOPPED && !found; i++)
+        if (stopped[i].call.thread == thread && !stopped[i].goes)
+            found = stopped[i].goes = 1;
+    pthread_cond_broadcast(&stepped);
+    pthread_mutex_unlock(&control_mutex);
+    return !found;
 }
 
 void kv_host_control_count_calls(int enabled)

@@ -48,7 +48,8 @@ enum {
     KV_HOST_COUNTING = 2,
     KV_HOST_FAILING = 4,
     KV_HOST_CAPTURING = 8,
-    KV_HOST_DEAD = 16
+    KV_HOST_DEAD = 16,
+    KV_HOST_STEPPING = 32
 };
 extern _Atomic unsigned int kv_host_unusual;
 void kv_host_set_unusual(unsigned int bits, int on);

@@ -85,6 +85,7 @@ cdef class JobTable:
     cdef uint32_t fifo_head, fifo_tail  # jobs that have a turn, in the order in which they are issued and retired
     cdef uint32_t issue_head           # the first of them that is not sealed
     cdef uint64_t num_turns
+    cdef readonly uint32_t num_waiting  # for a turn or a seal since the last broadcast; for tests that order threads
     cdef readonly uint32_t jobs_in_flight   # claimed and not yet free
     cdef int failure                   # sticky CUresult: the context is dead
     cdef bint closed                   # nothing is claimed any more
@@ -106,6 +107,7 @@ cdef class JobTable:
     cdef int enter(self, int *mode) noexcept nogil
     cdef int poll_once(self) noexcept nogil
     cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil
+    cdef void wake(self) noexcept nogil
     cdef void keep_slots(self, uint32_t record, size_t n) noexcept nogil
     cdef void draw_turn(self, uint32_t record) noexcept nogil
     cdef int await_turn(self, uint32_t record) noexcept nogil

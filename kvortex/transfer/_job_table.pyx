@@ -103,6 +103,11 @@ cdef class JobTable:
         job.start_ns = _c.kv_now_ns()
         return record
 
+    cdef void wake(self) noexcept nogil:
+        """Let whoever waits look again. The monitor is held."""
+        self.num_waiting = 0
+        _c.kv_monitor_broadcast(&self.monitor)
+
     cdef void keep_slots(self, uint32_t record, size_t n) noexcept nogil:
         """Of the `n` blocks that a claimed job is filled with keep those that got a slot."""
         cdef JobRecord *job = &self.records[record]
@@ -138,6 +143,7 @@ cdef class JobTable:
         cdef int code
         _c.kv_monitor_lock(&self.monitor)
         while self.issue_head != record and not self.is_abandoned:
+            self.num_waiting += 1
             _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
         code = 0 if self.issue_head == record else self.failure
         _c.kv_monitor_unlock(&self.monitor)
@@ -154,14 +160,14 @@ cdef class JobTable:
         job.state = JOB_SEALED
         if self.issue_head == record:
             self.issue_head = job.next
-        _c.kv_monitor_broadcast(&self.monitor)
+        self.wake()
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.sealed()
 
     cdef void unclaim(self, uint32_t record) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)
         self.recycle(record)
-        _c.kv_monitor_broadcast(&self.monitor)
+        self.wake()
         _c.kv_monitor_unlock(&self.monitor)
 
     cdef void recycle(self, uint32_t record) noexcept nogil:
@@ -223,7 +229,7 @@ cdef class JobTable:
             job.outcome.state = OUTCOME_FAILED if job.outcome.code else OUTCOME_DONE
             job.outcome = NULL
         self.recycle(record)
-        _c.kv_monitor_broadcast(&self.monitor)
+        self.wake()
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.retired()
         return 1
@@ -242,7 +248,7 @@ cdef class JobTable:
                 job.outcome = NULL
         self.fifo_head = self.fifo_tail = self.issue_head = NO_RECORD
         self.is_abandoned = True
-        _c.kv_monitor_broadcast(&self.monitor)
+        self.wake()
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.retired()
 
@@ -284,6 +290,7 @@ cdef class JobTable:
         cdef int code = 0
         _c.kv_monitor_lock(&self.monitor)
         while self.records[record].state == JOB_QUEUED and not self.is_abandoned:
+            self.num_waiting += 1
             _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
         if self.records[record].state == JOB_QUEUED:
             code = self.failure
@@ -337,7 +344,7 @@ cdef class JobTable:
         self.records[record].holds -= 1
         if self.records[record].state == JOB_RETIRED:
             self.recycle(record)
-            _c.kv_monitor_broadcast(&self.monitor)
+            self.wake()
         _c.kv_monitor_unlock(&self.monitor)
 
     cdef OutcomeState wait_outcome(self, JobOutcome *outcome, uint64_t deadline_ns, bint is_entered) noexcept nogil:

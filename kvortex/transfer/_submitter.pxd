@@ -18,6 +18,7 @@ cdef class Submitter:
     cdef int num_queues
     cdef pthread_t thread
     cdef bint running
+    cdef bint has_ended               # under the monitor of `signals`
 
     cdef void run(self) noexcept nogil
     cdef int issue_round(self) noexcept nogil

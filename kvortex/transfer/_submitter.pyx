@@ -2,6 +2,7 @@
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport uint64_t
 from posix.unistd cimport getpid
 
@@ -13,6 +14,7 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 cdef uint64_t SLICE_NS = 1_000_000  # of one queue's copies, before it is the next queue's turn
 cdef uint64_t ENTER_NS = 1_000_000  # after which it tries again to enter a context that could not be entered
 cdef uint64_t DRAIN_NS = 100_000
+cdef uint64_t PATIENCE_NS = 50_000_000  # for its last call of the driver, beyond the deadline
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
@@ -65,6 +67,8 @@ cdef class Submitter:
         while True:
             _c.kv_monitor_lock(&self.signals.handing)
             if self.signals.submitter_stops:
+                self.has_ended = True
+                _c.kv_monitor_broadcast(&self.signals.handing)
                 _c.kv_monitor_unlock(&self.signals.handing)
                 return
             seen = self.signals.num_handed
@@ -108,8 +112,10 @@ cdef class Submitter:
         return False
 
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
+        """`close`. 0: the thread does not come back from a call of the driver, so nothing that it uses may go."""
+        cdef bint ended
         if not self.running or self.device.pid != getpid():
-            return 0
+            return 1
         _c.kv_monitor_lock(&self.signals.handing)
         self.signals.has_submitter = False
         _c.kv_monitor_unlock(&self.signals.handing)
@@ -119,15 +125,21 @@ cdef class Submitter:
             if interruptible:
                 PyErr_CheckSignals()
         if not self.running:  # by a signal handler
-            return 0
+            return 1
         self.running = False
         with nogil:
             _c.kv_monitor_lock(&self.signals.handing)
             self.signals.submitter_stops = True
             _c.kv_monitor_broadcast(&self.signals.handing)
+            while not self.has_ended and _c.kv_now_ns() < deadline_ns + PATIENCE_NS:
+                _c.kv_monitor_wait(&self.signals.handing, deadline_ns + PATIENCE_NS)
+            ended = self.has_ended
             _c.kv_monitor_unlock(&self.signals.handing)
-            _c.pthread_join(self.thread, NULL)
-        return 0
+            if ended:
+                _c.pthread_join(self.thread, NULL)
+        if not ended:
+            Py_INCREF(self)  # the thread will look at it when the driver lets it go
+        return ended
 
     def __enter__(self):
         return self

@@ -14,6 +14,7 @@ class TransferQueue:
     signals: JobSignals
     max_jobs: int
     jobs_in_flight: int
+    num_waiting: int
     gather: Gather | None
     def __init__(
         self,

@@ -55,6 +55,7 @@ def test_every_setting_can_be_given_each_way(toml):
         "pool_huge_pages": ("0", False),
         "gather_ctas": ("4", 4),
         "gpu_pool_size_bytes": ("8GiB", 8 << 30),
+        "deferred": ("auto", "auto"),
         "enable_numa": ("Off", False),
     }
     assert sorted(given) == sorted(KVortexConfig.names()), "a new setting: say here how it is written"
@@ -169,6 +170,7 @@ def test_a_variable_of_what_is_no_setting_any_more_counts_as_unset_when_it_is_em
         ('max_jobs = "7"', "max_jobs must be an int, got '7'"),
         ("max_jobs = 7.0", "max_jobs must be an int, got 7.0"),
         ("max_jobs = true", "max_jobs must be an int, got True"),
+        ("deferred = 1", "deferred must be True, False or 'auto', got 1"),
         ("enable_numa = 1", "enable_numa must be True or False, got 1"),
         ("device = 0", "device must be a str"),
         ('block_bytes = "1 MB"', "bytes are expected"),

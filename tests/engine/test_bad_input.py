@@ -153,6 +153,7 @@ def test_blocks_move_while_another_stream_captures(bench, host, device):
         {"pool_chunk_bytes": 0},
         {"device": 0},
         {"enable_numa": "yes"},
+        {"deferred": "always"},
     ],
 )
 def test_absurd_settings_are_refused_when_they_are_made(settings):
