@@ -41,6 +41,13 @@ def test_an_earlier_result_is_printed_again(result):
     assert done.returncode == 0 and done.stdout.strip() in text
 
 
+def test_the_ways_of_submitting_are_compared():
+    command = [sys.executable, "-m", "bench.gpu.deferred", "--device", "host", "--blocks", "8", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| deferred |" in done.stdout and "8 blocks of 32 x 64 KiB" in done.stdout
+
+
 class DriftingKernels:
     """A kernel that slows down from run to run, by more than any transfer costs it."""
 
