@@ -14,7 +14,7 @@ import numpy as np
 
 import kvortex
 from bench.gpu.__main__ import driver_version
-from bench.gpu.link import KIB, MIB, Cache, Link, keys_of
+from bench.gpu.link import KIB, MIB, Cache, keys_of
 from kvortex.slots import stride_bytes
 
 PIECES, PIECE_BYTES = 32, 64 * KIB
@@ -106,8 +106,6 @@ def measure(options):
         device = stack.enter_context(kvortex.Device.open(options.device))
         stream = stack.enter_context(kvortex.Stream.create(device))
         bench = Bench(stack, device, stream, options.blocks, rng)
-        link = Link(device, bench.cache.nbytes)
-        stack.callback(link.close)
         trips, busy, short = ({way: [] for way in WAYS} for _ in range(3))
         for deferred in WAYS.values():  # warm up
             bench.round_trip(deferred)
@@ -120,7 +118,7 @@ def measure(options):
         for _ in range(options.rounds):
             for way, deferred in WAYS.items():
                 short[way].append(bench.short_load_beside(deferred))
-        bench.cache.require(bench.holds, link.host)
+        bench.cache.require(bench.holds, np.empty(bench.cache.nbytes // PIECES, dtype=np.uint8))
         print(f"{device.description}, {driver_version(device)}, {time.strftime('%Y-%m-%d')}, "
               f"`python -m bench.gpu.deferred --blocks {options.blocks} --rounds {options.rounds}`\n")  # fmt: skip
         print(f"{options.blocks} blocks of {PIECES} x {PIECE_BYTES // KIB} KiB, "
