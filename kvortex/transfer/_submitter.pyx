@@ -11,7 +11,7 @@ from kvortex.driver._device cimport Device, require_timeout
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
-cdef uint64_t SLICE_NS = 1_000_000  # of one queue's copies, before it is the next queue's turn
+cdef uint64_t SLICE_NS = 100_000  # of one queue's copies, some 200, before it is the next queue's turn
 cdef uint64_t ENTER_NS = 1_000_000  # after which it tries again to enter a context that could not be entered
 cdef uint64_t DRAIN_NS = 100_000
 cdef uint64_t PATIENCE_NS = 50_000_000  # for its last call of the driver, beyond the deadline
@@ -19,7 +19,7 @@ cdef uint64_t PATIENCE_NS = 50_000_000  # for its last call of the driver, beyon
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
 cdef class Submitter:
-    """Issue and seal the deferred jobs of some queues of one device, the queues in turn, a millisecond each.
+    """Issue and seal the deferred jobs of some queues of one device, the queues in turn, 0.1 ms each.
 
     So a load of one block does not wait until all pieces of a long save are submitted. The thread waits for nobody: a
     queue whose next job has to wait for another thread's job to be sealed is passed over until then.
