@@ -24,6 +24,7 @@ CLAIMS_FOLDER = Path("/dev/shm")  # memory that processes share; where there is 
 CLAIM_WAIT_S = 1.0  # for another process that is just being admitted; then it is taken for stuck
 NO_LIMIT_BYTES = 1 << 62  # cgroup v1 has no word for it, and shows 2^63 rounded down to pages
 HUGE_PAGES_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+READING_ATTEMPTS = 20  # while pools are being touched; then what counts twice may refuse a pool that would fit
 
 
 def _read_text(path):
@@ -127,11 +128,15 @@ def _available_bytes():
 def free_memory():
     """Return what a pool may take, in bytes by the name of the limit; None where there is no limit or nobody tells."""
     lines = _read_lines("/proc/self/cgroup")
-    available = _available_bytes()  # before the claims: what is touched meanwhile then counts in neither
     claims = list(_claims(lines))
+    for _ in range(READING_ATTEMPTS):
+        available, in_cgroup = _available_bytes(), cgroup_free_bytes(lines, claims)
+        earlier, claims = claims, list(_claims(lines))
+        if claims == earlier:  # else some of it was touched between the two readings, and counts in both
+            break
     if available is not None:
-        available = max(0, available - sum(nbytes for nbytes, _ in claims))
-    return {"available memory": available, "the cgroup's memory limit": cgroup_free_bytes(lines, claims)}
+        available = max(0, available - sum(nbytes for nbytes, _ in earlier))
+    return {"available memory": available, "the cgroup's memory limit": in_cgroup}
 
 
 def lacking_memory(nbytes):

@@ -85,7 +85,7 @@ def test_blocks_go_into_their_slots_and_come_back(device, stream, seed, shape, p
     moved.close()
 
 
-GATHERED_BLOCKS = 23
+GATHERED_BLOCKS = 47
 
 
 @pytest.fixture
@@ -102,10 +102,10 @@ def gathered(device, stream):
     cache.close()
 
 
-def move_gathered(gathered, stream, seed, late=lambda high_us: None):
+def move_gathered(gathered, stream, seed, late=lambda high_us: None, counts=(1, 2, 3, 8, 17, GATHERED_BLOCKS)):
     cache, pool, saves, loads = gathered
     rng = np.random.default_rng(seed)
-    for count in (1, 2, 3, 8, 17, GATHERED_BLOCKS):
+    for count in counts:
         blocks, slots, targets = (rng.permutation(GATHERED_BLOCKS)[:count] for _ in range(3))
         records = [rng.bytes(1 << 20) for _ in range(count)]
         for block, record in zip(blocks, records, strict=True):
@@ -130,7 +130,9 @@ def test_gathered_blocks_go_through_the_staging_and_come_back(gathered, stream, 
 @pytest.mark.host
 @pytest.mark.parametrize("round_", range(4))
 def test_gathered_blocks_survive_kernels_and_copies_that_run_late(gathered, stream, seed, host, round_):
-    move_gathered(gathered, stream, seed, lambda high_us: host.set_delay_us(0, high_us, seed + round_))
+    move_gathered(
+        gathered, stream, seed + round_, lambda high_us: host.set_delay_us(0, high_us, seed + round_), [GATHERED_BLOCKS]
+    )
 
 
 def test_unfit_gathers_are_refused(device, moved, d2h):
