@@ -353,12 +353,14 @@ cdef class TransferQueue(JobTable):
 
         Notes
         -----
-        Thread-safe; blocks on nothing.
+        Thread-safe; blocks on nothing. A queue that is closed, or being closed, answers like any other.
         """
         if job.queue is not None and job.queue is not self:
             raise ValueError("the job is of another queue")
-        self._require_open()
-        if job.queue is None or not self.withdraw_job(job.record, job.generation):
+        if job.queue is None:
+            return False
+        job._require_owner_process()
+        if not self.withdraw_job(job.record, job.generation):
             return False
         job.count = 0
         return True

@@ -11,7 +11,7 @@ from kvcache import SHAPES, DeviceCache, content
 import kvortex
 from kvortex import DriverError, EngineClosed, KVLayout, PinnedPool, PoolExhausted, TransferQueue
 from kvortex.slots import stride_bytes
-from kvortex.transfer import JobSignals, probe_layout
+from kvortex.transfer import JobSignals, Submitter, probe_layout
 
 TIMEOUT_MS = 20_000
 OUT_OF_MEMORY = 2
@@ -572,3 +572,20 @@ def test_poll_where_the_context_cannot_be_entered_ends_what_is_polled_for(device
         moved.submit(queue, [0], [0])
     host.release()
     queue.close(timeout_ms=100)
+
+
+# ---- withdrawn jobs --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_of_a_job_that_is_over_nothing_can_be_withdrawn_nor_of_one_that_was_never_handed_over(device, moved, is_closed):
+    signals = JobSignals()
+    with TransferQueue(device, "H2D", signals=signals) as h2d, Submitter(device, signals, [h2d]):
+        deferred = h2d.submit(moved.cache.layout, [0, 1], moved.pool, [0, 1], stream=moved.stream, deferred=True)
+        deferred.wait(TIMEOUT_MS)
+        jobs = [deferred, moved.submit(h2d, [2], [2]), moved.submit(h2d, [], [])]
+        if is_closed:
+            h2d.close(TIMEOUT_MS)
+        assert [h2d.withdraw(job) for job in jobs] == [False] * 3
+        assert [job.num_blocks for job in jobs] == [2, 1, 0]

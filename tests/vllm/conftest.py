@@ -33,6 +33,7 @@ def make_rig(host):
         return rigs[-1]
 
     yield make
+    host.stop_calls()
     host.release()
     host.set_delay_us(0, 0)
     host.fail_call(0, 0)

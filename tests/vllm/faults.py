@@ -12,7 +12,7 @@ after a copy are missed there too, when the copies of the host driver run late. 
 but for before-other, whose other connector (--other first) lives on the CPU.
 """
 
-from kvortex import Stream
+from kvortex import Job, Stream
 from kvortex.integrations.vllm.worker import WorkerHalf
 
 
@@ -57,20 +57,13 @@ def after_save():
     WorkerHalf.begin = begin
 
 
-class LooksLanded:
-    """A load that says at once that it is over."""
+class LooksLanded(Job):
+    """A load that says at once that it is over, as every job does that moves nothing."""
+
+    num_blocks = 0
 
     def __init__(self, job, num_blocks):
         self.job, self.num_blocks = job, num_blocks
-
-    def done(self):
-        return True
-
-    def wait(self):
-        pass
-
-    def wait_on(self, stream):
-        pass
 
 
 def after_load():

@@ -531,6 +531,13 @@ def ours(connector):
     return next(one for one in connectors if isinstance(one, KVortexConnector))
 
 
+def in_flight(job):
+    """A job, or None, once all its copies are on their stream, or were refused."""
+    while job is not None and not job.submitted:
+        time.sleep(0.0001)
+    return job
+
+
 def planes(cache):
     """Keys and values of each layer and head as (block, token) arrays."""
     for tensor in cache.values():

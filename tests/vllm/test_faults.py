@@ -3,35 +3,37 @@
 import threading
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from rig import in_flight
 from vllm.v1.request import RequestStatus
 
 from kvortex import DriverError
-from kvortex.integrations.vllm import worker
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
+from kvortex.integrations.vllm.messages import LOAD, StepMetadata, Transfer
+from kvortex.integrations.vllm.worker import Running
 
 OUT_OF_MEMORY, ILLEGAL_ADDRESS = 2, 700
+COPY = "memcpy_batch_async"  # what moves the blocks of the rig
 
 
 @contextmanager
 def refused(host, rig, direction, rank=0):
     """Let the driver refuse every save or every load of one rank; yields the list of those."""
-    parts, one_at_a_time, seen = [half.worker for half in rig.workers], threading.Lock(), []
+    parts, seen = [half.worker for half in rig.workers], []
 
     def wrapped(part):
         submit = part.submit
 
         def submit_refused(queue, transfer, stream):
-            with one_at_a_time:  # the driver refuses whoever calls it next, and every rank's loads have a thread
-                if part is parts[rank] and queue.direction == direction:
-                    seen.append(transfer)
-                    host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
-                try:
-                    return submit(queue, transfer, stream)
-                finally:
-                    host.fail_call(0, 0)  # where no job was free, nothing has been copied
+            if part is parts[rank] and queue.direction == direction:
+                seen.append(transfer)
+                host.fail_call(1, OUT_OF_MEMORY, field=COPY)
+            try:
+                return in_flight(submit(queue, transfer, stream))
+            finally:
+                host.fail_call(0, 0)  # where no job was free, nothing has been copied
 
         return submit_refused
 
@@ -40,6 +42,33 @@ def refused(host, rig, direction, rank=0):
     yield seen
     for part in parts:
         del part.submit
+
+
+@contextmanager
+def loads_stand_still(host):
+    """Let no copy of a load get onto its stream; this thread's calls go on."""
+    own_thread, is_over = threading.get_native_id(), threading.Event()
+
+    def step():
+        while not is_over.is_set():
+            if own_thread in host.stopped():
+                host.step(own_thread)
+            time.sleep(0.0001)
+
+    helper = threading.Thread(target=step)
+    helper.start()
+    host.stop_calls(COPY)
+    try:
+        yield
+    finally:
+        host.stop_calls()
+        is_over.set()
+        helper.join()
+
+
+def wait_for_a_load_to_stand_still(host):
+    while not host.stopped():
+        time.sleep(0.0001)
 
 
 def summed(rig, name):
@@ -197,18 +226,16 @@ def test_a_device_that_dies_with_copies_in_flight_serves_without_them(make_rig, 
 
 
 def test_a_fence_that_could_not_be_put_is_waited_for(make_rig, host):
-    """What a wait raises is no word that the copy is over, and it is not skipped either."""
     part = make_rig().workers[0].worker
+    transfer = Transfer(LOAD, 1, np.zeros(1, np.uint32), np.zeros(1, np.int64), "r")
     host.hold()
-    job = part.saver.submit(part.layout, [0], part.pool, [0], stream=part.compute.stream)
+    running = Running(transfer, in_flight(part.submit(part.loader, transfer, part.compute.stream)))
     opener = threading.Timer(0.1, host.release)
     opener.start()
-
-    def wait_for(job):
-        raise DriverError(OUT_OF_MEMORY, "CUDA_ERROR_OUT_OF_MEMORY", "cuStreamWaitEvent", "")
-
-    part.wait_surely(job, wait_for)
-    assert job.done() and job.num_blocks == 1
+    part.compute.wait_for = lambda job: job.wait_on(part.compute.stream)  # as on a GPU
+    host.fail_call(1, OUT_OF_MEMORY, field="stream_wait_event")
+    part.order(running)
+    assert running.num_blocks() == 1
     opener.join()
 
 
@@ -256,65 +283,60 @@ def test_loads_that_find_no_job_wait(make_rig, prompt, host, load_async):
     rig.require_clean()
 
 
-def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt):
+def test_no_step_waits_for_the_submission_of_a_load(make_rig, prompt, host):
     rig = make_rig()
     rig.serve("first", prompt("p", 100))
     rig.forget_device()
-    part, submitting, go_on = rig.workers[0].worker, threading.Event(), threading.Event()
-    submit = part.submit
-
-    def submit_slowly(queue, transfer, stream):
-        if queue is part.loader:
-            submitting.set()
-            assert go_on.wait(20)
-        return submit(queue, transfer, stream)
-
-    part.submit = submit_slowly
-    rig.add("second", prompt("p", 100))
-    rig.step()
-    assert submitting.wait(20)
-    rig.add("other", prompt("q", 40))
-    while rig.outputs("other") != rig.truths["other"].tokens[40:42]:
+    with loads_stand_still(host):
+        rig.add("second", prompt("p", 100))
         rig.step()
-    assert not rig.outputs("second")
-    go_on.set()
+        wait_for_a_load_to_stand_still(host)
+        rig.add("other", prompt("q", 40))
+        while rig.outputs("other") != rig.truths["other"].tokens[40:42]:
+            rig.step()
+        assert not rig.outputs("second")
     rig.run()
     assert rig.computed_at_first["second"] == 96
     rig.require_clean()
 
 
-def test_a_step_that_computes_nothing_leaves_a_moment_to_other_threads(make_rig, prompt, monkeypatch):
-    """Or it would step again at once, and keep the GIL from the thread that it waits for."""
-    rig = make_rig()
+def test_no_load_waits_for_the_forward_of_its_step(make_rig, prompt, load_async):
+    """vLLM from 0.32 on calls `start_load_kv` after the forward: a load ordered there would come after it."""
+    rig = make_rig(load_async=load_async)
     rig.serve("first", prompt("p", 100))
     rig.forget_device()
-    part, go_on, model_thread, naps = rig.workers[0].worker, threading.Event(), threading.get_ident(), []
-    submit = part.submit
+    part, forward, seen = rig.workers[0].worker, rig.forward, []
 
-    def submit_slowly(queue, *more):
-        assert queue is not part.loader or go_on.wait(20)
-        return submit(queue, *more)
+    def forward_with_a_look(runs):
+        seen.extend(running.job is not None for running in part.running.values() if running.is_load)
+        return forward(runs)
 
-    def sleep(seconds):
-        if threading.get_ident() == model_thread:
-            naps.append(seconds)
-        time.sleep(seconds)
-
-    part.submit = submit_slowly
-    monkeypatch.setattr(worker, "time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
+    rig.forward = forward_with_a_look
     rig.add("second", prompt("p", 100))
-    for count in range(1, 4):
-        rig.step()
-        assert len(naps) == count and 50e-6 <= naps[-1] <= 1e-3
-    rig.add("other", prompt("q", 40), 5)
     rig.step()
-    assert len(naps) == 3  # there is a forward, and others wait for its tokens
-    go_on.set()
+    assert seen == [True]
     rig.run()
-    naps.clear()
-    rig.step()
-    assert not naps  # nothing is under way
     rig.require_clean()
+
+
+def test_only_a_step_that_computes_nothing_waits_for_a_judge(make_rig, prompt):
+    """Or it would step again at once, and keep the GIL from the judge that it waits for."""
+    rig = make_rig(extra={"verify": True})
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    part, go_on = rig.workers[0].worker, threading.Event()
+    mismatches = part.verifier.mismatches
+    part.verifier.mismatches = lambda capture: go_on.wait(20) and mismatches(capture)
+    load = Transfer(LOAD, 1000, np.zeros(1, np.uint32), np.ones(1, np.int64), "r")
+    part.begin(StepMetadata(transfers=[load]))
+    part.start_loads(StepMetadata(transfers=[load]))
+    part.running[1000].job.wait()
+    part.retire()
+    assert 1000 in part.running
+    part.begin(StepMetadata(is_idle=True))
+    threading.Timer(0.1, go_on.set).start()
+    part.retire()
+    assert not part.running
 
 
 def test_a_load_that_finds_no_job_is_submitted_later_even_if_none_is_in_flight(make_rig, prompt):
@@ -326,33 +348,63 @@ def test_a_load_that_finds_no_job_is_submitted_later_even_if_none_is_in_flight(m
     submit, refusals = part.submit, [None, None]
     part.submit = lambda queue, *more: refusals.pop() if queue is part.loader and refusals else submit(queue, *more)
     assert rig.serve("second", prompt("p", 96)) == 95
+    assert not refusals
     rig.require_clean()
 
 
-def test_no_step_waits_for_the_loads_before_an_aborted_one(make_rig, prompt):
+def test_a_step_that_cannot_submit_its_load_computes_instead(make_rig, prompt):
+    """It cannot wait until there is memory for the job."""
+    rig = make_rig(load_async=False)
+    rig.serve("first", prompt("p", 100), 10)
+    rig.forget_device()
+    part = rig.workers[0].worker
+    submit = part.submit
+    part.submit = lambda queue, *more: None if queue is part.loader else submit(queue, *more)
+    rig.serve("second", prompt("p", 100), 10)
+    assert rig.outputs("second") == rig.outputs("first") and summed(rig, "transfers_failed") == 1
+    rig.require_clean()
+
+
+def test_loads_that_found_no_job_start_in_their_order(make_rig, prompt):
+    rig = make_rig()
+    for name in "abc":
+        rig.serve(name, prompt(name, 40))
+    rig.forget_device()
+    part, order = rig.workers[0].worker, []
+    submit, refusals = part.submit, [None, None]
+
+    def submit_and_note(queue, transfer, stream):
+        if queue is part.loader and refusals:
+            return refusals.pop()
+        if queue is part.loader:
+            order.append(transfer.request_id)
+        return submit(queue, transfer, stream)
+
+    part.submit = submit_and_note
+    for name in "abc":
+        rig.add(name + " again", prompt(name, 40))
+    rig.run()
+    assert order == ["a again", "b again", "c again"]
+    rig.require_clean()
+
+
+def test_no_step_waits_for_the_loads_before_an_aborted_one(make_rig, prompt, host):
     """vLLM 0.15 gives its blocks to another at once, later versions when it is told that the load is over."""
     rig = make_rig(num_blocks=25)
     for name in "abc":
         rig.serve(name, prompt(name, 100))
     rig.forget_device()
-    part, go_on = rig.workers[0].worker, threading.Event()
-    submit = part.submit
-
-    def submit_slowly(queue, *more):
-        if queue is part.loader:
-            assert go_on.wait(20)
-        return submit(queue, *more)
-
-    part.submit = submit_slowly
-    for name in "abc":
-        rig.add(name + " again", prompt(name, 100))
-    rig.step()
-    assert len(part.running) == 3
-    rig.abort("c again")
-    rig.add("other", prompt("q", 20 if keeps_blocks_of_aborted_loads() else 130), 10)
-    while len(rig.outputs("other")) < 5:
+    part = rig.workers[0].worker
+    with loads_stand_still(host):
+        for name in "abc":
+            rig.add(name + " again", prompt(name, 100))
         rig.step()
-    go_on.set()
+        wait_for_a_load_to_stand_still(host)
+        assert len(part.running) == 3
+        rig.abort("c again")
+        rig.add("other", prompt("q", 20 if keeps_blocks_of_aborted_loads() else 130), 10)
+        while len(rig.outputs("other")) < 5:
+            rig.step()
     rig.run()
     assert [rig.computed_at_first[name + " again"] for name in "ab"] == [96, 96]
     rig.require_clean()
@@ -368,7 +420,7 @@ def test_an_aborted_load_that_waits_for_a_job_never_starts_on_anothers_blocks(ma
         rig.add(name + " again", prompt(name, 100))
     rig.step()
     first, second = rig.workers[0].worker.running.values()
-    assert first.job() is not None and not second.submission.done()
+    assert first.job is not None and second.is_waiting
     rig.abort("b again")
     rig.step()
     rig.add("other", prompt("q", 130), 10)  # vLLM 0.15 gives it the blocks of the load that waits
@@ -378,3 +430,93 @@ def test_an_aborted_load_that_waits_for_a_job_never_starts_on_anothers_blocks(ma
     rig.run()
     assert rig.computed_at_first["a again"] == 96 and len(rig.outputs("other")) == 10
     rig.require_clean()
+
+
+# ---- fences on loads: vLLM 0.15 gives away the blocks of an aborted one ----------------------------------------------
+
+
+@pytest.fixture
+def loading(make_rig, prompt, host):
+    """A rig that loads two prompts: of the first, some copies may be on the stream; of the second, none is."""
+    rig = make_rig()
+    for name in "ab":
+        rig.serve(name, prompt(name, 100))
+    rig.forget_device()
+    with loads_stand_still(host):
+        for name in "ab":
+            rig.add(name + " again", prompt(name, 100))
+        rig.step()
+        wait_for_a_load_to_stand_still(host)
+        yield rig
+
+
+@pytest.mark.parametrize("kind", ["fences", "waits"])
+def test_a_load_that_has_not_begun_is_withdrawn_where_others_write_its_blocks(loading, host, kind):
+    part = loading.workers[0].worker
+    _, second = part.running.values()
+    part.begin(StepMetadata(**{kind: [second.transfer.number]}))  # does not wait
+    part.retire()
+    assert second.transfer.number not in part.running and not second.job.submitted
+    loading.caches[0]["layer0"][:, second.transfer.block_ids] = 7.0
+    host.stop_calls()
+    second.job.wait(20_000)
+    assert second.job.num_blocks == 0
+    assert (loading.caches[0]["layer0"][:, second.transfer.block_ids] == 7.0).all()
+
+
+@pytest.mark.parametrize("kind", ["fences", "waits"])
+def test_a_load_that_waits_for_a_job_never_starts_where_others_write_its_blocks(make_rig, prompt, host, kind):
+    rig = make_rig(extra={"max_jobs": 1})
+    for name in "ab":
+        rig.serve(name, prompt(name, 100))
+    rig.forget_device()
+    part = rig.workers[0].worker
+    host.hold()
+    for name in "ab":
+        rig.add(name + " again", prompt(name, 100))
+    rig.step()
+    first, second = part.running.values()
+    part.begin(StepMetadata(**{kind: [second.transfer.number]}))
+    host.release()
+    first.job.wait()
+    part.start_loads(StepMetadata())  # there is a job for it
+    part.retire()
+    assert second.job is None and not part.running
+
+
+@pytest.mark.parametrize("kind", ["fences", "waits"])
+def test_a_load_that_has_begun_is_waited_for_where_others_write_its_blocks(loading, host, kind):
+    part = loading.workers[0].worker
+    first, _ = part.running.values()
+    opener = threading.Timer(0.1, host.stop_calls)
+    opener.start()
+    part.begin(StepMetadata(**{kind: [first.transfer.number]}))
+    assert first.job.done() and first.num_blocks() == 6
+    opener.join()
+
+
+def test_closing_copies_no_load_that_has_not_begun(loading, host):
+    part = loading.workers[0].worker
+    first, second = part.running.values()
+    opener = threading.Timer(0.1, host.stop_calls)
+    opener.start()
+    part.close()
+    assert first.num_blocks() == 6 and second.num_blocks() == second.job.num_blocks == 0
+    part.close()
+    opener.join()
+
+
+def test_closing_leaves_memory_alone_that_a_copy_may_still_use(make_rig, prompt, host):
+    rig = make_rig(extra={"shutdown_timeout_ms": 100})
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    host.hold()
+    rig.add("second", prompt("p", 100))
+    rig.step()
+    (running,) = rig.workers[0].worker.running.values()
+    in_flight(running.job)
+    rig.workers[0].worker.close()
+    host.release()
+    with pytest.raises(DriverError):
+        running.num_blocks()
+    assert rig.workers[0].worker.pool.view(0) is not None  # still there

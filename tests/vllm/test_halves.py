@@ -116,7 +116,7 @@ def test_after_the_first_kv_cache_is_gone_the_second_starts_anew(make_rig, promp
     cache = rig.make_cache()
     rig.workers[0].register_kv_caches(cache)
     assert rig.workers[0].worker is not old and rig.workers[0].worker.layout is not None
-    assert all(running.job().done() for running in old.running.values())
+    assert all(running.job.done() for running in old.running.values())
     assert old.tensors[0]() is None
 
 

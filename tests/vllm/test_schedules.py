@@ -7,7 +7,7 @@ import os
 import random
 
 import pytest
-from rig import HAS_WORKER_METADATA
+from rig import HAS_WORKER_METADATA, in_flight
 from vllm.v1.request import RequestStatus
 
 SCHEDULES, STEPS = (400, 600) if os.environ.get("KVORTEX_SOAK") == "1" else (6, 200)
@@ -22,7 +22,7 @@ def refuse_some(host, rig, draw, directions):
             if queue.direction in directions and draw.random() < 1 / 15:
                 host.fail_call(1, OUT_OF_MEMORY, field="memcpy_batch_async")
             try:
-                return submit(queue, transfer, stream)
+                return in_flight(submit(queue, transfer, stream))
             finally:
                 host.fail_call(0, 0)  # where no job was free, nothing has been copied
 

@@ -4,7 +4,7 @@
 "kv_connector_extra_config": {"cpu_pool_size_bytes": "32GiB"}}'``
 
 Two halves that meet only in what vLLM pickles between them: `SchedulerHalf` owns a `BlockIndex` and no memory,
-`WorkerHalf` owns a `PinnedPool` and two `TransferQueue` and no index. The slot number is all they share.
+`WorkerHalf` owns a `PinnedPool` and a `Carrier` and no index. The slot number is all they share.
 """
 
 from kvortex.integrations.vllm.plugin import ask_early, register

@@ -301,10 +301,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.worker, self.refusal = None, WorkerReport(is_refusal=True)
         if self.worker:
             self.worker.begin(connector_metadata)
+            self.worker.start_loads(connector_metadata)
 
     def start_load_kv(self, forward_context, **kwargs):
-        if self.worker:
-            self.worker.start_loads(self._get_connector_metadata())
+        """Nothing: loads have begun. vLLM from 0.32 on calls this after the forward, for which no load need wait."""
 
     def wait_for_layer_load(self, layer_name):
         """Nothing: whole blocks are loaded before a forward begins."""

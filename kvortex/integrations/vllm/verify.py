@@ -83,14 +83,14 @@ class Verifier:
         if capture.arrived is not None:
             capture.arrived.synchronize()
 
-    def verdict(self, capture):
-        """Counters of a capture whose slots are complete; None while it is being compared."""
+    def verdict(self, capture, wait):
+        """Counters of a capture whose slots are complete; None while it is being compared, unless told to `wait`."""
         if capture is None:
             self.captures_skipped += 1
             return {"verify_skipped": 1}
         if capture.future is None:
             capture.future = self.threads.submit(self.mismatches, capture)
-        if not capture.future.done():
+        if not (wait or capture.future.done()):
             return None
         self.release(capture)
         wrong = capture.future.result()

@@ -4,64 +4,43 @@ It does what the scheduler's half decided and reports what ended. What it must n
 are marked, and `verify` is their judge.
 """
 
+import contextlib
 import logging
-import threading
 import time
 import weakref
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from queue import SimpleQueue
 
-from kvortex import Device, DriverError, Event, KVLayout, PinnedPool, Stream, TransferQueue
+from kvortex import Device, DriverError, KVLayout, PinnedPool
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, Transfer, WorkerReport
 from kvortex.log import Guarded
-from kvortex.transfer import gather_pays, probe_layout
+from kvortex.transfer import Carrier, Job, Submitter
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
-
-FREE_JOB_SECONDS = 0.001  # after which a load that found no job looks for one again, and whether it is still wanted
-IDLE_SECONDS = 0.0002  # that a step which computes nothing leaves to other threads
 
 
 class HostCompute:
     """Where vLLM computes on the CPU: its work is over when a call of ours begins, and it waits for nobody."""
 
-    stream = marked = 0
-
-    def mark(self):
-        pass
+    stream = 0
 
     def wait_for(self, job):
         job.wait()
-
-    def close(self):
-        pass
 
 
 class CudaCompute:
     """vLLM's stream on a GPU: torch's current one, in the thread that runs the model."""
 
-    def __init__(self, device, torch_device):
+    def __init__(self, torch_device):
         import torch
 
         self.current_stream, self.torch_device = torch.cuda.current_stream, torch_device
-        self.marked, self.event = Stream.create(device), Event.create(device)
 
     @property
     def stream(self):
         return self.current_stream(self.torch_device).cuda_stream
 
-    def mark(self):
-        """Let `marked`, a stream without work, stand where vLLM's stream stands now."""
-        self.event.record(self.stream)
-        self.marked.wait_event(self.event)
-
     def wait_for(self, job):
         job.wait_on(self.stream)
-
-    def close(self):
-        self.marked.close()
-        self.event.close()
 
 
 @dataclass
@@ -69,8 +48,9 @@ class Running:
     """A transfer that was asked for and is not over."""
 
     transfer: Transfer
-    submission: Future = field(default_factory=Future)  # of its job; None, or cancelled: it was given up
-    is_unwanted: bool = False  # somebody else writes what it would load
+    job: Job | None = None  # None: it found all job records in flight, or could not be submitted
+    error: Exception | None = None  # why it could not
+    is_given_up: bool = False  # nothing of it was copied, nor will be: somebody else writes what it would load
     began: float = field(default_factory=time.perf_counter)
     is_captured: bool = False  # by `verify`, or there was no room for it
     check: object = None
@@ -79,16 +59,18 @@ class Running:
     def is_load(self):
         return self.transfer.kind == LOAD
 
-    def job(self):
-        """Its job, None if nothing is copied; waits until that is known."""
-        if self.submission.cancelled() or self.submission.exception():
-            return None
-        return self.submission.result()
+    @property
+    def is_waiting(self):
+        """Whether it is offered again in the next step."""
+        return self.job is None and self.error is None and not self.is_given_up
 
-    def give_up(self):
-        """Submit it no more; True if that is certain, False if its thread is at it or it is submitted."""
-        self.is_unwanted = True
-        return self.submission.cancel()
+    def num_blocks(self):
+        """Blocks that were moved, None while it is not over. Raises what the copies met."""
+        if self.is_given_up:
+            return 0
+        if self.error is not None:
+            raise self.error
+        return self.job.num_blocks if self.job is not None and self.job.done() else None
 
 
 class WorkerHalf:
@@ -105,17 +87,17 @@ class WorkerHalf:
     Notes
     -----
     Called by the thread that runs the model. Nothing blocks the host but a synchronous load, a fence on a load that is
-    just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`, and a
-    nap in steps that compute nothing. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens:
-    a thread of their own submits loads, which no step waits for. A save is submitted between two steps, because it is
-    of what the last wrote.
+    just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`. The
+    driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread that never takes the GIL
+    submits loads, which no step waits for. A save is submitted between two steps, because it is of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
-        self.device = self.pool = self.saver = self.loader = self.compute = self.layout = self.verifier = None
-        self.wanted, self.submitter = SimpleQueue(), None  # loads, in the order in which they are submitted
+        self.device = self.pool = self.compute = self.layout = self.verifier = None
+        self.carrier = self.saver = self.loader = self.submitter = None
         self.running = {}  # by number, ascending
+        self.is_idle = False  # this step computes nothing
         # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it. It
         # stands behind the queues, which wait for their copies when they are dropped.
         self.tensors, self.tensors_in_use = [], ()
@@ -131,7 +113,7 @@ class WorkerHalf:
         on_gpu = tensor.device.type == "cuda"
         engine = self.options.engine
         self.device = Device.open(f"cuda:{tensor.device.index or 0}" if on_gpu else "host")
-        self.compute = CudaCompute(self.device, tensor.device) if on_gpu else HostCompute()
+        self.compute = CudaCompute(tensor.device) if on_gpu else HostCompute()
         self.pool = PinnedPool(
             self.shape.slots.pool_bytes,
             self.shape.block_bytes,
@@ -145,14 +127,11 @@ class WorkerHalf:
         )
         self.tensors = [weakref.ref(tensor) for tensor in layout.owners]
         self.layout = KVLayout(layout.runs, layout.num_blocks)
-        self.saver = TransferQueue(self.device, "D2H", max_jobs=engine.max_jobs)
-        self.loader = TransferQueue(self.device, "H2D", max_jobs=engine.max_jobs)
-        for queue in (self.saver, self.loader):
-            probe_layout(self.layout, queue)
-            if engine.gather_ctas and gather_pays(self.layout, queue.direction):
-                queue.use_gather(self.layout, engine.gather_ctas)
-        self.submitter = threading.Thread(target=self.submit_loads, name="kvortex-loads", daemon=True)
-        self.submitter.start()
+        self.carrier = Carrier(
+            self.device, self.pool, self.layout, max_jobs=engine.max_jobs, gather_ctas=engine.gather_ctas
+        )
+        self.saver, self.loader = self.carrier.queues
+        self.submitter = Submitter(self.device, self.carrier.signals, self.carrier.queues)
         if self.options.verify:
             from kvortex.integrations.vllm.verify import Verifier
 
@@ -168,29 +147,41 @@ class WorkerHalf:
 
     def begin(self, step):
         """Before the forward: it may overwrite blocks that are being copied."""
+        self.is_idle = step.is_idle
         for number in step.fences:
             running = self.running.get(number)
-            if running is None or (running.is_load and running.give_up()):  # aborted: vLLM 0.15 gives its blocks away
+            if running is None or self.give_up(running):
                 continue
             self.order(running)  # the wait after a save
             self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
         for number in step.waits:
-            if number in self.running:
-                self.finish(self.running[number])  # the wait before another connector writes
-        if step.of(LOAD):
-            self.compute.mark()
+            running = self.running.get(number)
+            if running is not None and not self.give_up(running):
+                self.finish(running)  # the wait before another connector writes
 
     def start_loads(self, step):
-        for load in step.of(LOAD):
-            running = self.begin_transfer(load)
-            self.wanted.put(running)
-            if not self.options.load_async:
+        """After `begin`: loads need not wait for the forward. What finds no job is offered again in the next step."""
+        loads = [self.begin_transfer(load) for load in step.of(LOAD)]
+        for running in [running for running in self.running.values() if running.is_waiting]:
+            self.start_load(running)
+            if running.is_waiting:
+                break
+        if not self.options.load_async:
+            for running in loads:
                 self.order(running)  # the wait after a load
                 self.capture(running)
-        if step.is_idle and self.running:
-            # Nothing to do but to step again, and a thread that lets go of the GIL for moments only keeps others from
-            # it, for seconds at times: the loads' thread and the judges of `verify`.
-            time.sleep(IDLE_SECONDS)
+
+    def start_load(self, running):
+        """Submit a load, or note why the driver refuses; `retire` tells vLLM."""
+        try:
+            running.job = self.submit(self.loader, running.transfer, self.compute.stream)  # the wait before a load
+            if running.job is None and not self.options.load_async:  # the step cannot do without it
+                self.drain()
+                running.job = self.submit(self.loader, running.transfer, self.compute.stream)
+                if running.job is None:
+                    raise MemoryError(f"no memory for a job of {len(running.transfer.slots)} blocks")
+        except (DriverError, MemoryError) as error:
+            running.error = error
 
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
@@ -205,12 +196,10 @@ class WorkerHalf:
                 self.count(saves_dropped=len(save.slots))
                 self.end(running, bad=save.slots)
                 continue
-            running.submission.set_result(job)
+            running.job = job
             self.capture(running)
 
     def begin_transfer(self, transfer):
-        if not self.tensors_in_use:
-            self.tensors_in_use = [tensor() for tensor in self.tensors]
         running = self.running[transfer.number] = Running(transfer)
         return running
 
@@ -221,64 +210,44 @@ class WorkerHalf:
             self.aborted |= loads & set(finished_request_ids)
         self.retire()
 
-    def submit_loads(self):
-        """What the loads' thread does."""
-        while (running := self.wanted.get()) is not None:
-            if not running.submission.set_running_or_notify_cancel():
-                continue
-            job = None
-            try:
-                while job is None and not running.is_unwanted:
-                    job = self.submit(self.loader, running.transfer, self.compute.marked)  # the wait before a load
-                    if job is None:  # all are in flight
-                        self.loader.poll()
-                        time.sleep(FREE_JOB_SECONDS)
-                running.submission.set_result(job)
-            except Exception as error:  # raised in `retire`
-                running.submission.set_exception(error)
+    def give_up(self, running):
+        """Load no more; True if nothing was copied. Who fences a load has its blocks: it was aborted (vLLM 0.15)."""
+        if running.is_load and not running.is_given_up:
+            running.is_given_up = running.job is None or self.loader.withdraw(running.job)
+        return running.is_given_up
 
     def order(self, running):
         """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
-        self.wait_surely(running.job(), self.compute.wait_for)
-
-    @staticmethod
-    def wait_surely(job, wait_for):
-        """Wait for a job as told; where that raises, until the job itself says that it is over."""
-        if job is None:
-            return
-        try:
-            wait_for(job)
-        except DriverError:
-            while not job.done():
-                time.sleep(FREE_JOB_SECONDS)
+        if running.job is not None:
+            with contextlib.suppress(DriverError):
+                self.compute.wait_for(running.job)
 
     def finish(self, running):
         """Wait until this transfer is over, and judged as far as the device has a part in it."""
-        job = running.job()
-        if job is not None:
-            self.wait_surely(job, lambda job: job.wait())
-            self.capture(running)
-            if running.check is not None:
-                self.verifier.wait(running.check)
+        if running.job is None or running.is_given_up:
+            return
+        with contextlib.suppress(DriverError):  # as in `order`
+            running.job.wait()
+        self.capture(running)
+        if running.check is not None:
+            self.verifier.wait(running.check)
 
     def submit(self, queue, transfer, stream):
-        return queue.submit(self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream)
+        if not self.tensors_in_use:
+            self.tensors_in_use = [tensor() for tensor in self.tensors]
+        deferred = queue is self.loader and self.options.load_async  # a step that waits for a load submits it, too
+        return queue.submit(
+            self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream, deferred=deferred
+        )
 
     def retire(self):
         for running in list(self.running.values()):
-            if not running.submission.done():
-                continue
             try:
-                job = None if running.submission.cancelled() else running.submission.result()  # or what its thread met
-                num_blocks = 0
-                if job is not None:
-                    if not job.done():
-                        continue
-                    num_blocks = job.num_blocks  # raises what the copies met: nothing to verify then
-                    if not self.verified(running):
-                        continue
-            except DriverError as error:
+                num_blocks = running.num_blocks()
+            except (DriverError, MemoryError) as error:
                 self.fail(running, error)
+                continue
+            if num_blocks is None or (num_blocks and not self.verified(running)):
                 continue
             what = running.transfer.kind
             amounts = {"blocks": num_blocks, "bytes": num_blocks * self.layout.block_bytes}
@@ -315,7 +284,7 @@ class WorkerHalf:
 
     def capture(self, running):
         """For `verify`: what the device holds of these blocks at this point of vLLM's stream."""
-        if self.verifier is not None and not running.is_captured and running.job() is not None:
+        if self.verifier is not None and not running.is_captured and running.job is not None:
             running.is_captured = True
             running.check = self.verifier.capture(running.transfer.block_ids, running.transfer.slots)
 
@@ -325,7 +294,9 @@ class WorkerHalf:
             return True
         if running.is_load and self.options.load_async:
             self.capture(running)  # it has ended: from here on a forward may read it
-        verdict = self.verifier.verdict(running.check)
+        # Steps that compute nothing follow each other at once, and their thread lets go of the GIL for moments only: it
+        # would keep the judges from it, for a third of a second at times.
+        verdict = self.verifier.verdict(running.check, wait=self.is_idle)
         if verdict is not None:
             self.count(**verdict)
         return verdict is not None
@@ -378,15 +349,12 @@ class WorkerHalf:
         """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
         deadline = time.monotonic() + self.options.engine.shutdown_timeout_ms / 1000
         for running in self.running.values():
-            running.give_up()
-        if self.submitter is not None:
-            self.wanted.put(None)
-            self.submitter.join(max(0, deadline - time.monotonic()))
-        queues = [queue for queue in (self.saver, self.loader) if queue is not None]
-        for queue in queues:
-            queue.close(max(0, int(1000 * (deadline - time.monotonic()))))
-        parts = [self.verifier, self.compute, self.pool, self.device]
-        if any(queue.jobs_in_flight for queue in queues):
+            self.give_up(running)
+        for part in (self.submitter, self.carrier):
+            if part is not None:
+                part.close(max(0, int(1000 * (deadline - time.monotonic()))))
+        parts = [self.verifier, self.pool, self.device]
+        if self.carrier is not None and any(queue.jobs_in_flight for queue in self.carrier.queues):
             parts = [self.verifier]
         for part in parts:
             if part is not None:
