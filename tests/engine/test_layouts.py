@@ -119,7 +119,9 @@ def test_to_layouts_of_other_fingerprints_a_key_names_another_block(bench):
         job = bench.load(cache, KEYS, [3, 4, 5])
         job.wait(20_000)
         assert job.num_blocks == 0
-        assert bench.save(cache, KEYS, generation=generation).num_blocks == 3
+        job = bench.save(cache, KEYS, generation=generation)
+        job.wait(20_000)
+        assert job.num_blocks == 3
     for generation, cache in enumerate(caches):
         job = bench.load(cache, KEYS, [8, 9, 10])
         job.wait(20_000)
@@ -169,7 +171,7 @@ def test_a_call_that_names_no_layout_means_the_first_one(bench):
     assert job.num_blocks == 3 and holds(first, 9, 2)
     bench.engine.remove_layout(first.layout)
     assert bench.engine.layout is other.layout and bench.leading(KEYS) == 0
-    assert bench.engine.save_blocks(keys_of(KEYS), [0, 1, 2], stream=bench.stream).num_blocks == 3
+    bench.engine.save_blocks(keys_of(KEYS), [0, 1, 2], stream=bench.stream).wait(20_000)
     assert bench.leading(KEYS, other.layout) == 3
     moved = bench.add()  # of the fingerprint that the first layout had
     bench.load(moved, KEYS, [8, 9, 10]).wait(20_000)
