@@ -8,11 +8,13 @@ from kvortex.index._block_index cimport BlockIndex
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport Carrier
+from kvortex.transfer._carriers cimport Carriers
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
 from kvortex.transfer._submitter cimport Submitter
 
@@ -28,9 +30,13 @@ cdef class EngineCore:
     cdef readonly PinnedPool pool
     cdef readonly DevicePool device_pool  # or None; with a Device of its own, as memory of it may outlive us
     cdef readonly BlockIndex index
-    cdef readonly KVLayout layout        # None when the engine moves raw memory only
-    cdef readonly tuple queues           # of the carrier
-    cdef Carrier carrier
+    cdef readonly KVLayout layout        # of calls that name none; None when the engine moves raw memory only
+    cdef readonly tuple queues           # of all carriers
+    cdef readonly JobSignals signals     # of all queues
+    cdef Carriers carriers
+    cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
+    cdef bytes fingerprint               # of the layout whose keys are the caller's own: the first there ever was
+    cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
     cdef CompletionThread thread
     cdef Submitter submitter             # None until the first deferred call
     cdef object deferred                 # of calls that do not say: False, True or "auto"
@@ -49,11 +55,17 @@ cdef class EngineCore:
     cdef int require_open(self) except -1
     cdef int enter_call(self) except -1
     cdef int tell(self) except -1
-    cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
-                          object stream)
+    cdef int choose(self) except -1
+    cdef int hook_up(self, Carrier carrier) except -1
+    cdef bytes digest_for(self, KVLayout layout)
+    cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout)
+    cdef Carrier carrier_of(self, object layout)
+    cdef Source source_of(self, Carrier carrier, object layout, Direction direction, Py_ssize_t n, object block_ids,
+                          object data_ptrs, object sizes, object stream)
     cdef void give_loans_back(self) noexcept
     cdef int deferral(self, object deferred) except -1
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses, int deferred)
+    cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
+                 int deferred)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

@@ -8,7 +8,7 @@ from kvortex.driver import Device
 from kvortex.index import BlockIndex
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.stats import EngineStats
-from kvortex.transfer import Carrier, Job, KVLayout, TransferQueue
+from kvortex.transfer import Carrier, Job, JobSignals, KVLayout, TransferQueue
 
 class BlockHits(NamedTuple):
     leading: int
@@ -23,6 +23,9 @@ class EngineCore:
     index: BlockIndex
     layout: KVLayout | None
     queues: tuple[TransferQueue, ...]
+    signals: JobSignals
+    @property
+    def layouts(self) -> tuple[KVLayout, ...]: ...
     def __init__(
         self,
         device: Device,
@@ -42,6 +45,7 @@ class EngineCore:
         stream: Any = None,
         after: NDArray[np.uint8] | None = None,
         deferred: bool | Literal["auto"] | None = None,
+        layout: KVLayout | None = None,
     ) -> Job: ...
     def load_blocks(
         self,
@@ -52,10 +56,11 @@ class EngineCore:
         sizes: ArrayLike | None = None,
         stream: Any = None,
         deferred: bool | Literal["auto"] | None = None,
+        layout: KVLayout | None = None,
     ) -> Job: ...
-    def check_blocks(self, keys: NDArray[np.uint8]) -> BlockHits: ...
-    def touch_blocks(self, keys: NDArray[np.uint8]) -> int: ...
-    def discard_blocks(self, keys: NDArray[np.uint8]) -> int: ...
+    def check_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> BlockHits: ...
+    def touch_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> int: ...
+    def discard_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> int: ...
     def clear(self) -> None: ...
     def get_stats(self) -> EngineStats: ...
     @property

@@ -9,26 +9,30 @@ from libc.stdlib cimport free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
-from kvortex.driver._device cimport Device, check
+from kvortex.driver._device cimport Device, check, require_timeout
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport DEFER_ALL, DEFER_LONG, DEFER_NONE, Carrier
+from kvortex.transfer._carriers cimport Carriers
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
+from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._source cimport Source, make_source, require_disjoint
 from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
+import hashlib
 import logging
 from typing import NamedTuple
 
 import numpy as np
 
 from kvortex.errors import DriverError, EngineClosed
+from kvortex.keys import digest_of, ram_keys
 from kvortex.log import log
 from kvortex.stats import EngineStats
 
@@ -55,22 +59,22 @@ cdef class EngineCore:
 
     def __init__(self, Device device not None, PinnedPool pool not None, BlockIndex index not None,
                  Carrier carrier not None, DevicePool device_pool=None, deferred=False):
-        if self.carrier is not None:
+        if self.carriers is not None:
             raise RuntimeError("an engine is created once")
         require_parts(device, pool, index, carrier)
-        self.device, self.pool, self.index, self.carrier = device, pool, index, carrier
-        self.device_pool, self.layout, self.queues = device_pool, carrier.layout, carrier.queues
+        self.device, self.pool, self.index, self.device_pool = device, pool, index, device_pool
+        self.signals, self.carriers = carrier.signals, Carriers(pool, carrier)
+        self.choose()
         self.deferred = deferred
-        for queue in self.queues:
-            (<TransferQueue>queue).hook = retire
-            (<TransferQueue>queue).hook_owner = <void *>self
+        self.hook_up(carrier)
         self.thread = CompletionThread(device, carrier.signals, self.queues)
         pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
-    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, after=None, deferred=None):
+    def save_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, after=None, deferred=None,
+                    layout=None):
         """Copy device blocks into the pool; returns once the copies are submitted, or, `deferred`, at once.
 
         The copies wait on the device for `stream` as it stands at the call. The source must not be overwritten before
@@ -80,7 +84,7 @@ cdef class EngineCore:
         ----------
         keys : uint8 array (n, 32)
         block_ids : integer array (n,)
-            Blocks of the engine's layout; or instead of it:
+            Blocks of the layout; or instead of it:
         data_ptrs : integer array (n,) or sequence, sizes : int or integer array (n,)
             Device addresses (multiples of 4) and bytes, 1 to the slot's payload each; the caller orders its own jobs on
             them. Instead of an address, a list may hold memory without gaps that says where it is (``data_ptr()``,
@@ -101,6 +105,10 @@ cdef class EngineCore:
             config says. Until ``job.submitted`` a synchronisation of the device or of `stream` does not cover the
             copies, and ``cudaFree`` does not wait for them; the memory must live until ``job.done()``. ``job.wait_on``
             right after the call waits until they are submitted.
+        layout : KVLayout, optional
+            Which of the engine's layouts the blocks are of, or a part of one; by default the engine's first. It also
+            says whose the keys are: layouts of one `KVLayout.fingerprint` share blocks, and to any other a key names
+            another block.
 
         Returns
         -------
@@ -124,17 +132,18 @@ cdef class EngineCore:
         device blocks, and, when the driver refused, until the copies already issued are over.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = as_keys(keys), before
+        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout), before
         if after is not None:
-            before = as_keys(after)
+            before = self.keys_of(after, layout)
         self.require_open()
-        source = self.source_of(D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
+        cdef Carrier carrier = self.carrier_of(layout)
+        source = self.source_of(carrier, layout, D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if after is not None:
             source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
-        return self.run(D2H, rows, source, statuses, self.deferral(deferred))
+        return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred))
 
-    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None):
+    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None, layout=None):
         """Copy blocks from the pool back to the device; returns once the copies are submitted, or, `deferred`, at once.
 
         The leading run of keys that are in RAM (with the size asked for) is loaded; targets beyond it are untouched.
@@ -148,6 +157,8 @@ cdef class EngineCore:
             `data_ptrs`).
         deferred : bool or "auto", optional
             As for `save_blocks`.
+        layout : KVLayout, optional
+            As for `save_blocks`. What was saved under another fingerprint is a miss.
 
         Returns
         -------
@@ -161,19 +172,20 @@ cdef class EngineCore:
             As for `save_blocks`. After a `DriverError` the targets hold anything.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
         self.require_open()
-        source = self.source_of(H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
+        cdef Carrier carrier = self.carrier_of(layout)
+        source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
-        return self.run(H2D, rows, source, None, self.deferral(deferred))
+        return self.run(carrier, H2D, rows, source, None, self.deferral(deferred))
 
-    def check_blocks(self, keys):
+    def check_blocks(self, keys, *, layout=None):
         """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
 
         Parameters
         ----------
-        keys
+        keys, layout
             As for `save_blocks`.
 
         Returns
@@ -195,7 +207,7 @@ cdef class EngineCore:
         -----
         Thread-safe; reads the index without a lock and waits for no copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], leading = 0
         cdef uint64_t start
         where = np.zeros(n, dtype=np.uint8)
@@ -215,12 +227,12 @@ cdef class EngineCore:
             self.calls -= 1
         return BlockHits(leading, where.view(np.bool_), where, leading)
 
-    def touch_blocks(self, keys):
+    def touch_blocks(self, keys, *, layout=None):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
 
         Parameters
         ----------
-        keys
+        keys, layout
             As for `save_blocks`.
 
         Returns
@@ -237,7 +249,7 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], touched = 0
         self.enter_call()
         try:
@@ -248,14 +260,14 @@ cdef class EngineCore:
             self.calls -= 1
         return touched
 
-    def discard_blocks(self, keys):
+    def discard_blocks(self, keys, *, layout=None):
         """Forget the keys at once, saves in flight included.
 
         A slot that is being written or read is reused only when its copy is over.
 
         Parameters
         ----------
-        keys
+        keys, layout
             As for `save_blocks`.
 
         Returns
@@ -272,7 +284,7 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = as_keys(keys)
+        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], discarded = 0
         self.enter_call()
         try:
@@ -334,8 +346,9 @@ cdef class EngineCore:
                 pool_blocks=self.pool.slots_usable, pool_blocks_used=index["slots_added"] - index["num_free"],
                 pool_bytes=self.pool.bytes_usable, pool_bytes_ready=self.pool.bytes_ready,
                 device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,
-                strided=self.layout is not None and self.layout.strided,
-                planner=() if self.layout is None else self.layout.planner, device=self.device.name,
+                strided=any([(<KVLayout>layout).strided for layout in self.layouts]),
+                planner=tuple([row for layout in self.layouts for row in (<KVLayout>layout).planner]),
+                device=self.device.name,
                 failed=self.failure != 0,
                 **latencies("lookup", &count.lookup_ns), **latencies("save", &count.save_ns),
                 **latencies("load", &count.load_ns))
@@ -391,15 +404,30 @@ cdef class EngineCore:
         if deferred is not True and deferred != "auto":
             raise ValueError(f"deferred must be False, True or 'auto', got {deferred!r}")
         if self.submitter is None:
-            self.submitter = Submitter(self.device, self.carrier.signals, self.queues)
+            self.submitter = Submitter(self.device, self.signals, self.queues)
         return DEFER_ALL if deferred is True else DEFER_LONG
 
-    cdef Source source_of(self, Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
-                          object stream):
+    cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout):
+        """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none."""
+        cdef bytes digest = self.digest
+        if layout is not None:
+            self.carrier_of(layout)  # refuses what is no layout of ours
+            digest = self.digest_for(layout)
+        return as_keys(keys) if digest is None else ram_keys(keys, digest)
+
+    cdef Carrier carrier_of(self, object layout):
+        if layout is None and self.carrier is not None:
+            return self.carrier
+        if self.carriers is None:
+            raise EngineClosed("this engine was never created; use KVortexEngine.create")
+        return self.carriers.of(layout)
+
+    cdef Source source_of(self, Carrier carrier, object layout, Direction direction, Py_ssize_t n, object block_ids,
+                          object data_ptrs, object sizes, object stream):
         """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
         try:
-            return make_source(self.device, self.layout, self.pool, self.carrier.device_memory, direction, n, block_ids,
-                               data_ptrs, sizes, stream)
+            return make_source(self.device, carrier.layout if layout is None else layout, self.pool,
+                               carrier.device_memory, direction, n, block_ids, data_ptrs, sizes, stream)
         except (DriverError, EngineClosed):
             self.require_open()
             raise
@@ -407,7 +435,8 @@ cdef class EngineCore:
     @cython.boundscheck(False)  # from the claim on nothing may raise
     @cython.wraparound(False)
     @cython.initializedcheck(False)
-    cdef Job run(self, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses, int deferred):
+    cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
+                 int deferred):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef TransferQueue queue
@@ -421,9 +450,9 @@ cdef class EngineCore:
         if direction == D2H and n:
             source.statuses = statuses
             keys = keys.copy()  # the index reads a key twice, and nobody may change it in between
-        if source.memory is not None:
+        if source.memory is not None or (source.by_block and source.layout.whole is not None):
             loan = Loan.__new__(Loan)
-            loan.memory = source.memory
+            loan.memory = (source.layout,) if source.memory is None else source.memory
             self.loans = (*self.loans, loan)
         try:
             self.enter_call()
@@ -435,9 +464,9 @@ cdef class EngineCore:
         if n and not failure:
             with nogil:
                 if direction == H2D and source.by_block:
-                    twice = self.carrier.names_block_twice(&source.block_ids[0], n)
+                    twice = carrier.names_block_twice(&source.block_ids[0], n)
                 if not twice:
-                    record = self.carrier.claim_job(direction, n, &number)
+                    record = carrier.claim_job(direction, n, &number)
         if record == NO_RECORD:
             self.calls -= 1
             if loan is not None:
@@ -446,18 +475,20 @@ cdef class EngineCore:
                 raise ValueError("block_ids names a target twice; each target of a load must be its own block")
             self.require_open()  # else shut down meanwhile
             check(self.device, failure if n else 0)
+            if n and carrier.refuses:
+                raise ValueError(f"{carrier.layout!r} was removed meanwhile; nothing was moved")
             _c.kv_monitor_lock(&self.counting)
             self.count.blocks_refused += n if direction == D2H else 0
             _c.kv_monitor_unlock(&self.counting)
             return job  # every status says FULL from the start
-        queue = <TransferQueue>self.carrier.queue[number]
+        queue = <TransferQueue>carrier.queue[number]
         job.attach(queue, record, self)
         record_of_job = &queue.records[record]
         if loan is not None:
             loan.queue, loan.record, loan.generation = job.queue, record, job.generation
             job.loan = loan
         with nogil:
-            self.carrier.fill(number, record, source, n)
+            carrier.fill(number, record, source, n)
             if direction == D2H:
                 self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                         record_of_job.slots, &source.statuses[0], source.chained,
@@ -472,7 +503,7 @@ cdef class EngineCore:
             for index in range(moved):
                 record_of_job.nbytes += source.lengths[0] if source.by_block else record_of_job.lengths[index]
             if moved:
-                code = self.carrier.submit(number, record, source, deferred, &has_turn)
+                code = carrier.submit(number, record, source, deferred, &has_turn)
             if code and has_turn:
                 queue.wait_outcome(&job.outcome, _c.KV_NEVER_NS, False)
             elif not has_turn:
@@ -530,6 +561,88 @@ cdef class EngineCore:
             _c.kv_histogram_add(&self.count.load_ns, elapsed_ns)
         _c.kv_monitor_unlock(&self.counting)
 
+    # ---- layouts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def layouts(self):
+        """The layouts that calls may name, in the order of adding; the first is that of calls that name none."""
+        return () if self.carriers is None else self.carriers.layouts
+
+    cdef int choose(self) except -1:
+        """Calls that name no layout use the first one; keys of the first that there ever was are the caller's own."""
+        cdef KVLayout layout
+        self.carrier, self.queues = self.carriers.first, self.carriers.queues
+        self.layout = layout = None if self.carrier is None else self.carrier.layout
+        if layout is not None and self.fingerprint is None:
+            self.fingerprint = layout.fingerprint
+        self.digest = None if layout is None else self.digest_for(layout)
+        return 0
+
+    cdef bytes digest_for(self, KVLayout layout):
+        """What keys of blocks of a layout are xored with; None: nothing."""
+        fingerprint = layout.fingerprint
+        if fingerprint == self.fingerprint:
+            return None
+        return digest_of(tag=hashlib.sha256(b"layout" + fingerprint).digest())
+
+    cdef int hook_up(self, Carrier carrier) except -1:
+        for queue in carrier.queues:
+            (<TransferQueue>queue).hook = retire
+            (<TransferQueue>queue).hook_owner = <void *>self
+        return 0
+
+    def _require_fit(self, KVLayout layout not None):
+        """Refuse a layout that cannot be added."""
+        self.require_open()
+        self.carriers.require_fit(layout)
+
+    def _add_carrier(self, Carrier carrier not None):
+        """From here on calls may name its layout; where this raises, nothing has changed."""
+        self.require_open()
+        self.hook_up(carrier)
+        self.thread.polled.add(carrier.queues)
+        try:
+            if self.submitter is not None:
+                self.submitter.issued.add(carrier.queues)
+            self.carriers.add(carrier)
+        except BaseException:
+            self._drop_carrier(carrier)
+            raise
+        self.choose()
+
+    def _wait_for_carrier(self, layout, timeout_ms):
+        """Let no call use the carrier of a layout any more, and wait for its jobs; returns it."""
+        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
+        cdef Carrier carrier
+        self.require_open()
+        carrier = self.carriers.by_layout.get(layout)
+        if carrier is None or layout is None:
+            self.carriers.of(layout)  # says why
+            raise ValueError(f"{layout!r} is a part, which goes with its layout; remove that")
+        self.carriers.refuse(carrier)
+        self.choose()
+        while carrier.any_in_flight():
+            if _c.kv_now_ns() >= deadline:
+                raise TimeoutError(f"jobs of {layout!r} are not done after {timeout_ms} ms; it takes no more, and "
+                                   f"another remove_layout goes on waiting")
+            with nogil:
+                _c.kv_nap_ns(100_000)
+            PyErr_CheckSignals()
+            self.require_open()  # else shut down meanwhile
+        return carrier
+
+    def _drop_carrier(self, Carrier carrier not None):
+        """Give back a carrier that has no jobs, whether it was added or not."""
+        if not self.ended:
+            self.thread.polled.remove(carrier.queues)
+            if self.submitter is not None:
+                self.submitter.issued.remove(carrier.queues)
+            self.carriers.remove(carrier)
+            self.choose()
+        for queue in carrier.queues:
+            (<TransferQueue>queue).end(_c.kv_deadline_ns(1000), False)
+            (<TransferQueue>queue).hook = NULL
+
     # ---- end --------------------------------------------------------------------------------------------------------
 
     def _close(self, timeout_ms):
@@ -555,7 +668,8 @@ cdef class EngineCore:
         thread still retires, or while the pool is given back. Each step may be done again.
         """
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
-        cdef bint dead = False, stuck
+        cdef bint dead = self.failure != 0  # whose queues may be gone with their layout
+        cdef bint stuck
         while (self.calls or self.any_in_flight()) and _c.kv_now_ns() < deadline:
             with nogil:
                 _c.kv_nap_ns(100_000)

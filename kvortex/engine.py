@@ -13,7 +13,7 @@ from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
-from kvortex.transfer import Carrier
+from kvortex.transfer import Carrier, KVLayout
 
 __all__ = ["BlockHits", "KVortexEngine"]
 
@@ -36,6 +36,9 @@ class KVortexEngine(EngineCore):
         Both to look at. Slots that the engine moves blocks through are its own to commit, abort and release: who does
         that beside it ends the process.
     layout : KVLayout or None
+        Whose blocks are meant where a call names no layout: the first of `layouts`.
+    layouts : tuple of KVLayout
+        That of `create` and those of `add_layout`.
     config : KVortexConfig
     """
 
@@ -79,17 +82,11 @@ class KVortexEngine(EngineCore):
                 )
         if block_bytes is None:
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
-        num_streams = max(2, config.num_transfer_streams)  # loads and saves never share one
-        num_loaders = num_streams // 2
         # Assigned to names as soon as they are made, so that a signal between two steps loses none.
         device = pool = device_pool = carrier = engine = None
         try:
             device = Device.open(config.device)
-            if layout is not None and layout.on_gpu and device.is_host:
-                raise ConfigError(
-                    f"device {config.device!r} is host memory here, but the layout's memory is a GPU's; "
-                    f"`python -m kvortex info` says why there is no cuda device"
-                )
+            require_reachable(layout, device, config)
             pool = PinnedPool(
                 config.cpu_pool_size_bytes,
                 block_bytes,
@@ -104,16 +101,7 @@ class KVortexEngine(EngineCore):
             if config.gpu_pool_size_bytes:
                 device_pool = DevicePool(config.gpu_pool_size_bytes, device.name)
             index = BlockIndex(pool.num_slots)
-            carrier = Carrier(
-                device,
-                pool,
-                layout,
-                num_savers=num_streams - num_loaders,
-                num_loaders=num_loaders,
-                max_jobs=config.max_jobs,
-                gather_ctas=config.gather_ctas,
-                device_pool=device_pool,
-            )
+            carrier = make_carrier(config, device, pool, layout, device_pool)
             parts = (device, pool, index, carrier, device_pool, config.deferred)
             engine = cls.__new__(cls, *parts)
             engine.config, engine._shutting_down = config, threading.RLock()
@@ -130,7 +118,7 @@ class KVortexEngine(EngineCore):
                 pool_blocks=pool.slots_usable,
                 block_bytes=block_bytes,
                 numa_node=pool.numa_node,
-                num_streams=num_streams,
+                num_streams=len(carrier.queues),
             )
             return engine
         except BaseException:
@@ -140,6 +128,88 @@ class KVortexEngine(EngineCore):
                 if part is not None:
                     part.close()
             raise
+
+    def add_layout(self, layout):
+        """Let calls name blocks of one more KV cache: ``layout=`` in the verbs.
+
+        It shares pool, index and counters with the others and has streams of its own. Two layouts of one
+        `KVLayout.fingerprint` share keys: what was saved from one can be loaded into the other. To layouts of different
+        fingerprints a key names different blocks.
+
+        Parameters
+        ----------
+        layout : KVLayout
+            Its memory is only read here, as by `create`; for a shape that this engine has met that takes a millisecond.
+            A part needs no adding: it goes with its layout.
+
+        Raises
+        ------
+        ConfigError
+            Its blocks are larger than the pool's slots, or it lies on a GPU and the engine's device is the host.
+        ValueError, TypeError
+            It is there already, is a part, or shares memory with a layout that is there; or there are too many.
+        DriverError, MemoryError, PoolExhausted
+            There was no stream, event or memory to be had.
+        EngineClosed
+            After `shutdown`, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe. Where it raises, nothing has changed. `shutdown` waits for it.
+        """
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
+        self._require_ours()
+        with self._shutting_down:
+            carrier = None
+            try:
+                self._require_fit(layout)
+                require_reachable(layout, self.device, self.config)
+                carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self.signals)
+                self._add_carrier(carrier)
+            except BaseException:
+                if carrier is not None:
+                    self._drop_carrier(carrier)
+                raise
+
+    def remove_layout(self, layout, timeout_ms=None):
+        """Let no call name a layout any more, wait for its jobs (GIL released), and give its streams back.
+
+        Its blocks stay in the pool: for layouts of the same fingerprint, those of later too. Calls that name no layout
+        use the first of those left.
+
+        Parameters
+        ----------
+        layout : KVLayout
+        timeout_ms : int, optional
+            By default as long as it takes.
+
+        Raises
+        ------
+        ValueError, TypeError
+            The engine has no such layout.
+        TimeoutError
+            Jobs are still in flight. The layout takes no more; another call goes on waiting. So it is after Ctrl-C.
+        EngineClosed
+            After `shutdown`, which ends the wait too, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe.
+        """
+        if not isinstance(layout, KVLayout):
+            raise TypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
+        self._require_ours()
+        carrier = self._wait_for_carrier(layout, timeout_ms)
+        with self._shutting_down:
+            self._drop_carrier(carrier)
+
+    def _require_ours(self):
+        """Refuse an engine that was never created, and a parent's: somebody there may hold its lock for ever."""
+        if self.device is None:
+            raise EngineClosed("this engine was never created; use KVortexEngine.create")
+        if self.device.pid != os.getpid():
+            raise EngineClosed("the engine belongs to the parent process; create another one")
 
     def wait_ready(self, timeout_ms=None):
         """Block (GIL released) until the whole pool is registered; see `PinnedPool.wait_ready` for what is raised."""
@@ -165,6 +235,31 @@ class KVortexEngine(EngineCore):
 
     def __exit__(self, *exception):
         self.shutdown()
+
+
+def require_reachable(layout, device, config):
+    """Refuse memory of a GPU for the host device."""
+    if layout is not None and layout.on_gpu and device.is_host:
+        raise ConfigError(
+            f"device {config.device!r} is host memory here, but the layout's memory is a GPU's; "
+            f"`python -m kvortex info` says why there is no cuda device"
+        )
+
+
+def make_carrier(config, device, pool, layout, device_pool, signals=None):
+    """Make the carrier of a layout, or of raw memory, as the config wants it."""
+    num_streams = max(2, config.num_transfer_streams)  # loads and saves never share one
+    return Carrier(
+        device,
+        pool,
+        layout,
+        num_savers=num_streams - num_streams // 2,
+        num_loaders=num_streams // 2,
+        max_jobs=config.max_jobs,
+        signals=signals,
+        gather_ctas=config.gather_ctas,
+        device_pool=device_pool,
+    )
 
 
 @atexit.register

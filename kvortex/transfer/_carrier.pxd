@@ -30,6 +30,7 @@ cdef class Carrier:
     cdef void *queue[MAX_STREAMS]        # the same, borrowed, for use without the GIL
     cdef uint32_t next_queue[2]          # by direction, round robin; a lost update only changes the balance
     cdef bint device_memory              # the layout lies in device memory, so a stream is required
+    cdef bint refuses                    # no job is taken any more
 
     cdef kv_monitor hazards              # guards the next three
     cdef bint has_hazards
@@ -37,6 +38,8 @@ cdef class Carrier:
     cdef uint32_t *stamps                # per device block: the last load that named it
     cdef uint32_t stamp
 
+    cdef void refuse(self) noexcept nogil
+    cdef bint any_in_flight(self) noexcept nogil
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
     cdef void fill(self, int number, uint32_t record, Source source, size_t n) noexcept nogil
     cdef int submit(self, int number, uint32_t record, Source source, int deferred, bint *has_turn) noexcept nogil

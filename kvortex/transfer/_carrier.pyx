@@ -17,6 +17,7 @@ from kvortex.transfer._source cimport Source
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 import logging
+import weakref
 
 from kvortex.log import log
 from kvortex.transfer._gather import gather_pays
@@ -24,6 +25,9 @@ from kvortex.transfer._probe import probe_layout
 
 
 cdef size_t LONG_COPIES = 256  # some 100 us of issue: what a caller is not made to wait for where that is "auto"
+
+
+cdef object known = weakref.WeakKeyDictionary()  # by device: what probes found out, for other layouts of a shape
 
 
 cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
@@ -39,7 +43,8 @@ cdef class Carrier:
     device : Device
     pool : PinnedPool
     layout : KVLayout, optional
-        Probed here: its memory is only read. Without one the queues move raw addresses.
+        Probed here: its memory is only read. What carriers found out for others of its shape on this device is not
+        tried again. Without a layout the queues move raw addresses.
     num_savers, num_loaders : int, default 1
         Queues, and so streams, in each direction; together at most 32.
     max_jobs : int, default 256
@@ -92,8 +97,8 @@ cdef class Carrier:
             for direction in ("D2H",) * num_savers + ("H2D",) * num_loaders:
                 queues.append(TransferQueue(device, direction, max_jobs=max_jobs, signals=self.signals))
             if layout is not None:
-                probe_layout(layout, queues[0])
-                probe_layout(layout, queues[num_savers])
+                for queue in (queues[0], queues[num_savers]):
+                    probe_layout(layout, queue, known=known.setdefault(device, {}))
                 self._use_gather(queues, gather_ctas, device_pool)
         except BaseException:
             for queue in queues:
@@ -119,6 +124,20 @@ cdef class Carrier:
         cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
         for queue in self.queues or ():
             (<TransferQueue>queue).end(deadline, True)
+
+    cdef void refuse(self) noexcept nogil:
+        """Take no more jobs. A call that claims one at the same time either is refused, or counts as in flight."""
+        cdef int index
+        self.refuses = True
+        for index in range(self.num_queues):
+            (<TransferQueue>self.queue[index]).refuse()
+
+    cdef bint any_in_flight(self) noexcept nogil:
+        cdef int index
+        for index in range(self.num_queues):
+            if (<TransferQueue>self.queue[index]).any_in_flight():
+                return True
+        return False
 
     def __dealloc__(self):
         free(self.last_job)
@@ -168,7 +187,7 @@ cdef class Carrier:
             met = <uint64_t *>malloc(job.num_slots * sizeof(uint64_t))
             if met is NULL:
                 code = _c.KV_CUDA_OUT_OF_MEMORY
-            (<TransferQueue>self.queue[number]).plan_blocks(record, self.layout, self.pool)
+            (<TransferQueue>self.queue[number]).plan_blocks(record, source.layout, self.pool)
         else:
             job.plan = _c.kv_plan_of_addresses(job.places, job.lengths, &self.pool.slots, job.slots, job.num_slots)
         if code == 0 and source.ordered:
@@ -196,9 +215,9 @@ cdef class Carrier:
         cdef size_t copies = 0
         if not source.by_block:
             return 1
-        bit = self.layout.strided_bit((<TransferQueue>self.queue[number]).direction_)
-        for index in range(self.layout.num_groups):
-            copies += 1 if self.layout.groups[index].strided & bit else self.layout.groups[index].rows
+        bit = source.layout.strided_bit((<TransferQueue>self.queue[number]).direction_)
+        for index in range(source.layout.num_groups):
+            copies += 1 if source.layout.groups[index].strided & bit else source.layout.groups[index].rows
         return copies
 
     cdef void hold_met(self, int number, JobRecord *job, const uint64_t *met, size_t num_met) noexcept nogil:

@@ -6,6 +6,7 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device
+from kvortex.transfer._queue_list cimport QueueList
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
@@ -20,14 +21,8 @@ cdef class CompletionThread:
     def __init__(self, Device device not None, JobSignals signals not None, queues):
         if self.device is not None:
             raise RuntimeError("CompletionThread.__init__ may be called once")
-        if len(queues) > MAX_QUEUES:
-            raise ValueError(f"at most {MAX_QUEUES} queues, got {len(queues)}")
-        self.device = device
-        self.signals = signals
-        self.queues = tuple(queues)
-        for queue in self.queues:
-            self.polled[self.num_queues] = <void *>(<TransferQueue?>queue)
-            self.num_queues += 1
+        self.polled = QueueList(device, signals, queues)
+        self.device, self.signals = device, signals
         if _c.pthread_create(&self.thread, NULL, completion_main, <void *>self):
             raise MemoryError("no completion thread could be started")
         self.running = signals.served = True
@@ -48,10 +43,11 @@ cdef class CompletionThread:
                 is_bound = code == 0 or _c.kv_result_is_sticky(code)
             busy = not is_bound
             progressed = False
-            for index in range(self.num_queues if is_bound else 0):
-                answer = (<TransferQueue>self.polled[index]).poll_once()
+            for index in range(self.polled.begin_round() if is_bound else 0):
+                answer = (<TransferQueue>self.polled.round[index]).poll_once()
                 busy |= answer >= 0
                 progressed |= answer == 1
+            self.polled.end_round()
             if progressed:
                 nap_ns = SHORTEST_NAP_NS
             elif busy:

@@ -7,7 +7,7 @@ from kvortex.transfer._job_table cimport JobOutcome, JobTable, OutcomeState
 
 cdef class Loan:
     """Memory of the caller that a job copies from or to, held until it is over, however soon its handle is dropped."""
-    cdef tuple memory                  # BorrowedMemory; () when given back
+    cdef tuple memory                  # BorrowedMemory, or the part of a layout; () when given back
     cdef JobTable queue           # None: not submitted yet
     cdef uint32_t record, generation
 

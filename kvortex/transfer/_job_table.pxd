@@ -101,6 +101,8 @@ cdef class JobTable:
     cdef int reserve_records(self, uint32_t max_jobs) except -1
     cdef int create_events(self) noexcept nogil
     cdef void destroy_events(self) noexcept nogil
+    cdef void refuse(self) noexcept nogil               # nothing is claimed from here on
+    cdef bint any_in_flight(self) noexcept nogil
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
     cdef void unclaim(self, uint32_t record) noexcept nogil
     cdef void recycle(self, uint32_t record) noexcept nogil

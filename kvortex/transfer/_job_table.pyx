@@ -384,7 +384,19 @@ cdef class JobTable:
                 return -1
             _c.kv_nap_ns(POLL_NS)
 
+    cdef void refuse(self) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.closed = True
+        _c.kv_monitor_unlock(&self.monitor)
+
     # ---- questions --------------------------------------------------------------------------------------------------
+
+    cdef bint any_in_flight(self) noexcept nogil:
+        cdef bint found
+        _c.kv_monitor_lock(&self.monitor)
+        found = self.jobs_in_flight != 0
+        _c.kv_monitor_unlock(&self.monitor)
+        return found
 
     cdef OutcomeState ask(self, JobOutcome *outcome) noexcept nogil:
         cdef OutcomeState state

@@ -12,6 +12,13 @@ cdef class KVLayout:
     cdef readonly size_t num_blocks
     cdef readonly size_t block_bytes   # payload of one slot
     cdef readonly size_t block_size    # tokens of one block, 0 when unknown
+    cdef readonly str name             # of the cache: caches of different content are told apart by it
+    cdef list pieces                   # what a block consists of, see fingerprint.py
+    cdef list kept                     # numbers of the runs that count, where some were named again; or None
+    cdef bint is_described             # `pieces` are those of a constructor that knows more than runs
+    cdef bytes known_fingerprint       # None: not computed yet
+    cdef readonly KVLayout whole       # of a part: what it is a part of
+    cdef object parts                  # WeakSet: they follow what a probe finds; None: there are none
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
     cdef tuple borrowed                # what holds their memory: buffers, DLPack tensors
@@ -23,6 +30,9 @@ cdef class KVLayout:
 
     cdef int require_reachable(self, Device device, bint as_target) except -1
     cdef int hold(self, object borrowed, object owners) except -1
+    cdef list spans_in(self, KVLayout whole)   # (offset in a block, bytes) of each stretch; ValueError: it lies outside
+    cdef int follow(self) except -1            # a part: which groups are strided, as the whole layout knows it
+    cdef int tell_parts(self) except -1        # a probe is over
     # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
     cdef uint32_t strided_bit(self, int direction) noexcept nogil
 

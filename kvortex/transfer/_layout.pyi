@@ -11,6 +11,8 @@ class KVLayout:
     num_blocks: int
     block_bytes: int
     block_size: int
+    name: str
+    whole: KVLayout | None
     runs: tuple[tuple[int, int, int], ...]
     owners: tuple[Any, ...]
     read_only: bool
@@ -23,7 +25,10 @@ class KVLayout:
         *,
         block_size: int = 0,
         owners: Iterable[Any] = (),
+        name: str = "",
     ) -> None: ...
+    @property
+    def fingerprint(self) -> bytes: ...
     @property
     def piece_bytes(self) -> int: ...
     @property
@@ -40,13 +45,28 @@ class KVLayout:
         num_heads: int,
         head_dim: int,
         itemsize: int,
+        name: str = "",
     ) -> Self: ...
     @classmethod
-    def mla(cls, bases: Iterable[Any], *, num_blocks: int, block_size: int, latent_dim: int, itemsize: int) -> Self: ...
+    def mla(
+        cls,
+        bases: Iterable[Any],
+        *,
+        num_blocks: int,
+        block_size: int,
+        latent_dim: int,
+        itemsize: int,
+        name: str = "",
+    ) -> Self: ...
     @classmethod
-    def cross_layer(cls, base: Any, *, num_blocks: int, block_bytes: int, block_size: int = 0) -> Self: ...
+    def cross_layer(
+        cls, base: Any, *, num_blocks: int, block_bytes: int, block_size: int = 0, name: str = ""
+    ) -> Self: ...
     @classmethod
-    def from_tensors(cls, tensors: Iterable[Any], block_dim: int = 0, *, block_size: int = 0) -> Self: ...
+    def from_tensors(
+        cls, tensors: Iterable[Any], block_dim: int = 0, *, block_size: int = 0, name: str = ""
+    ) -> Self: ...
+    def part(self, runs: Iterable[Any], *, fingerprint: bytes | None = None) -> KVLayout: ...
     def slot_mapping(self, block_ids: ArrayLike, num_tokens: int | None = None) -> NDArray[np.int64]: ...
 
 def plan_copies(

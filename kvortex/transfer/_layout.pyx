@@ -10,10 +10,13 @@ from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer, w
 from kvortex.memory._pinned_pool cimport PinnedPool
 
 import math
+import weakref
+from bisect import bisect_right
 from itertools import accumulate
 
 import numpy as np
 
+from kvortex.transfer.fingerprint import fingerprint_of_layout, fingerprint_of_part, piece_of_axes
 from kvortex.transfer.overlaps import find_overlap
 
 cdef object MAX_RUNS = 1 << 20  # a million pieces a block; more is a mistake, and would fill memory before it shows
@@ -42,6 +45,9 @@ cdef class KVLayout:
         Tokens of one block; only `slot_mapping` needs it.
     owners : iterable, optional
         Objects to keep alive as long as the layout.
+    name : str, default ""
+        Of the cache. Layouts that are otherwise alike but have different content, as those of two models, need
+        different names, or one may be given what was saved from the other; see `fingerprint`.
 
     Raises
     ------
@@ -59,7 +65,7 @@ cdef class KVLayout:
     whether strided copies are used changes: a probe allows them, a refused one forbids them.
     """
 
-    def __init__(self, runs, num_blocks, *, block_size=0, owners=()):
+    def __init__(self, runs, num_blocks, *, block_size=0, owners=(), name=""):
         cdef bint apart = True  # each run begins where the one before it is over, as in most layouts
         cdef uint64_t end = 0
         if self.groups is not NULL:
@@ -68,6 +74,8 @@ cdef class KVLayout:
         if not runs:
             raise ValueError("a layout needs at least one run, got none")
         num_blocks, block_size = whole_number(num_blocks, "num_blocks"), whole_number(block_size, "block_size")
+        if not isinstance(name, str):
+            raise TypeError(f"name must be a str, got {type(name).__name__}")
         if num_blocks < 1:
             raise ValueError(f"num_blocks must be at least 1, got {num_blocks}")
         if block_size < 0:
@@ -78,8 +86,13 @@ cdef class KVLayout:
             runs[number] = base, stride, piece = read_run(run, number, num_blocks, bases)
             apart &= <uint64_t>base >= end
             end = base + (num_blocks - 1) * stride + piece
+        num_named = len(runs)
         if not apart:
-            runs = distinct_runs(runs, num_blocks)
+            self.kept = distinct_runs(runs, num_blocks)
+            runs = [runs[number] for number in self.kept]
+            if len(runs) == num_named:
+                self.kept = None
+        self.pieces = [piece for _, _, piece in runs]
         runs = merge_touching(runs, num_blocks)
         block_bytes = sum(piece for _, _, piece in runs)
         if block_bytes >= 1 << 32:
@@ -97,6 +110,7 @@ cdef class KVLayout:
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
         self.block_size = block_size
+        self.name = str(name)
         self.runs = tuple(runs)
         self.hold(bases, owners)
         self.planner = ()
@@ -127,6 +141,17 @@ cdef class KVLayout:
         free(self.groups)
 
     @property
+    def fingerprint(self):
+        """32 bytes, equal where blocks of the same bytes in the same order mean the same: what they consist of, as far
+        as the constructor was told (pieces in their order, types, axes), and `name`; not where the memory lies, how far
+        apart the blocks are or how many. The text that it is the SHA-256 of stands in `kvortex.transfer.fingerprint`.
+        """
+        if self.known_fingerprint is None:
+            kept = self.kept if self.is_described else None
+            self.known_fingerprint = fingerprint_of_layout(self.name, self.block_bytes, self.pieces, kept)
+        return self.known_fingerprint
+
+    @property
     def piece_bytes(self):
         """Bytes of the largest contiguous part of a block."""
         return max(piece for _, _, piece in self.runs)
@@ -139,7 +164,7 @@ cdef class KVLayout:
     # ---- constructors -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize):
+    def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize, name=""):
         """One allocation of shape ``(kv, num_layers, num_blocks, block_size, num_heads, head_dim)``.
 
         `base` is an address or memory that says where it is (see `from_tensors`), without gaps and large enough;
@@ -155,10 +180,11 @@ cdef class KVLayout:
         start = take_whole(base, borrowed, "base", kv * num_layers * num_blocks * piece)
         runs = [(start + (part * num_layers + layer) * num_blocks * piece, piece, piece)
                 for layer in range(num_layers) for part in range(kv)]
-        return lay_out(cls, runs, num_blocks, block_size, borrowed)
+        layer = piece_of_axes(itemsize, enumerate((kv, block_size, num_heads, head_dim)))
+        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * num_layers)
 
     @classmethod
-    def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize):
+    def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize, name=""):
         """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention."""
         borrowed = []
         num_blocks, block_size, latent_dim, itemsize = as_sizes(dict(
@@ -166,18 +192,19 @@ cdef class KVLayout:
         piece = block_size * latent_dim * itemsize
         runs = [(take_whole(base, borrowed, f"base {number}", num_blocks * piece), piece, piece)
                 for number, base in enumerate(as_list(bases, "bases"))]
-        return lay_out(cls, runs, num_blocks, block_size, borrowed)
+        layer = piece_of_axes(itemsize, enumerate((block_size, latent_dim)))
+        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * len(runs))
 
     @classmethod
-    def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0):
+    def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0, name=""):
         """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``."""
         borrowed = []
         num_blocks, block_bytes = as_sizes(dict(num_blocks=num_blocks, block_bytes=block_bytes))
         start = take_whole(base, borrowed, "base", num_blocks * block_bytes)
-        return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed)
+        return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed, name, [block_bytes])
 
     @classmethod
-    def from_tensors(cls, tensors, block_dim=0, *, block_size=0):
+    def from_tensors(cls, tensors, block_dim=0, *, block_size=0, name=""):
         """Read the runs from the strides of tensors, in the order of the tensors.
 
         Parameters
@@ -198,17 +225,106 @@ cdef class KVLayout:
             A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
             interleave. Moving it would move foreign bytes. Or two of them share bytes and are not the same one.
         """
-        runs, borrowed, num_blocks = [], [], None
+        runs, borrowed, pieces, num_blocks = [], [], [], None
         block_dim = whole_number(block_dim, "block_dim")
         for number, tensor in enumerate(as_list(tensors, "tensors")):
             memory = borrow_memory(tensor)
-            tensor_runs, count = runs_of_tensor(memory, block_dim, f"tensor {number}")
+            tensor_runs, count, piece = runs_of_tensor(memory, block_dim, f"tensor {number}")
             if num_blocks not in (None, count):
                 raise ValueError(f"tensor {number} has {count} blocks, the others {num_blocks}; check block_dim")
             num_blocks = count
             borrowed.append(memory)
             runs += tensor_runs
-        return lay_out(cls, runs, num_blocks or 0, block_size, borrowed)
+            pieces.append(piece)
+        return lay_out(cls, runs, num_blocks or 0, block_size, borrowed, name, pieces)
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def part(self, runs, *, fingerprint=None):
+        """Make a layout of some of the bytes of each block, which a transfer may name in place of this one.
+
+        It has the same block ids, and where this layout orders the transfers of a block, those of its parts are ordered
+        with them. A block of the part, as saved, has the bytes of the part alone, in the order of its runs.
+
+        Parameters
+        ----------
+        runs : iterable
+            Runs as in `runs`, or their numbers there. Each may also be a stretch of one of them: at the same stride.
+        fingerprint : bytes, optional
+            32 bytes to take for the part's own: those of a layout whose blocks hold the same. By default they say which
+            bytes of which layout these are, so that a part shares keys with the same part of such layouts as share keys
+            with this one.
+
+        Returns
+        -------
+        KVLayout
+            Which keeps this one alive.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for a layout; a run that does not lie in one of this layout's, or a fingerprint of another length.
+        """
+        cdef KVLayout part, whole = self if self.whole is None else self.whole
+        chosen = [self.runs[run] if is_integer(run) and 0 <= run < len(self.runs) else run
+                  for run in as_list(runs, "runs")]
+        if fingerprint is not None and len(bytes(memoryview(fingerprint))) != 32:
+            raise ValueError(f"fingerprint must have 32 bytes, got {len(fingerprint)}; pass the one of a layout")
+        part = KVLayout(chosen, self.num_blocks, block_size=self.block_size, owners=self.owners, name=self.name)
+        part.spans_in(self)
+        part.known_fingerprint = fingerprint_of_part(whole.fingerprint, part.spans_in(whole))
+        if fingerprint is not None:
+            part.known_fingerprint = bytes(fingerprint)
+        part.whole, part.read_only, part.on_gpu = whole, self.read_only, self.on_gpu
+        part.follow()
+        if whole.parts is None:
+            whole.parts = weakref.WeakSet()
+        whole.parts.add(part)
+        return part
+
+    cdef list spans_in(self, KVLayout whole):
+        offsets = accumulate((piece for _, _, piece in whole.runs), initial=0)
+        places = sorted([(stride if whole.num_blocks > 1 else 0, base, piece, offset)
+                         for (base, stride, piece), offset in zip(whole.runs, offsets)])
+        spans = []
+        for run in self.runs:
+            base, stride, piece = run
+            while piece:
+                at = bisect_right(places, (stride if whole.num_blocks > 1 else 0, base, math.inf)) - 1
+                found = places[max(at, 0)]
+                ahead = base - found[1]
+                if found[0] != (stride if whole.num_blocks > 1 else 0) or not 0 <= ahead < found[2]:
+                    raise ValueError(f"the run (base, block_stride, piece_bytes) {run} does not lie in the layout's "
+                                     f"runs, at {base:#x}; a part consists of `runs` of its layout, or of stretches of "
+                                     f"them at their strides")
+                length = min(piece, found[2] - ahead)
+                spans.append((found[3] + ahead, length))
+                base, piece = base + length, piece - length
+        return spans
+
+    cdef int follow(self) except -1:
+        """A group is strided where the one that its first row is in is."""
+        cdef uint32_t index, other
+        cdef uint64_t ahead
+        cdef _c.kv_group *group
+        cdef _c.kv_group *wider
+        for index in range(self.num_groups):
+            group = &self.groups[index]
+            group.strided = 0
+            for other in range(self.whole.num_groups if _c.kv_group_may_be_strided(group) else 0):
+                wider = &self.whole.groups[other]
+                ahead = group.base - wider.base  # unsigned: huge where it comes before
+                if ahead // wider.device_pitch < wider.rows and ahead % wider.device_pitch < wider.row_bytes:
+                    group.strided = wider.strided
+                    break
+        self.strided = self.whole.strided
+        return 0
+
+    cdef int tell_parts(self) except -1:
+        cdef KVLayout part
+        for part in self.parts or ():
+            part.follow()
+        return 0
 
     # ---- use --------------------------------------------------------------------------------------------------------
 
@@ -231,9 +347,11 @@ cdef class KVLayout:
                 f"{self.num_groups} groups)")
 
 
-cdef object lay_out(object cls, object runs, object num_blocks, object block_size, list borrowed):
-    layout = cls(runs, num_blocks, block_size=block_size)
+cdef object lay_out(object cls, object runs, object num_blocks, object block_size, list borrowed, object name,
+                    list pieces):
+    layout = cls(runs, num_blocks, block_size=block_size, name=name)
     (<KVLayout>layout).hold(borrowed, ())
+    (<KVLayout>layout).pieces, (<KVLayout>layout).is_described = pieces, True
     return layout
 
 
@@ -279,7 +397,7 @@ cdef tuple read_run(object run, object number, object num_blocks, list bases):
 
 
 cdef list distinct_runs(list runs, object num_blocks):
-    """Each run once; refuses runs that share bytes and are not the same."""
+    """The numbers of the runs, each run once; refuses runs that share bytes and are not the same."""
     distinct = {}  # by what makes two runs the same
     for number, run in enumerate(runs):
         base, stride, piece = run
@@ -289,7 +407,7 @@ cdef list distinct_runs(list runs, object num_blocks):
     found = find_overlap(runs, num_blocks)
     if found is not None:
         refuse_overlap(numbers, runs, found)
-    return runs
+    return numbers
 
 
 cdef object refuse_overlap(list numbers, list runs, tuple found):
@@ -344,7 +462,7 @@ cdef object take_whole(object base, list borrowed, object what, object nbytes=No
 
 
 def runs_of_tensor(BorrowedMemory memory, block_dim, what):
-    """The runs of one tensor, outer dimensions in their order, and its number of blocks."""
+    """The runs of one tensor, outer dimensions in their order, its number of blocks, and its piece of a fingerprint."""
     address, shape, strides, itemsize = memory.address, memory.shape, memory.strides, memory.itemsize
     if shape is None:
         which = "an address" if memory.owner is None else type(memory.owner).__name__
@@ -355,28 +473,32 @@ def runs_of_tensor(BorrowedMemory memory, block_dim, what):
     num_blocks, block_stride = shape[block_dim], strides[block_dim]
     if 0 in shape or any(stride < 0 for stride in strides):
         raise ValueError(f"{what}: shape {shape} with strides {strides} has no elements or runs backwards")
-    inner, outer = [], []
+    inner, outer, axis = [], [], 0
     for dim, (count, stride) in enumerate(zip(shape, strides)):
         if dim == block_dim or count == 1:
             continue
-        (outer if num_blocks > 1 and stride > block_stride else inner).append((stride, count))
+        (outer if num_blocks > 1 and stride > block_stride else inner).append((stride, count, axis))
+        axis += 1
+    inner.sort()
+    axes = [(axis, count) for _, count, axis in (*outer, *reversed(inner))]
     piece = itemsize
-    for stride, count in sorted(inner):
+    for stride, count, _ in inner:
         if stride != piece:
             raise ValueError(f"{what} is not block-contiguous: shape {shape}, strides {strides} bytes, block dimension "
                              f"{block_dim}; register it in a layout whose blocks are dense")
         piece *= count
     if num_blocks > 1 and piece > block_stride:
         raise ValueError(f"{what}: blocks of {piece} bytes overlap at a stride of {block_stride}")
-    if math.prod([count for _, count in outer]) > MAX_RUNS:
+    if math.prod([count for _, count, _ in outer]) > MAX_RUNS:
         raise ValueError(f"{what} has more than {MAX_RUNS} pieces a block: shape {shape}, block_dim {block_dim}")
     starts = [address]
-    for stride, count in outer:
+    for stride, count, _ in outer:
         if stride < block_stride * (num_blocks - 1) + piece:
             raise ValueError(f"{what} is not block-contiguous: blocks interleave (shape {shape}, strides {strides} "
                              f"bytes)")
         starts = [start + stride * index for start in starts for index in range(count)]
-    return [(start, block_stride, piece) for start in starts], num_blocks
+    kind = str(getattr(memory.owner, "dtype", "")).rpartition(".")[2] or itemsize  # "torch.bfloat16", "float16"
+    return [(start, block_stride, piece) for start in starts], num_blocks, piece_of_axes(kind, axes)
 
 
 def merge_touching(runs, num_blocks):

@@ -13,4 +13,6 @@ class PlannerRow(NamedTuple):
     strided_gbps: float | None
     batch_gbps: float | None
 
-def probe_layout(layout: KVLayout, queue: TransferQueue, *, measure: bool | None = None) -> list[PlannerRow]: ...
+def probe_layout(
+    layout: KVLayout, queue: TransferQueue, *, measure: bool | None = None, known: dict | None = None
+) -> list[PlannerRow]: ...

@@ -9,7 +9,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcmp, memset
 
 cimport kvortex._c as _c
-from kvortex.driver._device cimport check
+from kvortex.driver._device cimport check, try_again
 from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._transfer_queue cimport TransferQueue
@@ -24,6 +24,7 @@ cdef int MAX_TRIALS = 16            # shapes tried in one layout; later ones go 
 cdef uint64_t BUDGET_NS = 300_000_000
 # Strided copies cost a thirtieth of the CPU time of batches, so they may be this much slower and are still preferred.
 cdef double STRIDED_HANDICAP = 1.15
+cdef object MAX_KNOWN = 4096        # answers remembered for other layouts of a device
 
 
 class PlannerRow(NamedTuple):
@@ -39,7 +40,7 @@ class PlannerRow(NamedTuple):
     batch_gbps: float | None
 
 
-def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, measure=None):
+def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, measure=None, dict known=None):
     """Find out which groups of a layout a queue's direction had better move by strided copies; the layout remembers.
 
     On a D2H queue: whether strided copies are legal (the first and the last block, strided and piece by piece, must
@@ -54,6 +55,13 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
         Idle, best: jobs of others go on, but what is measured suffers.
     measure : bool, optional
         Whether to time the copies; by default on CUDA only, because the host driver's times say nothing about a link.
+    known : dict, optional
+        What was found out for other layouts on this device, and is not tried again for groups of the same shape: rows,
+        their bytes and distances on both sides, and whether one allocation has them all. It is added to. What was
+        measured may be taken over, as the worst outcome is slower copies. So may the legality of strided copies: the
+        driver refuses an illegal one, and then the copies go piece by piece within the same call; nor could two blocks
+        that are tried vouch for all the others. A refusal is not remembered where one allocation has all rows:
+        somebody may have written to the blocks that were compared.
 
     Returns
     -------
@@ -79,7 +87,7 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
     cdef Copier copier = Copier(queue.device, queue.direction_)  # a stream of its own: jobs of the queue go on
     open_copier(copier)
     try:
-        return probe(copier, layout, measure)
+        return probe(copier, layout, measure, {} if known is None else known)
     finally:
         close_copier(copier)
 
@@ -95,33 +103,48 @@ cdef int open_copier(Copier copier) except -1:
 
 
 cdef void close_copier(Copier copier) noexcept:
-    cdef int mode = 0
+    cdef int mode = 0, attempts = 0, code = 0
     with nogil:
-        if copier.device.enter(&mode) == 0:
-            copier.close()
-            copier.device.leave(mode)
+        while try_again(&attempts, code):  # one passing error is no reason to leak the stream
+            code = copier.device.enter(&mode)
+            if code == 0:
+                copier.close()
+                copier.device.leave(mode)
 
 
-cdef list probe(Copier copier, KVLayout layout, bint measure):
+cdef list probe(Copier copier, KVLayout layout, bint measure, dict known):
     cdef uint32_t bit = 1 << <int>copier.direction
     cdef uint32_t index
     cdef _c.kv_group *group
     cdef double strided_ns, batch_ns
     cdef uint64_t deadline = _c.kv_now_ns() + BUDGET_NS
     cdef str direction = "D2H" if copier.direction == D2H else "H2D"
-    for index in range(layout.num_groups):
-        layout.groups[index].strided |= bit if _c.kv_group_may_be_strided(&layout.groups[index]) else 0
-    if copier.direction == D2H:
-        require_agreement(copier, layout)
-    tried, counts = {}, {}
+    if len(known) > MAX_KNOWN:
+        known.clear()
+    shapes = []
     for index in range(layout.num_groups):
         group = &layout.groups[index]
-        shape = (group.row_bytes, group.rows, group.device_pitch, group.slot_pitch)
+        group.strided |= bit if _c.kv_group_may_be_strided(group) else 0
+        shapes.append((group.row_bytes, group.rows, group.device_pitch, group.slot_pitch,
+                       group.strided and lies_in_one_allocation(copier, group)))
+    if copier.direction == D2H:
+        legality = tuple([(shape, layout.groups[index].block_stride) for index, shape in enumerate(shapes)])
+        if legality in known:
+            layout.strided = known[legality]
+        else:
+            require_agreement(copier, layout)
+            if layout.strided or not all([in_one or rows < 2 for _, rows, _, _, in_one in shapes]):
+                known[legality] = layout.strided
+    tried, counts = {}, {}
+    for index, shape in enumerate(shapes):
+        group = &layout.groups[index]
         if shape not in tried:
-            strided_ns = batch_ns = 0
-            if (layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS
+            strided_ns, batch_ns = known.get((direction, measure, shape), (0, 0))
+            if (not strided_ns and layout.strided and group.strided & bit and measure and len(tried) < MAX_TRIALS
                     and (not tried or _c.kv_now_ns() < deadline)):
                 time_group(copier, layout, group, deadline, &strided_ns, &batch_ns)
+                if strided_ns:
+                    known[direction, measure, shape] = strided_ns, batch_ns
             tried[shape] = strided_ns, batch_ns
         counts[shape] = counts.get(shape, 0) + 1
         strided_ns, batch_ns = tried[shape]
@@ -130,9 +153,8 @@ cdef list probe(Copier copier, KVLayout layout, bint measure):
         elif copier.direction == H2D and not group.strided & (1 << <int>D2H):
             group.strided &= ~bit
     rows = []
-    for index in range(layout.num_groups):
+    for index, shape in enumerate(shapes):
         group = &layout.groups[index]
-        shape = (group.row_bytes, group.rows, group.device_pitch, group.slot_pitch)
         if shape in counts:
             nbytes = trial_blocks(group) * group.rows * group.row_bytes
             gbps = [nbytes / ns if ns else None for ns in tried[shape]]
@@ -140,7 +162,24 @@ cdef list probe(Copier copier, KVLayout layout, bint measure):
             rows.append(PlannerRow(direction, group.row_bytes, group.rows, group.device_pitch, counts.pop(shape),
                                    backend, *gbps))
     layout.planner = (*(row for row in layout.planner if row.direction != direction), *rows)
+    layout.tell_parts()
     return rows
+
+
+cdef bint lies_in_one_allocation(Copier copier, const _c.kv_group *group) noexcept:
+    """Whether all rows of the first block do, as far as the driver can tell."""
+    cdef const _c.kv_driver *drv = copier.device.drv
+    cdef uint64_t start = 0
+    cdef size_t nbytes = 0
+    cdef int mode = 0, code
+    with nogil:
+        code = copier.device.enter(&mode)
+        if code == 0:
+            code = _c.kv_call(drv, _c.pointer_get_attribute, &start, _c.KV_POINTER_RANGE_START_ADDR, group.base)
+            if code == 0:
+                code = _c.kv_call(drv, _c.pointer_get_attribute, &nbytes, _c.KV_POINTER_RANGE_SIZE, group.base)
+            copier.device.leave(mode)
+    return code == 0 and group.base - start + (group.rows - 1) * group.device_pitch + group.row_bytes <= nbytes
 
 
 cdef size_t trial_blocks(const _c.kv_group *group) noexcept nogil:

@@ -11,6 +11,7 @@ from kvortex.transfer._layout cimport KVLayout
 cdef class Source:
     """What one call moves: block ids of the layout, or addresses with a size each; copies of the caller's arrays."""
     cdef bint by_block
+    cdef KVLayout layout                 # by_block: of the carrier, or a part of it
     cdef int64_t[::1] block_ids          # by_block
     cdef uint64_t[::1] addresses         # otherwise
     cdef uint32_t[::1] lengths           # of every block, at i * length_step

@@ -31,7 +31,7 @@ cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint de
         if sizes is not None:
             raise ValueError("sizes go with data_ptrs; the size of a block comes from the layout")
         layout.require_reachable(device, direction == H2D)
-        source.by_block = True
+        source.by_block, source.layout = True, layout
         source.block_ids = as_block_ids(block_ids, layout)
         source.lengths = np.array([layout.block_bytes], dtype=np.uint32)
         named = source.block_ids.shape[0]

@@ -8,6 +8,7 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, require_timeout
+from kvortex.transfer._queue_list cimport QueueList
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
@@ -30,7 +31,7 @@ cdef class Submitter:
     signals : JobSignals
         That all the queues share; it serves one submitter at a time.
     queues : sequence of TransferQueue
-        At most 64.
+        At most 256.
 
     Raises
     ------
@@ -43,18 +44,10 @@ cdef class Submitter:
     def __init__(self, Device device not None, JobSignals signals not None, queues):
         if self.device is not None:
             raise RuntimeError("Submitter.__init__ may be called once")
-        queues = tuple(queues)
-        if len(queues) > MAX_QUEUES:
-            raise ValueError(f"at most {MAX_QUEUES} queues, got {len(queues)}")
-        for queue in queues:
-            if (<TransferQueue?>queue).signals is not signals or (<TransferQueue>queue).device is not device:
-                raise ValueError("a queue has other signals or another device than its submitter")
+        issued = QueueList(device, signals, queues)
         if signals.has_submitter:
             raise ValueError("these queues have a submitter already")
-        self.device, self.signals, self.queues = device, signals, queues
-        for queue in queues:
-            self.issued[self.num_queues] = <void *>queue
-            self.num_queues += 1
+        self.device, self.signals, self.issued = device, signals, issued
         signals.submitter_stops = False
         if _c.pthread_create(&self.thread, NULL, submitter_main, <void *>self):
             raise MemoryError("no thread for submitting could be started")
@@ -92,9 +85,10 @@ cdef class Submitter:
     cdef int issue_round(self) noexcept nogil:
         """Each queue once: 1 something was done; 0 some queue waits for a seal; -1 there is nothing to do."""
         cdef int index, answer, best = -1
-        for index in range(self.num_queues):
-            answer = (<TransferQueue>self.issued[index]).issue_next(SLICE_NS)
+        for index in range(self.issued.begin_round()):
+            answer = (<TransferQueue>self.issued.round[index]).issue_next(SLICE_NS)
             best = max(best, answer)
+        self.issued.end_round()
         return best
 
     def close(self, timeout_ms=5000):
@@ -104,10 +98,9 @@ cdef class Submitter:
         """
         self.end(_c.kv_deadline_ns(require_timeout(timeout_ms)), True)
 
-    cdef bint has_work(self) noexcept nogil:
-        cdef int index
-        for index in range(self.num_queues):
-            if (<TransferQueue>self.issued[index]).is_issuing():
+    cdef bint has_work(self) noexcept:
+        for queue in self.issued.queues:
+            if (<TransferQueue>queue).is_issuing():
                 return True
         return False
 

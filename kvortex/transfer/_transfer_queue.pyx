@@ -446,9 +446,7 @@ cdef class TransferQueue(JobTable):
         cdef uint64_t now, pause
         if self.ended or self.device.pid != getpid():
             return 0
-        _c.kv_monitor_lock(&self.monitor)
-        self.closed = True  # nothing is claimed from here on
-        _c.kv_monitor_unlock(&self.monitor)
+        self.refuse()
         while True:
             with nogil:
                 now = _c.kv_now_ns()

@@ -51,6 +51,52 @@ def find_overlap(runs, num_blocks):
     return None
 
 
+def find_shared(runs, num_blocks, other_runs, other_blocks):
+    """Find a block of one layout and a block of another that share a byte.
+
+    Parameters
+    ----------
+    runs, other_runs : list of (int, int, int)
+        As for `find_overlap`; those of one layout share no bytes with each other.
+    num_blocks, other_blocks : int
+        At least 1.
+
+    Returns
+    -------
+    tuple of two (int, int), or None
+        Number of the run and of the block, of both. Exact.
+
+    Raises
+    ------
+    ValueError
+        More than `MAX_PAIRS` pairs of runs interleave.
+    """
+    sides = (runs, num_blocks), (other_runs, other_blocks)
+    extents = []  # first byte, last, side, number
+    for side, (members, count) in enumerate(sides):
+        extents += [
+            (base, base + (count - 1) * stride + piece - 1, side, number)
+            for number, (base, stride, piece) in enumerate(members)
+        ]
+    reached = [], []  # of each side, the runs that may reach the one looked at
+    num_pairs = 0
+    for start, last, side, number in sorted(extents):
+        facing = reached[1 - side]
+        facing[:] = [(end, candidate) for end, candidate in facing if end >= start]
+        num_pairs += len(facing)
+        if num_pairs > MAX_PAIRS:
+            raise ValueError(
+                f"{len(runs)} and {len(other_runs)} runs interleave: to tell whether their blocks share bytes, more "
+                f"than {MAX_PAIRS} pairs would have to be compared; let two layouts lie apart"
+            )
+        for _, candidate in facing:
+            one, other = (number, candidate) if side == 0 else (candidate, number)
+            if blocks := overlap_of_two(runs[one], other_runs[other], num_blocks, other_blocks):
+                return (one, blocks[0]), (other, blocks[1])
+        reached[side].append((last, number))
+    return None
+
+
 def overlapping_extents(runs, num_blocks):
     """Yield the numbers of runs, two or more and by base, whose extents from first to last byte form one stretch."""
     stretch, end = [], 0
@@ -97,21 +143,26 @@ def overlap_at_one_stride(runs, members, stride, num_blocks):
     return None
 
 
-def overlap_of_two(run, other, num_blocks):
+def overlap_of_two(run, other, num_blocks, other_blocks=None):
     """Find a block of one run and a block of another, of any strides, that share a byte; None if none do.
+
+    The other has as many blocks unless `other_blocks` says how many.
 
     Blocks b and c share one if ``low <= b * stride - c * other_stride <= high``. How many such pairs a range of b has
     is a sum of quotients.
     """
     (base, stride, piece), (other_base, other_stride, other_piece) = run, other
+    other_blocks = num_blocks if other_blocks is None else other_blocks
+    stride = stride if num_blocks > 1 else piece  # that of a single block may be anything
+    other_stride = other_stride if other_blocks > 1 else other_piece
     low, high = other_base - base - piece + 1, other_base - base + other_piece - 1
     # For a given b the c form an interval. Where it reaches beyond the blocks there are, it holds one of these two:
-    for c in (0, num_blocks - 1):
+    for c in (0, other_blocks - 1):
         b = max(0, -(-(low + c * other_stride) // stride))
         if b < num_blocks and b * stride <= high + c * other_stride:
             return b, c
     first = max(0, (high - other_stride) // stride + 1)  # for b from here on no c of the interval is negative,
-    end = min(num_blocks, -(-(low + num_blocks * other_stride) // stride))  # and below here none is num_blocks or more
+    end = min(num_blocks, -(-(low + other_blocks * other_stride) // stride))  # and below here none is too large
 
     def num_pairs(last):
         """Pairs with b in first..last-1."""

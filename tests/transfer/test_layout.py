@@ -600,3 +600,36 @@ def test_slot_mapping_counts_tokens():
             layout.slot_mapping([3, 0], num_tokens)
     with pytest.raises(ValueError, match="block_size of this layout is unknown"):
         kvortex.KVLayout.cross_layer(1 << 20, num_blocks=8, block_bytes=64).slot_mapping([0])
+
+
+@given(st.data())
+def test_two_layouts_share_memory_exactly_where_two_of_their_blocks_share_a_byte(data):
+    def draw_layout():
+        runs, num_blocks = [], data.draw(st.integers(1, 6))
+        for _ in range(data.draw(st.integers(1, 3))):
+            piece = data.draw(st.integers(1, 5))
+            stride = data.draw(st.integers(piece if num_blocks > 1 else 0, 12))
+            runs.append((data.draw(st.integers(0, 40)), stride, piece))
+        return runs, num_blocks
+
+    def bytes_of(run, block):
+        base, stride, piece = run
+        return set(range(base + block * stride, base + block * stride + piece))
+
+    (runs, num_blocks), (other_runs, other_blocks) = draw_layout(), draw_layout()
+    pieces = [bytes_of(run, block) for run in runs for block in range(num_blocks)]
+    others = [bytes_of(run, block) for run in other_runs for block in range(other_blocks)]
+    found = overlaps.find_shared(runs, num_blocks, other_runs, other_blocks)
+    assert (found is not None) == any(piece & other for piece in pieces for other in others)
+    if found:
+        (run, block), (other, other_block) = found
+        assert block < num_blocks and other_block < other_blocks
+        assert bytes_of(runs[run], block) & bytes_of(other_runs[other], other_block)
+
+
+def test_two_layouts_that_interleave_too_much_are_refused(monkeypatch):
+    monkeypatch.setattr(overlaps, "MAX_PAIRS", 3)
+    runs, others = ([(base + at, 64, 4) for at in range(0, 16, 4)] for base in (BASE, BASE + 32))
+    with pytest.raises(ValueError, match="4 and 4 runs interleave.* more than 3 pairs"):
+        overlaps.find_shared(runs, 9, others, 9)
+    assert overlaps.find_shared(runs[:1], 9, others[:3], 9) is None

@@ -181,6 +181,19 @@ def test_the_probe_tells_what_moves_each_group_and_measures_it(device, moved, d2
 
 
 @pytest.mark.host
+def test_the_probe_neither_compares_nor_measures_a_shape_that_is_known(device, moved, d2h, h2d, host):
+    known = {}
+    rows = [probe_layout(moved.cache.layout, queue, measure=True, known=known) for queue in (d2h, h2d)]
+    other = DeviceCache(device, num_blocks=NUM_BLOCKS)
+    host.count_calls()
+    assert [probe_layout(other.layout, queue, measure=True, known=known) for queue in (d2h, h2d)] == rows
+    assert host.num_calls("memcpy_2d_async") == host.num_calls("mem_host_alloc") == 0
+    probe_layout(other.layout, d2h, measure=True)
+    assert host.num_calls("memcpy_2d_async") > 0
+    other.close()
+
+
+@pytest.mark.host
 def test_strided_copies_that_are_slow_are_not_used(device, moved, host):
     """A delay before each operation makes a strided copy (4 rows) dearer than a batch (256 pieces)."""
     with TransferQueue(device, "D2H") as saves, TransferQueue(device, "H2D") as loads:

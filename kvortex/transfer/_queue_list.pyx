@@ -1,0 +1,81 @@
+# cython: nonecheck=False
+"""A list of queues that others may change while a thread goes round it."""
+
+from libc.stdint cimport uint64_t
+from libc.string cimport memcpy
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device
+from kvortex.transfer._signals cimport JobSignals
+from kvortex.transfer._transfer_queue cimport TransferQueue
+
+
+cdef class QueueList:
+    """Each round works on a copy of the list; whoever takes queues out waits until no round has an older copy.
+
+    So no lock is held over a driver call, and no round sees a list that is half changed. One thread at a time goes
+    round; callers that change the list have the GIL.
+    """
+
+    def __cinit__(self, Device device not None, JobSignals signals not None, queues=()):
+        self.device, self.signals, self.queues = device, signals, ()
+        if _c.kv_monitor_init(&self.monitor):
+            raise MemoryError("pthread_mutex_init failed")
+        self.has_monitor = True
+        self.add(queues)
+
+    def __dealloc__(self):
+        # In a forked child a waiter may be counted for ever, and destroying would wait for it.
+        if self.has_monitor and self.device.pid == getpid():
+            _c.kv_monitor_destroy(&self.monitor)
+
+    cdef int add(self, object queues) except -1:
+        cdef tuple more = tuple(queues), longer
+        if self.num_listed + len(more) > MAX_QUEUES:
+            raise ValueError(f"at most {MAX_QUEUES} queues, got {self.num_listed} and {len(more)} more")
+        for queue in more:
+            if (<TransferQueue?>queue).signals is not self.signals or (<TransferQueue>queue).device is not self.device:
+                raise ValueError("a queue has other signals or another device than its thread")
+        longer = self.queues + more
+        _c.kv_monitor_lock(&self.monitor)
+        for queue in more:
+            self.listed[self.num_listed] = <void *>queue
+            self.num_listed += 1
+        _c.kv_monitor_unlock(&self.monitor)
+        self.queues = longer
+        return 0
+
+    cdef void remove(self, object queues) noexcept:
+        cdef int kept = 0
+        cdef uint64_t last
+        cdef tuple before = self.queues  # alive until no round uses them
+        self.queues = tuple([queue for queue in before if queue not in queues])
+        _c.kv_monitor_lock(&self.monitor)
+        for queue in self.queues:
+            self.listed[kept] = <void *>queue
+            kept += 1
+        self.num_listed = kept
+        last = self.num_rounds
+        _c.kv_monitor_unlock(&self.monitor)
+        with nogil:
+            _c.kv_monitor_lock(&self.monitor)
+            while self.in_round and self.num_rounds == last:
+                _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
+            _c.kv_monitor_unlock(&self.monitor)
+
+    cdef int begin_round(self) noexcept nogil:
+        cdef int count
+        _c.kv_monitor_lock(&self.monitor)
+        count = self.num_listed
+        memcpy(self.round, self.listed, count * sizeof(void *))
+        self.num_rounds += 1
+        self.in_round = True
+        _c.kv_monitor_unlock(&self.monitor)
+        return count
+
+    cdef void end_round(self) noexcept nogil:
+        _c.kv_monitor_lock(&self.monitor)
+        self.in_round = False
+        _c.kv_monitor_broadcast(&self.monitor)
+        _c.kv_monitor_unlock(&self.monitor)

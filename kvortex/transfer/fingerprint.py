@@ -1,0 +1,68 @@
+"""Fingerprints: what two layouts must have in common so that blocks saved from one can be loaded into the other."""
+
+import hashlib
+import json
+from itertools import groupby
+
+
+def fingerprint_of_layout(name, block_bytes, pieces, kept):
+    """Compute the SHA-256 of this JSON text, in ASCII and without blanks::
+
+        ["kvortex layout 1", name, block_bytes, [[count, piece], ...], kept]
+
+    Parameters
+    ----------
+    name : str
+        Of the cache.
+    block_bytes : int
+    pieces : list
+        What a block consists of, in its order; equal neighbours stand there once, with their count. A piece is a
+        number of bytes, or a type and the axes ``[type, [axis, length], ...]``: the axes without that of the blocks,
+        counted in the order of the shape and listed in the order of the bytes, those of length 1 left out; the planes
+        (K and V) are one of them. The type is its name, or the size of an element where no more is known.
+    kept : list of int or None
+        Where pieces are named more than once: the numbers of the runs that count.
+
+    Returns
+    -------
+    bytes
+        32.
+    """
+    counted = [[len(list(equal)), piece] for piece, equal in groupby(pieces)]
+    return digest(["kvortex layout 1", name, block_bytes, counted, kept])
+
+
+def fingerprint_of_part(whole, spans):
+    """Compute the SHA-256 of this JSON text, in ASCII and without blanks::
+
+        ["kvortex part 1", whole, [[offset, length], ...]]
+
+    Parameters
+    ----------
+    whole : bytes
+        The fingerprint of the layout; in hexadecimal digits.
+    spans : iterable of (int, int)
+        Which bytes of its blocks the part has, in the order of the part. Those that touch are joined.
+
+    Returns
+    -------
+    bytes
+        32.
+    """
+    joined = []
+    for offset, length in spans:
+        if joined and sum(joined[-1]) == offset:
+            joined[-1][1] += length
+        else:
+            joined.append([offset, length])
+    return digest(["kvortex part 1", whole.hex(), joined])
+
+
+def digest(content):
+    """SHA-256 of something as JSON."""
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
+
+
+def piece_of_axes(kind, axes):
+    """A piece with axes in the order of its bytes: `axes` has (axis, length) pairs."""
+    return [kind, *([axis, length] for axis, length in axes if length > 1)]
