@@ -5,7 +5,12 @@ through the planner nor through a layout.
 """
 
 import dataclasses
+import functools
+import inspect
+import os
 import struct
+import subprocess
+import sys
 
 import numpy as np
 
@@ -128,3 +133,23 @@ def make_engine(cache, num_slots, make_config=kvortex.KVortexConfig, **settings)
     if settings.get("pool_chunk_bytes") is None:
         engine.wait_ready(60_000)
     return engine
+
+
+def leaves_its_engine_behind(test):
+    """Run the test in a process of its own: an engine that loses patience keeps its device, and all that is on it."""
+
+    @functools.wraps(test)
+    def run(*args, **fixtures):
+        if os.environ.get("KVORTEX_TEST_ALONE"):
+            return test(*args, **fixtures)
+        node = f"{inspect.getsourcefile(test)}::{test.__name__}"
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", node],
+            env={**os.environ, "KVORTEX_TEST_ALONE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+    return run

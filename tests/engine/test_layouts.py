@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from kvcache import DeviceCache, content, keys_of, make_engine
+from kvcache import DeviceCache, content, keys_of, leaves_its_engine_behind, make_engine
 
 import kvortex
 from kvortex import KVLayout
@@ -548,6 +548,7 @@ def test_removing_a_layout_gives_up_when_its_time_is_over_and_may_be_asked_again
 
 
 @pytest.mark.host
+@leaves_its_engine_behind
 def test_shutdown_ends_the_wait_for_a_layout(make_bench, host):
     bench = make_bench(shutdown_timeout_ms=20)
     other = bench.add(name="other")
