@@ -10,6 +10,7 @@ from rig import in_flight
 from vllm.v1.request import RequestStatus
 
 from kvortex import DriverError
+from kvortex.integrations.vllm import worker
 from kvortex.integrations.vllm.connector import keeps_blocks_of_aborted_loads
 from kvortex.integrations.vllm.messages import LOAD, StepMetadata, Transfer
 from kvortex.integrations.vllm.worker import Running
@@ -319,6 +320,25 @@ def test_no_load_waits_for_the_forward_of_its_step(make_rig, prompt, load_async)
     rig.require_clean()
 
 
+def test_only_a_step_that_computes_nothing_waits_for_a_load(make_rig, prompt, host, monkeypatch):
+    """Or it would step again at once, and take the core from those who submit and copy."""
+    monkeypatch.setattr(worker, "IDLE_WAIT_MS", 20_000)
+    rig = make_rig()
+    rig.serve("first", prompt("p", 100))
+    rig.forget_device()
+    host.hold()
+    load = StepMetadata(transfers=[Transfer(LOAD, 1000, np.zeros(1, np.uint32), np.ones(1, np.int64), "r")])
+    part = rig.workers[0].worker
+    part.begin(load)
+    part.start_loads(load)
+    part.collect(())
+    assert part.running
+    part.begin(StepMetadata(is_idle=True))
+    threading.Timer(0.1, host.release).start()
+    part.collect(())
+    assert not part.running
+
+
 def test_only_a_step_that_computes_nothing_waits_for_a_judge(make_rig, prompt):
     """Or it would step again at once, and keep the GIL from the judge that it waits for."""
     rig = make_rig(extra={"verify": True})
@@ -513,10 +533,13 @@ def test_closing_leaves_memory_alone_that_a_copy_may_still_use(make_rig, prompt,
     host.hold()
     rig.add("second", prompt("p", 100))
     rig.step()
-    (running,) = rig.workers[0].worker.running.values()
+    part = rig.workers[0].worker
+    (running,) = part.running.values()
     in_flight(running.job)
-    rig.workers[0].worker.close()
-    host.release()
+    part.close()
     with pytest.raises(DriverError):
         running.num_blocks()
-    assert rig.workers[0].worker.pool.view(0) is not None  # still there
+    assert part.pool.view(0) is not None  # still there
+    host.release()
+    part.pool.close()
+    part.device.close()

@@ -17,6 +17,8 @@ from kvortex.transfer import Carrier, Job, Submitter
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
+IDLE_WAIT_MS = 1  # that a step which computes nothing waits for a load
+
 
 class HostCompute:
     """Where vLLM computes on the CPU: its work is over when a call of ours begins, and it waits for nobody."""
@@ -87,9 +89,10 @@ class WorkerHalf:
     Notes
     -----
     Called by the thread that runs the model. Nothing blocks the host but a synchronous load, a fence on a load that is
-    just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`. The
-    driver takes a microsecond for each piece, 65 ms for a prompt of 32k tokens: a thread that never takes the GIL
-    submits loads, which no step waits for. A save is submitted between two steps, because it is of what the last wrote.
+    just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`, and
+    loads in steps that compute nothing. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k
+    tokens: a thread that never takes the GIL submits loads, which no step waits for. A save is submitted between two
+    steps, because it is of what the last wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads):
@@ -208,7 +211,21 @@ class WorkerHalf:
         if not self.reports_aborted_loads and self.options.load_async:
             loads = {running.transfer.request_id for running in self.running.values() if running.is_load}
             self.aborted |= loads & set(finished_request_ids)
+        if self.is_idle:
+            self.wait_for_a_load()
         self.retire()
+
+    def wait_for_a_load(self):
+        """Wait until the oldest load is over, `IDLE_WAIT_MS` at the most.
+
+        The step has nothing else to do, and the next would ask again at once: it would take the core from the threads
+        that submit and copy where there are few, and the GIL from others.
+        """
+        for running in self.running.values():
+            if running.is_load and running.job is not None:
+                with contextlib.suppress(TimeoutError, DriverError):
+                    running.job.wait(IDLE_WAIT_MS)
+                return
 
     def give_up(self, running):
         """Load no more; True if nothing was copied. Who fences a load has its blocks: it was aborted (vLLM 0.15)."""
@@ -294,8 +311,8 @@ class WorkerHalf:
             return True
         if running.is_load and self.options.load_async:
             self.capture(running)  # it has ended: from here on a forward may read it
-        # Steps that compute nothing follow each other at once, and their thread lets go of the GIL for moments only: it
-        # would keep the judges from it, for a third of a second at times.
+        # In such steps this thread lets go of the GIL for moments only, which keeps the judges from it, for a third of
+        # a second at times.
         verdict = self.verifier.verdict(running.check, wait=self.is_idle)
         if verdict is not None:
             self.count(**verdict)
