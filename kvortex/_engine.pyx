@@ -132,7 +132,8 @@ cdef class EngineCore:
         device blocks, and, when the driver refused, until the copies already issued are over.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout), before
+        cdef const uint8_t[:, ::1] rows, before
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         if after is not None:
             before = self.keys_of(after, layout)
         self.require_open()
@@ -172,7 +173,8 @@ cdef class EngineCore:
             As for `save_blocks`. After a `DriverError` the targets hold anything.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         self.require_open()
         cdef Carrier carrier = self.carrier_of(layout)
         source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
@@ -207,7 +209,8 @@ cdef class EngineCore:
         -----
         Thread-safe; reads the index without a lock and waits for no copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], leading = 0
         cdef uint64_t start
         where = np.zeros(n, dtype=np.uint8)
@@ -249,7 +252,8 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], touched = 0
         self.enter_call()
         try:
@@ -284,7 +288,8 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], discarded = 0
         self.enter_call()
         try:
@@ -408,7 +413,10 @@ cdef class EngineCore:
         return DEFER_ALL if deferred is True else DEFER_LONG
 
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout):
-        """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none."""
+        """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none.
+
+        Not asked where nothing can change them, as that costs a quarter of a short call.
+        """
         cdef bytes digest = self.digest
         if layout is not None:
             self.carrier_of(layout)  # refuses what is no layout of ours
