@@ -9,20 +9,18 @@ from libc.stdlib cimport free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
-from kvortex.driver._device cimport Device, check, require_timeout
+from kvortex.driver._device cimport Device, check
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport DEFER_ALL, DEFER_LONG, DEFER_NONE, Carrier
 from kvortex.transfer._carriers cimport Carriers
-from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
 from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._source cimport Source, make_source, require_disjoint
-from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 import hashlib
@@ -63,11 +61,9 @@ cdef class EngineCore:
             raise RuntimeError("an engine is created once")
         require_parts(device, pool, index, carrier)
         self.device, self.pool, self.index, self.device_pool = device, pool, index, device_pool
-        self.signals, self.carriers = carrier.signals, Carriers(pool, carrier)
+        self.deferred, self.carriers = deferred, Carriers(pool)
+        self.carriers.start(carrier, retire, <void *>self)
         self.choose()
-        self.deferred = deferred
-        self.hook_up(carrier)
-        self.thread = CompletionThread(device, carrier.signals, self.queues)
         pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
 
@@ -408,8 +404,7 @@ cdef class EngineCore:
             return DEFER_NONE
         if deferred is not True and deferred != "auto":
             raise ValueError(f"deferred must be False, True or 'auto', got {deferred!r}")
-        if self.submitter is None:
-            self.submitter = Submitter(self.device, self.signals, self.queues)
+        self.carriers.require_submitter()
         return DEFER_ALL if deferred is True else DEFER_LONG
 
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout):
@@ -593,11 +588,9 @@ cdef class EngineCore:
             return None
         return digest_of(tag=hashlib.sha256(b"layout" + fingerprint).digest())
 
-    cdef int hook_up(self, Carrier carrier) except -1:
-        for queue in carrier.queues:
-            (<TransferQueue>queue).hook = retire
-            (<TransferQueue>queue).hook_owner = <void *>self
-        return 0
+    @property
+    def _signals(self):
+        return self.carriers.signals
 
     def _require_fit(self, KVLayout layout not None):
         """Refuse a layout that cannot be added."""
@@ -607,49 +600,22 @@ cdef class EngineCore:
     def _add_carrier(self, Carrier carrier not None):
         """From here on calls may name its layout; where this raises, nothing has changed."""
         self.require_open()
-        self.hook_up(carrier)
-        self.thread.polled.add(carrier.queues)
-        try:
-            if self.submitter is not None:
-                self.submitter.issued.add(carrier.queues)
-            self.carriers.add(carrier)
-        except BaseException:
-            self._drop_carrier(carrier)
-            raise
+        self.carriers.add(carrier)
         self.choose()
 
-    def _wait_for_carrier(self, layout, timeout_ms):
+    def _retire_carrier(self, KVLayout layout not None, timeout_ms):
         """Let no call use the carrier of a layout any more, and wait for its jobs; returns it."""
-        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
-        cdef Carrier carrier
         self.require_open()
-        carrier = self.carriers.by_layout.get(layout)
-        if carrier is None or layout is None:
-            self.carriers.of(layout)  # says why
-            raise ValueError(f"{layout!r} is a part, which goes with its layout; remove that")
-        self.carriers.refuse(carrier)
-        self.choose()
-        while carrier.any_in_flight():
-            if _c.kv_now_ns() >= deadline:
-                raise TimeoutError(f"jobs of {layout!r} are not done after {timeout_ms} ms; it takes no more, and "
-                                   f"another remove_layout goes on waiting")
-            with nogil:
-                _c.kv_nap_ns(100_000)
-            PyErr_CheckSignals()
+        try:
+            return self.carriers.retire(layout, timeout_ms, &self.closing)
+        finally:
+            self.choose()
             self.require_open()  # else shut down meanwhile
-        return carrier
 
     def _drop_carrier(self, Carrier carrier not None):
         """Give back a carrier that has no jobs, whether it was added or not."""
-        if not self.ended:
-            self.thread.polled.remove(carrier.queues)
-            if self.submitter is not None:
-                self.submitter.issued.remove(carrier.queues)
-            self.carriers.remove(carrier)
-            self.choose()
-        for queue in carrier.queues:
-            (<TransferQueue>queue).end(_c.kv_deadline_ns(1000), False)
-            (<TransferQueue>queue).hook = NULL
+        self.carriers.drop(carrier, self.ended)
+        self.choose()
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -684,10 +650,10 @@ cdef class EngineCore:
                 PyErr_CheckSignals()
             if self.ended:  # by a signal handler
                 return False
-        if self.submitter is not None:
-            self.submitter.end(deadline, False)
+        if self.carriers.submitter is not None:
+            self.carriers.submitter.end(deadline, False)
         with nogil:
-            self.thread.stop()
+            self.carriers.thread.stop()
         if self.calls:
             # A call does not come to its end: leave it its parts.
             for queue in self.queues:

@@ -165,7 +165,7 @@ class KVortexEngine(EngineCore):
             try:
                 self._require_fit(layout)
                 require_reachable(layout, self.device, self.config)
-                carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self.signals)
+                carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self._signals)
                 self._add_carrier(carrier)
             except BaseException:
                 if carrier is not None:
@@ -200,7 +200,7 @@ class KVortexEngine(EngineCore):
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         self._require_ours()
-        carrier = self._wait_for_carrier(layout, timeout_ms)
+        carrier = self._retire_carrier(layout, timeout_ms)
         with self._shutting_down:
             self._drop_carrier(carrier)
 
