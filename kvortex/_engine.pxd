@@ -31,7 +31,6 @@ cdef class EngineCore:
     cdef readonly tuple queues           # of all carriers
     cdef Carriers carriers               # and the threads that serve them
     cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
-    cdef bytes fingerprint               # of the layout whose keys are the caller's own: the first there ever was
     cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
     cdef object deferred                 # of calls that do not say: False, True or "auto"
 

@@ -102,7 +102,7 @@ cdef class EngineCore:
             copies, and ``cudaFree`` does not wait for them; the memory must live until ``job.done()``. ``job.wait_on``
             right after the call waits until they are submitted.
         layout : KVLayout, optional
-            Which of the engine's layouts the blocks are of, or a part of one; by default the engine's first. It also
+            Which of the engine's layouts the blocks are of, or a part of one; by default ``engine.layout``. It also
             says whose the keys are: layouts of one `KVLayout.fingerprint` share blocks, and to any other a key names
             another block.
 
@@ -568,23 +568,21 @@ cdef class EngineCore:
 
     @property
     def layouts(self):
-        """The layouts that calls may name, in the order of adding; the first is that of calls that name none."""
+        """The layouts that calls may name, in the order of adding."""
         return () if self.carriers is None else self.carriers.layouts
 
     cdef int choose(self) except -1:
-        """Calls that name no layout use the first one; keys of the first that there ever was are the caller's own."""
+        """Follow the carriers: which of them, and which keys, are meant where a call names no layout."""
         cdef KVLayout layout
         self.carrier, self.queues = self.carriers.first, self.carriers.queues
         self.layout = layout = None if self.carrier is None else self.carrier.layout
-        if layout is not None and self.fingerprint is None:
-            self.fingerprint = layout.fingerprint
         self.digest = None if layout is None else self.digest_for(layout)
         return 0
 
     cdef bytes digest_for(self, KVLayout layout):
-        """What keys of blocks of a layout are xored with; None: nothing."""
+        """What keys of blocks of a layout are xored with; None, for those of the first that there ever was: nothing."""
         fingerprint = layout.fingerprint
-        if fingerprint == self.fingerprint:
+        if fingerprint == self.carriers.fingerprint:
             return None
         return digest_of(tag=hashlib.sha256(b"layout" + fingerprint).digest())
 

@@ -15,6 +15,7 @@ cdef class Carriers:
     cdef PinnedPool pool
     cdef dict by_layout                 # in the order of adding; None names the one for raw memory alone
     cdef readonly Carrier first         # what calls use that name no layout; None: all layouts were removed
+    cdef bytes fingerprint              # of the first layout that there ever was; None: there was none
     cdef readonly tuple queues          # of all carriers
     cdef readonly JobSignals signals    # of all queues
     cdef CompletionThread thread

@@ -125,11 +125,13 @@ cdef class Carriers:
         return 0
 
     cdef int choose(self) except -1:
-        """The first is that of the oldest layout; only where there is none, that for raw memory alone."""
-        cdef Carrier carrier
-        self.first = self.by_layout.get(None)
-        for carrier in self.by_layout.values():
-            if carrier.layout is not None and not carrier.refuses:
-                self.first = carrier
-                break
+        """The first is that of the oldest layout, of the first fingerprint if there is one; else that for raw memory."""
+        cdef Carrier first = self.by_layout.get(None)
+        layouts = self.layouts
+        if layouts:
+            if self.fingerprint is None:
+                self.fingerprint = layouts[0].fingerprint
+            alike = [layout for layout in layouts if layout.fingerprint == self.fingerprint]
+            first = self.by_layout[(alike or layouts)[0]]
+        self.first = first
         return 0
