@@ -125,7 +125,7 @@ cdef class Carriers:
         return 0
 
     cdef int choose(self) except -1:
-        """The first is that of the oldest layout, of the first fingerprint if there is one; else that for raw memory."""
+        """The first is that of the oldest layout, of the first fingerprint if it has one; else that for raw memory."""
         cdef Carrier first = self.by_layout.get(None)
         layouts = self.layouts
         if layouts:
