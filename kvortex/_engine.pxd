@@ -9,14 +9,11 @@ from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport Carrier
 from kvortex.transfer._carriers cimport Carriers
-from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
-from kvortex.transfer._submitter cimport Submitter
 
 cdef struct Counters:
     uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
@@ -32,13 +29,9 @@ cdef class EngineCore:
     cdef readonly BlockIndex index
     cdef readonly KVLayout layout        # of calls that name none; None when the engine moves raw memory only
     cdef readonly tuple queues           # of all carriers
-    cdef readonly JobSignals signals     # of all queues
-    cdef Carriers carriers
+    cdef Carriers carriers               # and the threads that serve them
     cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
-    cdef bytes fingerprint               # of the layout whose keys are the caller's own: the first there ever was
     cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
-    cdef CompletionThread thread
-    cdef Submitter submitter             # None until the first deferred call
     cdef object deferred                 # of calls that do not say: False, True or "auto"
 
     cdef kv_monitor counting             # guards the counters
@@ -56,7 +49,6 @@ cdef class EngineCore:
     cdef int enter_call(self) except -1
     cdef int tell(self) except -1
     cdef int choose(self) except -1
-    cdef int hook_up(self, Carrier carrier) except -1
     cdef bytes digest_for(self, KVLayout layout)
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout)
     cdef Carrier carrier_of(self, object layout)

@@ -8,7 +8,7 @@ from kvortex.driver import Device
 from kvortex.index import BlockIndex
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.stats import EngineStats
-from kvortex.transfer import Carrier, Job, JobSignals, KVLayout, TransferQueue
+from kvortex.transfer import Carrier, Job, KVLayout, TransferQueue
 
 class BlockHits(NamedTuple):
     leading: int
@@ -23,7 +23,6 @@ class EngineCore:
     index: BlockIndex
     layout: KVLayout | None
     queues: tuple[TransferQueue, ...]
-    signals: JobSignals
     @property
     def layouts(self) -> tuple[KVLayout, ...]: ...
     def __init__(

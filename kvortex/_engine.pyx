@@ -9,14 +9,13 @@ from libc.stdlib cimport free, malloc
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
-from kvortex.driver._device cimport Device, check, require_timeout
+from kvortex.driver._device cimport Device, check
 from kvortex.index._block_index cimport BlockIndex
 from kvortex.keys._arrays cimport as_keys
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport DEFER_ALL, DEFER_LONG, DEFER_NONE, Carrier
 from kvortex.transfer._carriers cimport Carriers
-from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
@@ -63,11 +62,9 @@ cdef class EngineCore:
             raise RuntimeError("an engine is created once")
         require_parts(device, pool, index, carrier)
         self.device, self.pool, self.index, self.device_pool = device, pool, index, device_pool
-        self.signals, self.carriers = carrier.signals, Carriers(pool, carrier)
+        self.deferred, self.carriers = deferred, Carriers(pool)
+        self.carriers.start(carrier, retire, <void *>self)
         self.choose()
-        self.deferred = deferred
-        self.hook_up(carrier)
-        self.thread = CompletionThread(device, carrier.signals, self.queues)
         pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
 
@@ -106,7 +103,7 @@ cdef class EngineCore:
             copies, and ``cudaFree`` does not wait for them; the memory must live until ``job.done()``. ``job.wait_on``
             right after the call waits until they are submitted.
         layout : KVLayout, optional
-            Which of the engine's layouts the blocks are of, or a part of one; by default the engine's first. It also
+            Which of the engine's layouts the blocks are of, or a part of one; by default ``engine.layout``. It also
             says whose the keys are: layouts of one `KVLayout.fingerprint` share blocks, and to any other a key names
             another block.
 
@@ -132,7 +129,8 @@ cdef class EngineCore:
         device blocks, and, when the driver refused, until the copies already issued are over.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout), before
+        cdef const uint8_t[:, ::1] rows, before
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         if after is not None:
             before = self.keys_of(after, layout)
         self.require_open()
@@ -172,7 +170,8 @@ cdef class EngineCore:
             As for `save_blocks`. After a `DriverError` the targets hold anything.
         """
         cdef Source source
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         self.require_open()
         cdef Carrier carrier = self.carrier_of(layout)
         source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
@@ -207,7 +206,8 @@ cdef class EngineCore:
         -----
         Thread-safe; reads the index without a lock and waits for no copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], leading = 0
         cdef uint64_t start
         where = np.zeros(n, dtype=np.uint8)
@@ -249,7 +249,8 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], touched = 0
         self.enter_call()
         try:
@@ -284,7 +285,8 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
-        cdef const uint8_t[:, ::1] rows = self.keys_of(keys, layout)
+        cdef const uint8_t[:, ::1] rows
+        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], discarded = 0
         self.enter_call()
         try:
@@ -403,12 +405,14 @@ cdef class EngineCore:
             return DEFER_NONE
         if deferred is not True and deferred != "auto":
             raise ValueError(f"deferred must be False, True or 'auto', got {deferred!r}")
-        if self.submitter is None:
-            self.submitter = Submitter(self.device, self.signals, self.queues)
+        self.carriers.require_submitter()
         return DEFER_ALL if deferred is True else DEFER_LONG
 
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout):
-        """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none."""
+        """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none.
+
+        Not asked where nothing can change them, as that costs a quarter of a short call.
+        """
         cdef bytes digest = self.digest
         if layout is not None:
             self.carrier_of(layout)  # refuses what is no layout of ours
@@ -565,31 +569,27 @@ cdef class EngineCore:
 
     @property
     def layouts(self):
-        """The layouts that calls may name, in the order of adding; the first is that of calls that name none."""
+        """The layouts that calls may name, in the order of adding."""
         return () if self.carriers is None else self.carriers.layouts
 
     cdef int choose(self) except -1:
-        """Calls that name no layout use the first one; keys of the first that there ever was are the caller's own."""
+        """Follow the carriers: which of them, and which keys, are meant where a call names no layout."""
         cdef KVLayout layout
         self.carrier, self.queues = self.carriers.first, self.carriers.queues
         self.layout = layout = None if self.carrier is None else self.carrier.layout
-        if layout is not None and self.fingerprint is None:
-            self.fingerprint = layout.fingerprint
         self.digest = None if layout is None else self.digest_for(layout)
         return 0
 
     cdef bytes digest_for(self, KVLayout layout):
-        """What keys of blocks of a layout are xored with; None: nothing."""
+        """What keys of blocks of a layout are xored with; None, for those of the first that there ever was: nothing."""
         fingerprint = layout.fingerprint
-        if fingerprint == self.fingerprint:
+        if fingerprint == self.carriers.fingerprint:
             return None
         return digest_of(tag=hashlib.sha256(b"layout" + fingerprint).digest())
 
-    cdef int hook_up(self, Carrier carrier) except -1:
-        for queue in carrier.queues:
-            (<TransferQueue>queue).hook = retire
-            (<TransferQueue>queue).hook_owner = <void *>self
-        return 0
+    @property
+    def _signals(self):
+        return self.carriers.signals
 
     def _require_fit(self, KVLayout layout not None):
         """Refuse a layout that cannot be added."""
@@ -599,49 +599,22 @@ cdef class EngineCore:
     def _add_carrier(self, Carrier carrier not None):
         """From here on calls may name its layout; where this raises, nothing has changed."""
         self.require_open()
-        self.hook_up(carrier)
-        self.thread.polled.add(carrier.queues)
-        try:
-            if self.submitter is not None:
-                self.submitter.issued.add(carrier.queues)
-            self.carriers.add(carrier)
-        except BaseException:
-            self._drop_carrier(carrier)
-            raise
+        self.carriers.add(carrier)
         self.choose()
 
-    def _wait_for_carrier(self, layout, timeout_ms):
+    def _retire_carrier(self, KVLayout layout not None, timeout_ms):
         """Let no call use the carrier of a layout any more, and wait for its jobs; returns it."""
-        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
-        cdef Carrier carrier
         self.require_open()
-        carrier = self.carriers.by_layout.get(layout)
-        if carrier is None or layout is None:
-            self.carriers.of(layout)  # says why
-            raise ValueError(f"{layout!r} is a part, which goes with its layout; remove that")
-        self.carriers.refuse(carrier)
-        self.choose()
-        while carrier.any_in_flight():
-            if _c.kv_now_ns() >= deadline:
-                raise TimeoutError(f"jobs of {layout!r} are not done after {timeout_ms} ms; it takes no more, and "
-                                   f"another remove_layout goes on waiting")
-            with nogil:
-                _c.kv_nap_ns(100_000)
-            PyErr_CheckSignals()
+        try:
+            return self.carriers.retire(layout, timeout_ms, &self.closing)
+        finally:
+            self.choose()
             self.require_open()  # else shut down meanwhile
-        return carrier
 
     def _drop_carrier(self, Carrier carrier not None):
         """Give back a carrier that has no jobs, whether it was added or not."""
-        if not self.ended:
-            self.thread.polled.remove(carrier.queues)
-            if self.submitter is not None:
-                self.submitter.issued.remove(carrier.queues)
-            self.carriers.remove(carrier)
-            self.choose()
-        for queue in carrier.queues:
-            (<TransferQueue>queue).end(_c.kv_deadline_ns(1000), False)
-            (<TransferQueue>queue).hook = NULL
+        self.carriers.drop(carrier, self.ended)
+        self.choose()
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
@@ -670,6 +643,7 @@ cdef class EngineCore:
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
         cdef bint dead = self.failure != 0  # whose queues may be gone with their layout
         cdef bint stuck
+        cdef Submitter submitter
         while (self.calls or self.any_in_flight()) and _c.kv_now_ns() < deadline:
             with nogil:
                 _c.kv_nap_ns(100_000)
@@ -677,9 +651,10 @@ cdef class EngineCore:
                 PyErr_CheckSignals()
             if self.ended:  # by a signal handler
                 return False
-        stuck = self.submitter is not None and not self.submitter.end(deadline, False)
+        submitter = self.carriers.submitter
+        stuck = submitter is not None and not submitter.end(deadline, False)
         with nogil:
-            self.thread.stop()
+            self.carriers.thread.stop()
         if self.calls or stuck:
             # A call, or the submitter, does not come to its end: leave it its parts.
             for queue in self.queues:

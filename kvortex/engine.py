@@ -36,7 +36,8 @@ class KVortexEngine(EngineCore):
         Both to look at. Slots that the engine moves blocks through are its own to commit, abort and release: who does
         that beside it ends the process.
     layout : KVLayout or None
-        Whose blocks are meant where a call names no layout: the first of `layouts`.
+        Whose blocks are meant where a call names no layout: that of `create`. If it was removed: the oldest one of its
+        `KVLayout.fingerprint`, as where a cache moved; or else the oldest.
     layouts : tuple of KVLayout
         That of `create` and those of `add_layout`.
     config : KVortexConfig
@@ -165,7 +166,7 @@ class KVortexEngine(EngineCore):
             try:
                 self._require_fit(layout)
                 require_reachable(layout, self.device, self.config)
-                carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self.signals)
+                carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self._signals)
                 self._add_carrier(carrier)
             except BaseException:
                 if carrier is not None:
@@ -175,8 +176,8 @@ class KVortexEngine(EngineCore):
     def remove_layout(self, layout, timeout_ms=None):
         """Let no call name a layout any more, wait for its jobs (GIL released), and give its streams back.
 
-        Its blocks stay in the pool: for layouts of the same fingerprint, those of later too. Calls that name no layout
-        use the first of those left.
+        Its blocks stay in the pool, for layouts of the same fingerprint, later ones too. What calls mean then that name
+        no layout stands at `layout`.
 
         Parameters
         ----------
@@ -200,7 +201,7 @@ class KVortexEngine(EngineCore):
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
         self._require_ours()
-        carrier = self._wait_for_carrier(layout, timeout_ms)
+        carrier = self._retire_carrier(layout, timeout_ms)
         with self._shutting_down:
             self._drop_carrier(carrier)
 

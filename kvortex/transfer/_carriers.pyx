@@ -1,18 +1,37 @@
 # cython: nonecheck=False
 """Which carrier moves the blocks of which layout, and which layouts may be there together. Everything under the GIL."""
 
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport uint64_t
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport require_timeout
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._carrier cimport Carrier
+from kvortex.transfer._completion cimport CompletionThread
+from kvortex.transfer._job_table cimport retire_hook
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._submitter cimport Submitter
+from kvortex.transfer._transfer_queue cimport TransferQueue
 
 from kvortex.errors import ConfigError
 from kvortex.transfer.overlaps import find_shared
 
 
 cdef class Carriers:
-    def __cinit__(self, PinnedPool pool not None, Carrier first not None):
+    def __cinit__(self, PinnedPool pool not None):
         self.pool, self.by_layout, self.queues = pool, {}, ()
-        self.add(first)
+
+    cdef int start(self, Carrier first, retire_hook hook, void *owner) except -1:
+        """Serve a first carrier."""
+        self.signals, self.hook, self.hook_owner = first.signals, hook, owner
+        self.thread = CompletionThread(first.device, self.signals, ())
+        return self.add(first)
+
+    cdef int require_submitter(self) except -1:
+        if self.submitter is None:
+            self.submitter = Submitter(self.pool.device, self.signals, self.queues)
+        return 0
 
     cdef Carrier of(self, object layout):
         cdef Carrier carrier
@@ -59,28 +78,60 @@ cdef class Carriers:
         return 0
 
     cdef int add(self, Carrier carrier) except -1:
-        cdef tuple queues = self.queues + carrier.queues
-        self.by_layout[carrier.layout] = carrier
-        self.queues = queues
+        for queue in carrier.queues:
+            (<TransferQueue>queue).hook, (<TransferQueue>queue).hook_owner = self.hook, self.hook_owner
+        self.thread.polled.add(carrier.queues)
+        try:
+            if self.submitter is not None:
+                self.submitter.issued.add(carrier.queues)
+            self.queues += carrier.queues
+            self.by_layout[carrier.layout] = carrier
+        except BaseException:
+            self.drop(carrier, False)
+            raise
         return self.choose()
 
-    cdef int refuse(self, Carrier carrier) except -1:
+    cdef Carrier retire(self, object layout, object timeout_ms, const bint *closing):
+        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
+        cdef Carrier carrier = self.by_layout.get(layout)
+        if carrier is None:
+            self.of(layout)  # says why
+            raise ValueError(f"{layout!r} is a part, which goes with its layout; remove that")
         carrier.refuse()
-        return self.choose()
+        self.choose()
+        while carrier.any_in_flight():
+            if _c.kv_now_ns() >= deadline:
+                raise TimeoutError(f"jobs of {layout!r} are not done after {timeout_ms} ms; it takes no more, and "
+                                   f"another remove_layout goes on waiting")
+            with nogil:
+                _c.kv_nap_ns(100_000)
+            PyErr_CheckSignals()
+            if closing[0]:
+                break
+        return carrier
 
-    cdef int remove(self, Carrier carrier) except -1:
-        if self.by_layout.get(carrier.layout) is not carrier:
-            return 0
-        del self.by_layout[carrier.layout]
-        self.queues = tuple([queue for queue in self.queues if queue not in carrier.queues])
-        return self.choose()
+    cdef int drop(self, Carrier carrier, bint ended) except -1:
+        if not ended:
+            self.thread.polled.remove(carrier.queues)
+            if self.submitter is not None:
+                self.submitter.issued.remove(carrier.queues)
+            if self.by_layout.get(carrier.layout) is carrier:
+                del self.by_layout[carrier.layout]
+            self.queues = tuple([queue for queue in self.queues if queue not in carrier.queues])
+            self.choose()
+        for queue in carrier.queues:
+            (<TransferQueue>queue).end(_c.kv_deadline_ns(1000), False)
+            (<TransferQueue>queue).hook = NULL
+        return 0
 
     cdef int choose(self) except -1:
-        """The first is that of the oldest layout; only where there is none, that for raw memory alone."""
-        cdef Carrier carrier
-        self.first = self.by_layout.get(None)
-        for carrier in self.by_layout.values():
-            if carrier.layout is not None and not carrier.refuses:
-                self.first = carrier
-                break
+        """The first is that of the oldest layout, of the first fingerprint if it has one; else that for raw memory."""
+        cdef Carrier first = self.by_layout.get(None)
+        layouts = self.layouts
+        if layouts:
+            if self.fingerprint is None:
+                self.fingerprint = layouts[0].fingerprint
+            alike = [layout for layout in layouts if layout.fingerprint == self.fingerprint]
+            first = self.by_layout[(alike or layouts)[0]]
+        self.first = first
         return 0

@@ -30,9 +30,8 @@ cdef class KVLayout:
 
     cdef int require_reachable(self, Device device, bint as_target) except -1
     cdef int hold(self, object borrowed, object owners) except -1
-    cdef list spans_in(self, KVLayout whole)   # (offset in a block, bytes) of each stretch; ValueError: it lies outside
-    cdef int follow(self) except -1            # a part: which groups are strided, as the whole layout knows it
-    cdef int tell_parts(self) except -1        # a probe is over
+    cdef int follow(self) except -1        # a part: which groups are strided, as the whole layout knows it
+    cdef int tell_parts(self) except -1    # a probe is over
     # What kv_plan_of_blocks wants: the bit of the direction (0 D2H, 1 H2D) where strided copies are legal, else 0.
     cdef uint32_t strided_bit(self, int direction) noexcept nogil
 

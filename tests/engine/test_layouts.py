@@ -1,5 +1,7 @@
 """An engine with several layouts: whose keys are whose, which memory may be where, and how layouts come and go."""
 
+import os
+import signal
 import threading
 import time
 
@@ -548,6 +550,29 @@ def test_removing_a_layout_gives_up_when_its_time_is_over_and_may_be_asked_again
 
 
 @pytest.mark.host
+def test_ctrl_c_ends_the_wait_for_a_layout_and_another_call_does_the_rest(bench, host):
+    other = bench.add(name="other")
+    bench.save(other, KEYS).wait(20_000)
+    host.hold()
+    job = bench.load(other, KEYS, [4, 5, 6])
+
+    def interrupt():
+        while other.layout in bench.engine.layouts:
+            time.sleep(0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        bench.engine.remove_layout(other.layout)
+    thread.join()
+    assert not job.done()
+    host.release()
+    bench.engine.remove_layout(other.layout)
+    assert job.done() and len(bench.engine.queues) == 3
+
+
+@pytest.mark.host
 @leaves_its_engine_behind
 def test_shutdown_ends_the_wait_for_a_layout(make_bench, host):
     bench = make_bench(shutdown_timeout_ms=20)
@@ -651,3 +676,30 @@ def test_moved_tensors_find_their_blocks_again(bench):
         assert all(holds(new, 4 + at, key) for at, key in enumerate(KEYS))
         old = new
     assert bench.engine.get_stats().planner == stats.planner and bench.engine.get_stats().strided
+
+
+def test_the_example_of_the_manual(device, stream):
+    """Two models beside each other, and a cache that moves."""
+
+    def cache(num_blocks):
+        return kvortex.DeviceBuffer(2 * 2 * num_blocks * 16 * 1 * 8 * 2, device)
+
+    with cache(32) as main, cache(8) as small, cache(64) as larger:
+        sizes = {"num_layers": 2, "block_size": 16, "num_heads": 1, "head_dim": 8, "itemsize": 2}
+        target = KVLayout.contiguous(main.address, num_blocks=32, **sizes)
+        draft = KVLayout.contiguous(small.address, num_blocks=8, name="draft", **sizes)
+        config = kvortex.KVortexConfig(cpu_pool_size_bytes=1 << 20, device=device.name)
+        keys = kvortex.block_keys(list(range(48)), block_size=16)
+        with kvortex.KVortexEngine.create(config, layout=target) as engine:
+            engine.add_layout(draft)
+            engine.save_blocks(keys, [4, 5, 6], stream=stream).wait()
+            assert engine.check_blocks(keys, layout=draft).leading == 0  # the draft's blocks have keys of their own
+            engine.save_blocks(keys, [0, 1, 2], stream=stream, layout=draft).wait()
+
+            moved = KVLayout.contiguous(larger.address, num_blocks=64, **sizes)  # the same fingerprint as `target`
+            engine.add_layout(moved)
+            engine.remove_layout(target)
+            assert engine.load_blocks(keys, [60, 61, 62], stream=stream).num_blocks == 3
+
+            first_layer = moved.part(moved.runs[:2])  # of the same blocks
+            engine.save_blocks(keys, [60, 61, 62], stream=stream, layout=first_layer).wait()
