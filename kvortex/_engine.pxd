@@ -37,7 +37,7 @@ cdef class EngineCore:
     cdef kv_monitor counting             # guards the counters
     cdef Counters count
     cdef bint has_counting
-    cdef bint told_failure, told_pool    # what went wrong in the background was logged
+    cdef bint logged_failure, logged_pool    # what went wrong in the background was logged
     cdef bint leaked                     # pinned memory was left to copies that may still run into it
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
     cdef int calls                       # threads inside a verb, where no Python code runs; changed under the GIL
@@ -47,7 +47,7 @@ cdef class EngineCore:
 
     cdef int require_open(self) except -1
     cdef int enter_call(self) except -1
-    cdef int tell(self) except -1
+    cdef int log_failures(self) except -1
     cdef int choose(self) except -1
     cdef bytes digest_for(self, KVLayout layout)
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout)

@@ -130,11 +130,12 @@ cdef class EngineCore:
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows, before
-        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
+        cdef Carrier carrier = self.carrier_of(layout)  # with the digest, before Python code of others runs
+        cdef bytes digest = self.digest if layout is None else self.digest_for(layout)
+        rows = as_keys(keys) if digest is None else ram_keys(keys, digest)
         if after is not None:
-            before = self.keys_of(after, layout)
+            before = as_keys(after) if digest is None else ram_keys(after, digest)
         self.require_open()
-        cdef Carrier carrier = self.carrier_of(layout)
         source = self.source_of(carrier, layout, D2H, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if after is not None:
             source.chained, source.after = True, before
@@ -171,9 +172,10 @@ cdef class EngineCore:
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows
-        rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
+        cdef Carrier carrier = self.carrier_of(layout)  # as in save_blocks
+        cdef bytes digest = self.digest if layout is None else self.digest_for(layout)
+        rows = as_keys(keys) if digest is None else ram_keys(keys, digest)
         self.require_open()
-        cdef Carrier carrier = self.carrier_of(layout)
         source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
@@ -331,7 +333,7 @@ cdef class EngineCore:
             if self.device is None:
                 raise EngineClosed("this engine was never created; use KVortexEngine.create")
             self.require_open()
-            self.tell()
+            self.log_failures()
             _c.kv_monitor_lock(&self.counting)
             count[0] = self.count
             _c.kv_monitor_unlock(&self.counting)
@@ -374,23 +376,23 @@ cdef class EngineCore:
         if self.loans:
             self.give_loans_back()  # may run Python code of their owners
             self.require_open()
-        if self.tell():  # ran Python code, which may have shut the engine down
+        if self.log_failures():  # ran Python code, which may have shut the engine down
             self.require_open()
         self.calls += 1  # until this is undone shutdown() waits, so no Python code may run, which could call it
         return 0
 
-    cdef int tell(self) except -1:
+    cdef int log_failures(self) except -1:
         """Log, once each, what the threads without the GIL could not: a dead context, a pool that stays incomplete.
 
-        Returns 1 if there was something to tell.
+        Returns 1 if there was something to log.
         """
-        if self.failure and not self.told_failure:
-            self.told_failure = True
+        if self.failure and not self.logged_failure:
+            self.logged_failure = True
             log(logging.ERROR, "engine_failed", "the device's context is dead: jobs fail and lookups miss from now on; "
                 "shut this engine down", device=self.device.name, error=error_name(self.device, self.failure))
             return 1
-        if not self.failure and self.pool.failure and not self.told_pool:
-            self.told_pool = True
+        if not self.failure and self.pool.failure and not self.logged_pool:
+            self.logged_pool = True
             log(logging.WARNING, "pool_incomplete", "registering the pool's memory failed, so it stays smaller than "
                 "asked for; see PinnedPool.wait_ready", device=self.device.name, pool_bytes=self.pool.nbytes,
                 pool_bytes_ready=self.pool.bytes_ready, error=error_name(self.device, self.pool.failure))
@@ -405,6 +407,7 @@ cdef class EngineCore:
             return DEFER_NONE
         if deferred is not True and deferred != "auto":
             raise ValueError(f"deferred must be False, True or 'auto', got {deferred!r}")
+        self.require_open()  # else a submitter would be made for nothing
         self.carriers.require_submitter()
         return DEFER_ALL if deferred is True else DEFER_LONG
 
@@ -605,11 +608,13 @@ cdef class EngineCore:
     def _retire_carrier(self, KVLayout layout not None, timeout_ms):
         """Let no call use the carrier of a layout any more, and wait for its jobs; returns it."""
         self.require_open()
+        cdef Carrier carrier = self.carriers.refuse(layout)
+        self.choose()  # calls that name no layout go on meanwhile, by another one
         try:
-            return self.carriers.retire(layout, timeout_ms, &self.closing)
+            self.carriers.await_jobs(carrier, timeout_ms, &self.closing)
         finally:
-            self.choose()
             self.require_open()  # else shut down meanwhile
+        return carrier
 
     def _drop_carrier(self, Carrier carrier not None):
         """Give back a carrier that has no jobs, whether it was added or not."""
@@ -622,7 +627,7 @@ cdef class EngineCore:
         """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""
         if self.device is None or self.device.pid != getpid() or self.ended:
             return
-        self.tell()
+        self.log_failures()
         self.closing = True
         if self.close_parts(timeout_ms, True) and self.leaked:
             log(logging.WARNING, "memory_leaked", "pinned memory is leaked on purpose, because copies may still run "
@@ -661,6 +666,7 @@ cdef class EngineCore:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
             self.leaked = self.ended = True
             Py_INCREF(self.loans)
+            Py_INCREF(self.carriers)  # pool and layouts, which the submitter may still look at
             self.pool.abandon()
             return True
         for queue in self.queues:

@@ -1,8 +1,7 @@
 /* sync.h: a mutex with its condition variable, and the monotonic clock.
  *
  * Invariants
- *   - A monitor guards memory loops only: it is never held over a driver call, I/O or the GIL. The one exception is
- *     TransferQueue.submitting.
+ *   - A monitor guards memory loops only: it is never held over a driver call, I/O or the GIL.
  *   - Deadlines are CLOCK_MONOTONIC nanoseconds, so a stepped wall clock ends no wait early.
  *
  * Costs: lock and unlock about 20 ns uncontended; kv_now_ns about 25 ns.

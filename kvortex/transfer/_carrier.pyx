@@ -200,7 +200,8 @@ cdef class Carrier:
             else:
                 (<TransferQueue>self.queue[number]).draw_turn(record)
             if deferred == DEFER_LONG:
-                deferred = job.num_slots * self.copies_of_block(number, source) >= LONG_COPIES
+                deferred = (job.num_slots * self.copies_of_block(number, source) >= LONG_COPIES
+                            or not (<TransferQueue>self.queue[number]).is_first(record))
             if deferred:
                 code = (<TransferQueue>self.queue[number]).hand_over(record)
             else:

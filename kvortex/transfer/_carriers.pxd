@@ -29,7 +29,7 @@ cdef class Carriers:
     cdef Carrier of(self, object layout)              # of a layout or a part of one; ValueError: there is none
     cdef int require_fit(self, KVLayout layout) except -1
     cdef int add(self, Carrier carrier) except -1     # where it raises, nothing has changed
-    # No call may use the carrier of a layout any more; then waits for its jobs, as long as `closing` stays 0.
-    cdef Carrier retire(self, object layout, object timeout_ms, const bint *closing)
+    cdef Carrier refuse(self, object layout)          # no call may use the carrier of a layout any more
+    cdef int await_jobs(self, Carrier carrier, object timeout_ms, const bint *closing) except -1  # or until `closing`
     cdef int drop(self, Carrier carrier, bint ended) except -1   # it has no jobs; added or not, its queues are closed
     cdef int choose(self) except -1

@@ -83,7 +83,7 @@ cdef class Carriers:
         self.thread.polled.add(carrier.queues)
         try:
             if self.submitter is not None:
-                self.submitter.issued.add(carrier.queues)
+                self.submitter.add(carrier.queues)
             self.queues += carrier.queues
             self.by_layout[carrier.layout] = carrier
         except BaseException:
@@ -91,30 +91,33 @@ cdef class Carriers:
             raise
         return self.choose()
 
-    cdef Carrier retire(self, object layout, object timeout_ms, const bint *closing):
-        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
+    cdef Carrier refuse(self, object layout):
         cdef Carrier carrier = self.by_layout.get(layout)
         if carrier is None:
             self.of(layout)  # says why
             raise ValueError(f"{layout!r} is a part, which goes with its layout; remove that")
         carrier.refuse()
         self.choose()
+        return carrier
+
+    cdef int await_jobs(self, Carrier carrier, object timeout_ms, const bint *closing) except -1:
+        cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
         while carrier.any_in_flight():
             if _c.kv_now_ns() >= deadline:
-                raise TimeoutError(f"jobs of {layout!r} are not done after {timeout_ms} ms; it takes no more, and "
-                                   f"another remove_layout goes on waiting")
+                raise TimeoutError(f"jobs of {carrier.layout!r} are not done after {timeout_ms} ms; it takes no more, "
+                                   f"and another remove_layout goes on waiting")
             with nogil:
                 _c.kv_nap_ns(100_000)
             PyErr_CheckSignals()
             if closing[0]:
                 break
-        return carrier
+        return 0
 
     cdef int drop(self, Carrier carrier, bint ended) except -1:
         if not ended:
             self.thread.polled.remove(carrier.queues)
             if self.submitter is not None:
-                self.submitter.issued.remove(carrier.queues)
+                self.submitter.remove(carrier.queues)
             if self.by_layout.get(carrier.layout) is carrier:
                 del self.by_layout[carrier.layout]
             self.queues = tuple([queue for queue in self.queues if queue not in carrier.queues])

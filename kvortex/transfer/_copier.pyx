@@ -14,7 +14,7 @@ cdef size_t FIRST_BATCH_COPIES = 32
 
 @cython.no_gc_clear  # copies in flight need what the collector would clear before
 cdef class Copier:
-    """Issue copies on one stream, in one direction. One thread at a time: its owner has the lock."""
+    """Issue copies on one stream, in one direction. One thread at a time: whose job has its turn."""
 
     def __init__(self, Device device not None, Direction direction):
         self.device = device

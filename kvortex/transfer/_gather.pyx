@@ -48,7 +48,7 @@ def misfit(KVLayout layout):
 
 
 cdef class Gather:
-    """Made by `TransferQueue.use_gather`, used under its submitting lock, closed with it; it leaks with it, too."""
+    """Made by `TransferQueue.use_gather`, used by the job whose turn it is, closed or leaked with the queue."""
 
     def __init__(self, Device device not None, KVLayout layout not None, num_ctas, DevicePool pool=None):
         cdef _c.kv_gather_run *table

@@ -170,8 +170,7 @@ cdef class Job:
         self.owner = owner
         self.record = record
         self.generation = queue.records[record].generation
-        self.outcome.state = OUTCOME_PENDING
-        queue.records[record].outcome = &self.outcome
+        queue.watch(record, &self.outcome)
 
     cdef void give_loan_back(self) noexcept:
         if self.loan is not None:

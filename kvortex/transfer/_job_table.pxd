@@ -89,6 +89,7 @@ cdef class JobTable:
     cdef readonly uint32_t jobs_in_flight   # claimed and not yet free
     cdef int failure                   # sticky CUresult: the context is dead
     cdef bint closed                   # nothing is claimed any more
+    cdef bint is_served                # a submitter has the queue in its list
     cdef bint is_abandoned             # every job was failed, whatever its copies do: no turn comes any more
     cdef retire_hook hook
     cdef void *hook_owner              # borrowed: outlives every job, see EngineCore
@@ -104,6 +105,7 @@ cdef class JobTable:
     cdef void refuse(self) noexcept nogil               # nothing is claimed from here on
     cdef bint any_in_flight(self) noexcept nogil
     cdef uint32_t claim(self, size_t num_slots) noexcept nogil
+    cdef void watch(self, uint32_t record, JobOutcome *outcome) noexcept nogil
     cdef void unclaim(self, uint32_t record) noexcept nogil
     cdef void recycle(self, uint32_t record) noexcept nogil
     cdef int enter(self, int *mode) noexcept nogil
@@ -116,6 +118,7 @@ cdef class JobTable:
     cdef void seal_record(self, uint32_t record, int code, bint is_over, bint is_dead) noexcept nogil
     cdef bint is_sealed(self, uint32_t record) noexcept nogil
     cdef bint is_submitted(self, uint32_t record, uint32_t generation) noexcept nogil
+    cdef bint is_first(self, uint32_t record) noexcept nogil
     cdef bint is_issuing(self) noexcept nogil
     cdef int await_sealed(self, uint32_t record) noexcept nogil
     cdef bint withdraw_job(self, uint32_t record, uint32_t generation) noexcept nogil

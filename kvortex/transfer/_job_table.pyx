@@ -164,6 +164,18 @@ cdef class JobTable:
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.sealed()
 
+    cdef void watch(self, uint32_t record, JobOutcome *outcome) noexcept nogil:
+        """Let `outcome` tell the end of a claimed job; before it has a turn, so that no end is missed."""
+        outcome.state = OUTCOME_PENDING
+        outcome.code = 0
+        _c.kv_monitor_lock(&self.monitor)
+        if self.is_abandoned:  # since the claim: nobody writes into outcomes any more
+            outcome.state = OUTCOME_FAILED
+            outcome.code = self.failure
+        else:
+            self.records[record].outcome = outcome
+        _c.kv_monitor_unlock(&self.monitor)
+
     cdef void unclaim(self, uint32_t record) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)
         self.recycle(record)
@@ -210,7 +222,7 @@ cdef class JobTable:
         job.holds -= 1
         if job.state == JOB_RETIRED:  # another party retired it meanwhile
             self.recycle(record)
-        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SEALED:
+        if code == _c.KV_CUDA_NOT_READY or job.state != JOB_SEALED or self.is_abandoned:
             _c.kv_monitor_unlock(&self.monitor)
             return 0
         job.state = JOB_RETIRING
@@ -251,6 +263,7 @@ cdef class JobTable:
         self.wake()
         _c.kv_monitor_unlock(&self.monitor)
         self.signals.retired()
+        self.signals.sealed()  # a submitter may wait for a job of this queue
 
     cdef bint is_over(self, uint32_t record, uint32_t generation) noexcept nogil:
         """Whether no copy of the job can be running any more: never, once the context is dead."""
@@ -276,6 +289,14 @@ cdef class JobTable:
                      or self.records[record].state not in (JOB_CLAIMED, JOB_QUEUED) or self.is_abandoned)
         _c.kv_monitor_unlock(&self.monitor)
         return submitted
+
+    cdef bint is_first(self, uint32_t record) noexcept nogil:
+        """Whether it is the turn of the job."""
+        cdef bint first
+        _c.kv_monitor_lock(&self.monitor)
+        first = self.issue_head == record
+        _c.kv_monitor_unlock(&self.monitor)
+        return first
 
     cdef bint is_issuing(self) noexcept nogil:
         """Whether a job has its turn and is not sealed."""
@@ -326,7 +347,9 @@ cdef class JobTable:
         cdef JobRecord *job = &self.records[record]
         cdef int answer = 0
         _c.kv_monitor_lock(&self.monitor)
-        while job.generation == generation and job.state in (JOB_CLAIMED, JOB_QUEUED) and answer == 0:
+        # Of one that is just being retired it is not known yet whether it failed.
+        while (job.generation == generation and job.state in (JOB_CLAIMED, JOB_QUEUED, JOB_RETIRING)
+               and answer == 0):
             if self.failure:
                 answer = -2
             elif _c.kv_now_ns() >= deadline_ns:

@@ -20,10 +20,10 @@ cdef class JobSignals:
     cdef kv_monitor handing          # guards the rest
     cdef uint64_t num_handed         # the submitter sleeps until it changes
     cdef bint is_held_up             # what it could do depends on a job that somebody else seals
+    cdef bint submitter_runs         # from its start until its thread was joined
     cdef bint has_submitter          # it takes what is handed over
     cdef bint submitter_stops
 
     cdef void sealed(self) noexcept nogil
-    cdef bint handed_over(self) noexcept nogil
     cdef void retired(self) noexcept nogil
     cdef void stop(self) noexcept nogil

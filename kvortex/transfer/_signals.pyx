@@ -43,16 +43,6 @@ cdef class JobSignals:
             _c.kv_monitor_broadcast(&self.handing)
         _c.kv_monitor_unlock(&self.handing)
 
-    cdef bint handed_over(self) noexcept nogil:
-        """Wake the submitter; False where there is none any more."""
-        cdef bint taken
-        _c.kv_monitor_lock(&self.handing)
-        taken = self.has_submitter
-        self.num_handed += 1
-        _c.kv_monitor_broadcast(&self.handing)
-        _c.kv_monitor_unlock(&self.handing)
-        return taken
-
     cdef void retired(self) noexcept nogil:
         # The eventfds are non-blocking and written under the lock, so that none is closed in between.
         cdef int index

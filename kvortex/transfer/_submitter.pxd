@@ -17,6 +17,8 @@ cdef class Submitter:
     cdef bint has_ended               # under the monitor of `signals`
 
     cdef void run(self) noexcept nogil
+    cdef int add(self, object queues) except -1
+    cdef void remove(self, object queues) noexcept
     cdef int issue_round(self) noexcept nogil
     cdef bint has_work(self) noexcept
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1

@@ -44,14 +44,27 @@ cdef class Submitter:
     def __init__(self, Device device not None, JobSignals signals not None, queues):
         if self.device is not None:
             raise RuntimeError("Submitter.__init__ may be called once")
-        issued = QueueList(device, signals, queues)
-        if signals.has_submitter:
+        issued = QueueList(device, signals, ())
+        if signals.submitter_runs:
             raise ValueError("these queues have a submitter already")
         self.device, self.signals, self.issued = device, signals, issued
+        self.add(queues)
         signals.submitter_stops = False
         if _c.pthread_create(&self.thread, NULL, submitter_main, <void *>self):
+            self.remove(self.issued.queues)
             raise MemoryError("no thread for submitting could be started")
-        self.running = signals.has_submitter = True
+        self.running = signals.submitter_runs = signals.has_submitter = True
+
+    cdef int add(self, object queues) except -1:
+        self.issued.add(queues)
+        for queue in queues:
+            (<TransferQueue>queue).is_served = True
+        return 0
+
+    cdef void remove(self, object queues) noexcept:
+        for queue in queues:
+            (<TransferQueue>queue).is_served = False
+        self.issued.remove(queues)
 
     cdef void run(self) noexcept nogil:
         cdef uint64_t seen
@@ -107,6 +120,7 @@ cdef class Submitter:
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
         """`close`. 0: the thread does not come back from a call of the driver, so nothing that it uses may go."""
         cdef bint ended
+        cdef uint64_t until = deadline_ns if deadline_ns == _c.KV_NEVER_NS else deadline_ns + PATIENCE_NS
         if not self.running or self.device.pid != getpid():
             return 1
         _c.kv_monitor_lock(&self.signals.handing)
@@ -124,13 +138,16 @@ cdef class Submitter:
             _c.kv_monitor_lock(&self.signals.handing)
             self.signals.submitter_stops = True
             _c.kv_monitor_broadcast(&self.signals.handing)
-            while not self.has_ended and _c.kv_now_ns() < deadline_ns + PATIENCE_NS:
-                _c.kv_monitor_wait(&self.signals.handing, deadline_ns + PATIENCE_NS)
+            while not self.has_ended and _c.kv_now_ns() < until:
+                _c.kv_monitor_wait(&self.signals.handing, until)
             ended = self.has_ended
             _c.kv_monitor_unlock(&self.signals.handing)
             if ended:
                 _c.pthread_join(self.thread, NULL)
-        if not ended:
+        if ended:
+            self.remove(self.issued.queues)
+            self.signals.submitter_runs = False
+        else:
             Py_INCREF(self)  # the thread will look at it when the driver lets it go
         return ended
 
@@ -141,8 +158,9 @@ cdef class Submitter:
         self.close()
 
     def __dealloc__(self):
-        if self.running and self.device.pid == getpid():
-            self.end(_c.kv_deadline_ns(5000), False)
+        if self.running and self.device.pid == getpid() and not self.end(_c.kv_deadline_ns(5000), False):
+            with nogil:
+                _c.pthread_join(self.thread, NULL)  # it would go on with memory that is about to be another's
 
 
 cdef void *submitter_main(void *thread) noexcept nogil:

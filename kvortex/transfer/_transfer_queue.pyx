@@ -3,6 +3,7 @@
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport getpid
@@ -20,7 +21,6 @@ from kvortex.transfer._job_table cimport (
     ENTER_NS,
     NO_RECORD,
     OUTCOME_FAILED,
-    OUTCOME_PENDING,
     SIGNALS_NS,
     JobOutcome,
     JobRecord,
@@ -152,9 +152,7 @@ cdef class TransferQueue(JobTable):
                 is_over = finished == 0
         if finished:
             code = finished
-        while job.num_waits:
-            job.num_waits -= 1
-            drop(&job.waits[job.num_waits])
+        drop_waits(job)
         self.seal_record(record, code, is_over, finished != 0)
         return code
 
@@ -164,9 +162,7 @@ cdef class TransferQueue(JobTable):
         cdef uint32_t index
         cdef int code = self.await_turn(record)
         if code:
-            while job.num_waits:
-                job.num_waits -= 1
-                drop(&job.waits[job.num_waits])
+            drop_waits(job)
             return code
         for index in range(job.num_waits):
             if code == 0:
@@ -174,13 +170,21 @@ cdef class TransferQueue(JobTable):
         return self.seal(record, code if code else self.issue(record, _c.KV_NEVER_NS))
 
     cdef int hand_over(self, uint32_t record) noexcept nogil:
-        """Leave issue and seal to the submitter. A CUresult: there was none, and the caller had to do it."""
-        _c.kv_monitor_lock(&self.monitor)
-        self.records[record].is_handed_over = True
-        _c.kv_monitor_unlock(&self.monitor)
-        if self.signals.handed_over():
-            return 0
-        return self.issue_in_turn(record)
+        """Leave issue and seal to the submitter. A CUresult: it takes no more, and the caller had to do it.
+
+        Both are decided under one lock: a submitter that is being closed issues every job that was marked before.
+        """
+        cdef bint taken
+        _c.kv_monitor_lock(&self.signals.handing)
+        taken = self.signals.has_submitter and self.is_served
+        if taken:
+            _c.kv_monitor_lock(&self.monitor)
+            self.records[record].is_handed_over = True
+            _c.kv_monitor_unlock(&self.monitor)
+            self.signals.num_handed += 1
+            _c.kv_monitor_broadcast(&self.signals.handing)
+        _c.kv_monitor_unlock(&self.signals.handing)
+        return 0 if taken else self.issue_in_turn(record)
 
     cdef int issue_next(self, uint64_t slice_ns) noexcept nogil:
         """What the submitter does here: go on with the first job. 1: some was done; 0: others are to seal; -1: nothing.
@@ -259,7 +263,7 @@ cdef class TransferQueue(JobTable):
             raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
                              f"({pool.payload_bytes})")
         layout.require_reachable(self.device, self.direction_ == H2D)
-        if deferred and not self.signals.has_submitter:
+        if deferred and not (self.signals.has_submitter and self.is_served):
             raise ValueError("deferred jobs need a Submitter over this queue; make one, or leave `deferred` out")
         if n == 0:
             return job
@@ -317,10 +321,8 @@ cdef class TransferQueue(JobTable):
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil:
         cdef uint32_t record = self.claim_blocks(layout, block_ids, pool, slot_ids, n)
         cdef int code
-        outcome.state = OUTCOME_PENDING
-        outcome.code = 0
         if record != NO_RECORD:
-            self.records[record].outcome = outcome
+            self.watch(record, outcome)
             code = self.submit_claimed(record, stream, False, outcome)
         elif self.failure:
             code = self.failure
@@ -343,7 +345,8 @@ cdef class TransferQueue(JobTable):
         Returns
         -------
         bool
-            True: nothing was or will be copied; `Job.num_blocks` is 0 from now on, and the job ends in its turn. False:
+            True: nothing was or will be copied; `Job.num_blocks` is 0 from now on, and the job ends in its turn (of a
+            save of an engine the blocks are dropped, though `Job.statuses` says NEW). False:
             it is too late, or the job was never handed over; DMA cannot be recalled.
 
         Raises
@@ -383,7 +386,7 @@ cdef class TransferQueue(JobTable):
         Raises
         ------
         ValueError
-            Numbers that do not fit, or the queue gathers already.
+            Numbers that do not fit, the queue gathers already, or copies of a job are just being submitted.
         DriverError
             The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
         PoolExhausted
@@ -392,7 +395,14 @@ cdef class TransferQueue(JobTable):
         self._require_open()
         if self.copier.gather is not None:
             raise ValueError("this queue gathers already; use one queue a layout")
-        self.copier.gather = Gather(self.device, layout, num_ctas, pool)
+        cdef Gather gather = Gather(self.device, layout, num_ctas, pool)
+        _c.kv_monitor_lock(&self.monitor)
+        if self.issue_head == NO_RECORD:
+            self.copier.gather = gather
+        _c.kv_monitor_unlock(&self.monitor)
+        if self.copier.gather is None:
+            close_gather(self.device, gather)
+            raise ValueError("copies of a job are being submitted; call use_gather before, or when they are")
         layout.planner = tuple([row._replace(backend="gather") if row.direction == self.direction else row
                                 for row in layout.planner])
 
@@ -476,7 +486,10 @@ cdef class TransferQueue(JobTable):
                 self.copier.close()
             if code == 0:
                 self.device.leave(mode)
-        self.used.clear()
+        if self.is_abandoned:
+            Py_INCREF(self.used)  # copies may still use them, and a submitter
+        else:
+            self.used.clear()
         return 0
 
     def __enter__(self):
@@ -506,3 +519,18 @@ cdef inline void *event_of(const JobWait *wait) noexcept nogil:
 
 cdef inline void drop(const JobWait *wait) noexcept nogil:
     (<JobTable>wait.queue).drop_hold(wait.record)
+
+
+cdef inline void drop_waits(JobRecord *job) noexcept nogil:
+    while job.num_waits:
+        job.num_waits -= 1
+        drop(&job.waits[job.num_waits])
+
+
+cdef int close_gather(Device device, Gather gather) except -1:
+    cdef int mode = 0
+    with nogil:
+        if device.enter(&mode) == 0:
+            gather.close()
+            device.leave(mode)
+    return 0

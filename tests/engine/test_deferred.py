@@ -186,6 +186,19 @@ def test_auto_defers_what_takes_long(make_bench, host):
     assert long.num_blocks == 32
 
 
+def test_auto_does_not_wait_behind_what_is_being_submitted(make_bench, host):
+    bench = make_bench(40, "uneven", num_transfer_streams=2, deferred="auto")
+    host.stop_calls("memcpy_batch_async")
+    long = bench.engine.save_blocks(keys_of(range(32)), range(32), stream=bench.stream)
+    stands(host, "memcpy_batch_async")
+    short = bench.engine.save_blocks(keys_of([100]), [0], stream=bench.stream)
+    assert not short.submitted
+    host.stop_calls()
+    for job in (long, short):
+        job.wait(20_000)
+    assert short.num_blocks == 1
+
+
 # ---- withdrawal -----------------------------------------------------------------------------------------------------
 
 
@@ -413,3 +426,56 @@ def test_closing_a_submitter_submits_what_it_has_taken(bench, device, host):
         for job in jobs:
             job.wait(20_000)
         assert all(bytes(pool.view(block)) == cache.read(block) for block in np.arange(8))
+
+
+def test_a_queue_that_no_submitter_has_refuses_deferred_jobs(bench, device):
+    with kvortex.PinnedPool(8 * 8192, bench.cache.block_bytes, device) as pool:
+        first = kvortex.TransferQueue(device, "D2H")
+        second = kvortex.TransferQueue(device, "D2H", signals=first.signals)
+        with (
+            first,
+            second,
+            kvortex.transfer.Submitter(device, first.signals, [first]),
+            pytest.raises(ValueError, match="Submitter"),
+        ):
+            second.submit(bench.cache.layout, [0], pool, [0], stream=bench.stream, deferred=True)
+
+
+def test_a_submitter_that_was_closed_for_ever_has_ended(device):
+    with kvortex.TransferQueue(device, "D2H") as queue:
+        for _ in range(2):
+            kvortex.transfer.Submitter(device, queue.signals, [queue]).close(None)
+        with kvortex.transfer.Submitter(device, queue.signals, [queue]) as submitter:
+            submitter.close(None)
+
+
+def test_a_job_that_a_closing_submitter_does_not_take_is_submitted_by_its_caller_alone(bench, device, host):
+    cache = bench.cache
+    cache.write(1, content(1, 0, cache.block_bytes))
+    with kvortex.PinnedPool(8 * 8192, cache.block_bytes, device) as pool, kvortex.TransferQueue(device, "D2H") as queue:
+        submitter = kvortex.transfer.Submitter(device, queue.signals, [queue])
+
+        def submit(block):
+            return queue.submit(cache.layout, [block], pool, [block], stream=bench.stream, deferred=True)
+
+        host.stop_calls(COPY)
+        first = submit(0)
+        issuing = stands(host)
+        host.stop_calls(COPY, "event_record")
+        caller, jobs = in_thread(lambda: submit(1))
+        calling = stands(host, "event_record")
+        closer, _ = in_thread(submitter.close)
+        time.sleep(0.01)  # from here on it takes no more
+        host.step(calling)
+        while queue.num_waiting == 0:
+            time.sleep(0)
+        while not first.submitted:
+            if issuing in host.stopped():
+                host.step(issuing)
+        assert stands(host) == calling
+        closer.join(20)
+        assert not closer.is_alive() and list(host.stopped()) == [calling]
+        host.stop_calls()
+        caller.join(20)
+        jobs[0].wait(20_000)
+        assert bytes(pool.view(1)) == content(1, 0, cache.block_bytes)

@@ -550,6 +550,26 @@ def test_removing_a_layout_gives_up_when_its_time_is_over_and_may_be_asked_again
 
 
 @pytest.mark.host
+def test_while_a_layout_is_being_removed_calls_that_name_none_mean_another_of_its_kind(bench, host):
+    first, moved = bench.caches[0], bench.add()
+    bench.save(first, KEYS).wait(20_000)
+    host.hold()
+    bench.load(first, KEYS, [4, 5, 6])
+    thread = threading.Thread(target=bench.engine.remove_layout, args=(first.layout,))
+    thread.start()
+    while first.layout in bench.engine.layouts:
+        time.sleep(0)
+    try:
+        job = bench.engine.load_blocks(keys_of(KEYS), [7, 8, 9], stream=bench.stream)
+        assert thread.is_alive() and job.num_blocks == len(KEYS)
+    finally:
+        host.release()
+        thread.join(20)
+    job.wait(20_000)
+    assert [moved.read(block) for block in (7, 8, 9)] == [content(key, 0, moved.block_bytes) for key in KEYS]
+
+
+@pytest.mark.host
 def test_ctrl_c_ends_the_wait_for_a_layout_and_another_call_does_the_rest(bench, host):
     other = bench.add(name="other")
     bench.save(other, KEYS).wait(20_000)

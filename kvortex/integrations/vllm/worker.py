@@ -252,6 +252,7 @@ class WorkerHalf:
     def submit(self, queue, transfer, stream):
         if not self.tensors_in_use:
             self.tensors_in_use = [tensor() for tensor in self.tensors]
+        queue.poll()  # what was given up has no handle left that would free its record
         deferred = queue is self.loader and self.options.load_async  # a step that waits for a load submits it, too
         return queue.submit(
             self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream, deferred=deferred
