@@ -24,7 +24,7 @@ from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._probe import probe_layout
 
 
-cdef size_t LONG_COPIES = 256  # some 100 us of issue: what a caller is not made to wait for where that is "auto"
+cdef size_t LONG_COPIES = 256  # from which on "auto" does not let the caller issue them
 
 
 cdef object known = weakref.WeakKeyDictionary()  # by device: what probes found out, for other layouts of a shape

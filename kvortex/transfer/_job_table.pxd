@@ -64,7 +64,7 @@ cdef struct JobRecord:
     bint is_begun                      # some of it may be on the stream
     bint is_withdrawn                  # before it was begun: nothing is copied
     int code                           # why it failed, if it did: it retires like others, when its copies are over
-    bint is_over                       # failed, and waited for: its event says nothing
+    bint is_synchronized               # it failed, and the host waited for its copies: its event says nothing
     uint64_t nbytes, start_ns
 
 # Called once a job, by the party that retires it, before anyone sees it done. `code`, if it is not 0, says that the
@@ -115,7 +115,7 @@ cdef class JobTable:
     cdef void keep_slots(self, uint32_t record, size_t n) noexcept nogil
     cdef void draw_turn(self, uint32_t record) noexcept nogil
     cdef int await_turn(self, uint32_t record) noexcept nogil
-    cdef void seal_record(self, uint32_t record, int code, bint is_over, bint is_dead) noexcept nogil
+    cdef void seal_record(self, uint32_t record, int code, bint is_synchronized, bint is_dead) noexcept nogil
     cdef bint is_sealed(self, uint32_t record) noexcept nogil
     cdef bint is_submitted(self, uint32_t record, uint32_t generation) noexcept nogil
     cdef bint is_first(self, uint32_t record) noexcept nogil

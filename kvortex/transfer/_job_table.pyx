@@ -98,7 +98,7 @@ cdef class JobTable:
             job.capacity = num_slots
         job.num_slots = job.num_waits = 0
         job.layout = NULL
-        job.is_ordered = job.is_handed_over = job.is_begun = job.is_withdrawn = job.is_over = False
+        job.is_ordered = job.is_handed_over = job.is_begun = job.is_withdrawn = job.is_synchronized = False
         job.code = 0
         job.start_ns = _c.kv_now_ns()
         return record
@@ -149,12 +149,12 @@ cdef class JobTable:
         _c.kv_monitor_unlock(&self.monitor)
         return code
 
-    cdef void seal_record(self, uint32_t record, int code, bint is_over, bint is_dead) noexcept nogil:
+    cdef void seal_record(self, uint32_t record, int code, bint is_synchronized, bint is_dead) noexcept nogil:
         """The next turn comes, and the job is over with its event, or is so already; `code`: it failed."""
         cdef JobRecord *job = &self.records[record]
         _c.kv_monitor_lock(&self.monitor)
         job.code = code
-        job.is_over = is_over
+        job.is_synchronized = is_synchronized
         if is_dead:
             self.failure = code
         job.state = JOB_SEALED
@@ -210,7 +210,7 @@ cdef class JobTable:
             return -1
         job = &self.records[record]
         job.holds += 1
-        is_over = job.is_over
+        is_over = job.is_synchronized
         _c.kv_monitor_unlock(&self.monitor)
         code = 0 if is_over else self.device.drv.event_query(job.done_event)
         if code and code != _c.KV_CUDA_NOT_READY and not _c.kv_result_is_sticky(code):

@@ -9,11 +9,11 @@ from posix.unistd cimport getpid
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, require_timeout
 from kvortex.transfer._queue_list cimport QueueList
+from kvortex.transfer._job_table cimport ENTER_NS
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
-cdef uint64_t SLICE_NS = 100_000  # of one queue's copies, some 200, before it is the next queue's turn
-cdef uint64_t ENTER_NS = 1_000_000  # after which it tries again to enter a context that could not be entered
+cdef uint64_t SLICE_NS = 100_000  # of issuing one queue's copies, before it is the next queue's turn
 cdef uint64_t DRAIN_NS = 100_000
 cdef uint64_t PATIENCE_NS = 50_000_000  # for its last call of the driver, beyond the deadline
 
@@ -96,13 +96,13 @@ cdef class Submitter:
             _c.kv_monitor_unlock(&self.signals.handing)
 
     cdef int issue_round(self) noexcept nogil:
-        """Each queue once: 1 something was done; 0 some queue waits for a seal; -1 there is nothing to do."""
-        cdef int index, answer, best = -1
+        """Each queue once. 1: some copies were issued; 0: some queue waits for a seal; -1: there is nothing to do."""
+        cdef int index, found, answer = -1
         for index in range(self.issued.begin_round()):
-            answer = (<TransferQueue>self.issued.round[index]).issue_next(SLICE_NS)
-            best = max(best, answer)
+            found = (<TransferQueue>self.issued.round[index]).issue_next(SLICE_NS)
+            answer = max(answer, found)
         self.issued.end_round()
-        return best
+        return answer
 
     def close(self, timeout_ms=5000):
         """Take no more jobs, submit those taken, and end the thread. Idempotent; releases the GIL.
@@ -112,6 +112,7 @@ cdef class Submitter:
         self.end(_c.kv_deadline_ns(require_timeout(timeout_ms)), True)
 
     cdef bint has_work(self) noexcept:
+        """Whether a job of its queues has a turn and is not sealed."""
         for queue in self.issued.queues:
             if (<TransferQueue>queue).is_issuing():
                 return True

@@ -133,13 +133,13 @@ cdef class TransferQueue(JobTable):
     cdef int seal(self, uint32_t record, int code) noexcept nogil:
         """Record the job's event and let the next turn come; `code`: what went wrong until now. Returns what did.
 
-        A failed job is over when the copies that it did submit are. And whoever meets it in the words of device blocks,
-        instead of the jobs that it met itself, must find those over too.
+        A failed job is over when the copies that it did submit are over, and the jobs that it waits for, too: a later
+        job on the same device blocks meets this one instead of those.
         """
         cdef JobRecord *job = &self.records[record]
         cdef uint32_t index
         cdef int finished = self.failure
-        cdef bint is_over = False
+        cdef bint is_synchronized = False
         if code == 0:
             code = _c.kv_call(self.device.drv, _c.event_record, job.done_event, self.stream)
         if code and finished == 0:
@@ -149,11 +149,11 @@ cdef class TransferQueue(JobTable):
                 for index in range(job.num_waits):
                     if finished == 0:
                         finished = _c.kv_call(self.device.drv, _c.event_synchronize, event_of(&job.waits[index]))
-                is_over = finished == 0
+                is_synchronized = finished == 0
         if finished:
             code = finished
         drop_waits(job)
-        self.seal_record(record, code, is_over, finished != 0)
+        self.seal_record(record, code, is_synchronized, finished != 0)
         return code
 
     cdef int issue_in_turn(self, uint32_t record) noexcept nogil:
@@ -187,19 +187,20 @@ cdef class TransferQueue(JobTable):
         return 0 if taken else self.issue_in_turn(record)
 
     cdef int issue_next(self, uint64_t slice_ns) noexcept nogil:
-        """What the submitter does here: go on with the first job. 1: some was done; 0: others are to seal; -1: nothing.
+        """What the submitter does here: go on with the first job. 1: some copies were issued; 0: another thread has to
+        seal a job first; -1: there is nothing to do.
 
         The context is current.
         """
         cdef JobRecord *job
         cdef uint32_t record, index
-        cdef bint mine
+        cdef bint is_handed_over
         cdef int code
         _c.kv_monitor_lock(&self.monitor)
         record = self.issue_head
-        mine = record != NO_RECORD and self.records[record].is_handed_over
+        is_handed_over = record != NO_RECORD and self.records[record].is_handed_over
         _c.kv_monitor_unlock(&self.monitor)
-        if not mine:
+        if not is_handed_over:
             return -1 if record == NO_RECORD else 0
         job = &self.records[record]
         if not job.is_begun:
