@@ -1,6 +1,8 @@
 from typing import Any, NamedTuple, Self
 
 from kvortex.driver import Device, DeviceBuffer
+from kvortex.memory._device_arena import DeviceArena
+from kvortex.memory._device_limit import DeviceLimit
 
 class DevicePoolUsage(NamedTuple):
     limit_bytes: int
@@ -9,11 +11,8 @@ class DevicePoolUsage(NamedTuple):
     reserved_bytes: int
     reserved_high_bytes: int
 
-class DevicePool:
-    device: Device
-    limit_bytes: int
+class DevicePool(DeviceLimit):
     release_threshold_bytes: int
-    closed: bool
     def __init__(
         self, limit_bytes: int, device: Device | str = "auto", *, release_threshold_bytes: int | None = None
     ) -> None: ...
@@ -28,10 +27,3 @@ class DevicePool:
 class PooledBuffer(DeviceBuffer):
     pool: DevicePool
     def free(self, stream: Any) -> None: ...
-
-class DeviceArena(DeviceBuffer):
-    pool: DevicePool
-    reserve_bytes: int
-    mapped_bytes: int
-    def grow(self, nbytes: int) -> int: ...
-    def close(self) -> None: ...

@@ -1,6 +1,5 @@
-"""The device pool: a limit kept here, stream order kept by the driver's pools, contiguous growth by virtual memory."""
+"""The device pool: a limit, stream order kept by the driver's pools."""
 
-import operator
 import threading
 from contextlib import suppress
 from typing import NamedTuple
@@ -15,8 +14,10 @@ from kvortex._c cimport kv_devptr
 from kvortex.driver._buffer cimport DeviceBuffer
 from kvortex.driver._device cimport Device, check, try_again
 from kvortex.driver._stream cimport Event, Stream, ask, order_streams
+from kvortex.memory._device_arena cimport DeviceArena, fill_props
+from kvortex.memory._device_limit cimport DeviceLimit, refuse, require_size, round_up, wait_for_device
 
-from kvortex.errors import ConfigError, DriverError, EngineClosed, PoolExhausted
+from kvortex.errors import ConfigError, DriverError, EngineClosed
 
 cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # in which CUDA takes memory for a pool; a smaller limit would stop the first
 cdef int MAX_LOOKS = 4                     # streams of freed buffers that one allocation asks whether they are idle
@@ -39,7 +40,7 @@ class DevicePoolUsage(NamedTuple):
 
 @auto_pickle(False)  # copy.copy would make a second owner
 @no_gc_clear  # buffers that are collected with it still give their memory back
-cdef class DevicePool:
+cdef class DevicePool(DeviceLimit):
     """Device memory up to a limit, allocated and freed in the order of streams.
 
     A free takes effect when its stream gets there, and never blocks; the memory then serves the next allocation without
@@ -74,7 +75,6 @@ cdef class DevicePool:
     """
 
     def __cinit__(self, *args, **kwargs):
-        self.closed = True
         self.idle_streams = ()
 
     def __init__(self, limit_bytes, device="auto", *, release_threshold_bytes=None):
@@ -342,23 +342,6 @@ cdef class DevicePool:
             return "<DevicePool closed>"
         return f"<DevicePool {self.used} of {self.limit_bytes} bytes of {self.device.name} in use>"
 
-    cdef int require_open(self) except -1:
-        if self.closed:
-            raise EngineClosed("this DevicePool is closed; make another")
-        return self.device.require_open()
-
-    cdef int claim(self, size_t nbytes) except -1:
-        if nbytes > self.limit_bytes - self.used:
-            raise PoolExhausted(f"{nbytes} bytes were asked of a device pool that has {self.used} of its "
-                                f"{self.limit_bytes} bytes in use; free buffers first, or raise its limit_bytes "
-                                f"(gpu_pool_size_bytes)")
-        self.used += nbytes
-        self.used_high = max(self.used_high, self.used)
-        return 0
-
-    cdef void unclaim(self, size_t nbytes) noexcept:
-        self.used -= nbytes
-
     cdef kv_devptr take(self, size_t nbytes, void *stream) except 0:
         cdef kv_devptr start = 0
         cdef int code, mode = 0
@@ -517,178 +500,6 @@ cdef class PooledBuffer(DeviceBuffer):
             self.give_back()
 
 
-@auto_pickle(False)
-@no_gc_clear  # __dealloc__ needs the pool, which the collector would clear before it
-cdef class DeviceArena(DeviceBuffer):
-    """A `DeviceBuffer` that grows at its end and never moves; made by `DevicePool.arena`.
-
-    Parts that are asked for one by one lie behind each other without gaps, as if allocated at once: a layout over all
-    of them is one range, which strided copies may cross where separate allocations end them. `address` is that of the
-    first byte, `nbytes` what was asked for so far.
-
-    Attributes
-    ----------
-    pool : DevicePool
-    reserve_bytes : int
-        Address space.
-    mapped_bytes : int
-        Memory taken: `nbytes` rounded up to units (2 MiB). The pool's limit counts these.
-    """
-
-    def __init__(self):
-        raise TypeError("DeviceArena has no constructor; use DevicePool.arena(reserve_bytes)")
-
-    def grow(self, nbytes):
-        """Add memory behind what there is; not initialised. Releases the GIL; threads take turns.
-
-        Parameters
-        ----------
-        nbytes : int
-            At least 1. Parts of multiples of 256 bytes keep the alignment of separate allocations.
-
-        Returns
-        -------
-        offset : int
-            Of the new part.
-
-        Raises
-        ------
-        PoolExhausted
-            The pool's limit, the reserved address space or the device does not allow it; nothing has changed.
-        ConfigError
-            `nbytes` is outside its limits.
-        DriverError, EngineClosed
-        """
-        cdef size_t offset = 0, needed, mapped
-        require_size("nbytes", nbytes, 1)
-        with self.growing:
-            self.require_open()
-            self.pool.require_open()
-            offset, needed = self.nbytes, self.nbytes + <size_t>nbytes
-            if needed > self.reserve_bytes:
-                raise PoolExhausted(f"{nbytes} bytes more than {offset} exceed the arena's address space of "
-                                    f"{self.reserve_bytes} bytes; pass a larger reserve_bytes to DevicePool.arena")
-            mapped = round_up(needed, self.unit)
-            self.exports += 1  # ours: a close meanwhile must not unmap
-            try:
-                if mapped > self.mapped_bytes:
-                    self.map_more(mapped - self.mapped_bytes)
-                self.nbytes = needed
-            finally:
-                self.take_back()
-        return offset
-
-    cdef int map_more(self, size_t nbytes) except -1:
-        cdef size_t keep
-        cdef int code, mode = 0
-        cdef bint is_full = False
-        cdef kv_devptr address = self.start + self.mapped_bytes
-        self.pool.claim(nbytes)
-        self.pool.arenas += nbytes
-        keep = self.pool.limit_bytes - self.pool.arenas
-        with nogil:
-            code = self.device.enter(&mode)
-            if code == 0:
-                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would come on top of the limit
-                code = self.map_at(address, nbytes)
-                is_full = _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY
-                self.device.leave(mode)
-        if code:
-            self.pool.arenas -= nbytes
-            self.pool.unclaim(nbytes)
-            if is_full:
-                refuse(self.device, code, nbytes, self.pool.used, self.pool.limit_bytes)
-            check(self.device, code)
-        self.pool.arenas_high = max(self.pool.arenas_high, self.pool.arenas)
-        self.mappings += (nbytes,)
-        self.mapped_bytes += nbytes
-        return 0
-
-    cdef int map_at(self, kv_devptr address, size_t nbytes) noexcept nogil:
-        """Map new memory there, of which nothing is left if that fails. A CUresult."""
-        cdef const _c.kv_driver *drv = self.device.drv
-        cdef _c.kv_mem_allocation_props props
-        cdef _c.kv_mem_access access
-        cdef unsigned long long handle = 0
-        cdef int code
-        fill_props(&props, self.device)
-        access.location, access.flags = props.location, _c.KV_MEM_ACCESS_READWRITE
-        code = _c.kv_call(drv, _c.mem_create, &handle, nbytes, &props, 0)
-        if code:
-            return code
-        code = _c.kv_call(drv, _c.mem_map, address, nbytes, 0, handle, 0)
-        if code == 0:
-            code = _c.kv_call(drv, _c.mem_set_access, address, nbytes, &access, 1)
-            if code:
-                drv.mem_unmap(address, nbytes)
-        drv.mem_release(handle)  # a mapping keeps what it maps
-        return code
-
-    def close(self):
-        """Free the memory, after all work of the device, for which this blocks (GIL released). Idempotent.
-
-        Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go.
-        Where the device has not a byte left, no stream of it may be capturing a graph, or the memory stays taken.
-        """
-        DeviceBuffer.close(self)
-
-    cdef void release(self) noexcept:
-        cdef kv_devptr start = self.start
-        cdef size_t offset = 0, nbytes
-        cdef int mode = 0, code = 0, attempts
-        self.start = 0
-        if start == 0 or self.device.closed or getpid() != self.device.pid or not wait_for_device(self.device):
-            return
-        for size in self.mappings:
-            nbytes = size
-            attempts = 0
-            with nogil:
-                while try_again(&attempts, code):
-                    code = self.device.enter(&mode)
-                    if code == 0:
-                        code = self.device.drv.mem_unmap(start + offset, nbytes)
-                        self.device.leave(mode)
-            offset += nbytes
-        attempts = 0
-        with nogil:
-            while try_again(&attempts, code):
-                code = self.device.enter(&mode)
-                if code == 0:
-                    code = self.device.drv.mem_address_free(start, self.reserve_bytes)
-                    self.device.leave(mode)
-        self.pool.arenas -= offset
-        self.pool.unclaim(offset)
-        self.is_unmapped = True
-
-    cdef void give_back(self) noexcept:
-        DeviceBuffer.give_back(self)
-        if self.is_unmapped:
-            self.is_unmapped = False
-            self.pool.end_use()  # last: with it the device may be closed
-
-    def __dealloc__(self):
-        if self.start != 0:
-            self.give_back()
-
-
-cdef int fill_props(_c.kv_mem_allocation_props *props, Device device) noexcept nogil:
-    memset(props, 0, sizeof(props[0]))
-    props.type = _c.KV_MEM_ALLOCATION_TYPE_PINNED
-    props.location.type, props.location.id = _c.KV_MEM_LOCATION_TYPE_DEVICE, device.ordinal
-    return 0
-
-
-cdef int require_size(str name, object nbytes, int least) except -1:
-    operator.index(nbytes)  # 1.5 is no size
-    if not least <= nbytes < 1 << 48:
-        raise ConfigError(f"{name} must be in {least}..2**48-1, got {nbytes}")
-    return 0
-
-
-cdef size_t round_up(size_t nbytes, size_t unit) noexcept nogil:
-    return (nbytes + unit - 1) // unit * unit
-
-
 cdef bint supports(Device device, int attribute) except -1:
     cdef int code, number = 0, value = 0
     with nogil:
@@ -699,33 +510,3 @@ cdef bint supports(Device device, int attribute) except -1:
         return False
     check(device, code)
     return value != 0
-
-
-cdef bint wait_for_device(Device device) noexcept:
-    """Wait for all work of the context; False if that cannot be.
-
-    By freeing memory, for which CUDA waits: cuCtxSynchronize is refused beside a capture of the context, whatever the
-    thread's mode, and spoils it.
-    """
-    cdef kv_devptr scratch = 0
-    cdef int code = 0, mode = 0, attempts = 0
-    if device.closed or getpid() != device.pid:
-        return False
-    with nogil:
-        while try_again(&attempts, code):
-            code = device.enter(&mode)
-            if code == 0:
-                code = device.drv.mem_alloc(&scratch, 1)
-                if code == 0:
-                    code = device.give_memory_back(scratch)
-                elif code == _c.KV_CUDA_OUT_OF_MEMORY:
-                    code = device.drv.ctx_synchronize()
-                device.leave(mode)
-    return code == 0
-
-
-cdef object refuse(Device device, int code, size_t nbytes, size_t used, size_t limit):
-    call = _c.kv_result_call(code).decode()
-    raise PoolExhausted(f"{device.name} has no {nbytes} bytes for a device pool with {used} of its {limit} bytes in "
-                        f"use ({call} ran out of memory): frees whose streams have not got there still "
-                        f"count, so synchronise them and trim(), or lower the limit")
