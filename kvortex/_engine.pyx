@@ -1,5 +1,8 @@
 # cython: nonecheck=False
-"""The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook."""
+"""The verbs of the engine: each one reserves or acquires, submits, and leaves the rest to the retire hook.
+
+Longer than other files: more than a quarter is what the verbs promise, and all of them share one way to make a job.
+"""
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
