@@ -140,8 +140,7 @@ class KVortexEngine(EngineCore):
         Parameters
         ----------
         layout : KVLayout
-            Its memory is only read here, as by `create`; for a shape that this engine has met that takes a millisecond.
-            A part needs no adding: it goes with its layout.
+            Its memory is only read here, as by `create`; what was found out for a shape is not tried again. A part needs no adding: it goes with its layout.
 
         Raises
         ------

@@ -8,8 +8,8 @@ from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, require_timeout
-from kvortex.transfer._queue_list cimport QueueList
 from kvortex.transfer._job_table cimport ENTER_NS
+from kvortex.transfer._queue_list cimport QueueList
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
