@@ -140,7 +140,8 @@ class KVortexEngine(EngineCore):
         Parameters
         ----------
         layout : KVLayout
-            Its memory is only read here, as by `create`; what was found out for a shape is not tried again. A part needs no adding: it goes with its layout.
+            Its memory is only read here, as by `create`; what was found out for a shape is not tried again.
+            A part needs no adding: it goes with its layout.
 
         Raises
         ------
