@@ -1,5 +1,6 @@
 """What every test shares: one printed seed, a PYTHONPATH for child processes, and no silent absence of a GPU."""
 
+import gc
 import os
 import random
 import signal
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(config, items):
     left_out = [item for item in items if item.get_closest_marker(other)]
     items[:] = [item for item in items if not item.get_closest_marker(other)]
     config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_collection_finish():
+    """What lives as long as the run is left out of the many collections that tests ask for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(hookwrapper=True)

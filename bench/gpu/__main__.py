@@ -89,7 +89,7 @@ def probing(device, layout):
         return timed(lambda: [probe_layout(layout, queue) for queue in (saves, loads)])
 
 
-def one_direction_at_a_time(device, link, stream, case, nbytes, rng, repeats=REPEATS, loops=False):
+def one_direction_at_a_time(device, link, stream, case, nbytes, rng, repeats, loops=False):
     """A row: whole cache out and in again, at other places."""
     with ExitStack() as stack:
         cache = Cache(device, case.shape, case.pieces, case.piece_bytes, nbytes, rng)
@@ -126,7 +126,7 @@ def one_direction_at_a_time(device, link, stream, case, nbytes, rng, repeats=REP
     return row(case, cache.nbytes, times) | {"probe_seconds": probe_s, "planner": planner}
 
 
-def both_directions(device, link, stream, nbytes, rng):
+def both_directions(device, link, stream, nbytes, rng, repeats):
     """A row: half of a cross-layer cache is saved while the other half is loaded."""
     case = Case("cross-layer, both ways at once", 1, 2 * MIB, (0.9, 0.9))
     with ExitStack() as stack:
@@ -139,7 +139,7 @@ def both_directions(device, link, stream, nbytes, rng):
         keys = keys_of(2 * half, rng)
         engine.save_blocks(keys, np.concatenate([saved, loaded]), stream=stream).wait()
         times = {"save": [], "save limit": []}
-        for repeat in range(REPEATS + 1):
+        for repeat in range(repeats + 1):
             engine.discard_blocks(rng.permutation(keys[:half]))
             order = rng.permutation(half)
             times["save limit"].append(link.both_ways(half * 2 * MIB))
@@ -178,7 +178,7 @@ def row(case, nbytes, times):
     return result
 
 
-def sweep(device, link, stream, nbytes, rng):
+def sweep(device, link, stream, nbytes, rng, repeats):
     """Points of the first plot: three of our ways, and what others do, over the sizes of a piece."""
     points = []
     for piece_bytes in SWEEP:
@@ -190,7 +190,7 @@ def sweep(device, link, stream, nbytes, rng):
             if ctas and piece_bytes >= 32 * KIB:
                 continue
             case = Case(shape, 64, piece_bytes, gather_ctas=ctas)
-            found = one_direction_at_a_time(device, link, stream, case, nbytes, rng, 3, loops=shape == "separate")
+            found = one_direction_at_a_time(device, link, stream, case, nbytes, rng, repeats, loops=shape == "separate")
             ours = {key: found[key] for direction in ("save", "load") for key in found if key.startswith(direction)}
             points.append({"way": name, "piece_bytes": piece_bytes, **ours})
             for way, peer in (("one batch call", "batch"), ("piece loop", "loop")):
@@ -200,7 +200,7 @@ def sweep(device, link, stream, nbytes, rng):
     return points
 
 
-def latency(device, link, stream, rng, repeats=300):
+def latency(device, link, stream, rng, repeats):
     """Microseconds from call to done of one 2 MiB block in 64 pieces, saved and loaded, and of one contiguous copy."""
     with ExitStack() as stack:
         cache = Cache(device, "even", 64, 32 * KIB, 8 * 2 * MIB, rng)
@@ -225,7 +225,7 @@ def latency(device, link, stream, rng, repeats=300):
     }
 
 
-def host_cost(device, link, stream, rng, num_blocks=HOST_COST_BLOCKS, repeats=40):
+def host_cost(device, link, stream, rng, repeats, num_blocks=HOST_COST_BLOCKS):
     """Microseconds of the calling thread for each block of a batch: ours, and the driver's own calls for as much.
 
     The driver's are batch calls of 256 pieces, and one cuMemcpy2DAsync a block where the pieces lie at even distances.
@@ -302,7 +302,7 @@ def driver_version(device):
 
 
 def measure(options, command):
-    nbytes, rng = options.mib * MIB, np.random.default_rng(options.seed)
+    nbytes, rng, repeats = options.mib * MIB, np.random.default_rng(options.seed), options.repeats
     with ExitStack() as stack:
         device = stack.enter_context(kvortex.Device.open(options.device))
         stream = stack.enter_context(kvortex.Stream.create(device))
@@ -319,19 +319,19 @@ def measure(options, command):
             "date": datetime.date.today().isoformat(),
             "command": command,
             "bytes": nbytes,
-            "pinning": pinning(device, options.pool_gib * GIB),
+            "pinning": pinning(device, int(options.pool_gib * GIB)),
         }
         say("latency and host time")
-        result["latency"] = latency(device, link, stream, rng)
-        result["host_cost"] = host_cost(device, link, stream, rng)
+        result["latency"] = latency(device, link, stream, rng, 60 * repeats)
+        result["host_cost"] = host_cost(device, link, stream, rng, 8 * repeats)
         say("rows")
         cases = [case for case in CASES if not (device.is_host and case.shape == "4 GiB pitch")]
-        result["rows"] = [one_direction_at_a_time(device, link, stream, case, nbytes, rng) for case in cases]
-        result["rows"].append(both_directions(device, link, stream, nbytes, rng))
+        result["rows"] = [one_direction_at_a_time(device, link, stream, case, nbytes, rng, repeats) for case in cases]
+        result["rows"].append(both_directions(device, link, stream, nbytes, rng, repeats))
         result["sweep"] = result["compute"] = []
         if not options.no_plots:
             say("sweep")
-            result["sweep"] = sweep(device, link, stream, max(nbytes // 4, 32 * MIB), rng)
+            result["sweep"] = sweep(device, link, stream, max(nbytes // 4, 32 * MIB), rng, min(repeats, 3))
         if not (options.no_compute or device.is_host):
             say("compute beside transfers")
             import torch
@@ -352,7 +352,7 @@ def main():
         prog="python -m bench.gpu",
         description=__doc__.partition("\n\n")[0],
         epilog="examples: python -m bench.gpu --json result.json --plots .   (all of it, on a GPU with torch)\n"
-        "          python -m bench.gpu --device host --mib 16 --pool-gib 1 --no-plots   (does it run?)",
+        "          python -m bench.gpu --device host --mib 16 --pool-gib 0.125 --repeats 1 --no-plots   (does it run?)",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
@@ -360,13 +360,16 @@ def main():
     parser.add_argument("--from-json", metavar="FILE", help="measure nothing: print and draw an earlier result")
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--mib", type=int, default=512, help="moved in each row")
-    parser.add_argument("--pool-gib", type=int, default=16, help="pinned by way of trial")
+    parser.add_argument("--pool-gib", type=float, default=16, help="pinned by way of trial")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="of each row, of which the median counts")
     parser.add_argument("--no-plots", action="store_true", help="leave out the sweep over piece sizes")
     parser.add_argument("--no-compute", action="store_true", help="leave out the kernels beside transfers (need torch)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.mib < 16 or options.mib % 4:
         parser.error(f"--mib must be a multiple of 4 and at least 16, got {options.mib}")
+    if options.repeats < 1:
+        parser.error(f"--repeats must be at least 1, got {options.repeats}")
     if options.from_json:
         with open(options.from_json, encoding="utf-8") as file:
             result = json.load(file)

@@ -12,7 +12,7 @@ import kvortex
 
 SOAK = os.environ.get("KVORTEX_SOAK") == "1"
 # Under a sanitizer everything is ten times slower, and a fault shows in a tenth of the operations.
-OPERATIONS = 1_000_000 if SOAK else 10_000 if os.environ.get("KVORTEX_SANITIZE") else 100_000
+OPERATIONS = 1_000_000 if SOAK else 10_000 if os.environ.get("KVORTEX_SANITIZE") else 25_000
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
 
 
