@@ -20,6 +20,7 @@ cdef class Job:
     cdef JobOutcome outcome
     cdef uint32_t record, generation
     cdef size_t count
+    cdef bint is_withdrawn             # it copied nothing and will not
     cdef readonly object statuses
     cdef Loan loan                     # None: addresses, or blocks of a layout, which the engine holds
 

@@ -347,7 +347,7 @@ cdef class TransferQueue(JobTable):
         -------
         bool
             True: nothing was or will be copied; `Job.num_blocks` is 0 from now on, and the job ends in its turn (of a
-            save of an engine the blocks are dropped, though `Job.statuses` says NEW). False:
+            save of an engine the blocks are dropped, though `Job.statuses` says NEW); so says every later call. False:
             it is too late, or the job was never handed over; DMA cannot be recalled.
 
         Raises
@@ -364,10 +364,10 @@ cdef class TransferQueue(JobTable):
         if job.queue is None:
             return False
         job._require_owner_process()
-        if not self.withdraw_job(job.record, job.generation):
-            return False
-        job.count = 0
-        return True
+        if not job.is_withdrawn and self.withdraw_job(job.record, job.generation):
+            job.count = 0
+            job.is_withdrawn = True
+        return job.is_withdrawn
 
     def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.

@@ -214,6 +214,7 @@ def test_what_was_not_begun_can_be_withdrawn(bench, host):
     host.stop_calls()
     for job in (first, second, behind):
         job.wait(20_000)
+    assert queue.withdraw(second), "what was withdrawn stays so, though the job is over"
     assert [bench.leading([key]) for key in (2, 3, 4)] == [1, 0, 1]
     stats = bench.engine.get_stats()
     assert (stats.blocks_saved, stats.pool_blocks_used, stats.jobs_failed) == (3, 3, 0)
@@ -464,7 +465,7 @@ def test_a_job_that_a_closing_submitter_does_not_take_is_submitted_by_its_caller
         host.stop_calls(COPY, "event_record")
         caller, jobs = in_thread(lambda: submit(1))
         calling = stands(host, "event_record")
-        closer, _ = in_thread(submitter.close)
+        closer, _ = in_thread(lambda: submitter.close(2000))
         time.sleep(0.01)  # from here on it takes no more
         host.step(calling)
         while queue.num_waiting == 0:
