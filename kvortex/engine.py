@@ -190,7 +190,8 @@ class KVortexEngine(EngineCore):
         ValueError, TypeError
             The engine has no such layout.
         TimeoutError
-            Jobs are still in flight. The layout takes no more; another call goes on waiting. So it is after Ctrl-C.
+            Jobs are still in flight, or the driver did not come back from a call. The layout takes no more; another
+            call goes on waiting. So it is after Ctrl-C.
         EngineClosed
             After `shutdown`, which ends the wait too, or in a forked child.
 

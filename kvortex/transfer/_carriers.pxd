@@ -30,6 +30,8 @@ cdef class Carriers:
     cdef int require_fit(self, KVLayout layout) except -1
     cdef int add(self, Carrier carrier) except -1     # where it raises, nothing has changed
     cdef Carrier refuse(self, object layout)          # no call may use the carrier of a layout any more
-    cdef int await_jobs(self, Carrier carrier, object timeout_ms, const bint *closing) except -1  # or until `closing`
+    # Until no thread looks at the carrier any more, or `closing`.
+    cdef int await_jobs(self, Carrier carrier, object timeout_ms, const bint *closing) except -1
+    cdef bint is_left(self, Carrier carrier) noexcept
     cdef int drop(self, Carrier carrier, bint ended) except -1   # it has no jobs; added or not, its queues are closed
     cdef int choose(self) except -1

@@ -17,6 +17,8 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 from kvortex.errors import ConfigError
 from kvortex.transfer.overlaps import find_shared
 
+cdef uint64_t NAP_NS = 100_000
+
 
 cdef class Carriers:
     def __cinit__(self, PinnedPool pool not None):
@@ -102,22 +104,32 @@ cdef class Carriers:
 
     cdef int await_jobs(self, Carrier carrier, object timeout_ms, const bint *closing) except -1:
         cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
-        while carrier.any_in_flight():
+        cdef bint any_in_flight
+        while True:
+            any_in_flight = carrier.any_in_flight()
+            if not any_in_flight and self.is_left(carrier):
+                break
             if _c.kv_now_ns() >= deadline:
-                raise TimeoutError(f"jobs of {carrier.layout!r} are not done after {timeout_ms} ms; it takes no more, "
-                                   f"and another remove_layout goes on waiting")
+                what = f"jobs of {carrier.layout!r}" if any_in_flight else "calls of the driver"
+                raise TimeoutError(f"{what} are not done after {timeout_ms} ms; the layout takes no more jobs, and "
+                                   f"another remove_layout goes on waiting")
             with nogil:
-                _c.kv_nap_ns(100_000)
+                _c.kv_nap_ns(NAP_NS)
             PyErr_CheckSignals()
             if closing[0]:
                 break
         return 0
 
+    cdef bint is_left(self, Carrier carrier) noexcept:
+        """Let no thread look at the queues of a carrier any more; whether none does by now."""
+        cdef bint is_left = self.thread.polled.remove(carrier.queues)
+        return (self.submitter is None or self.submitter.remove(carrier.queues)) and is_left
+
     cdef int drop(self, Carrier carrier, bint ended) except -1:
         if not ended:
-            self.thread.polled.remove(carrier.queues)
-            if self.submitter is not None:
-                self.submitter.remove(carrier.queues)
+            while not self.is_left(carrier):
+                with nogil:
+                    _c.kv_nap_ns(NAP_NS)
             if self.by_layout.get(carrier.layout) is carrier:
                 del self.by_layout[carrier.layout]
             self.queues = tuple([queue for queue in self.queues if queue not in carrier.queues])

@@ -1,7 +1,5 @@
 """QueueList: the queues that a thread without the GIL goes round. The map; the code is in _queue_list.pyx."""
 
-from libc.stdint cimport uint64_t
-
 from kvortex._c cimport kv_monitor
 from kvortex.driver._device cimport Device
 from kvortex.transfer._signals cimport JobSignals
@@ -16,13 +14,12 @@ cdef class QueueList:
     cdef kv_monitor monitor            # guards the next four
     cdef void *listed[MAX_QUEUES]
     cdef int num_listed
-    cdef uint64_t num_rounds
-    cdef bint in_round
+    cdef void *round[MAX_QUEUES]       # the list as it stood when the round began; changed by its thread alone
+    cdef int num_in_round
     cdef bint has_monitor
-    cdef void *round[MAX_QUEUES]       # the list as it stood when the round began; the thread's own
     cdef readonly tuple queues         # kept alive; changed under the GIL
 
     cdef int add(self, object queues) except -1       # ValueError: too many, or of another device or other signals
-    cdef void remove(self, object queues) noexcept    # on return no round uses them any more
+    cdef bint remove(self, object queues) noexcept    # whether no round uses them any more: keep them until then
     cdef int begin_round(self) noexcept nogil         # -> how many there are in `round`
     cdef void end_round(self) noexcept nogil

@@ -1,7 +1,6 @@
 # cython: nonecheck=False
 """A list of queues that others may change while a thread goes round it."""
 
-from libc.stdint cimport uint64_t
 from libc.string cimport memcpy
 from posix.unistd cimport getpid
 
@@ -12,7 +11,7 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 
 
 cdef class QueueList:
-    """Each round works on a copy of the list; whoever takes queues out waits until no round has an older copy.
+    """Each round works on a copy of the list; whoever takes queues out asks until no round has them in its copy.
 
     So no lock is held over a driver call, and no round sees a list that is half changed. One thread at a time goes
     round; callers that change the list have the GIL.
@@ -46,36 +45,29 @@ cdef class QueueList:
         self.queues = longer
         return 0
 
-    cdef void remove(self, object queues) noexcept:
-        cdef int kept = 0
-        cdef uint64_t last
-        cdef tuple before = self.queues  # alive until no round uses them
-        self.queues = tuple([queue for queue in before if queue not in queues])
+    cdef bint remove(self, object queues) noexcept:
+        cdef int kept = 0, index
+        cdef bint is_left = True
+        self.queues = tuple([queue for queue in self.queues if queue not in queues])
         _c.kv_monitor_lock(&self.monitor)
         for queue in self.queues:
             self.listed[kept] = <void *>queue
             kept += 1
         self.num_listed = kept
-        last = self.num_rounds
+        for queue in queues:
+            for index in range(self.num_in_round):
+                is_left &= self.round[index] != <void *>queue
         _c.kv_monitor_unlock(&self.monitor)
-        with nogil:
-            _c.kv_monitor_lock(&self.monitor)
-            while self.in_round and self.num_rounds == last:
-                _c.kv_monitor_wait(&self.monitor, _c.KV_NEVER_NS)
-            _c.kv_monitor_unlock(&self.monitor)
+        return is_left
 
     cdef int begin_round(self) noexcept nogil:
-        cdef int count
         _c.kv_monitor_lock(&self.monitor)
-        count = self.num_listed
-        memcpy(self.round, self.listed, count * sizeof(void *))
-        self.num_rounds += 1
-        self.in_round = True
+        self.num_in_round = self.num_listed
+        memcpy(self.round, self.listed, self.num_in_round * sizeof(void *))
         _c.kv_monitor_unlock(&self.monitor)
-        return count
+        return self.num_in_round
 
     cdef void end_round(self) noexcept nogil:
         _c.kv_monitor_lock(&self.monitor)
-        self.in_round = False
-        _c.kv_monitor_broadcast(&self.monitor)
+        self.num_in_round = 0
         _c.kv_monitor_unlock(&self.monitor)

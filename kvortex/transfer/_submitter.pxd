@@ -18,7 +18,7 @@ cdef class Submitter:
 
     cdef void run(self) noexcept nogil
     cdef int add(self, object queues) except -1
-    cdef void remove(self, object queues) noexcept
+    cdef bint remove(self, object queues) noexcept    # as that of QueueList
     cdef int issue_round(self) noexcept nogil
     cdef bint has_work(self) noexcept
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1

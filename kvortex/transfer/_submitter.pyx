@@ -61,10 +61,10 @@ cdef class Submitter:
             (<TransferQueue>queue).is_served = True
         return 0
 
-    cdef void remove(self, object queues) noexcept:
+    cdef bint remove(self, object queues) noexcept:
         for queue in queues:
             (<TransferQueue>queue).is_served = False
-        self.issued.remove(queues)
+        return self.issued.remove(queues)
 
     cdef void run(self) noexcept nogil:
         cdef uint64_t seen

@@ -550,6 +550,30 @@ def test_removing_a_layout_gives_up_when_its_time_is_over_and_may_be_asked_again
 
 
 @pytest.mark.host
+@pytest.mark.parametrize(("call", "deferred"), [("event_query", False), ("memcpy_2d_async", True)])
+def test_removing_a_layout_gives_up_where_the_driver_does_not_come_back(bench, host, call, deferred):
+    """The call is about another layout, but the thread inside it looks at both."""
+    first, other = bench.caches[0], bench.add(name="other")
+    bench.save(first, KEYS).wait(20_000)
+    bench.save(other, KEYS, deferred=True).wait(20_000)
+    host.hold()
+    host.stop_calls(call)
+    job = bench.load(first, KEYS, [8, 9, 10], deferred=deferred)
+    while not host.stopped():
+        time.sleep(0)
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="calls of the driver are not done after 5 ms"):
+            bench.engine.remove_layout(other.layout, timeout_ms=5)
+    host.stop_calls()
+    host.release()
+    bench.engine.remove_layout(other.layout, timeout_ms=20_000)
+    job.wait(20_000)
+    assert len(bench.engine.queues) == 3 and holds(first, 9, 2)
+    bench.engine.add_layout(other.layout)
+    assert bench.load(other, KEYS, [8, 9, 10], deferred=deferred).num_blocks == 3
+
+
+@pytest.mark.host
 def test_while_a_layout_is_being_removed_calls_that_name_none_mean_another_of_its_kind(bench, host):
     first, moved = bench.caches[0], bench.add()
     bench.save(first, KEYS).wait(20_000)
