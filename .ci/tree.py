@@ -31,7 +31,10 @@ def sources(root):
 
 
 def mirror(target, root=ROOT):
-    """Make the sources under `target` equal to those under `root`; what was built in `target` stays."""
+    """Make the sources under `target` equal to those under `root`; what was built in `target` stays.
+
+    What Cython made of them in `root` goes with them: other flags of the C compiler change nothing about it.
+    """
     wanted = sources(root)
     for path in set(sources(target)) - set(wanted):
         (target / path).unlink()
@@ -40,6 +43,9 @@ def mirror(target, root=ROOT):
         if not copy.exists() or os.stat(copy).st_mtime_ns != os.stat(source).st_mtime_ns:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, copy)
+    if (root / "build/cython").is_dir() and not (target / "build/cython").exists():
+        shutil.copytree(root / "build/cython", target / "build/cython")
+        shutil.copy2(root / "build/directives", target / "build/directives")
 
 
 if __name__ == "__main__":
