@@ -7,6 +7,7 @@
 #   BASELINES=dir       where `bench-baseline` stores             (.benchmarks)
 #   PYTHON_VLLM=path    a Python 3.11, which vLLM's tests need    (python3.11)
 #   VLLM_VENVS=dir      where `test-vllm` makes its environments  (.venv-vllm)
+#   VLLM_ENGINES="a b"  which vLLMs it starts as whole engines    (0.15.1 0.32.0)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +17,7 @@ MUTANTS ?=
 BASELINES ?= .benchmarks
 PYTHON_VLLM ?= python3.11
 VLLM_VENVS ?= .venv-vllm
+VLLM_ENGINES ?= 0.15.1 0.32.0
 
 export PYTHONPATH := $(CURDIR)
 
@@ -81,14 +83,18 @@ RUN_VLLM = \
 	PYTHONHASHSEED=0 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind \
 	OMP_NUM_THREADS=2 $(VLLM_VENVS)/$(1)/bin/python -m pytest tests/vllm $(2) $(PYTEST_ARGS)
 
+# The tests that start a whole vLLM, where that is not asked for.
+WHOLE_ENGINES := tests/vllm/test_engine.py tests/vllm/test_server.py
+LEFT_OUT = $(if $(filter $(1),$(VLLM_ENGINES)),,$(WHOLE_ENGINES:%=--ignore=%))
+
 test-vllm: build  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each
 	@.ci/system-packages $(PYTHON_VLLM)
-	$(call RUN_VLLM,0.15.1)
-	$(call RUN_VLLM,0.32.0)
+	$(call RUN_VLLM,0.15.1,$(call LEFT_OUT,0.15.1))
+	$(call RUN_VLLM,0.32.0,$(call LEFT_OUT,0.32.0))
 
 test-vllm-all: test-vllm  ## in 0.26 and 0.33 as well, where only the scheduler runs
-	$(call RUN_VLLM,0.26.0,--ignore=tests/vllm/test_engine.py)
-	$(call RUN_VLLM,0.33.0,--ignore=tests/vllm/test_engine.py)
+	$(call RUN_VLLM,0.26.0,$(call LEFT_OUT,0.26.0))
+	$(call RUN_VLLM,0.33.0,$(call LEFT_OUT,0.33.0))
 
 # Fetched from the package index, never kept here; whatever lies in build/vllm-peers is made anew when its pins change.
 PEERS := $(CURDIR)/build/vllm-peers
