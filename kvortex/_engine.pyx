@@ -662,14 +662,14 @@ cdef class EngineCore:
         submitter = self.carriers.submitter
         stuck = submitter is not None and not submitter.end(deadline, False)
         with nogil:
-            self.carriers.thread.stop()
+            stuck |= not self.carriers.thread.stop(deadline)
         if self.calls or stuck:
-            # A call, or the submitter, does not come to its end: leave it its parts.
+            # A call, the submitter or the completion thread does not come to its end: leave it its parts.
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
             self.leaked = self.ended = True
             Py_INCREF(self.loans)
-            Py_INCREF(self.carriers)  # pool and layouts, which the submitter may still look at
+            Py_INCREF(self.carriers)  # pool and layouts, which these threads may still look at
             self.pool.abandon()
             return True
         for queue in self.queues:

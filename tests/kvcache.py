@@ -135,6 +135,12 @@ def make_engine(cache, num_slots, make_config=kvortex.KVortexConfig, **settings)
     return engine
 
 
+def is_mapped(address):
+    with open("/proc/self/maps") as maps:
+        ranges = [line.split()[0].split("-") for line in maps]
+    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
+
+
 def leaves_its_engine_behind(test):
     """Run the test in a process of its own: an engine that loses patience keeps its device, and all that is on it."""
 
@@ -142,7 +148,8 @@ def leaves_its_engine_behind(test):
     def run(*args, **fixtures):
         if os.environ.get("KVORTEX_TEST_ALONE"):
             return test(*args, **fixtures)
-        node = f"{inspect.getsourcefile(test)}::{test.__name__}"
+        name = os.environ["PYTEST_CURRENT_TEST"].rpartition("::")[2].rpartition(" ")[0]  # with its parameters
+        node = f"{inspect.getsourcefile(test)}::{name}"
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", node],
             env={**os.environ, "KVORTEX_TEST_ALONE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -1,5 +1,7 @@
 """CompletionThread: retires the jobs of an engine's queues. The map; the code is in _completion.pyx."""
 
+from libc.stdint cimport uint64_t
+
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device
 from kvortex.transfer._queue_list cimport QueueList
@@ -12,6 +14,7 @@ cdef class CompletionThread:
     cdef QueueList polled
     cdef pthread_t thread
     cdef bint running
+    cdef bint has_ended               # under the monitor of `signals`
 
     cdef void run(self) noexcept nogil
-    cdef void stop(self) noexcept nogil
+    cdef bint stop(self, uint64_t deadline_ns) noexcept nogil

@@ -12,6 +12,7 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 
 cdef uint64_t SHORTEST_NAP_NS = 20_000
 cdef uint64_t LONGEST_NAP_NS = 50_000
+cdef uint64_t PATIENCE_NS = 200_000_000  # for its last call of the driver, beyond the deadline
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
@@ -34,6 +35,8 @@ cdef class CompletionThread:
         while True:
             _c.kv_monitor_lock(&self.signals.monitor)
             if self.signals.stopping:
+                self.has_ended = True
+                _c.kv_monitor_broadcast(&self.signals.monitor)
                 _c.kv_monitor_unlock(&self.signals.monitor)
                 return
             seen = self.signals.num_sealed
@@ -60,16 +63,28 @@ cdef class CompletionThread:
                     _c.kv_monitor_wait(&self.signals.monitor, <uint64_t>-1)
                 _c.kv_monitor_unlock(&self.signals.monitor)
 
-    cdef void stop(self) noexcept nogil:
-        """End the thread and wait for it; jobs still in flight stay unretired."""
-        if self.running:
-            self.signals.stop()
+    cdef bint stop(self, uint64_t deadline_ns) noexcept nogil:
+        """End the thread; jobs still in flight stay unretired. False: it does not come back from a call of the driver,
+        so nothing that it uses may go.
+        """
+        cdef uint64_t until = deadline_ns if deadline_ns == _c.KV_NEVER_NS else deadline_ns + PATIENCE_NS
+        cdef bint ended
+        if not self.running:
+            return True
+        self.signals.stop()
+        _c.kv_monitor_lock(&self.signals.monitor)
+        while not self.has_ended and _c.kv_now_ns() < until:
+            _c.kv_monitor_wait(&self.signals.monitor, until)
+        ended = self.has_ended
+        _c.kv_monitor_unlock(&self.signals.monitor)
+        if ended:
             _c.pthread_join(self.thread, NULL)
             self.running = False
+        return ended
 
     def __dealloc__(self):
         if self.running and self.device.pid == getpid():
-            self.stop()
+            self.stop(_c.KV_NEVER_NS)
 
 
 cdef void *completion_main(void *thread) noexcept nogil:

@@ -1,11 +1,14 @@
 """Deferred jobs: a thread of the engine submits their copies, in the order of their turns."""
 
+import gc
+import os
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
-from kvcache import content, keys_of, leaves_its_engine_behind
+from kvcache import DeviceCache, content, is_mapped, keys_of, leaves_its_engine_behind, make_engine
 
 import kvortex
 from kvortex import ReserveStatus
@@ -338,6 +341,52 @@ def test_a_shutdown_that_loses_patience_wakes_whoever_waits_for_a_submission(mak
     host.stop_calls()
     ended.join(20)
     assert not ended.is_alive()
+
+
+@leaves_its_engine_behind
+@pytest.mark.parametrize("call", [COPY, "event_query"])
+def test_what_a_thread_uses_that_does_not_come_back_from_the_driver_is_kept(device, stream, host, call):
+    """The submitter, or the completion thread: it goes on after engine, cache and job are gone."""
+    cache = DeviceCache(device)
+    memory = np.zeros((16, 512), np.uint8)
+    layout = kvortex.KVLayout.from_tensors([memory])
+    engine = make_engine(cache, 8, deferred=True, shutdown_timeout_ms=50)
+    engine.add_layout(layout)
+    host.stop_calls(call)
+    if call != COPY:
+        host.hold()
+    engine.save_blocks(keys_of([1, 2]), [0, 1], stream=stream)
+    engine.save_blocks(keys_of([1, 2]), [0, 1], stream=stream, layout=layout)
+    thread, (queue, *_) = stands(host, call), engine.queues
+    address, alive = engine.pool.address(0), weakref.ref(memory)
+    engine.shutdown()
+    del engine, layout, memory
+    gc.collect()
+    assert alive() is not None and is_mapped(address)
+    host.release()
+    time.sleep(0.02)  # the copies end, so that a call that asks for them hears so
+    host.stop_calls()
+    while os.path.exists(f"/proc/self/task/{thread}"):
+        time.sleep(0)
+    assert queue.jobs_in_flight == 1, "a record was given away although nobody knows whether its copies are over"
+    cache.close()
+
+
+def test_wait_on_a_failed_job_that_is_just_being_retired_raises(bench, host):
+    """Its slots are not given back while another call has the index, and until then nobody knows how it ended."""
+    host.hold()
+    host.fail_call(1, OUT_OF_MEMORY, field=COPY)
+    job = bench.engine.save_blocks(keys_of([1]), [0], stream=bench.stream)
+    while not job.submitted:
+        time.sleep(0)
+    unknown = np.zeros((8_000_000, 32), np.uint8)
+    thread, _ = in_thread(lambda: bench.engine.discard_blocks(unknown))
+    time.sleep(0.01)
+    host.release()
+    time.sleep(0.01)
+    with pytest.raises(kvortex.DriverError):
+        job.wait_on(bench.stream)
+    thread.join(20)
 
 
 def test_a_failure_wakes_whoever_waits_for_a_submission_that_is_long_in_coming(bench, host):

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from kvcache import DeviceCache, keys_of, make_engine
+from kvcache import DeviceCache, is_mapped, keys_of, make_engine
 
 import kvortex
 
@@ -156,12 +156,6 @@ def test_a_pool_that_is_closed(device, host):
     assert not is_mapped(address)
 
 
-def is_mapped(address):
-    with open("/proc/self/maps") as maps:
-        ranges = [line.split()[0].split("-") for line in maps]
-    return any(int(first, 16) <= address < int(end, 16) for first, end in ranges)
-
-
 def test_a_handler_may_shut_down_what_is_being_shut_down(device, stream, host):
     cache = DeviceCache(device)  # held until its copies are over
     engine = make_engine(cache, 4, shutdown_timeout_ms=20_000)
@@ -207,7 +201,11 @@ def test_a_replay_that_pins_its_pool(tmp_path):
     """A pool that takes long to pin; only a part of it is touched before the interrupt."""
     command = [sys.executable, "-m", "kvortex", "replay", "--device", "host", "--pool-bytes", "6GiB"]
     replay = subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    while resident_bytes(replay.pid) < 400 * MIB:
+    while not any(f"-{replay.pid}-" in name for name in os.listdir("/dev/shm")):  # what it has yet to touch
+        assert replay.poll() is None
+        time.sleep(0.001)
+    before = resident_bytes(replay.pid)
+    while resident_bytes(replay.pid) < before + 100 * MIB:
         assert replay.poll() is None
     replay.send_signal(signal.SIGINT)
     assert replay.wait(60) == 130

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from kvcache import DeviceCache, content, keys_of, make_engine
+from kvcache import DeviceCache, content, is_mapped, keys_of, make_engine
 
 import kvortex
 
@@ -66,9 +66,13 @@ def test_batch_copies_wait_for_the_callers_stream(make_bench, host):
 
 def test_short_load_does_not_overtake_the_long_save_that_reads_its_target(bench, host):
     bench.saved([100])
+    for block in range(7):
+        bench.cache.write(block, content(block, 0, bench.cache.block_bytes))
     host.set_delay_us(STEP_US, STEP_US)
-    save = bench.save(range(7))
+    host.hold()  # both start when both are submitted
+    save = bench.engine.save_blocks(keys_of(range(7)), range(7), stream=bench.stream)
     load = bench.load([100], [6])
+    host.release()
     save.wait(20_000)
     load.wait(20_000)
     assert bench.holds(6, 100)
@@ -79,8 +83,10 @@ def test_short_load_does_not_overtake_the_long_save_that_reads_its_target(bench,
 def test_short_save_does_not_overtake_the_long_load_that_writes_its_source(bench, host):
     bench.saved(range(7))
     host.set_delay_us(STEP_US, STEP_US)
+    host.hold()
     load = bench.load(range(7), range(10, 17))
     save = bench.engine.save_blocks(keys_of([100]), [16], stream=bench.stream)
+    host.release()
     load.wait(20_000)
     save.wait(20_000)
     bench.load([100], [20]).wait(20_000)
@@ -190,12 +196,6 @@ def test_pool_of_a_dead_context_stays_mapped_after_shutdown(bench, host):
         time.sleep(0)
     bench.engine.shutdown()
     assert is_mapped(address), "a copy that is still running would write into somebody else's memory"
-
-
-def is_mapped(address):
-    with open("/proc/self/maps") as maps:
-        ranges = [line.split()[0].split("-") for line in maps]
-    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
 # what the driver refuses is not asked of it
