@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -133,6 +134,54 @@ def test_gathered_blocks_survive_kernels_and_copies_that_run_late(gathered, stre
     move_gathered(
         gathered, stream, seed + round_, lambda high_us: host.set_delay_us(0, high_us, seed + round_), [GATHERED_BLOCKS]
     )
+
+
+@pytest.mark.host
+def test_a_gathered_load_is_over_when_its_last_kernel_is(gathered, stream, host):
+    """The kernel begins late, and what comes behind it on the queue's own stream does not."""
+    cache, pool, _, loads = gathered
+    record = os.urandom(1 << 20)
+    pool.view(3)[:] = record
+    jobs = []
+    host.stop_calls("launch_kernel")
+    thread = threading.Thread(
+        target=lambda: jobs.append(loads.submit(cache.layout, [5], pool, [3], stream=stream)), daemon=True
+    )
+    thread.start()
+    while not host.stopped():
+        time.sleep(0)
+    time.sleep(0.05)  # what is on the streams by now is over
+    host.set_delay_us(300_000, 300_000)
+    host.stop_calls("launch_kernel", "event_record")
+    host.step(*host.stopped())
+    while list(host.stopped().values()) != ["event_record"]:
+        time.sleep(0)
+    time.sleep(0.05)  # the kernel's stream sleeps by now
+    host.set_delay_us(0, 0)
+    host.stop_calls()
+    thread.join(20)
+    jobs[0].wait(TIMEOUT_MS)
+    assert cache.read(5) == record, "the job was over before its kernel"
+
+
+@pytest.mark.host
+def test_a_queue_that_submits_copies_cannot_be_made_to_gather(device, moved, host):
+    layout = moved.cache.layout
+    signals = JobSignals()
+    with TransferQueue(device, "D2H", signals=signals) as queue, Submitter(device, signals, [queue]):
+        before = host.live_objects()
+        host.stop_calls("memcpy_batch_async")
+        job = queue.submit(layout, [0], moved.pool, [0], stream=moved.stream, deferred=True)
+        while not host.stopped():
+            time.sleep(0)
+        with pytest.raises(ValueError, match="copies of a job are being submitted"):
+            queue.use_gather(layout, 4)
+        assert queue.gather is None and host.live_objects() == before
+        host.stop_calls()
+        job.wait(TIMEOUT_MS)
+        queue.use_gather(layout, 4)
+        queue.submit(layout, [0, 1], moved.pool, [0, 1], stream=moved.stream, deferred=True).wait(TIMEOUT_MS)
+        assert [bytes(moved.pool.view(slot)) for slot in (0, 1)] == [moved.cache.read(block) for block in (0, 1)]
 
 
 def test_unfit_gathers_are_refused(device, moved, d2h):
