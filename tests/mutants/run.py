@@ -127,7 +127,7 @@ def make_clean_tree(root, work):
     if is_new:
         ours = shutil.ignore_patterns("mutants", "sanitize", "coverage", "annotate")
         if (root / "build").exists():
-            shutil.copytree(root / "build", clean / "build", ignore=ours)
+            shutil.copytree(root / "build", clean / "build", ignore=ours, dirs_exist_ok=True)
         for module in (root / "kvortex").rglob("*.so"):
             shutil.copy2(module, clean / module.relative_to(root))
     if (log := build(clean)) is not None:
