@@ -19,7 +19,7 @@ pytestmark = pytest.mark.host
 def run(*arguments, **environ):
     """Run a function of creation.py in a process of its own, where resources can be counted."""
     command = [sys.executable, HERE / "creation.py", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=110, env={**os.environ, **environ})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env={**os.environ, **environ})
     assert done.returncode == 0, done.stderr
 
 

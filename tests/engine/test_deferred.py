@@ -38,6 +38,12 @@ def stands(host, field=COPY):
     raise AssertionError(f"nobody came to {field}")
 
 
+def outlive(native_id):
+    """Wait for the end of a thread that was given up: what it copies must live until then."""
+    while os.path.exists(f"/proc/self/task/{native_id}"):
+        time.sleep(0)
+
+
 def in_thread(call):
     answers = []
 
@@ -330,7 +336,7 @@ def test_a_shutdown_that_loses_patience_wakes_whoever_waits_for_a_submission(mak
     bench = make_bench(8, num_transfer_streams=2, deferred=True, shutdown_timeout_ms=100)
     host.stop_calls(COPY)
     job = bench.save([1])
-    stands(host)
+    submitter = stands(host)
     waits = [in_thread(lambda: job.wait_on(bench.stream)), in_thread(job.wait)]
     overtaken = in_thread(lambda: bench.engine.save_blocks(keys_of([2]), [2], stream=bench.stream, deferred=False))
     time.sleep(0.01)
@@ -341,6 +347,7 @@ def test_a_shutdown_that_loses_patience_wakes_whoever_waits_for_a_submission(mak
     host.stop_calls()
     ended.join(20)
     assert not ended.is_alive()
+    outlive(submitter)
 
 
 @leaves_its_engine_behind
@@ -366,8 +373,7 @@ def test_what_a_thread_uses_that_does_not_come_back_from_the_driver_is_kept(devi
     host.release()
     time.sleep(0.02)  # the copies end, so that a call that asks for them hears so
     host.stop_calls()
-    while os.path.exists(f"/proc/self/task/{thread}"):
-        time.sleep(0)
+    outlive(thread)
     assert queue.jobs_in_flight == 1, "a record was given away although nobody knows whether its copies are over"
     cache.close()
 
