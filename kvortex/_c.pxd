@@ -373,6 +373,110 @@ cdef extern from "kvortex/histogram.h" nogil:
     uint64_t kv_histogram_percentile(const kv_histogram *histogram, double fraction)
 
 
+# kvortex/sums.h, record.h (tiers) ----------------------------------------------------------------------------------
+cdef extern from "kvortex/sums.h" nogil:
+    ctypedef struct kv_sums:
+        uint64_t xxh3, weighted
+
+    int kv_has_vectors()
+    kv_sums kv_sums_of(const uint8_t *data, size_t nbytes, int vectors)
+
+
+cdef extern from "kvortex/record.h" nogil:
+    enum:
+        KV_RECORD_HEADER_BYTES, KV_RECORD_VERSION, KV_DIGEST_BYTES
+
+    const int KV_RECORD_OK, KV_RECORD_MISSING, KV_RECORD_VERSION_DIFFERS, KV_RECORD_HEADER_DAMAGED
+    const int KV_RECORD_NAMESPACE_DIFFERS, KV_RECORD_RANK_DIFFERS, KV_RECORD_CODEC_DIFFERS, KV_RECORD_TAG_DIFFERS
+    const int KV_RECORD_KEY_DIFFERS, KV_RECORD_NAME_DIFFERS, KV_RECORD_LENGTH_DIFFERS, KV_RECORD_PAYLOAD_DAMAGED
+
+    ctypedef struct kv_record_header:
+        uint32_t codec, rank, group, stored_bytes, block_bytes
+        const uint8_t *space "space"
+        const uint8_t *tag "tag"
+        const uint8_t *key "key"
+        const uint8_t *name "name"
+        uint64_t payload_xxh3, payload_weighted
+
+    ctypedef struct kv_record:
+        const uint8_t *space
+        const uint8_t *tag
+        const uint8_t *key
+        const uint8_t *name
+        uint32_t rank, group, codec, stored_bytes, block_bytes
+
+    void kv_record_write(kv_record_header *header, const kv_record *record, int vectors)
+    int kv_record_check_page(const kv_record_header *header, int vectors)
+    int kv_record_check_store(const kv_record_header *header, const kv_record *expected, int vectors)
+    int kv_record_check(const kv_record_header *header, const kv_record *expected, int vectors)
+
+
+# kvortex/io_calls.h, io_queue.h, disk_io.h (tiers) -----------------------------------------------------------------
+cdef extern from "kvortex/io_calls.h" nogil:
+    enum:
+        KV_IO_UNIT_BYTES
+
+    ctypedef struct kv_io_calls:
+        int (*open)(const char *path, int flags, unsigned mode) noexcept nogil
+        int (*allocate)(int file, int64_t nbytes) noexcept nogil
+        int (*resize)(int file, int64_t nbytes) noexcept nogil
+        int (*direct_align)(int file) noexcept nogil
+        int (*set_direct)(int file, int direct) noexcept nogil
+        int (*sync)(int file) noexcept nogil
+        int (*close)(int file) noexcept nogil
+
+    const kv_io_calls kv_io_system
+    int kv_read_all(const kv_io_calls *calls, int file, void *target, size_t nbytes, int64_t offset)
+    int kv_write_all(const kv_io_calls *calls, int file, const void *source, size_t nbytes, int64_t offset)
+
+
+cdef extern from "kvortex/io_queue.h" nogil:
+    const int KV_IO_PUT, KV_IO_GET, KV_IO_ERASE, KV_IO_SCAN, KV_IO_SYNC, KV_IO_NUM_VERBS
+    const int KV_BLOCK_LATE, KV_BLOCK_DROPPED, KV_BLOCK_READ_ONLY, KV_BLOCK_NO_SPACE, KV_BLOCK_IO_ERROR
+    const int KV_BLOCK_SHORT, KV_BLOCK_PENDING, KV_BLOCK_NUM_STATUSES, KV_IO_MAX_THREADS
+
+    ctypedef struct kv_io_batch:
+        uint32_t num_blocks
+        uint8_t *tag
+        uint32_t *slots
+        uint32_t *memory
+        uint32_t *lengths
+        uint32_t *groups
+        uint8_t *keys
+        uint8_t *names
+        uint8_t *statuses
+
+    ctypedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept nogil
+
+    ctypedef struct kv_io_queue:
+        kv_monitor monitor
+        uint32_t num_waiting, num_running, most_waiting
+        uint64_t (*counts)[23]
+
+    kv_io_batch *kv_io_batch_new(uint8_t verb, uint32_t num_blocks, uint64_t deadline_ns)
+    void kv_io_let_go(kv_io_batch *batch)
+    int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint32_t capacity, kv_io_run run, void *owner)
+    uint32_t kv_io_start(kv_io_queue *queue, uint32_t num_threads)
+    void kv_io_submit(kv_io_queue *queue, kv_io_batch *batch)
+    int kv_io_wait(kv_io_queue *queue, kv_io_batch *batch, uint64_t until_ns)
+    uint32_t kv_io_wait_idle(kv_io_queue *queue, uint64_t until_ns)
+    int kv_io_stop(kv_io_queue *queue, uint64_t until_ns)
+    void kv_io_queue_destroy(kv_io_queue *queue)
+
+
+cdef extern from "kvortex/disk_io.h" nogil:
+    ctypedef struct kv_disk:
+        const kv_io_calls *calls
+        kv_slots memory
+        const int *files
+        uint32_t slots_per_segment, rank
+        uint8_t *space
+        int vectors, read_only_error, buffered_error, last_error
+        uint64_t bytes_written, bytes_read
+
+    uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept
+
+
 cdef extern from "kvortex/dlpack.h" nogil:
     const int KV_DLPACK_CPU, KV_DLPACK_CUDA, KV_DLPACK_CUDA_HOST, KV_DLPACK_CUDA_MANAGED
     const int KV_DLPACK_UINT, KV_DLPACK_READ_ONLY, KV_DLPACK_IS_COPIED

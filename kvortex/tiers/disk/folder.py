@@ -1,0 +1,72 @@
+"""The folder of one process's part of a disk tier: made, checked, and locked for as long as the process has it."""
+
+import fcntl
+import os
+import socket
+import stat
+
+from kvortex.errors import TierError
+
+LOCK_NAME = "lock"
+
+
+class Folder:
+    """``path/<8 hex of the namespace>/dp<replica>-rank<rank>``, for its owner alone.
+
+    Attributes
+    ----------
+    path : str
+    """
+
+    def __init__(self, path, namespace, *, replica=0, rank=0):
+        self._lock = None
+        try:
+            parent = os.path.join(os.fspath(path), namespace[:4].hex())
+            self.path = os.path.join(parent, f"dp{replica}-rank{rank}")
+            os.makedirs(path, 0o700, exist_ok=True)
+            for folder in (parent, self.path):
+                _make_private(folder)
+            self._lock = _lock(os.path.join(self.path, LOCK_NAME), self.path)
+        except TierError:
+            raise
+        except OSError as error:
+            raise TierError(
+                f"the disk tier cannot use {path}: {error.strerror} ({error.filename}); make it a folder that this "
+                f"user may write, or name another one"
+            ) from error
+
+    def close(self):
+        """Let others have it. Idempotent."""
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_private(folder):
+    """Make a folder that nobody else may enter; one of another user is refused."""
+    try:
+        os.mkdir(folder, 0o700)
+    except FileExistsError:
+        facts = os.lstat(folder)
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+            what = f"belongs to user {facts.st_uid}" if stat.S_ISDIR(facts.st_mode) else "is no folder"
+            raise TierError(f"{folder} {what}, and this process is user {os.geteuid()}; name another path") from None
+        if stat.S_IMODE(facts.st_mode) != 0o700:
+            os.chmod(folder, 0o700)
+
+
+def _lock(path, folder):
+    """Take the lock file; the kernel lets go of it when the process ends, however it ends."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(file, 0)
+        os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(file, 512, 0).decode(errors="replace") or "another process"
+        os.close(file)
+        raise TierError(f"{folder} is in use by {holder}; end that first, or name another path") from None
+    except BaseException:
+        os.close(file)
+        raise
+    return file

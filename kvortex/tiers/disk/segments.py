@@ -1,0 +1,182 @@
+"""Segments: files of fixed slots over one or several folders. Which there are follows from the quota alone."""
+
+import errno
+import os
+import struct
+
+from kvortex.config import bytes_text
+from kvortex.errors import ConfigError, TierError
+from kvortex.log import warn_once
+from kvortex.slots import PAGE_BYTES
+from kvortex.tiers._record import payload_sums
+from kvortex.tiers.disk._io_calls import IoCalls
+from kvortex.tiers.disk.folder import Folder
+
+SEGMENT_BYTES = 1 << 30
+SUFFIX = ".segment"
+MAGIC, VERSION = b"VORTXKS1", 1
+UNPREALLOCATED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What the file system needs for itself is the quota's too: the map of a file's pieces, folders, the lock.
+MAP_BYTES, MAP_SHARE, FOLDER_BYTES = 64 << 10, 2048, 64 << 10
+
+
+class Segments:
+    """The open segments of one process, in locked folders.
+
+    Segment i lies in folder ``i % len(paths)``, and slot s in segment ``s // slots_per_segment``, behind its page. So a
+    larger quota adds slots and a smaller one takes the last ones away, and the others stay where they are.
+
+    Parameters
+    ----------
+    paths : sequence of path-like
+        Folders on as many disks.
+    namespace : bytes
+        32 bytes that name the model as loaded.
+    stride_bytes : int
+        Of a slot: header page and payload in whole pages.
+    disk_bytes : int
+        What all of it may take of the disks, for this process.
+    rank, replica : int, default 0
+    segment_bytes : int, default 1 GiB
+    direct : bool, default True
+        Go past the page cache where the file system can.
+    calls : IoCalls, optional
+
+    Raises
+    ------
+    ConfigError
+        No path, or a quota that holds no slot.
+    TierError
+        A folder is in use, of another user or not writable, or the disk has no room for the quota.
+    """
+
+    def __init__(self, paths, *, namespace, stride_bytes, disk_bytes, rank=0, replica=0, segment_bytes=SEGMENT_BYTES,
+                 direct=True, calls=None):  # fmt: skip
+        self.stride_bytes, self.calls = stride_bytes, calls or IoCalls()
+        self.slots_per_segment, self.num_slots = slots_of(disk_bytes - FOLDER_BYTES * len(paths), stride_bytes,
+                                                          segment_bytes)  # fmt: skip
+        if not paths or self.num_slots < 1:
+            raise ConfigError(
+                f"a disk tier of {bytes_text(disk_bytes)} over {len(paths)} folders holds no block of {stride_bytes} "
+                f"bytes; give it a path and a larger disk_bytes"
+            )
+        self.files, self.new_slots, self.buffered_reason = [], [], None if direct else "direct=False"
+        self._folders, self._new, self._dropped, self._sparse = [], 0, 0, 0
+        try:
+            for path in paths:
+                self._folders.append(Folder(path, namespace, replica=replica, rank=rank))
+            self._delete_others()
+            for number in range(-(-self.num_slots // self.slots_per_segment)):
+                self._open(number, segment_page(namespace, rank, number, stride_bytes))
+        except BaseException:
+            self.close()
+            raise
+
+    def _name(self, number):
+        folder = self._folders[number % len(self._folders)]
+        return os.path.join(folder.path, f"{number:06}{SUFFIX}")
+
+    def _delete_others(self):
+        """Delete what a larger quota or other folders left behind, before room is asked for."""
+        wanted = {self._name(number) for number in range(-(-self.num_slots // self.slots_per_segment))}
+        for folder in self._folders:
+            for entry in os.scandir(folder.path):
+                if entry.name.endswith(SUFFIX) and entry.path not in wanted:
+                    os.unlink(entry.path)
+                    self._dropped += 1
+
+    def _open(self, number, page):
+        path, calls = self._name(number), self.calls
+        first = number * self.slots_per_segment
+        count = min(self.slots_per_segment, self.num_slots - first)
+        nbytes = PAGE_BYTES + count * self.stride_bytes
+        try:
+            file = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
+            self.files.append(file)
+            size = os.fstat(file).st_size
+            is_ours = size >= PAGE_BYTES and calls.read(file, PAGE_BYTES, 0) == page
+            if not is_ours and size:
+                calls.resize(file, 0)
+                self._dropped += 1
+            elif size > nbytes:
+                calls.resize(file, nbytes)
+            self._make_room(file, nbytes)
+            if not is_ours:
+                calls.write(file, page, 0)
+                self.new_slots.append((first, count))
+                self._new += 1
+            if not self.buffered_reason:
+                self.buffered_reason = self._go_direct(file)
+        except OSError as error:
+            free = os.statvfs(os.path.dirname(path))
+            room = f"{bytes_text(free.f_bavail * free.f_frsize)} are free; set disk_bytes lower"
+            then = room if error.errno in (errno.ENOSPC, errno.EDQUOT) else "name another path, or mend the disk"
+            raise TierError(
+                f"segment {path} of {bytes_text(nbytes)} cannot be used: {error.strerror}; {then}"
+            ) from error
+
+    def _make_room(self, file, nbytes):
+        try:
+            self.calls.allocate(file, nbytes)
+        except OSError as error:
+            if error.errno not in UNPREALLOCATED:
+                raise
+            warn_once(
+                "segments_sparse",
+                "the file system reserves no room; when the disk is full, the tier becomes read-only",
+                folders=self.folders,
+            )
+            self.calls.resize(file, nbytes)
+            self._sparse += 1
+
+    def _go_direct(self, file):
+        """Go past the page cache; return why not, or None."""
+        try:
+            align = self.calls.direct_align(file)
+            if align == 0 or PAGE_BYTES % align:
+                return f"direct I/O needs {align} bytes of alignment" if align else "the file system has no direct I/O"
+        except OSError:
+            pass  # an older kernel does not tell: what it refuses, shows
+        try:
+            self.calls.set_direct(file, True)
+        except OSError as error:
+            return f"direct I/O was refused: {error.strerror}"
+        return None
+
+    @property
+    def folders(self):
+        """The folders, for messages."""
+        return [folder.path for folder in self._folders]
+
+    def facts(self):
+        """What stats tell of the segments."""
+        return {
+            "folders": self.folders,
+            "sparse_segments": self._sparse,
+            "new_segments": self._new,
+            "dropped_segments": self._dropped,
+        }
+
+    def close(self):
+        """Close the files and unlock the folders. Idempotent."""
+        files, self.files = self.files, []
+        for file in files:
+            self.calls.close(file)
+        for folder in self._folders:
+            folder.close()
+
+
+def slots_of(disk_bytes, stride_bytes, segment_bytes=SEGMENT_BYTES):
+    """Slots of a whole segment, and of all that the quota holds."""
+    around = PAGE_BYTES + max(MAP_BYTES, segment_bytes // MAP_SHARE)
+    segment_bytes = max(segment_bytes, around + stride_bytes)
+    per_segment = (segment_bytes - around) // stride_bytes
+    rest = max(0, disk_bytes % segment_bytes - around) // stride_bytes
+    return per_segment, max(0, disk_bytes) // segment_bytes * per_segment + rest
+
+
+def segment_page(namespace, rank, number, stride_bytes):
+    """The first page of a segment. One that differs in any byte is of another, and nothing behind it is read."""
+    fields = struct.pack("<8sIIIIQ32s", MAGIC, VERSION, 0, rank, number, stride_bytes, namespace)  # 0: the codec
+    body = fields.ljust(PAGE_BYTES - 8, b"\0")
+    return body + struct.pack("<Q", payload_sums(body)[0])
