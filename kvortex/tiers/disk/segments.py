@@ -146,7 +146,7 @@ class Segments:
     @property
     def folders(self):
         """The folders, for messages."""
-        return [folder.path for folder in self._folders]
+        return tuple(folder.path for folder in self._folders)
 
     def facts(self):
         """What stats tell of the segments."""

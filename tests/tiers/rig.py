@@ -1,0 +1,130 @@
+"""A pool, a store over it, and a hand that reaches behind the store's back."""
+
+import hashlib
+import os
+
+import numpy as np
+from memory_store import MemoryStore
+
+from kvortex import PinnedPool
+from kvortex.slots import PAGE_BYTES
+from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.disk._disk_store import DiskStore
+from kvortex.tiers.disk.segments import Segments
+
+SPACE, TAG, OTHER_TAG = (hashlib.sha256(text).digest() for text in (b"space", b"tag", b"other"))
+PAYLOAD_BYTES = 20_000  # no whole pages
+NUM_SLOTS, POOL_SLOTS = 40, 48
+SECONDS = 30_000  # a deadline that no healthy machine comes near
+STRIDE_BYTES = PAGE_BYTES + 5 * PAGE_BYTES
+SEGMENT_BYTES = (64 << 10) + PAGE_BYTES + 16 * STRIDE_BYTES  # 16 slots each
+
+
+def make_pool(num_slots=POOL_SLOTS):
+    pool = PinnedPool(num_slots * STRIDE_BYTES, PAYLOAD_BYTES, "host", header_bytes=PAGE_BYTES)
+    pool.wait_ready(SECONDS)
+    return pool
+
+
+def quota_of(num_slots, num_paths=1):
+    """The least `disk_bytes` with room for so many slots."""
+    whole, rest = divmod(num_slots, 16)
+    rest_bytes = (64 << 10) + PAGE_BYTES + rest * STRIDE_BYTES if rest else 0
+    return (64 << 10) * num_paths + whole * SEGMENT_BYTES + rest_bytes
+
+
+def open_segments(paths, num_slots=NUM_SLOTS, **settings):
+    settings = {"namespace": SPACE, "stride_bytes": STRIDE_BYTES, "segment_bytes": SEGMENT_BYTES, **settings}
+    return Segments(paths, disk_bytes=quota_of(num_slots, len(paths)), **settings)
+
+
+def block(key_id, generation=0, length=PAYLOAD_BYTES):
+    """Bytes that name their block and differ at every offset."""
+    return np.random.default_rng((key_id, generation)).bytes(length)
+
+
+def key_of(key_id):
+    return np.frombuffer(hashlib.sha256(b"%d" % key_id).digest(), np.uint8).reshape(1, 32)
+
+
+def keys_of(key_ids):
+    return np.concatenate([key_of(int(key_id)) for key_id in key_ids]) if len(key_ids) else np.zeros((0, 32), np.uint8)
+
+
+class Rig:
+    """A store with short verbs: block ids for keys, bytes for slots of the pool."""
+
+    def __init__(self, store, pool):
+        self.store, self.pool = store, pool
+
+    def put(self, slots, key_ids, *, generation=0, length=PAYLOAD_BYTES, tag=TAG, timeout_ms=SECONDS, wait=True):
+        """Put blocks from the pool's slots 0, 1, ...; return their statuses, or the batch."""
+        for i, key_id in enumerate(key_ids):
+            self.pool.view(i)[:length] = block(key_id, generation, length)
+        batch = self.store.put(slots, range(len(slots)), keys_of(key_ids), length, tag=tag, timeout_ms=timeout_ms)
+        return statuses_of(batch) if wait else batch
+
+    def get(self, slots, key_ids, *, length=PAYLOAD_BYTES, tag=TAG, timeout_ms=SECONDS):
+        """Get blocks into the pool's last slots; return the content, or the status, of each."""
+        first = self.pool.num_slots - len(slots)
+        for i in range(len(slots)):
+            self.pool.view(first + i)[:] = b"\xee" * self.pool.payload_bytes
+        targets = range(first, self.pool.num_slots)
+        batch = self.store.get(slots, targets, keys_of(key_ids), length, tag=tag, timeout_ms=timeout_ms)
+        return [
+            bytes(self.pool.view(first + i)[:length]) if status == BlockStatus.OK else BlockStatus(status)
+            for i, status in enumerate(batch.wait())
+        ]
+
+    def close(self):
+        self.store.close()
+        self.pool.close()
+
+
+def statuses_of(batch):
+    return [BlockStatus(status) for status in batch.wait()]
+
+
+class MemoryRig(Rig):
+    def __init__(self, path=None):
+        pool = make_pool()
+        super().__init__(MemoryStore(pool, NUM_SLOTS, namespace=SPACE), pool)
+
+    def read_record(self, slot):
+        return bytes(self.store.records[slot])
+
+    def write_record(self, slot, record):
+        self.store.records[slot][:] = record
+
+
+class DiskRig(Rig):
+    def __init__(self, path, *, num_slots=NUM_SLOTS, pool=None, num_threads=4, queue_blocks=4096, **settings):
+        pool = pool or make_pool()
+        paths = path if isinstance(path, list) else [path]
+        self.segments = open_segments(paths, num_slots, **settings)
+        store = DiskStore(pool, self.segments, namespace=SPACE, num_threads=num_threads, queue_blocks=queue_blocks)
+        super().__init__(store, pool)
+
+    def place(self, slot):
+        """File and offset of a slot, by a count of our own."""
+        name = f"{slot // 16:06}.segment"
+        folders = self.segments.folders
+        return os.path.join(folders[slot // 16 % len(folders)], name), PAGE_BYTES + slot % 16 * STRIDE_BYTES
+
+    def read_record(self, slot):
+        path, offset = self.place(slot)
+        with open(path, "rb") as file:
+            return os.pread(file.fileno(), STRIDE_BYTES, offset)
+
+    def write_record(self, slot, record):
+        path, offset = self.place(slot)
+        with open(path, "r+b") as file:
+            assert os.pwrite(file.fileno(), record, offset) == STRIDE_BYTES
+
+
+class BufferedRig(DiskRig):
+    def __init__(self, path):
+        super().__init__([path / "a", path / "b"], direct=False, num_threads=1)
+
+
+RIGS = {"memory": MemoryRig, "disk": DiskRig, "disk, buffered, two folders": BufferedRig}
