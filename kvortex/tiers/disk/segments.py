@@ -1,5 +1,6 @@
 """Segments: files of fixed slots over one or several folders. Which there are follows from the quota alone."""
 
+import contextlib
 import errno
 import os
 import struct
@@ -161,7 +162,8 @@ class Segments:
         """Close the files and unlock the folders. Idempotent."""
         files, self.files = self.files, []
         for file in files:
-            self.calls.close(file)
+            with contextlib.suppress(OSError):  # closed all the same; what was not written is a miss
+                self.calls.close(file)
         for folder in self._folders:
             folder.close()
 
@@ -169,10 +171,10 @@ class Segments:
 def slots_of(disk_bytes, stride_bytes, segment_bytes=SEGMENT_BYTES):
     """Slots of a whole segment, and of all that the quota holds."""
     around = PAGE_BYTES + max(MAP_BYTES, segment_bytes // MAP_SHARE)
-    segment_bytes = max(segment_bytes, around + stride_bytes)
+    segment_bytes, disk_bytes = max(segment_bytes, around + stride_bytes), max(0, disk_bytes)
     per_segment = (segment_bytes - around) // stride_bytes
     rest = max(0, disk_bytes % segment_bytes - around) // stride_bytes
-    return per_segment, max(0, disk_bytes) // segment_bytes * per_segment + rest
+    return per_segment, disk_bytes // segment_bytes * per_segment + rest
 
 
 def segment_page(namespace, rank, number, stride_bytes):
