@@ -222,6 +222,7 @@ cdef extern from "kvortex/lru.h" nogil:
     void kv_lru_use_behind(kv_lru *lru, uint32_t hotter, uint32_t slot)
     void kv_lru_push_offered(kv_lru *lru, uint32_t slot)
     void kv_lru_push_coldest_recent(kv_lru *lru, uint32_t slot)
+    void kv_lru_push_coldest(kv_lru *lru, uint32_t slot)
     void kv_lru_offer_again(kv_lru *lru)
 
 cdef extern from "kvortex/table.h" nogil:

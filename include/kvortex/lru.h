@@ -90,6 +90,12 @@ static inline void kv_lru_push_coldest_recent(kv_lru *lru, uint32_t slot)
     kv_list_push_last(lru->entries, lru->recent, slot);
 }
 
+/* A slot that is on neither list goes next of all. */
+static inline void kv_lru_push_coldest(kv_lru *lru, uint32_t slot)
+{
+    kv_list_push_last(lru->entries, kv_lru_cold_list(lru), slot);
+}
+
 /* The border goes to the cold end: nothing is offered, all blocks keep their order. */
 static inline void kv_lru_offer_again(kv_lru *lru)
 {

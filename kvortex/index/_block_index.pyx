@@ -160,6 +160,70 @@ cdef class BlockIndex:
         if taken != _c.KV_NO_SLOT:
             raise ValueError(f"slot {taken} was added before; each slot is added once")
 
+    def adopt(self, first, keys, lengths):
+        """Make slots available as `add_slots` does, some of which hold a block already.
+
+        So a tier's index learns what an earlier process left in the tier. What is adopted is colder than all that the
+        index has, the first of the batch before the next ones.
+
+        Parameters
+        ----------
+        first : int
+            Of as many slots as there are keys, none of which was added before.
+        keys : (n, 32) uint8 array
+        lengths : int or (n,) array-like of int
+            Bytes of the block that slot ``first + i`` holds; 0: it holds none.
+
+        Returns
+        -------
+        adopted : (n,) bool array
+            False where the slot holds none, or the index has the key already; the slot is free then.
+
+        Raises
+        ------
+        ValueError
+            As `add_slots`. Then nothing has changed.
+        """
+        cdef const uint8_t[:, ::1] key_view = as_keys(keys)
+        cdef size_t n = key_view.shape[0], i
+        cdef const uint32_t[::1] length_view = as_lengths(lengths, n)
+        cdef size_t length_step = length_view.shape[0] > 1
+        adopted = np.zeros(n, BOOL)
+        cdef uint8_t[::1] adopted_view = adopted.view(UINT8)
+        cdef uint32_t begin, slot
+        cdef uint64_t hash_value
+        cdef _c.kv_entry *entry
+        first = operator.index(first)
+        if first < 0 or first + <object>n > self.num_slots:
+            raise ValueError(f"slots {first} .. {first + <object>n - 1} are not within the {self.num_slots} of this "
+                             "index")
+        begin = first
+        with nogil:
+            _c.pthread_mutex_lock(&self.mutex)
+            for slot in range(begin, begin + <uint32_t>n):
+                if _c.kv_entry_state(&self.entries[slot]) != _c.KV_ABSENT:
+                    break
+            else:
+                slot = _c.KV_NO_SLOT
+                for i in range(n):
+                    if length_view[i * length_step] != 0:
+                        self.hash_chunk(&key_view[0, 0], i + 1, i, &hash_value)
+                        adopted_view[i] = self.find(&key_view[i, 0], hash_value) == _c.KV_NO_SLOT
+                    if not adopted_view[i]:
+                        self.add_locked(begin + <uint32_t>i, 1)
+                        continue
+                    entry = &self.entries[begin + i]
+                    _c.kv_entry_begin(entry, _c.kv_key_load(&key_view[i, 0]), length_view[i * length_step], 0)
+                    _c.kv_table_insert(&self.table, hash_value, begin + <uint32_t>i)
+                    _c.kv_lru_push_coldest(&self.lru, begin + <uint32_t>i)
+                    _c.kv_entry_set_state(entry, _c.KV_READY)
+                    self.count.slots_added += 1
+                    self.count.num_ready += 1
+            _c.pthread_mutex_unlock(&self.mutex)
+        if slot != _c.KV_NO_SLOT:
+            raise ValueError(f"slot {slot} was added before; each slot is added once")
+        return adopted
+
     # ---- writing ----------------------------------------------------------------------------------------------------
 
     def reserve(self, keys, lengths, *, after=None, stops=None, admit=0, bint victims=False):
