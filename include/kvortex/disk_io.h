@@ -106,6 +106,7 @@ static inline uint8_t kv_disk_get(kv_disk *disk, kv_io_batch *batch, uint32_t bl
     kv_record_header *header = (void *)(kv_slots_payload(&disk->memory, batch->memory[block]) - KV_RECORD_HEADER_BYTES);
     const kv_record record = kv_disk_record(disk, batch, block);
     const size_t bytes = kv_disk_bytes(record.stored_bytes);
+    header->magic = 0; /* a record that an earlier read left here is not this one */
     const int error = kv_disk_transfer(disk, batch->slots[block], header, bytes, 0);
     if (error)
         return kv_disk_status(disk, error, 0);
@@ -123,11 +124,12 @@ static inline uint8_t kv_disk_erase(kv_disk *disk, kv_io_batch *batch, uint32_t 
 /* What record the slot's header announces; its payload is verified when it is read. */
 static inline uint8_t kv_disk_scan(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *page)
 {
-    kv_record record = kv_disk_record(disk, batch, block);
+    const kv_record record = kv_disk_record(disk, batch, block);
+    kv_record_header *header = page;
+    header->magic = 0; /* as above */
     const int error = kv_disk_transfer(disk, batch->slots[block], page, KV_RECORD_HEADER_BYTES, 0);
     if (error)
         return kv_disk_status(disk, error, 0);
-    const kv_record_header *header = page;
     const int status = kv_record_check_store(header, &record, disk->vectors);
     if (status)
         return (uint8_t)status;

@@ -5,7 +5,8 @@
  * deadline finds waiting is OVER and LATE; one that it finds running is LATE, and OVER only when its I/O has returned.
  *
  * Invariants
- *   - At most `capacity` blocks wait; what is beyond is DROPPED at once. Nobody who submits waits for room.
+ *   - At most `capacity` blocks wait; what is beyond is DROPPED at once. Nobody who submits waits for room. What is to be
+ *     forgotten is never dropped: erasing always has room.
  *   - Operations on one tier slot run one after another, in the order in which they were submitted.
  *   - The memory of a block belongs to its batch until the block is OVER: a read that is late cannot be called back.
  *   - A batch is freed by whoever is last to let go of it: its owner, or the queue when all its blocks are OVER.
@@ -263,9 +264,11 @@ static inline void kv_io_submit(kv_io_queue *queue, kv_io_batch *batch)
 {
     kv_monitor_lock(&queue->monitor);
     kv_io_expire_waiting(queue, kv_now_ns());
-    uint32_t room = queue->stopping ? 0 : queue->capacity - queue->num_waiting;
-    if (room > batch->num_blocks)
+    uint32_t room = queue->num_waiting < queue->capacity ? queue->capacity - queue->num_waiting : 0;
+    if (room > batch->num_blocks || batch->verb == KV_IO_ERASE)
         room = batch->num_blocks;
+    if (queue->stopping)
+        room = 0;
     batch->num_waiting = room;
     queue->num_waiting += room;
     if (queue->num_waiting > queue->most_waiting)

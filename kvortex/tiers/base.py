@@ -4,8 +4,11 @@ The catalogue knows which block lies in which tier slot; it is a `BlockIndex`, w
 store moves blocks between tier slots and the slots of a pinned pool, and knows nothing of which block is whose. Whoever
 has both pairs their verbs::
 
-    put   catalogue.reserve -> store.put -> catalogue.commit where OK, abort elsewhere
+    put   catalogue.reserve -> store.put -> catalogue.commit where OK; elsewhere store.erase, catalogue.abort
     get   catalogue.acquire -> store.get -> catalogue.release, and discard where not OK
+
+A slot is erased when its put failed, when its commit answers DISCARDED, and when its block is discarded: else a copy of
+a block that the catalogue no longer knows would be adopted by the next process.
 """
 
 from typing import Protocol
@@ -88,7 +91,10 @@ class Store(Protocol):
         """Read blocks into slots of the pool. OK: the block that was asked for is there, all of it, verified."""
 
     def erase(self, slots, *, timeout_ms):
-        """Make whatever record lies in these slots unreadable; `flush` makes that durable."""
+        """Make whatever record lies in these slots unreadable; `flush` makes that durable.
+
+        Erasing always has room in the queue. A `timeout_ms` of None is no deadline.
+        """
 
     def scan(self, slots, *, tag, timeout_ms):
         """Read which block each slot announces, without its payload.

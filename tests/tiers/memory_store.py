@@ -39,7 +39,7 @@ class MemoryStore:
             raise ValueError("slots")
         batch = MemoryBatch(len(slots))
         for i, slot in enumerate(slots):
-            batch.statuses[i] = one(batch, i, int(slot)) if timeout_ms else BlockStatus.LATE
+            batch.statuses[i] = BlockStatus.LATE if timeout_ms == 0 else one(batch, i, int(slot))
             self.counts[verb][BlockStatus(batch.statuses[i]).name] += 1
         return batch
 

@@ -1,0 +1,144 @@
+"""DiskTier: the settings of a tier on local disks, and what they open."""
+
+import os
+from dataclasses import dataclass
+from operator import index
+
+from kvortex.errors import ConfigError
+from kvortex.index import NO_SLOT, BlockIndex
+from kvortex.tiers.base import look_up
+from kvortex.tiers.disk._disk_store import DiskStore
+from kvortex.tiers.disk.adoption import Adoption
+from kvortex.tiers.disk.segments import SEGMENT_BYTES, Segments
+
+NO_TAG = bytes(32)  # before any weights were named
+
+
+@dataclass(frozen=True)
+class DiskTier:
+    """Blocks on local disks.
+
+    Attributes
+    ----------
+    paths : str, path-like or sequence of them
+        Folders, best one a disk; made where they are missing. Segments lie in them in turn.
+    disk_bytes : int
+        What all ranks and replicas of an engine may take together.
+    num_threads : int, default 4
+        Blocks in flight, 1 to 64.
+    queue_blocks : int, default 4096
+        Blocks that may wait; what comes beyond is not written, or a miss.
+    direct : bool, default True
+        Go past the page cache where the file system can.
+    segment_bytes : int, default 1 GiB
+    """
+
+    paths: tuple
+    disk_bytes: int
+    num_threads: int = 4
+    queue_blocks: int = 4096
+    direct: bool = True
+    segment_bytes: int = SEGMENT_BYTES
+
+    def __post_init__(self):
+        paths = self.paths
+        alone = isinstance(paths, str | bytes | os.PathLike)
+        object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in ([paths] if alone else paths)))
+        if len(set(self.paths)) != len(self.paths):
+            raise ConfigError(f"paths must differ, got {', '.join(self.paths)}")
+        for name in ("disk_bytes", "segment_bytes"):
+            if index(getattr(self, name)) <= 0:
+                raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
+
+    def open(self, pool, *, namespace, tag=NO_TAG, rank=0, num_ranks=1, replica=0, num_replicas=1):
+        """Open the part of one rank: lock its folders, lay out segments, begin to adopt what is there.
+
+        Parameters
+        ----------
+        pool : PinnedPool
+            With a header page before each payload.
+        namespace, tag : bytes
+            32 bytes that name the model as loaded, and its weights.
+        rank, num_ranks, replica, num_replicas : int
+            Whose part of `disk_bytes` it is.
+
+        Returns
+        -------
+        tier : OpenDiskTier
+
+        Raises
+        ------
+        ConfigError, TierError
+            As `Segments` and `DiskStore`.
+        """
+        segments = Segments(
+            self.paths,
+            namespace=namespace,
+            stride_bytes=pool.stride_bytes,
+            disk_bytes=self.disk_bytes // (num_ranks * num_replicas),
+            rank=rank,
+            replica=replica,
+            segment_bytes=self.segment_bytes,
+            direct=self.direct,
+        )
+        try:
+            store = DiskStore(
+                pool,
+                segments,
+                namespace=namespace,
+                rank=rank,
+                num_threads=self.num_threads,
+                queue_blocks=self.queue_blocks,
+            )
+        except BaseException:
+            segments.close()
+            raise
+        return OpenDiskTier(store, tag, segments.new_slots)
+
+
+class OpenDiskTier:
+    """A catalogue and a store that forget together.
+
+    Attributes
+    ----------
+    catalogue : BlockIndex
+    store : Store
+    adoption : Adoption
+    tag : bytes
+        Of the weights: for every put and get from now on.
+    """
+
+    def __init__(self, store, tag, new_slots=()):
+        self.store, self.tag = store, tag
+        self.catalogue = BlockIndex(store.num_slots)
+        self.adoption = Adoption(store, self.catalogue, tag, new_slots)
+
+    def look_up(self, keys):
+        """HIT, MISS or BUSY for each key, without I/O."""
+        return look_up(self.catalogue, keys)
+
+    def discard(self, keys):
+        """Forget blocks at once, and erase them; return how many were there. `store.flush` makes it durable."""
+        self.adoption.discard(keys)
+        slots = self.catalogue.slots_of(keys)
+        count = self.catalogue.discard(keys)
+        if (slots != NO_SLOT).any():
+            self.store.erase(slots[slots != NO_SLOT], timeout_ms=None)
+        return count
+
+    def clear(self, tag):
+        """Forget everything at once: what is on the disk has another tag from now on."""
+        self.tag = tag
+        self.adoption.clear(tag)
+        self.catalogue.clear()
+
+    def close(self, timeout_ms=5000):
+        """Close the store and end the adoption. Idempotent."""
+        self.store.close(timeout_ms)
+        self.adoption.stop()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
