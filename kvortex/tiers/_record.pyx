@@ -145,14 +145,14 @@ def read_header(const uint8_t[::1] page not None):
                           header.payload_xxh3, header.payload_weighted)
 
 
-def payload_sums(const uint8_t[::1] data not None, *, bint vectors=True):
+def payload_sums(const uint8_t[::1] data not None, *, int vectors=2):
     """Compute the sums of a payload: its XXH3-64, and the weighted sum that a GPU can compute.
 
     Parameters
     ----------
     data : buffer
-    vectors : bool, default True
-        With the processor's vectors, where it has them; the sums are the same.
+    vectors : {2, 1, 0}, default 2
+        With the processor's vectors up to 512 bits, up to 256, or with none; the sums are the same.
 
     Returns
     -------
@@ -166,7 +166,7 @@ def payload_sums(const uint8_t[::1] data not None, *, bint vectors=True):
     cdef size_t nbytes = data.shape[0]
     cdef _c.kv_sums sums
     with nogil:
-        sums = _c.kv_sums_of(start, nbytes, vectors and _c.kv_has_vectors())
+        sums = _c.kv_sums_of(start, nbytes, min(vectors, _c.kv_has_vectors()))
     return sums.xxh3, sums.weighted
 
 

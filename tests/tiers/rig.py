@@ -127,4 +127,4 @@ class BufferedRig(DiskRig):
         super().__init__([path / "a", path / "b"], direct=False, num_threads=1)
 
 
-RIGS = {"memory": MemoryRig, "disk": DiskRig, "disk, buffered, two folders": BufferedRig}
+RIGS = {"memory": MemoryRig, "disk": DiskRig, "disk-buffered-two-folders": BufferedRig}

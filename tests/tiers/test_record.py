@@ -49,6 +49,7 @@ def test_writing_it_again_changes_no_byte(record):
         ({"length": LENGTH - 1}, BlockStatus.LENGTH_DIFFERS),
         ({"length": LENGTH + 1}, BlockStatus.LENGTH_DIFFERS),
     ],
+    ids=["namespace", "rank", "tag", "key", "shorter", "longer"],
 )
 def test_another_record_is_refused_by_what_differs(record, expected, status):
     assert check(record, **expected) is status

@@ -212,6 +212,53 @@ def test_a_second_process_is_told_who_has_the_folder(tmp_path):
         open_segments([tmp_path]).close()
 
 
+@pytest.fixture
+def free_bytes(monkeypatch):
+    """A function that says how much of the disk is free: so much, and what `expelled` names beyond it."""
+    real, state = os.statvfs, {"free": 1 << 50, "parts": []}
+
+    def statvfs(path):
+        facts = real(path)
+        gone = sum(nbytes for part, nbytes in state["parts"] if not os.path.exists(part))
+        return os.statvfs_result((4096, 4096, *facts[2:4], (state["free"] + gone) // 4096, *facts[5:]))
+
+    def say(free, parts=()):
+        state.update(free=free, parts=[(part, disk_usage(part)) for part in parts])
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    return say
+
+
+def test_folders_of_other_models_make_room_least_recently_opened_first(tmp_path, free_bytes):
+    parts = []
+    for age, space in enumerate([b"a" * 32, b"b" * 32, b"c" * 32, b"d" * 32]):
+        other = open_segments([tmp_path], namespace=space)
+        parts += other.folders
+        if space[0] != ord("b"):
+            other.close()
+        os.utime(os.path.join(parts[-1], "lock"), (1000 - age, 1000 - age))  # d was opened first
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "61616161" / "notes").mkdir()
+    free_bytes(0, parts)
+    reopened(tmp_path, lambda rig: rig.put([1], [1]), num_slots=50)
+    assert [os.path.exists(part) for part in parts] == [
+        True,
+        True,
+        False,
+        False,
+    ]  # b is in use, c and d had room enough
+    assert (tmp_path / "notes").exists() and (tmp_path / "61616161" / "notes").exists()
+    free_bytes(0)  # our own are there now: nothing is missing
+    assert reopened(tmp_path, lambda rig: rig.store.stats()["expelled_folders"], num_slots=50) == ()
+    assert reopened(tmp_path, lambda rig: rig.get([1], [1]), num_slots=50) == [block(1)]
+    assert os.path.exists(parts[0])
+
+
+def test_where_there_is_room_nobody_is_expelled(tmp_path):
+    open_segments([tmp_path], namespace=b"a" * 32).close()
+    assert reopened(tmp_path, lambda rig: rig.store.stats()["expelled_folders"]) == ()
+
+
 # ---- file systems that refuse ----------------------------------------------------------------------------------------
 
 

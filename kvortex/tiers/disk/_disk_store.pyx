@@ -170,7 +170,7 @@ cdef class DiskStore:
             `put`, `get`, `erase`, `scan`, `sync`: dicts of how many blocks were answered what, by `BlockStatus` name.
             `waiting`, `running`, `most_waiting`: blocks. `bytes_written`, `bytes_read`. `io`: "direct" or "buffered",
             with `io_reason`. `read_only`: the reason, or None. `last_error`: text, or None. Of `Segments`: `folders`,
-            `sparse_segments`, `new_segments`, `dropped_segments`.
+            `sparse_segments`, `new_segments`, `dropped_segments`, and `expelled_folders`, of other models.
         """
         cdef _c.kv_io_queue *queue = &self.core.queue
         cdef int verb, status

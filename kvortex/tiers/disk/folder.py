@@ -1,13 +1,16 @@
 """The folder of one process's part of a disk tier: made, checked, and locked for as long as the process has it."""
 
+import contextlib
 import fcntl
 import os
+import re
 import socket
 import stat
 
 from kvortex.errors import TierError
 
-LOCK_NAME = "lock"
+LOCK_NAME, SUFFIX = "lock", ".segment"
+SPACE_NAME, PART_NAME = re.compile(r"[0-9a-f]{8}"), re.compile(r"dp\d+-rank\d+")
 
 
 class Folder:
@@ -42,6 +45,51 @@ class Folder:
             os.close(lock)
 
 
+def make_room(path, namespace, needed_bytes):
+    """Delete folders of other namespaces that nobody locks, least recently opened first, until so much is free.
+
+    Returns
+    -------
+    deleted : list of str
+    """
+    parts, deleted = [], []
+    for space in _folders(path, SPACE_NAME):
+        if os.path.basename(space) != namespace[:4].hex():
+            parts += _folders(space, PART_NAME)
+    for part in sorted(parts, key=_opened_at):
+        free = os.statvfs(path)
+        if free.f_bavail * free.f_frsize >= needed_bytes:
+            break
+        with contextlib.suppress(TierError, OSError):  # in use, or not ours
+            lock = _lock(os.path.join(part, LOCK_NAME), part)
+            try:
+                for entry in os.scandir(part):
+                    if entry.name.endswith(SUFFIX):
+                        os.unlink(entry.path)
+                os.unlink(os.path.join(part, LOCK_NAME))
+                deleted.append(part)
+                os.rmdir(part)
+                os.rmdir(os.path.dirname(part))
+            finally:
+                os.close(lock)
+    return deleted
+
+
+def _folders(path, name):
+    """The folders in `path` with such a name."""
+    return [
+        entry.path for entry in os.scandir(path) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
+
+
+def _opened_at(part):
+    """When a folder's lock was last taken."""
+    try:
+        return os.stat(os.path.join(part, LOCK_NAME)).st_mtime
+    except OSError:
+        return 0
+
+
 def _make_private(folder):
     """Make a folder that nobody else may enter; one of another user is refused."""
     try:
@@ -60,6 +108,8 @@ def _lock(path, folder):
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file).st_nlink == 0:  # whoever made room deleted it between our two calls
+            raise BlockingIOError
         os.ftruncate(file, 0)
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:

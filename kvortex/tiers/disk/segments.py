@@ -11,10 +11,9 @@ from kvortex.log import warn_once
 from kvortex.slots import PAGE_BYTES
 from kvortex.tiers._record import payload_sums
 from kvortex.tiers.disk._io_calls import IoCalls
-from kvortex.tiers.disk.folder import Folder
+from kvortex.tiers.disk.folder import SUFFIX, Folder, make_room
 
 SEGMENT_BYTES = 1 << 30
-SUFFIX = ".segment"
 MAGIC, VERSION = b"VORTXKS1", 1
 UNPREALLOCATED = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 # What the file system needs for itself is the quota's too: the map of a file's pieces, folders, the lock.
@@ -62,11 +61,13 @@ class Segments:
                 f"bytes; give it a path and a larger disk_bytes"
             )
         self.files, self.new_slots, self.buffered_reason = [], [], None if direct else "direct=False"
-        self._folders, self._new, self._dropped, self._sparse = [], 0, 0, 0
+        self._folders, self._expelled, self._new, self._dropped, self._sparse = [], [], 0, 0, 0
         try:
             for path in paths:
                 self._folders.append(Folder(path, namespace, replica=replica, rank=rank))
             self._delete_others()
+            for folder, path in zip(self._folders, paths, strict=True):
+                self._expelled += make_room(path, namespace, self._missing_bytes(folder))
             for number in range(-(-self.num_slots // self.slots_per_segment)):
                 self._open(number, segment_page(namespace, rank, number, stride_bytes))
         except BaseException:
@@ -86,10 +87,22 @@ class Segments:
                     os.unlink(entry.path)
                     self._dropped += 1
 
+    def _count(self, number):
+        return min(self.slots_per_segment, self.num_slots - number * self.slots_per_segment)
+
+    def _missing_bytes(self, folder):
+        """What the folder's segments will take of its disk beyond what they have."""
+        missing = 0
+        for number in range(-(-self.num_slots // self.slots_per_segment)):
+            path = self._name(number)
+            if os.path.dirname(path) == folder.path:
+                has = os.stat(path).st_blocks * 512 if os.path.exists(path) else 0
+                missing += max(0, PAGE_BYTES + self._count(number) * self.stride_bytes - has)
+        return missing
+
     def _open(self, number, page):
         path, calls = self._name(number), self.calls
-        first = number * self.slots_per_segment
-        count = min(self.slots_per_segment, self.num_slots - first)
+        first, count = number * self.slots_per_segment, self._count(number)
         nbytes = PAGE_BYTES + count * self.stride_bytes
         try:
             file = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -156,6 +169,7 @@ class Segments:
             "sparse_segments": self._sparse,
             "new_segments": self._new,
             "dropped_segments": self._dropped,
+            "expelled_folders": tuple(self._expelled),
         }
 
     def close(self):
