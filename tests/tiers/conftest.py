@@ -3,14 +3,10 @@
 import ctypes
 import errno
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # rig, memory_store, faulty_store
-
-from rig import RIGS  # noqa: E402
+from tier_rig import RIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = ("open", "allocate", "resize", "direct_align", "set_direct", "read", "write", "sync", "close")

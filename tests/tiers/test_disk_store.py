@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from rig import (
+from tier_rig import (
     PAYLOAD_BYTES,
     POOL_SLOTS,
     SECONDS,
@@ -241,7 +241,7 @@ def test_a_pool_closed_under_the_store_stays_mapped(tmp_path):
 
 def test_a_forked_child_is_refused(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from rig import DiskRig\n"
+        "import os, sys; from pathlib import Path; from tier_rig import DiskRig\n"
         "rig = DiskRig(Path(sys.argv[1])); batch = rig.put([1], [1], wait=False); batch.wait()\n"
         "child = os.fork()\n"
         "if not child:\n"

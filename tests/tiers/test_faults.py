@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from faulty_store import FAULTS, FaultyStore
-from rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, TAG, block, keys_of
+from tier_rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, TAG, block, keys_of
 
 from kvortex.tiers.base import BlockStatus
 

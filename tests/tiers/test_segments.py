@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from rig import NUM_SLOTS, SPACE, STRIDE_BYTES, DiskRig, block, open_segments, quota_of
+from tier_rig import NUM_SLOTS, SPACE, STRIDE_BYTES, DiskRig, block, open_segments, quota_of
 
 from kvortex import ConfigError, TierError
 from kvortex.tiers.base import BlockStatus
@@ -198,7 +198,7 @@ def test_a_path_that_is_no_folder_is_refused_with_the_next_step(tmp_path):
 
 def test_a_second_process_is_told_who_has_the_folder(tmp_path):
     code = (
-        "import sys; from rig import open_segments\n"
+        "import sys; from tier_rig import open_segments\n"
         "segments = open_segments([sys.argv[1]]); print('open', flush=True); sys.stdin.read()"
     )
     folder = os.path.dirname(__file__)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, SECONDS, TAG, block, keys_of, statuses_of
+from tier_rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, SECONDS, TAG, block, keys_of, statuses_of
 
 from kvortex import EngineClosed
 from kvortex.tiers._record import HEADER_BYTES, read_header

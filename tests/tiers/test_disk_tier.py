@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from rig import (
+from tier_rig import (
     NUM_SLOTS,
     OTHER_TAG,
     PAYLOAD_BYTES,
@@ -271,8 +271,8 @@ WRITERS = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from rig import NUM_SLOTS, SEGMENT_BYTES, SPACE, make_pool, quota_of
-from test_adoption import save
+from tier_rig import NUM_SLOTS, SEGMENT_BYTES, SPACE, make_pool, quota_of
+from test_disk_tier import save
 from kvortex.tiers.disk.tier import DiskTier
 
 def write(path, tag, rng):
