@@ -90,5 +90,5 @@ cdef class BlockIndex:
     cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
                                      size_t n) noexcept nogil
     cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil
-    cdef size_t first_not_writing(self, const uint32_t *slots, size_t n) noexcept nogil
+    cdef size_t first_not_in_state(self, const uint32_t *slots, size_t n, uint32_t state) noexcept nogil
     cdef size_t first_not_pinned(self, const uint32_t *slots, size_t n) noexcept nogil

@@ -160,7 +160,7 @@ cdef class BlockIndex:
         if taken != _c.KV_NO_SLOT:
             raise ValueError(f"slot {taken} was added before; each slot is added once")
 
-    def adopt(self, first, keys, lengths):
+    def adopt(self, slots, keys, lengths):
         """Make slots available as `add_slots` does, some of which hold a block already.
 
         So a tier's index learns what an earlier process left in the tier. What is adopted is colder than all that the
@@ -168,11 +168,11 @@ cdef class BlockIndex:
 
         Parameters
         ----------
-        first : int
-            Of as many slots as there are keys, none of which was added before.
+        slots : (n,) array-like of int
+            Slots none of which was added before.
         keys : (n, 32) uint8 array
         lengths : int or (n,) array-like of int
-            Bytes of the block that slot ``first + i`` holds; 0: it holds none.
+            Bytes of the block that each slot holds; 0: it holds none.
 
         Returns
         -------
@@ -182,46 +182,39 @@ cdef class BlockIndex:
         Raises
         ------
         ValueError
-            As `add_slots`. Then nothing has changed.
+            A slot is not within the capacity, was added before, or occurs twice. Then nothing has changed.
         """
+        cdef const uint32_t[::1] slot_view = as_slots(slots)
         cdef const uint8_t[:, ::1] key_view = as_keys(keys)
-        cdef size_t n = key_view.shape[0], i
+        cdef size_t n = slot_view.shape[0], i, bad
         cdef const uint32_t[::1] length_view = as_lengths(lengths, n)
         cdef size_t length_step = length_view.shape[0] > 1
-        adopted = np.zeros(n, BOOL)
-        cdef uint8_t[::1] adopted_view = adopted.view(UINT8)
-        cdef uint32_t begin, slot
         cdef uint64_t hash_value
         cdef _c.kv_entry *entry
-        first = operator.index(first)
-        if first < 0 or first + <object>n > self.num_slots:
-            raise ValueError(f"slots {first} .. {first + <object>n - 1} are not within the {self.num_slots} of this "
-                             "index")
-        begin = first
+        if <size_t>key_view.shape[0] != n:
+            raise ValueError(f"keys must be {n}, one a slot; got {key_view.shape[0]}")
+        adopted = np.zeros(n, BOOL)
+        cdef uint8_t[::1] adopted_view = adopted.view(UINT8)
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
-            for slot in range(begin, begin + <uint32_t>n):
-                if _c.kv_entry_state(&self.entries[slot]) != _c.KV_ABSENT:
-                    break
-            else:
-                slot = _c.KV_NO_SLOT
-                for i in range(n):
-                    if length_view[i * length_step] != 0:
-                        self.hash_chunk(&key_view[0, 0], i + 1, i, &hash_value)
-                        adopted_view[i] = self.find(&key_view[i, 0], hash_value) == _c.KV_NO_SLOT
-                    if not adopted_view[i]:
-                        self.add_locked(begin + <uint32_t>i, 1)
-                        continue
-                    entry = &self.entries[begin + i]
-                    _c.kv_entry_begin(entry, _c.kv_key_load(&key_view[i, 0]), length_view[i * length_step], 0)
-                    _c.kv_table_insert(&self.table, hash_value, begin + <uint32_t>i)
-                    _c.kv_lru_push_coldest(&self.lru, begin + <uint32_t>i)
-                    _c.kv_entry_set_state(entry, _c.KV_READY)
-                    self.count.slots_added += 1
-                    self.count.num_ready += 1
+            bad = self.first_not_in_state(&slot_view[0], n, _c.KV_ABSENT)
+            for i in range(n if bad == n else 0):
+                if length_view[i * length_step] != 0:
+                    self.hash_chunk(&key_view[0, 0], i + 1, i, &hash_value)
+                    adopted_view[i] = self.find(&key_view[i, 0], hash_value) == _c.KV_NO_SLOT
+                if not adopted_view[i]:
+                    self.add_locked(slot_view[i], 1)
+                    continue
+                entry = &self.entries[slot_view[i]]
+                _c.kv_entry_begin(entry, _c.kv_key_load(&key_view[i, 0]), length_view[i * length_step], 0)
+                _c.kv_table_insert(&self.table, hash_value, slot_view[i])
+                _c.kv_lru_push_coldest(&self.lru, slot_view[i])
+                _c.kv_entry_set_state(entry, _c.KV_READY)
+                self.count.slots_added += 1
+                self.count.num_ready += 1
             _c.pthread_mutex_unlock(&self.mutex)
-        if slot != _c.KV_NO_SLOT:
-            raise ValueError(f"slot {slot} was added before; each slot is added once")
+        if bad != n:
+            raise bad_slot("adopt", slot_view[bad], bad, self.num_slots, "added before, or given twice")
         return adopted
 
     # ---- writing ----------------------------------------------------------------------------------------------------
@@ -345,7 +338,7 @@ cdef class BlockIndex:
         cdef uint8_t *status_ptr = <uint8_t *>memory_of(statuses)
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
-            bad = self.first_not_writing(&slot_view[0], n)
+            bad = self.first_not_in_state(&slot_view[0], n, _c.KV_WRITING)
             if bad == n:
                 self.commit_locked(&slot_view[0], n, pin_ptr, pins is not None, status_ptr, clean)
             _c.pthread_mutex_unlock(&self.mutex)
@@ -370,7 +363,7 @@ cdef class BlockIndex:
         cdef size_t n = slot_view.shape[0], bad
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
-            bad = self.first_not_writing(&slot_view[0], n)
+            bad = self.first_not_in_state(&slot_view[0], n, _c.KV_WRITING)
             if bad == n:
                 self.abort_locked(&slot_view[0], n)
             _c.pthread_mutex_unlock(&self.mutex)
@@ -1123,11 +1116,11 @@ cdef class BlockIndex:
         self.count.num_free += count
         self.count.slots_added += count
 
-    # The index in `slots` of the first that is not WRITING or was met before; n if all are well.
-    cdef size_t first_not_writing(self, const uint32_t *slots, size_t n) noexcept nogil:
+    # The index in `slots` of the first that is in another state or was met before; n if all are well.
+    cdef size_t first_not_in_state(self, const uint32_t *slots, size_t n, uint32_t state) noexcept nogil:
         cdef size_t i, bad = n
         for i in range(n):
-            if (slots[i] >= self.num_slots or _c.kv_entry_state(&self.entries[slots[i]]) != _c.KV_WRITING
+            if (slots[i] >= self.num_slots or _c.kv_entry_state(&self.entries[slots[i]]) != state
                     or self.entries[slots[i]].mark):
                 bad = i
                 break

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 from tier_rig import (
+    ALL,
     NUM_SLOTS,
     OTHER_TAG,
     PAYLOAD_BYTES,
@@ -21,8 +22,9 @@ from tier_rig import (
     MemoryRig,
     block,
     keys_of,
-    make_pool,
+    load,
     quota_of,
+    save,
     statuses_of,
 )
 
@@ -31,57 +33,7 @@ from kvortex.tiers.base import BUSY, HIT, MISS, BlockStatus
 from kvortex.tiers.disk._io_calls import IoCalls
 from kvortex.tiers.disk.tier import DiskTier, OpenDiskTier
 
-ALL = range(NUM_SLOTS)
 SOAK = os.environ.get("KVORTEX_SOAK") == "1"
-
-
-@pytest.fixture
-def pool():
-    with make_pool() as made:
-        yield made
-
-
-@pytest.fixture
-def open_tier(tmp_path, pool):
-    """Return a function that opens the same folder again and again, and by default waits for the adoption."""
-
-    def make(tag=TAG, wait=True, **settings):
-        settings = {"disk_bytes": quota_of(NUM_SLOTS), "segment_bytes": SEGMENT_BYTES, **settings}
-        tier = DiskTier(tmp_path, **settings).open(pool, namespace=SPACE, tag=tag)
-        assert not wait or tier.adoption.wait(SECONDS)
-        return tier
-
-    return make
-
-
-def save(tier, pool, key_ids, tag=TAG):
-    """Save blocks as an engine would; return which are kept."""
-    keys = keys_of(key_ids)
-    slots, statuses = tier.catalogue.reserve(keys, PAYLOAD_BYTES)
-    new = np.flatnonzero(statuses == 0)
-    for i in new:
-        pool.view(int(i))[:] = block(int(key_ids[i]))
-    batch = tier.store.put(slots[new], new, keys[new], PAYLOAD_BYTES, tag=tier.tag, timeout_ms=SECONDS)
-    is_kept = batch.wait() == BlockStatus.OK
-    tier.catalogue.commit(slots[new[is_kept]])
-    tier.store.erase(slots[new[~is_kept]], timeout_ms=None)
-    tier.catalogue.abort(slots[new[~is_kept]])
-    return len(new)
-
-
-def load(tier, pool, key_ids):
-    """The blocks that the tier serves, by number; wrong ones fail the test."""
-    found = {}
-    for key_id in key_ids:
-        keys = keys_of([key_id])
-        slots = tier.catalogue.acquire(keys, PAYLOAD_BYTES)
-        if len(slots):
-            batch = tier.store.get(slots, [40], keys, PAYLOAD_BYTES, tag=tier.tag, timeout_ms=SECONDS)
-            if statuses_of(batch) == [BlockStatus.OK]:
-                assert bytes(pool.view(40)) == block(key_id)
-                found[key_id] = int(slots[0])
-            tier.catalogue.release(slots)
-    return found
 
 
 def test_what_was_saved_is_found_after_a_restart(open_tier, pool):
@@ -271,8 +223,7 @@ WRITERS = """
 import os, sys
 from pathlib import Path
 import numpy as np
-from tier_rig import NUM_SLOTS, SEGMENT_BYTES, SPACE, make_pool, quota_of
-from test_disk_tier import save
+from tier_rig import NUM_SLOTS, SEGMENT_BYTES, SPACE, make_pool, quota_of, save
 from kvortex.tiers.disk.tier import DiskTier
 
 def write(path, tag, rng):

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from tier_rig import NUM_SLOTS, SPACE, STRIDE_BYTES, DiskRig, block, open_segments, quota_of
+from tier_rig import NUM_SLOTS, SLOT_BYTES, SPACE, STRIDE_BYTES, DiskRig, block, open_segments, quota_of
 
 from kvortex import ConfigError, TierError
 from kvortex.tiers.base import BlockStatus
@@ -48,7 +48,7 @@ def test_the_disk_is_never_used_beyond_the_quota(tmp_path, num_slots):
             rig.store.flush(10_000)
             assert disk_usage(tmp_path) <= quota_of(num_slots)
 
-    assert slots_of(quota_of(num_slots) - (64 << 10), STRIDE_BYTES, quota_of(16) - (64 << 10)) == (16, num_slots)
+    assert slots_of(quota_of(num_slots) - (64 << 10), SLOT_BYTES, quota_of(16) - (64 << 10)) == (16, num_slots)
     reopened(tmp_path, overfill, num_slots=num_slots)
 
 

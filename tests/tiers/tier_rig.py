@@ -15,9 +15,11 @@ from kvortex.tiers.disk.segments import Segments
 SPACE, TAG, OTHER_TAG = (hashlib.sha256(text).digest() for text in (b"space", b"tag", b"other"))
 PAYLOAD_BYTES = 20_000  # no whole pages
 NUM_SLOTS, POOL_SLOTS = 40, 48
+ALL = range(NUM_SLOTS)
 SECONDS = 30_000  # a deadline that no healthy machine comes near
 STRIDE_BYTES = PAGE_BYTES + 5 * PAGE_BYTES
-SEGMENT_BYTES = (64 << 10) + PAGE_BYTES + 16 * STRIDE_BYTES  # 16 slots each
+SLOT_BYTES = STRIDE_BYTES + 128  # of the quota, with a row of the manifest
+SEGMENT_BYTES = (64 << 10) + PAGE_BYTES + 16 * SLOT_BYTES  # 16 slots each
 
 
 def make_pool(num_slots=POOL_SLOTS):
@@ -29,7 +31,7 @@ def make_pool(num_slots=POOL_SLOTS):
 def quota_of(num_slots, num_paths=1):
     """The least `disk_bytes` with room for so many slots."""
     whole, rest = divmod(num_slots, 16)
-    rest_bytes = (64 << 10) + PAGE_BYTES + rest * STRIDE_BYTES if rest else 0
+    rest_bytes = (64 << 10) + PAGE_BYTES + rest * SLOT_BYTES if rest else 0
     return (64 << 10) * num_paths + whole * SEGMENT_BYTES + rest_bytes
 
 
@@ -128,3 +130,35 @@ class BufferedRig(DiskRig):
 
 
 RIGS = {"memory": MemoryRig, "disk": DiskRig, "disk-buffered-two-folders": BufferedRig}
+
+
+# ---- a catalogue and a store, used as an engine would ----------------------------------------------------------------
+
+
+def save(tier, pool, key_ids):
+    """Save blocks that are not there yet."""
+    keys = keys_of(key_ids)
+    slots, statuses = tier.catalogue.reserve(keys, PAYLOAD_BYTES)
+    new = np.flatnonzero(statuses == 0)
+    for i in new:
+        pool.view(int(i))[:] = block(int(key_ids[i]))
+    batch = tier.store.put(slots[new], new, keys[new], PAYLOAD_BYTES, tag=tier.tag, timeout_ms=SECONDS)
+    is_kept = batch.wait() == BlockStatus.OK
+    tier.catalogue.commit(slots[new[is_kept]])
+    tier.store.erase(slots[new[~is_kept]], timeout_ms=None)
+    tier.catalogue.abort(slots[new[~is_kept]])
+
+
+def load(tier, pool, key_ids):
+    """The blocks that the tier serves, by number; wrong ones fail the test."""
+    found = {}
+    for key_id in key_ids:
+        keys = keys_of([key_id])
+        slots = tier.catalogue.acquire(keys, PAYLOAD_BYTES)
+        if len(slots):
+            batch = tier.store.get(slots, [40], keys, PAYLOAD_BYTES, tag=tier.tag, timeout_ms=SECONDS)
+            if statuses_of(batch) == [BlockStatus.OK]:
+                assert bytes(pool.view(40)) == block(key_id)
+                found[key_id] = int(slots[0])
+            tier.catalogue.release(slots)
+    return found

@@ -29,6 +29,8 @@ class Adoption:
         Of the weights whose blocks are adopted; what has another is free room.
     new_slots : sequence of (first, count)
         What need not be read.
+    known : (slots, keys, lengths), optional
+        What a manifest says of other slots, the last to go first. It is adopted at once.
 
     Attributes
     ----------
@@ -36,17 +38,21 @@ class Adoption:
         Slots so far.
     """
 
-    def __init__(self, store, catalogue, tag, new_slots=()):
+    def __init__(self, store, catalogue, tag, new_slots=(), known=None):
         self.store, self.catalogue, self.tag = store, catalogue, tag
         self.num_scanned = self.num_adopted = 0
         self._lock = threading.Lock()  # held over no I/O: what is forgotten during the scan is never adopted
         self._forgotten = set()
         self._stopping = threading.Event()
-        is_new = np.zeros(store.num_slots, bool)
+        is_added = np.zeros(store.num_slots, bool)
         for first, count in new_slots:
             catalogue.add_slots(first, count)
-            is_new[first : first + count] = True
-        self._left = np.flatnonzero(~is_new)
+            is_added[first : first + count] = True
+        if known is not None:
+            slots, keys, lengths = (rows[~is_added[known[0]]] for rows in known)
+            self.num_adopted = int(catalogue.adopt(slots, keys, lengths).sum())
+            is_added[slots] = True
+        self._left = np.flatnonzero(~is_added)
         self._thread = threading.Thread(target=self._run, name="kvortex-adoption", daemon=True)
         self._thread.start()
 
@@ -80,7 +86,6 @@ class Adoption:
         try:
             while len(self._left) and not self._stopping.is_set():
                 run = self._left[:WINDOW_SLOTS]
-                run = run[: np.argmax(np.diff(run, append=-1) != 1) + 1]  # neighbours
                 tag = self.tag
                 batch = self.store.scan(run, tag=tag, timeout_ms=TIMEOUT_MS)
                 statuses = batch.wait()
@@ -103,7 +108,7 @@ class Adoption:
             for i in np.flatnonzero(wanted) if self._forgotten else ():
                 wanted[i] = keys[i].tobytes() not in self._forgotten
             self._erase(slots[is_record & ~wanted])  # before its slot is free, so before whatever is put there
-            adopted = self.catalogue.adopt(int(slots[0]), keys, np.where(wanted, batch.lengths[:n], 0))
+            adopted = self.catalogue.adopt(slots, keys, np.where(wanted, batch.lengths[:n], 0))
             self._erase(slots[wanted & ~adopted])  # saved since the look: rare, and at worst a miss
         self.num_scanned += n
         self.num_adopted += int(adopted.sum())

@@ -8,6 +8,7 @@ import socket
 import stat
 
 from kvortex.errors import TierError
+from kvortex.tiers.disk.manifest import NAME as MANIFEST_NAME
 
 LOCK_NAME, SUFFIX = "lock", ".segment"
 SPACE_NAME, PART_NAME = re.compile(r"[0-9a-f]{8}"), re.compile(r"dp\d+-rank\d+")
@@ -64,7 +65,7 @@ def make_room(path, namespace, needed_bytes):
             lock = _lock(os.path.join(part, LOCK_NAME), part)
             try:
                 for entry in os.scandir(part):
-                    if entry.name.endswith(SUFFIX):
+                    if entry.name.endswith(SUFFIX) or entry.name == MANIFEST_NAME:
                         os.unlink(entry.path)
                 os.unlink(os.path.join(part, LOCK_NAME))
                 deleted.append(part)

@@ -12,6 +12,7 @@ from kvortex.slots import PAGE_BYTES
 from kvortex.tiers._record import payload_sums
 from kvortex.tiers.disk._io_calls import IoCalls
 from kvortex.tiers.disk.folder import SUFFIX, Folder, make_room
+from kvortex.tiers.disk.manifest import ROW_BYTES
 
 SEGMENT_BYTES = 1 << 30
 MAGIC, VERSION = b"VORTXKS1", 1
@@ -53,8 +54,8 @@ class Segments:
     def __init__(self, paths, *, namespace, stride_bytes, disk_bytes, rank=0, replica=0, segment_bytes=SEGMENT_BYTES,
                  direct=True, calls=None):  # fmt: skip
         self.stride_bytes, self.calls = stride_bytes, calls or IoCalls()
-        self.slots_per_segment, self.num_slots = slots_of(disk_bytes - FOLDER_BYTES * len(paths), stride_bytes,
-                                                          segment_bytes)  # fmt: skip
+        self.slots_per_segment, self.num_slots = slots_of(disk_bytes - FOLDER_BYTES * len(paths),
+                                                          stride_bytes + ROW_BYTES, segment_bytes)  # fmt: skip
         if not paths or self.num_slots < 1:
             raise ConfigError(
                 f"a disk tier of {bytes_text(disk_bytes)} over {len(paths)} folders holds no block of {stride_bytes} "

@@ -9,6 +9,7 @@ from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk.adoption import Adoption
+from kvortex.tiers.disk.manifest import take_manifest, write_manifest
 from kvortex.tiers.disk.segments import SEGMENT_BYTES, Segments
 
 NO_TAG = bytes(32)  # before any weights were named
@@ -93,7 +94,7 @@ class DiskTier:
         except BaseException:
             segments.close()
             raise
-        return OpenDiskTier(store, tag, segments.new_slots)
+        return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0])
 
 
 class OpenDiskTier:
@@ -108,10 +109,11 @@ class OpenDiskTier:
         Of the weights: for every put and get from now on.
     """
 
-    def __init__(self, store, tag, new_slots=()):
-        self.store, self.tag = store, tag
+    def __init__(self, store, tag, new_slots=(), folder=None):
+        self.store, self.tag, self._folder = store, tag, folder
         self.catalogue = BlockIndex(store.num_slots)
-        self.adoption = Adoption(store, self.catalogue, tag, new_slots)
+        known = take_manifest(folder, tag, store.num_slots, store.payload_bytes) if folder else None
+        self.adoption = Adoption(store, self.catalogue, tag, new_slots, known)
 
     def look_up(self, keys):
         """HIT, MISS or BUSY for each key, without I/O."""
@@ -133,9 +135,13 @@ class OpenDiskTier:
         self.catalogue.clear()
 
     def close(self, timeout_ms=5000):
-        """Close the store and end the adoption. Idempotent."""
-        self.store.close(timeout_ms)
+        """End the adoption, write the manifest, close the store. Idempotent."""
         self.adoption.stop()
+        folder, self._folder = self._folder, None
+        if folder:  # while the folder is still ours
+            blocks = self.catalogue.coldest(self.catalogue.num_slots)
+            write_manifest(folder, self.tag, blocks.slots[::-1], blocks.keys[::-1], blocks.lengths[::-1])
+        self.store.close(timeout_ms)
 
     def __enter__(self):
         return self
