@@ -175,6 +175,19 @@ def test_closing_does_not_wait_for_the_scan(half_scanned):
     assert tier.adoption.is_over
 
 
+def test_closing_a_tier_whose_disk_hangs_takes_no_longer_than_it_may(tmp_path, pool, faulty):
+    rig = DiskRig(tmp_path, pool=pool, calls=IoCalls(faulty.address))
+    folder = rig.segments.folders[0]
+    faulty.plan("read", "hang")
+    tier = OpenDiskTier(rig.store, TAG, folder=folder)
+    faulty.wait_hanging()
+    start = time.monotonic()
+    tier.close(timeout_ms=200)
+    assert time.monotonic() - start < 4  # the scan alone would wait 5 s
+    assert not os.path.exists(os.path.join(folder, "manifest.sqlite"))
+    faulty.mend()
+
+
 @pytest.mark.parametrize("how", ["EIO", "short", "nothing", "lie"])
 def test_headers_that_cannot_be_read_are_free_room(tmp_path, pool, faulty, how):
     rig = DiskRig(tmp_path, pool=pool)

@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvortex.tiers._record import HEADER_BYTES, Header, check_record, payload_sums, read_header, write_record
 from kvortex.tiers.base import BlockStatus
@@ -107,3 +109,33 @@ def test_a_short_buffer_is_refused():
         write_record(bytearray(HEADER_BYTES + LENGTH - 1), KEY, **NAMES, stored_bytes=LENGTH)
     with pytest.raises(ValueError, match="needs a buffer of 4096, got 4095"):
         read_header(bytes(HEADER_BYTES - 1))
+
+
+FIELDS = [
+    (0, 8),
+    (8, 12),
+    (12, 16),
+    (16, 20),
+    (24, 28),
+    (28, 32),
+    (32, 64),
+    (64, 96),
+    (96, 128),
+    (128, 160),
+    (160, 168),
+]
+
+
+@given(edits=st.lists(st.tuples(st.integers(0, 4079), st.binary(min_size=1, max_size=8)), max_size=6))
+def test_whatever_a_page_says_only_the_record_that_was_asked_for_is_taken(edits):
+    """Fields of every kind under a sum that is right: what a header says is compared, and used for nothing."""
+    record = bytearray(HEADER_BYTES + LENGTH)
+    record[HEADER_BYTES:] = bytes(range(250)) * 20
+    write_record(record, KEY, **NAMES, stored_bytes=LENGTH)
+    whole = bytes(record)
+    for offset, data in edits:
+        record[offset : offset + len(data)] = data
+    record[HEADER_BYTES - 8 : HEADER_BYTES] = payload_sums(record[: HEADER_BYTES - 8])[0].to_bytes(8, "little")
+    is_changed = record[:20] + record[24:168] != whole[:20] + whole[24:168]  # 20 to 24: the group
+    assert (check(record) is BlockStatus.OK) == (not is_changed)
+    assert len(record) == len(whole) and record[HEADER_BYTES:] == whole[HEADER_BYTES:]

@@ -11,7 +11,8 @@ from kvortex.tiers.base import BlockStatus
 WINDOW_SLOTS = 64  # headers read at once: others' blocks wait behind them no longer than that
 TIMEOUT_MS = 5000
 RETRY_S = 0.02
-NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED)
+STOP_MS = 20  # how long `stop` may wait for a disk that hangs
+NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.PENDING)
 
 
 class Adoption:
@@ -88,7 +89,9 @@ class Adoption:
                 run = self._left[:WINDOW_SLOTS]
                 tag = self.tag
                 batch = self.store.scan(run, tag=tag, timeout_ms=TIMEOUT_MS)
-                statuses = batch.wait()
+                statuses = batch.statuses
+                while (statuses == BlockStatus.PENDING).any() and not self._stopping.is_set():
+                    statuses = batch.wait(STOP_MS)
                 read = int(np.argmax(np.append(np.isin(statuses, NOT_READ), True)))
                 self._adopt(run[:read], statuses[:read], batch, tag)
                 self._left = self._left[read:]

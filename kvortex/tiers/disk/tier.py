@@ -1,10 +1,12 @@
 """DiskTier: the settings of a tier on local disks, and what they open."""
 
+import contextlib
 import os
+import time
 from dataclasses import dataclass
 from operator import index
 
-from kvortex.errors import ConfigError
+from kvortex.errors import ConfigError, EngineClosed, TierError
 from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
@@ -135,13 +137,18 @@ class OpenDiskTier:
         self.catalogue.clear()
 
     def close(self, timeout_ms=5000):
-        """End the adoption, write the manifest, close the store. Idempotent."""
+        """End the adoption, write what was given and the manifest, close the store. Idempotent.
+
+        A disk that does not write within `timeout_ms` gets no manifest: the next start scans the headers.
+        """
         self.adoption.stop()
         folder, self._folder = self._folder, None
-        if folder:  # while the folder is still ours
-            blocks = self.catalogue.coldest(self.catalogue.num_slots)
-            write_manifest(folder, self.tag, blocks.slots[::-1], blocks.keys[::-1], blocks.lengths[::-1])
-        self.store.close(timeout_ms)
+        deadline = time.monotonic() + timeout_ms / 1000
+        with contextlib.suppress(EngineClosed, TierError):
+            if folder and self.store.flush(timeout_ms) == 0:  # while the folder is still ours
+                blocks = self.catalogue.coldest(self.catalogue.num_slots)
+                write_manifest(folder, self.tag, blocks.slots[::-1], blocks.keys[::-1], blocks.lengths[::-1])
+        self.store.close(max(0, int(1000 * (deadline - time.monotonic()))))
 
     def __enter__(self):
         return self
