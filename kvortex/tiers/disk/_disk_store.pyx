@@ -172,9 +172,9 @@ cdef class DiskStore:
             with `io_reason`. `read_only`: the reason, or None. `last_error`: text, or None. Of `Segments`: `folders`,
             `sparse_segments`, `new_segments`, `dropped_segments`, and `expelled_folders`, of other models.
         """
-        cdef _c.kv_io_queue *queue = &self.core.queue
         cdef int verb, status
         self.require_made()
+        cdef _c.kv_io_queue *queue = &self.core.queue
         facts = {}
         _c.kv_monitor_lock(&queue.monitor)
         counts = [[queue.counts[verb][status] for status in range(_c.KV_BLOCK_NUM_STATUSES)]
