@@ -56,7 +56,7 @@ typedef struct kv_io_batch {
 typedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *page);
 
 typedef struct kv_io_queue {
-    kv_monitor monitor;  /* broadcast when a batch is over, the queue empty, or a thread at its end */
+    kv_monitor monitor;  /* broadcast when a batch is over, or the queue is empty */
     pthread_cond_t work; /* signalled when a block waits, or another block of its slot is over */
     kv_io_batch *first, *last;
     uint32_t capacity, num_waiting, num_running, most_waiting;
@@ -64,7 +64,7 @@ typedef struct kv_io_queue {
     kv_io_run run;
     void *owner;
     pthread_t threads[KV_IO_MAX_THREADS];
-    uint32_t num_threads, num_live;
+    uint32_t num_threads;
     int stopping;
     uint64_t counts[KV_IO_NUM_VERBS][KV_BLOCK_NUM_STATUSES];
 } kv_io_queue;
@@ -220,8 +220,6 @@ static inline void *kv_io_main(void *argument)
         if (kv_io_batch_is_over(batch))
             kv_io_let_go(batch);
     }
-    queue->num_live--;
-    kv_monitor_broadcast(&queue->monitor);
     kv_monitor_unlock(&queue->monitor);
     free(page);
     return NULL;
@@ -254,7 +252,6 @@ static inline uint32_t kv_io_start(kv_io_queue *queue, uint32_t num_threads)
     while (queue->num_threads < num_threads
            && pthread_create(&queue->threads[queue->num_threads], NULL, kv_io_main, queue) == 0)
         queue->num_threads++;
-    queue->num_live = queue->num_threads;
     kv_monitor_unlock(&queue->monitor);
     return queue->num_threads;
 }
@@ -319,9 +316,9 @@ static inline int kv_io_stop(kv_io_queue *queue, uint64_t until_ns)
     while (queue->first)
         kv_io_give_up(queue, NULL, queue->first, KV_BLOCK_DROPPED);
     pthread_cond_broadcast(&queue->work);
-    while (queue->num_live && kv_now_ns() < until_ns)
+    while (queue->num_running && kv_now_ns() < until_ns)
         kv_monitor_wait(&queue->monitor, until_ns);
-    const uint32_t left = queue->num_live;
+    const uint32_t left = queue->num_running; /* a thread without I/O ends by itself, at once */
     kv_monitor_unlock(&queue->monitor);
     for (uint32_t thread = 0; thread < queue->num_threads; thread++)
         left ? pthread_detach(queue->threads[thread]) : pthread_join(queue->threads[thread], NULL);

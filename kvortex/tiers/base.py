@@ -102,7 +102,7 @@ class Store(Protocol):
         The batch also has `keys`, (n, 32) uint8, and `lengths` and `groups`, (n,) uint32, where the status is OK.
         """
 
-    def flush(self, timeout_ms):
+    def flush(self, timeout_ms, *, durable=True):
         """Wait for all that was given, then make it durable; return how many blocks are left at the end."""
 
     def stats(self):

@@ -93,7 +93,7 @@ class MemoryStore:
 
         return self._run("scan", slots, one, timeout_ms)
 
-    def flush(self, timeout_ms):
+    def flush(self, timeout_ms, *, durable=True):
         self._run("scan", [], None, timeout_ms)
         return 0
 

@@ -213,6 +213,14 @@ def test_closing_waits_for_running_io_and_drops_what_waits(tmp_path, faulty):
     assert batch.statuses.tolist()[0] == OK
 
 
+def test_closing_without_time_leaves_nothing_behind_where_nothing_runs(tmp_path):
+    for _ in range(5):
+        rig = DiskRig(tmp_path)
+        rig.put([1], [1])
+        rig.store.close(timeout_ms=0)
+        rig.pool.close()
+
+
 # ---- lifetimes -------------------------------------------------------------------------------------------------------
 
 

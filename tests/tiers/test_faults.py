@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 from faulty_store import FAULTS, FaultyStore
-from tier_rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, TAG, block, keys_of
+from tier_rig import NUM_SLOTS, OTHER_TAG, PAYLOAD_BYTES, POOL_SLOTS, SECONDS, TAG, block, keys_of
 
 from kvortex.tiers.base import BlockStatus
 
@@ -55,10 +55,11 @@ def test_no_fault_makes_a_store_serve_a_wrong_block(rig, seed):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_store_that_is_well_again_serves_again(rig, seed, fault):
     faulty = FaultyStore(rig, seed, rate=1, faults=[fault])
+    timeout_ms = 50 if fault == "hung" else SECONDS
     rig.pool.view(0)[:] = block(1)
-    batch = faulty.put([3], [0], keys_of([1]), PAYLOAD_BYTES, tag=TAG, timeout_ms=50)
+    batch = faulty.put([3], [0], keys_of([1]), PAYLOAD_BYTES, tag=TAG, timeout_ms=timeout_ms)
     put = BlockStatus(batch.wait()[0])
-    got = faulty.get([3], [9], keys_of([1]), PAYLOAD_BYTES, tag=TAG, timeout_ms=50)
+    got = faulty.get([3], [9], keys_of([1]), PAYLOAD_BYTES, tag=TAG, timeout_ms=timeout_ms)
     status = BlockStatus(got.wait()[0])
     expected = {"slow": (BlockStatus.OK,), "hung": (BlockStatus.LATE,), "failing": (BlockStatus.IO_ERROR,)}
     assert status in expected.get(fault, tuple(BlockStatus)) and status is not BlockStatus.PENDING

@@ -134,7 +134,7 @@ cdef class DiskStore:
         memcpy(batch.tag, <const uint8_t *>weights, _c.KV_DIGEST_BYTES)
         return self.submit(batch)
 
-    def flush(self, timeout_ms):
+    def flush(self, timeout_ms, *, bint durable=True):
         """Wait for all that was given, then make it durable; see `Store.flush`.
 
         Raises
@@ -150,7 +150,7 @@ cdef class DiskStore:
                 pause = min(_c.kv_now_ns() + SIGNALS_NS, deadline)
                 left = _c.kv_io_wait_idle(&self.core.queue, pause)
             PyErr_CheckSignals()
-        if left:
+        if left or not durable:
             return left
         firsts = range(0, self.num_slots, self.segments.slots_per_segment)
         left_ms = None if timeout_ms is None else max(0, (<int64_t>deadline - <int64_t>_c.kv_now_ns()) // 1_000_000)

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from operator import index
 
-from kvortex.errors import ConfigError, EngineClosed, TierError
+from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
@@ -144,8 +144,8 @@ class OpenDiskTier:
         self.adoption.stop()
         folder, self._folder = self._folder, None
         deadline = time.monotonic() + timeout_ms / 1000
-        with contextlib.suppress(EngineClosed, TierError):
-            if folder and self.store.flush(timeout_ms) == 0:  # while the folder is still ours
+        with contextlib.suppress(EngineClosed):
+            if folder and self.store.flush(timeout_ms, durable=False) == 0:  # while the folder is still ours
                 blocks = self.catalogue.coldest(self.catalogue.num_slots)
                 write_manifest(folder, self.tag, blocks.slots[::-1], blocks.keys[::-1], blocks.lengths[::-1])
         self.store.close(max(0, int(1000 * (deadline - time.monotonic()))))
