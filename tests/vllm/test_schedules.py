@@ -10,7 +10,8 @@ import pytest
 from rig import HAS_WORKER_METADATA, in_flight
 from vllm.v1.request import RequestStatus
 
-SCHEDULES, STEPS = (400, 600) if os.environ.get("KVORTEX_SOAK") == "1" else (6, 200)
+SOAK = os.environ.get("KVORTEX_SOAK") == "1"
+SCHEDULES, STEPS = (400, 600) if SOAK else (6, 200)
 OUT_OF_MEMORY = 2
 
 
@@ -29,13 +30,13 @@ def refuse_some(host, rig, draw, directions):
         part.submit = submit
 
 
-def live(rig, draw, *, resets, others=False, others_fail=False):
+def live(rig, draw, *, resets, steps=STEPS, others=False, others_fail=False):
     """Add, abort and forget at random, then serve what is left; of some another connector has a part, or all, or says
     so and fails.
     """
     trunks = [[draw.randrange(3, 1000) for _ in range(300)] for _ in range(6)]
     added = 0
-    for _ in range(STEPS):
+    for _ in range(steps):
         for _ in range(draw.randrange(3)):
             if len(rig.scheduler.requests) < 8:
                 tokens = draw.choice(trunks)[: draw.randrange(1, 300)]
