@@ -424,7 +424,7 @@ def resident_bytes():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def arguments():
+def arguments(command=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS, help="one after the other in one engine")
     engine = parser.add_argument_group("engine")
@@ -470,7 +470,7 @@ def arguments():
     group.add_argument("--every", type=int, default=20, help="decode: steps between two of them")
     group.add_argument("--warmup", type=int, default=2)
     group.add_argument("--repeat", type=int, default=1)
-    return parser.parse_args()
+    return parser.parse_args(command)
 
 
 def main():
