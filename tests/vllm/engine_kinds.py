@@ -41,7 +41,7 @@ class KindEngine(engine_run.Engine):
         options = {"load_format": "dummy", **kind.options}
         command = ["stress", "--mode", mode, "--model", str(model), "--batched", str(CHUNK_TOKENS), "--verify"]
         command += ["--device-blocks", str(blocks), "--host-gib", str(host_gib), "--options", json.dumps(options)]
-        command += ["--concurrency", "12", "--requests", "24", "--prefixes", "4", "--tokens"]
+        command += ["--concurrency", "12", "--requests", "32", "--prefixes", "4", "--scale", "0.2", "--tokens"]
         command += ["--mutant", mutant] if mutant else []
         self.args = engine_run.arguments(command)
         super().__init__(self.args, max_model_len=MAX_MODEL_LEN, max_num_seqs=12)

@@ -71,7 +71,7 @@ def stress(engine, args):
     """Many requests at once on few device blocks, aborts among them. With ``--requests`` every run of one seed must
     yield the same tokens for the same request, which ``--tokens`` prints.
     """
-    workload = Workload(args, engine.vocabulary, 1 if engine.on_gpu else 0.1)
+    workload = Workload(args, engine.vocabulary, args.scale or (1 if engine.on_gpu else 0.1))
     rng = random.Random(f"{args.seed}/aborts")
     others = BusyLink() if args.busy_link else None
     active, outputs, cached, aborted, added = {}, {}, 0, 0, 0

@@ -126,3 +126,16 @@ def test_prompts_that_go_on_or_part_or_end_early_yield_the_same_tokens(report, m
     longer, _, _, _, joined, *_ = report[mode]["partial"]["external"]
     first, second, _ = report[mode]["back"]["external"]
     assert (longer, joined) == (first, second)  # all that was kept of the prompt that they begin with
+
+
+# ---- many requests at once -------------------------------------------------------------------------------------------
+
+
+def test_a_small_pool_with_preemptions_and_aborts_leaves_the_tokens_as_they_are(name, report):
+    if not KINDS[name].survives_full_pool:
+        assert "stress" not in report[LAST]
+        return
+    stress, truth = report[LAST]["stress"], report["none"]["stress"]["output"]
+    assert stress["preemptions"] > 0 and stress["aborted"] > 0
+    assert stress["requests"] + stress["aborted"] == len(truth)
+    assert {number: tokens for number, tokens in stress["output"].items() if tokens != truth[number]} == {}
