@@ -28,20 +28,31 @@ from kinds import KINDS, patch_vllm, write_config  # noqa: E402
 NUM_TOKENS = 16
 MAX_MODEL_LEN = 704
 DEVICE_TOKENS = 8192  # of each group: nothing is evicted
-FEW_TOKENS = 896  # and here much is
+FEW_TOKENS = {"SlidingWindowSpec": 384, "ChunkedLocalAttentionSpec": 384, "MambaSpec": 128}  # 896 of others: much is
 CHUNK_TOKENS = 192  # a step: longer than every unit, shorter than prompts
 
 
 class KindEngine(engine_run.Engine):
     """An engine that counts what connectors bring, knows the bytes of every block, and can spoil what arrives."""
 
-    def __init__(self, kind, mode, model, *, tokens_a_group, host_gib=0.25, late_us=0, mutant=""):
+    def __init__(self, kind, mode, model, *, num_blocks, host_gib=0.25, late_us=0, mutant=""):
         self.kind, self.mode = kind, mode
-        blocks = 8 + len(kind.groups) * tokens_a_group // kind.unit
         options = {"load_format": "dummy", **kind.options}
         command = ["stress", "--mode", mode, "--model", str(model), "--batched", str(CHUNK_TOKENS), "--verify"]
-        command += ["--device-blocks", str(blocks), "--host-gib", str(host_gib), "--options", json.dumps(options)]
-        command += ["--concurrency", "12", "--requests", "32", "--prefixes", "4", "--scale", "0.2", "--tokens"]
+        command += ["--device-blocks", str(num_blocks), "--host-gib", str(host_gib), "--options", json.dumps(options)]
+        command += [
+            "--concurrency",
+            "12",
+            "--requests",
+            "32",
+            "--prefixes",
+            "4",
+            "--scale",
+            "0.2",
+            "--distinct",
+            "10",
+            "--tokens",
+        ]
         command += ["--mutant", mutant] if mutant else []
         self.args = engine_run.arguments(command)
         super().__init__(self.args, max_model_len=MAX_MODEL_LEN, max_num_seqs=12)
@@ -264,7 +275,7 @@ def main():
         write_config(model, kind)
         for mode in modes:
             began = time.monotonic()
-            engine = KindEngine(kind, mode, model, tokens_a_group=DEVICE_TOKENS)
+            engine = KindEngine(kind, mode, model, num_blocks=8 + len(kind.groups) * DEVICE_TOKENS // kind.unit)
             if mode == "none":
                 block_bytes, groups = engine.block_bytes(), engine.config.kv_cache_groups
                 report |= {"groups": engine.groups(), "block_bytes": block_bytes}
@@ -277,10 +288,10 @@ def main():
                 report[mode] |= engine.counters()
             engine.close()
             if mode == modes[-1] != "none" and kind.survives_full_pool:
-                pool = block_bytes * len(groups) * FEW_TOKENS // kind.unit
+                num_blocks = 8 + sum(FEW_TOKENS.get(group, 896) // kind.unit + 1 for group in report["groups"])
                 engine = KindEngine(
-                    kind, mode, model, tokens_a_group=FEW_TOKENS, host_gib=2 * pool / engine_run.GIB, late_us=20000,
-                    mutant=args.mutant,
+                    kind, mode, model, num_blocks=num_blocks, host_gib=2 * num_blocks * block_bytes / engine_run.GIB,
+                    late_us=20000, mutant=args.mutant,
                 )  # fmt: skip
                 report[mode]["stress"] = engine_scenarios.stress(engine, engine.args) | engine.counters()
                 engine.close()

@@ -460,6 +460,7 @@ def arguments(command=None):
     group.add_argument("--prefixes", type=int, default=24, help="how many prefixes are shared")
     group.add_argument("--short", type=float, default=0.0, help="share of requests that get 1 to 3 tokens")
     group.add_argument("--scale", type=float, default=0, help="length of prompts; 1 on a GPU and 0.1 on a CPU without")
+    group.add_argument("--distinct", type=int, default=0, help="draw from so many prompts, again and again")
     group.add_argument("--busy-link", action="store_true", help="on a GPU: other copies to the host all the while")
     group.add_argument("--abort-rate", type=float, default=0.05, help="aborts a step")
     group.add_argument("--tokens", action="store_true", help="print the tokens of every request")

@@ -19,9 +19,14 @@ class Workload:
         return [rng.randrange(3, self.vocabulary) for _ in range(count)]
 
     def prompt(self, number):
+        if self.args.distinct:
+            number = random.Random(f"{self.args.seed}/{number}/which").randrange(self.args.distinct)
+        return self.different(number)
+
+    def different(self, number):
         rng = random.Random(f"{self.args.seed}/{number}")
         earlier = number - rng.randint(1, 3 * self.args.concurrency)
-        head = self.prompt(earlier) if earlier >= 0 and rng.random() < 0.3 else rng.choice(self.prefixes)
+        head = self.different(earlier) if earlier >= 0 and rng.random() < 0.3 else rng.choice(self.prefixes)
         length = rng.randint(int(200 * self.scale), self.longest)
         head = head[: length - 1]
         return head + self.tokens(rng, min(length - len(head), max(1, int(600 * self.scale))))
