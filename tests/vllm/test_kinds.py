@@ -113,10 +113,11 @@ def test_restored_kv_gives_the_tokens_of_an_engine_without_connector(name, repor
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_restored_blocks_are_byte_for_byte_those_that_were_computed(report, mode):
+def test_restored_blocks_are_byte_for_byte_those_that_were_computed(name, report, mode):
     """Tokens do not always tell when two blocks of one load changed places."""
     assert report[mode]["bytes"]["different"] == [0] * len(report["groups"])
-    assert all(report[mode]["bytes"]["same"])
+    # A block is known by its hash, which vLLM does not keep where its own cache is off.
+    assert all(report[mode]["bytes"]["same"]) == KINDS[name].hits_on_device
 
 
 @pytest.mark.parametrize("mode", MODES)
