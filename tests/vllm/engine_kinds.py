@@ -93,7 +93,9 @@ class KindEngine(engine_run.Engine):
         connector.update_state_after_alloc = count
 
     def spoil_arrivals(self):
-        """Between the arrival of a request's blocks and the step that reads them: zeros, where `spoil` names groups."""
+        """Call `spoil`, where it is set, between the arrival of a request's blocks and the step that reads them, with
+        the blocks of each group.
+        """
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         connector = get_kv_transfer_group()
@@ -103,13 +105,22 @@ class KindEngine(engine_run.Engine):
             saved, loaded = original(*args, **kwargs)
             for request in loaded or () if self.spoil is not None else ():
                 for group, ids in enumerate(self.manager.get_block_ids(request)):
-                    if group in self.spoil:
-                        for block in filter(None, ids):  # 0 is vLLM's null block
-                            for page in self.pages(group, block):
-                                page.zero_()
+                    self.spoil(group, [block for block in ids if block])  # 0 is vLLM's null block
             return saved, loaded
 
         connector.get_finished = get_finished
+
+    def zero(self, group, ids):
+        for block in ids:
+            for page in self.pages(group, block):
+                page.zero_()
+
+    def swap(self, group, ids):
+        """The first two change places."""
+        for one, other in zip(*(self.pages(group, block) for block in ids[:2]), strict=True) if len(ids) > 1 else ():
+            kept = one.clone()
+            one.copy_(other)
+            other.copy_(kept)
 
     def pages(self, group, block):
         """The bytes of one block in each layer of a group, without padding."""
@@ -233,17 +244,26 @@ def parts(engine):
 
 
 def controls(engine):
-    """What comes of zeros in place of what was restored: in all groups, and in one after the other."""
+    """What comes of zeros in place of what was restored, in all groups and in one after the other; and what the
+    comparison of bytes says of blocks that changed places.
+    """
     whole, result = whole_prompts(engine.kind), {}
-    every = range(len(engine.config.kv_cache_groups))
-    for name, groups in [("all", [*every]), *((group, [group]) for group in every)]:
+
+    def spoiled(spoil):
         engine.forget(host=True)  # what a spoiled request saved is wrong
         engine.one_by_one(whole)
+        computed = engine.cached_blocks()
         engine.forget()
-        engine.spoil = groups
-        result[name] = engine.one_by_one(whole)
+        engine.spoil = spoil
+        run = engine.one_by_one(whole)
         engine.spoil = None
-    return result
+        return run, compare(engine, computed, engine.cached_blocks())
+
+    result["all"], _ = spoiled(engine.zero)
+    for index in range(len(engine.config.kv_cache_groups)):
+        result[index], _ = spoiled(lambda group, ids, index=index: engine.zero(group, ids if group == index else []))
+    _, swapped = spoiled(engine.swap)
+    return {"zeroed": result, "swapped": swapped}
 
 
 def compare(engine, computed, restored):
@@ -284,7 +304,7 @@ def main():
             else:
                 report[mode] = with_connector(engine)
                 if mode == modes[-1]:
-                    report[mode]["zeroed"] = controls(engine)
+                    report[mode] |= controls(engine)
                 report[mode] |= engine.counters()
             engine.close()
             if mode == modes[-1] != "none" and kind.survives_full_pool:
