@@ -84,7 +84,7 @@ RUN_VLLM = \
 	OMP_NUM_THREADS=2 $(VLLM_VENVS)/$(1)/bin/python -m pytest tests/vllm $(2) $(PYTEST_ARGS)
 
 # The tests that start a whole vLLM, where that is not asked for.
-WHOLE_ENGINES := tests/vllm/test_engine.py tests/vllm/test_server.py
+WHOLE_ENGINES := tests/vllm/test_engine.py tests/vllm/test_kinds.py tests/vllm/test_server.py
 LEFT_OUT = $(if $(filter $(1),$(VLLM_ENGINES)),,$(WHOLE_ENGINES:%=--ignore=%))
 
 test-vllm: build  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each
@@ -98,7 +98,8 @@ test-vllm-all: test-vllm  ## in 0.26 and 0.33 as well, where only the scheduler 
 
 # Fetched from the package index, never kept here; whatever lies in build/vllm-peers is made anew when its pins change.
 PEERS := $(CURDIR)/build/vllm-peers
-test-vllm-peers: build  ## vLLM's own tests of its scheduler and its connectors, with KVortex's in place of theirs
+DYNAMO := $(CURDIR)/build/dynamo
+test-vllm-peers: build  ## vLLM's own tests of its connectors, with KVortex's in place of theirs; Dynamo's router index
 	@.ci/system-packages $(PYTHON_VLLM)
 	@.ci/vllm-env $(PYTHON_VLLM) 0.32.0 $(VLLM_VENVS)/0.32.0
 	@{ $(PY) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
@@ -108,6 +109,12 @@ test-vllm-peers: build  ## vLLM's own tests of its scheduler and its connectors,
 	    VLLM_CACHE_ROOT=$(PEERS) VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 \
 	    $(abspath $(VLLM_VENVS)/0.32.0)/bin/python -m pytest -c $(PEERS)/pytest.ini --rootdir $(PEERS) \
 	    -p kvortex_beside -p no:cacheprovider -W ignore -q --timeout 120 $(PEERS)/tests $(PYTEST_ARGS)
+	@cmp -s tests/vllm/peers/dynamo.txt $(DYNAMO)/made_from || { rm -rf $(DYNAMO) && \
+	    $(VLLM_VENVS)/0.32.0/bin/python -m pip install -q --disable-pip-version-check --no-deps --require-hashes \
+	    --target $(DYNAMO) -r tests/vllm/peers/dynamo.txt && cp tests/vllm/peers/dynamo.txt $(DYNAMO)/made_from; }
+	KVORTEX_DYNAMO=$(DYNAMO) HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 \
+	    unshare --user --map-root-user --net \
+	    $(VLLM_VENVS)/0.32.0/bin/python -m pytest tests/vllm/peers/dynamo_indexer.py -q --timeout 300 $(PYTEST_ARGS)
 
 soak: build  ## the tests at full counts (hours)
 	KVORTEX_SOAK=1 $(PY) -m pytest $(TESTS) -o timeout=7200 $(PYTEST_ARGS)

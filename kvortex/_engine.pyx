@@ -349,7 +349,7 @@ cdef class EngineCore:
                 blocks_evicted=index["evictions"], blocks_discarded=index["discards"],
                 length_mismatches=index["length_mismatches"], bytes_saved=count.bytes_saved,
                 bytes_loaded=count.bytes_loaded, jobs_failed=count.jobs_failed,
-                jobs_in_flight=sum((<TransferQueue>queue).jobs_in_flight for queue in self.queues),
+                jobs_in_flight=sum([(<TransferQueue>queue).jobs_in_flight for queue in self.queues]),
                 pool_blocks=self.pool.slots_usable, pool_blocks_used=index["slots_added"] - index["num_free"],
                 pool_bytes=self.pool.bytes_usable, pool_bytes_ready=self.pool.bytes_ready,
                 device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,

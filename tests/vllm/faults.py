@@ -9,10 +9,12 @@ after a copy are missed there too, when the copies of the host driver run late. 
     after-save, before-load   --size heavy --short 0.9 --device-gib 1.1 --host-gib 8 --busy-link: saves are late
     after-load                --size heavy --short 0.9 --device-gib 2 --host-gib 12
 
-but for before-other, whose other connector (--other first) lives on the CPU.
+but for before-other, whose other connector (--other first) lives on the CPU, and for not-held, which needs a model with
+windows (--size gemma, or a kind of engine_kinds.py), and a vLLM that reuses a block as soon as no window reaches it.
 """
 
 from kvortex import Job, Stream
+from kvortex.integrations.vllm.holds import Holds
 from kvortex.integrations.vllm.worker import WorkerHalf
 
 
@@ -92,10 +94,17 @@ def before_other():
     WorkerHalf.begin = begin
 
 
+def not_held():
+    """A block that left a window is given to somebody else while it is still being saved, and nobody is fenced."""
+    Holds.take = lambda self, block_ids, group_indexes: block_ids[:0]
+    after_save()
+
+
 FAULTS = {
     "before-save": before_save,
     "after-save": after_save,
     "before-load": before_load,
     "after-load": after_load,
     "before-other": before_other,
+    "not-held": not_held,
 }

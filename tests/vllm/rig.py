@@ -102,6 +102,8 @@ class Rig(Model):
         Of each group. A group with fewer layers than another is padded, one with none is empty.
     mixed_pages, pad_bytes, layout
         See `configure_cache`.
+    stages : tuple of int, optional
+        Layers that each group has in each stage of a pipeline; each rank is a stage. For `groups`.
     runner : str, default "v1"
         Whose order of a step: "v1" or, from 0.26 on, "v2".
     hash_tokens : int, optional
@@ -116,7 +118,8 @@ class Rig(Model):
                  pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
                  hash_function=sha256, policy="fcfs", heads=(1, 1), other=None, other_first=False,
                  groups=None, block_tokens=BLOCK_TOKENS, layers=2, mixed_pages=False, pad_bytes=0, layout="LBHNC",
-                 runner="v1", hash_tokens=None, retention=0, connector=True):  # fmt: skip
+                 runner="v1", hash_tokens=None, retention=0, connector=True, stages=()):  # fmt: skip
+        num_ranks, layers = len(stages) or num_ranks, sum(stages) or layers
         model = ModelConfig(model=str(TINY), skip_tokenizer_init=True, dtype="float32", seed=0)
         scheduling = SchedulerConfig(
             **known(
@@ -163,14 +166,23 @@ class Rig(Model):
         for name, value in (("prefix_match_unit", hash_tokens), ("prefix_cache_retention_interval", retention)):
             if hasattr(config.cache_config, name):
                 setattr(config.cache_config, name, value)
-        self.cache_config = configure_cache(
-            config, num_blocks, self.groups, heads=heads, mixed_pages=mixed_pages, pad_bytes=pad_bytes, layout=layout
-        )
-        for_scheduler = generate_scheduler_kv_cache_config([self.cache_config] * num_ranks)
-        self.block_size, hash_block_size = resolve_block_sizes(config, for_scheduler, self.cache_config)
+        of_stages = [
+            make_groups(groups, num_blocks, block_tokens, count, sum(stages[:at])) for at, count in enumerate(stages)
+        ]
+        cache_configs = [
+            configure_cache(
+                config, num_blocks, its_groups, heads=heads, mixed_pages=mixed_pages, pad_bytes=pad_bytes, layout=layout
+            )
+            for its_groups in of_stages or [self.groups]
+        ] * (1 if stages else num_ranks)
+        self.cache_config = cache_configs[0]
+        for_scheduler = generate_scheduler_kv_cache_config(cache_configs)
+        self.block_size, hash_block_size = resolve_block_sizes(config, for_scheduler, cache_configs)
         init_none_hash(hash_function)
         self.hash_blocks = get_request_block_hasher(hash_block_size, hash_function)
-        config.parallel_config.tensor_parallel_size = num_ranks  # of the connector; nobody starts other processes
+        # Of the connector; nobody starts other processes.
+        config.parallel_config.tensor_parallel_size = 1 if stages else num_ranks
+        config.parallel_config.pipeline_parallel_size = len(stages) or 1
         self.config, self.heads, self.runner = config, heads, runner
         scheduler = AsyncScheduler if pipelined else Scheduler
         with runner_of_vllm(runner):
@@ -181,10 +193,10 @@ class Rig(Model):
             )  # fmt: skip
             self.connector = self.scheduler.connector
             self.workers, self.caches = [], []
-            for _ in range(num_ranks):
-                self.caches.append(make_tensors(self.cache_config, layout) if groups else self.make_cache())
+            for cache_config in cache_configs:
+                self.caches.append(make_tensors(cache_config, layout) if groups else self.make_cache())
                 if connector:
-                    worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, self.cache_config)
+                    worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache_config)
                     worker.register_kv_caches(self.caches[-1])
                     self.workers.append(worker)
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
@@ -471,7 +483,7 @@ class Rig(Model):
             return
         assert not half.in_flight and not half.requests and not half.writing and not half.loads
         assert not half.landed and not half.loading and not half.waits_for
-        assert not half.num_held and not half.holders.any()
+        assert not half.room.num_taken and not half.room.holders.any()
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
         for part in self.halves:
             assert not part.running and not part.aborted and not part.received

@@ -30,7 +30,7 @@ class Group:
         "full", "mla", "window:64", "chunk:64", or "state", of which a block has one.
     num_blocks, block_tokens : int
     layers : list of str
-        Names. A group may have none.
+        Names, of all stages of a pipeline. A group may have none.
     """
 
     def __init__(self, index, form, num_blocks, block_tokens, layers):
@@ -79,7 +79,7 @@ class Group:
 
     def pages(self, cache):
         """One array per tensor of the group: blocks first; then tokens, or the words of a state."""
-        for name in self.layers:
+        for name in filter(cache.__contains__, self.layers):  # of the stage whose cache it is
             tensor = cache[name]
             if isinstance(tensor, list):  # states before 0.32
                 yield from (part.numpy() for part in tensor)
@@ -103,13 +103,14 @@ def planes(cache, groups):
     return enumerate((group, plane) for group in groups for plane in group.planes(cache))
 
 
-def make_groups(forms, num_blocks, block_tokens, layers):
+def make_groups(forms, num_blocks, block_tokens, layers, first_layer=0):
     """The groups of these forms; tokens and number of layers as one for all, or as one for each."""
     block_tokens = (block_tokens,) * len(forms) if isinstance(block_tokens, int) else block_tokens
     layers = (layers,) * len(forms) if isinstance(layers, int) else layers
     groups = []
     for number, (form, tokens, count) in enumerate(zip(forms, block_tokens, layers, strict=True)):
-        names = [f"layer{at * len(forms) + number}" for at in range(count)]  # as vLLM deals them out
+        layers_of_one = range(first_layer, first_layer + count)
+        names = [f"layer{at * len(forms) + number}" for at in layers_of_one]  # as vLLM deals them out
         groups.append(Group(number, form, num_blocks, tokens, names))
     return groups
 
@@ -163,7 +164,7 @@ def resolve_block_sizes(config, for_scheduler, for_workers):
     sizes = kv_cache_utils.resolve_kv_cache_block_sizes(for_scheduler, config)
     if hasattr(for_scheduler, "hash_block_size"):
         alignment = kv_cache_utils.resolve_cache_hit_alignment_tokens(for_scheduler, config, *sizes)
-        for one in (for_scheduler, for_workers):
+        for one in (for_scheduler, *for_workers):
             one.hash_block_size, one.cache_hit_alignment_tokens = sizes[1], alignment
     return sizes
 

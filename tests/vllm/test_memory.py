@@ -100,7 +100,7 @@ def test_an_executor_asks_before_it_loads(available, config):
 def test_an_executor_asks_for_the_ranks_of_its_node_alone(available):
     integration.register()
     available(17 * GIB)
-    here = SimpleNamespace(tensor_parallel_size=16, nnodes_within_dp=2)
+    here = SimpleNamespace(tensor_parallel_size=16, pipeline_parallel_size=1, nnodes_within_dp=2)
     assert make_executor(transfer("32GiB"), here).loaded
     here.nnodes_within_dp = 1
     with pytest.raises(PoolExhausted, match="pools of 16 on this node"):

@@ -54,13 +54,6 @@ def test_a_pool_smaller_than_a_block_is_refused_with_the_least_size():
         Rig(num_ranks=2, extra={"cpu_pool_size_bytes": 4096})
 
 
-def test_pipeline_parallelism_is_refused(make_rig):
-    rig = make_rig()
-    rig.config.parallel_config.pipeline_parallel_size = 2
-    with pytest.raises(kvortex.ConfigError, match="pipeline_parallel_size = 2"):
-        KVConnectorFactory.create_connector(rig.config, KVConnectorRole.WORKER, rig.cache_config)
-
-
 def test_each_rank_has_an_equal_part_of_the_pool(make_rig):
     rig = make_rig(num_ranks=2, num_slots=10)
     assert [worker.worker.pool.num_slots for worker in rig.workers] == [10, 10]

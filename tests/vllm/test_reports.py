@@ -6,7 +6,8 @@ import random
 import numpy as np
 import prometheus_client
 import pytest
-from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from rig import HAS_WORKER_METADATA
+from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.lora.request import LoRARequest
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
@@ -23,6 +24,8 @@ def followed(events):
     """The blocks in host memory, for somebody who knows nothing but the events."""
     held = set()
     for event in events:
+        if isinstance(event, AllBlocksCleared) and HAS_WORKER_METADATA:  # 0.15 does not let us tell again what is left
+            held.clear()
         if getattr(event, "medium", None) != "CPU":
             continue  # of vLLM's own device cache
         if isinstance(event, BlockStored):
@@ -38,7 +41,7 @@ def held(rig):
     """The blocks in host memory, as the index has them."""
     held = set()
     for request in rig.requests.values():
-        found, _ = rig.index.lookup(keys_of(request, 0, len(request.block_hashes)))
+        found, _ = rig.index.lookup(keys_of(request, rig.half.groups[0], 0, len(request.block_hashes)))
         names = zip(request.block_hashes, found, strict=True)
         held |= {maybe_convert_block_hash(name) for name, is_there in names if is_there}
     return held
@@ -48,8 +51,6 @@ def test_events_tell_what_is_stored(make_rig, prompt):
     rig = make_rig(events=True)
     rig.serve("first", prompt("p", 100))
     assert len(followed(rig.events)) == 6 and followed(rig.events) == held(rig)
-    stored = next(event for event in rig.events if getattr(event, "medium", None) == "CPU")
-    assert stored.block_size == 16 and stored.token_ids == [] and stored.parent_block_hash is None
 
 
 def test_events_name_blocks_of_an_adapter_as_vllm_does(make_rig, prompt):

@@ -4,22 +4,24 @@ import importlib.util
 import inspect
 import time
 import traceback
+from dataclasses import replace
 
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from kvortex import ConfigError
+from kvortex.integrations.vllm.events import BlockEvents
+from kvortex.integrations.vllm.groups import RUN, STATE, groups_of
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
-from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape, require_host_memory
+from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape, num_ranks_of, require_host_memory
 from kvortex.integrations.vllm.plugin import register
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
-from kvortex.integrations.vllm.worker import WorkerHalf
+from kvortex.integrations.vllm.worker import BLOCKS, NOTHING, REQUESTS, WorkerHalf
 from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
 
@@ -27,6 +29,10 @@ logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
+# Without it a request may start on states that are not there, as soon as there is any connector.
+SERVES_STATES = hasattr(base.KVConnectorBase_V1, "supports_divergent_local_hybrid_hits")
+# What vLLM before 0.32 is told of a load that failed names blocks, of one group.
+HAS_TRANSFER_RESULTS = hasattr(base.KVConnectorBase_V1, "get_transfer_results")
 # From 0.32 on layouts have names, and all attention backends share one logical shape.
 HAS_LAYOUT_NAMES = importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
 
@@ -56,16 +62,48 @@ def hears_of_blocks_of_others():
     return "new_empty" not in MultiConnector.update_state_after_alloc.__code__.co_names
 
 
-def is_supported(kv_cache_config):
-    """Whether every block keeps the KV of its tokens as long as its request lives, in one block table.
+def groups_to_keep(vllm_config, kv_cache_config):
+    """The groups of this model, the same in both halves.
 
-    Asked by exact type: later versions derive kinds of windows from these.
+    Raises
+    ------
+    ConfigError
+        A group of a kind that is not known, or that this vLLM would not serve right.
     """
-    if len(kv_cache_config.kv_cache_groups) != 1:
-        return False
-    spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
-    layers = getattr(spec, "kv_cache_specs", {"every": spec})
-    return all(type(spec) in (FullAttentionSpec, MLAAttentionSpec) for spec in layers.values())
+    speculative, parallel, hash_tokens = vllm_config.speculative_config, vllm_config.parallel_config, None
+    shares = [getattr(parallel, f"{name}_context_parallel_size", 1) for name in ("decode", "prefill")]
+    drops = getattr(speculative, "use_eagle_block_drop", getattr(speculative, "use_eagle", lambda: False))
+    if len(kv_cache_config.kv_cache_groups) > 1:
+        try:
+            from vllm.v1.core.kv_cache_utils import resolve_kv_cache_block_sizes
+        except ImportError:  # 0.15
+            hash_tokens = vllm_config.cache_config.block_size
+        else:
+            _, hash_tokens = resolve_kv_cache_block_sizes(kv_cache_config, vllm_config)
+    # vLLM from 0.26 on spreads a block's tokens over the ranks that decode together, 0.15 over those of prefill too.
+    shared_by = shares[0] * (1 if HAS_WORKER_METADATA else shares[1])
+    groups = groups_of(kv_cache_config, hash_tokens=hash_tokens, parallel_tokens=shared_by, drafts=drops())
+    if max(shares) > 1 and (len(kv_cache_config.kv_cache_groups) > 1 or groups[0].kind != RUN):
+        raise ConfigError(
+            f"KVortexConnector supports context parallelism (here {shares[0]} for decode, {shares[1]} for prefill) "
+            f"with one KV cache group of full attention, and this model has others; leave both sizes at 1"
+        )
+    if any(group.kind == STATE for group in groups) and not SERVES_STATES:
+        raise ConfigError(
+            "this model keeps states (Mamba, linear attention or short convolutions), for which this vLLM may start "
+            "requests on states that are not there as soon as it has any KV connector; use vLLM 0.32 or later, or "
+            "serve it without --kv-transfer-config"
+        )
+    return groups
+
+
+def retention_interval(kv_cache_config):
+    """What vLLM's own cache keeps of groups that forget, see `Group.worth_keeping`: all, before 0.32."""
+    if hasattr(kv_cache_config, "prefix_cache_retention_interval"):
+        return kv_cache_config.prefix_cache_retention_interval
+    from vllm import envs
+
+    return getattr(envs, "VLLM_PREFIX_CACHE_RETENTION_INTERVAL", None)
 
 
 ANOTHER_ENGINE = (
@@ -86,8 +124,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     Raises
     ------
     ConfigError
-        An option is unknown or unfit; pipeline or context parallelism, which are not supported; a `MultiConnector` of
-        vLLM before 0.26.
+        An option is unknown or unfit; a `MultiConnector` of vLLM before 0.26; a model whose KV cache this version of
+        vLLM, or this connector, cannot keep right; context parallelism with another than one group of full attention.
 
     Notes
     -----
@@ -95,42 +133,54 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     True)``, or on a server, started with ``VLLM_SERVER_DEV_MODE=1``, by ``POST /reset_prefix_cache?reset_external=
     true``. The server passes over a wrong name, and answers that all is well.
 
-    A model with more than one KV cache group, or with another than full attention (or MLA), is served without
-    offloading, and says so: blocks of a sliding window lose their content while their request runs.
+    Of layers with a sliding window, with chunks or with states (Mamba, linear attention, short convolutions), which
+    forget, it keeps what a request needs that continues a prompt.
     """
 
     def __init__(self, vllm_config, role, kv_cache_config=None):
         super().__init__(vllm_config, role, kv_cache_config)
         options = ConnectorOptions.parse(self._kv_transfer_config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
-        for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
-            if getattr(parallel, name, 1) != 1:
-                raise ConfigError(
-                    f"KVortexConnector does not support {name} = {getattr(parallel, name)}; leave it at 1"
-                )
         if is_one_of_several() and not hears_of_blocks_of_others():
             raise ConfigError(
                 "KVortexConnector does not work in the MultiConnector of this vLLM, which does not tell it the blocks "
                 "that another connector fills; use vLLM 0.26 or later, or KVortexConnector alone"
             )
-        self.scheduler = self.worker = self.refusal = None
-        if not is_supported(kv_cache_config):
-            specs = [type(group.kv_cache_spec).__name__ for group in kv_cache_config.kv_cache_groups]
-            logger.warning("KVortexConnector keeps nothing: it needs one group of full attention, and finds %s", specs)
-            return
-        shape = PoolShape.of(options, kv_cache_config, num_ranks=parallel.tensor_parallel_size)
+        self.scheduler = self.worker = self.refusal = self.begun = None
+        groups = groups_to_keep(vllm_config, kv_cache_config)
+        self.has_several_groups = len(kv_cache_config.kv_cache_groups) > 1
+        options = self._load_as_this_vllm_can(options, groups)
+        shape = PoolShape.of(
+            options,
+            kv_cache_config,
+            groups,
+            num_ranks=num_ranks_of(parallel),
+            num_stages=parallel.pipeline_parallel_size,
+        )
+        interval = options.window_interval_tokens
+        if interval and interval % shape.align_tokens:
+            raise ConfigError(
+                f"window_interval_tokens is {interval}, and hits of this model end on multiples of "
+                f"{shape.align_tokens} tokens; set it to such a multiple"
+            )
         if role == base.KVConnectorRole.SCHEDULER:
             # Else an executor has asked before (`ask_early`), and its workers have their pools.
             if not has_pools():
                 require_host_memory(self._kv_transfer_config, parallel)
-            events = vllm_config.kv_events_config
+            events, scheduling = vllm_config.kv_events_config, vllm_config.scheduler_config
+            tells = events is not None and events.enable_kv_cache_events
             self.scheduler = SchedulerHalf(
                 shape,
                 load_async=options.load_async,
                 save_late=vllm_config.speculative_config is not None and not saves_after_drafting(),
                 whole_prompts=not getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False),
                 reload_preempted=HAS_WORKER_METADATA,
-                events=events is not None and events.enable_kv_cache_events,
+                extends_hits=HAS_WORKER_METADATA or not self.has_several_groups,
+                events=BlockEvents(groups, kv_cache_config, shape.slots.num_slots) if tells else None,
+                interval=retention_interval(kv_cache_config) if interval is None else interval,
+                step_tokens=scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1),
+                holds_all=any(group.kind == STATE for group in groups)
+                or getattr(kv_cache_config, "needs_kv_cache_zeroing", False),
             )
             self.counted = {}
             logger.info(
@@ -138,7 +188,26 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 shape.slots.num_slots, shape.slots.stride_bytes, shape.num_ranks,
             )  # fmt: skip
         else:
-            self.worker = WorkerHalf(shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads())
+            failed_loads = BLOCKS
+            if self.has_several_groups or groups[0].kind != RUN:
+                failed_loads = REQUESTS if HAS_TRANSFER_RESULTS and options.load_async else NOTHING
+            self.worker = WorkerHalf(
+                shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads(), failed_loads=failed_loads
+            )
+
+    def _load_as_this_vllm_can(self, options, groups):
+        """The options, loading inside steps where this vLLM cannot wait for several groups' loads between them."""
+        if self.has_several_groups and options.load_async and not HAS_WORKER_METADATA:
+            logger.info(
+                "KVortexConnector loads inside steps: between them, this vLLM waits for one KV cache group only"
+            )
+            return replace(options, load_async=False)
+        if any(group.kind == STATE for group in groups) and not options.load_async:
+            raise ConfigError(
+                "this model keeps states (Mamba, linear attention or short convolutions), which vLLM copies before a "
+                "load inside a step could bring them; leave out load_async, or set it to true"
+            )
+        return options
 
     # ---- what vLLM asks about the connector --------------------------------------------------------------------------
 
@@ -178,9 +247,27 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def get_num_new_matched_tokens(self, request, num_computed_tokens):
         return self.scheduler.match(request, num_computed_tokens) if self.scheduler else (0, False)
 
+    def bind_gpu_block_pool(self, gpu_block_pool):
+        if self.scheduler:
+            self.scheduler.holds.pool = gpu_block_pool
+            self._let_go_before_resets(gpu_block_pool)
+            if self.scheduler.events is not None:
+                self.scheduler.events.watch(gpu_block_pool)
+
+    def _let_go_before_resets(self, gpu_block_pool):
+        """Where blocks are held vLLM cannot reset its prefix cache, and it asks a connector only afterwards."""
+        reset = gpu_block_pool.reset_prefix_cache
+
+        def let_go_and_reset():
+            if self.scheduler:
+                self.scheduler.let_go()
+            return reset()
+
+        gpu_block_pool.reset_prefix_cache = let_go_and_reset
+
     def update_state_after_alloc(self, request, blocks, num_external_tokens):
         if self.scheduler:
-            self.scheduler.allocated(request, blocks.get_block_ids()[0], num_external_tokens)
+            self.scheduler.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output):
         return self.scheduler.build(scheduler_output) if self.scheduler else StepMetadata()
@@ -195,6 +282,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             if connector_output.invalid_block_ids:
                 self.scheduler.distrust_saves()
             if report and report.is_refusal:
+                self.scheduler.let_go()
                 self.scheduler = None
             elif report:
                 self.scheduler.reported(report)
@@ -208,6 +296,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def request_finished_all_groups(self, request, block_ids):
         return self.request_finished(request, block_ids)
 
+    def has_pending_push_work(self):
+        """Whether steps must go on without requests: blocks are held until a report comes."""
+        return bool(self.scheduler and self.scheduler.holds.count)
+
+    def has_pending_block_frees(self):
+        """The same: vLLM waits for them before it preempts."""
+        return self.has_pending_push_work()
+
     def reset_cache(self):
         if self.scheduler:
             self.scheduler.reset()
@@ -216,24 +312,15 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def take_events(self):
         if not self.scheduler or self.scheduler.events is None:
             return ()
-        from vllm.distributed.kv_events import BlockRemoved, BlockStored
-        from vllm.v1.core.kv_cache_utils import maybe_convert_block_hash
-
-        stored, removed = ([maybe_convert_block_hash(name) for name in part] for part in self.scheduler.events.take())
-        events = []
-        if removed:
-            events.append(BlockRemoved(block_hashes=removed, medium="CPU"))
-        if stored:
-            events.append(BlockStored(
-                block_hashes=stored, parent_block_hash=None, token_ids=[], lora_id=None, lora_name=None,
-                block_size=self.scheduler.shape.block_tokens, medium="CPU",
-            ))  # fmt: skip
-        return events
+        return self.scheduler.events.take()
 
     # ---- the worker's half, in the order of a step -------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches):
         if self.worker:
+            groups = [self._kv_cache_config.kv_cache_groups[group.index] for group in self.worker.shape.groups]
+            kept = {name for group in groups for name in group.layer_names}
+            kv_caches = {name: tensor for name, tensor in kv_caches.items() if name in kept}
             names = {id(tensor): name for name, tensor in reversed(kv_caches.items())}  # layers may share a tensor
             tensors = [tensor for name, tensor in kv_caches.items() if names[id(tensor)] == name]
             self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor))
@@ -244,7 +331,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     def _block_dimension(self, layer_name, tensor):
         """Which dimension of a layer's tensor counts blocks."""
-        (group,) = self._kv_cache_config.kv_cache_groups
+        group = next(one for one in self._kv_cache_config.kv_cache_groups if layer_name in one.layer_names)
         spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)
         config, backend = get_current_vllm_config_or_none() or self._vllm_config, None
         if config is not None and layer_name in config.compilation_config.static_forward_context:
@@ -257,7 +344,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             return
         try:
             layout = layout_of(
-                tensors, self.worker.shape.num_device_blocks, [block_dim_of(tensor) for tensor in tensors]
+                tensors,
+                self.worker.shape.num_device_blocks,
+                [block_dim_of(tensor) for tensor in tensors],
+                overlap=self.has_several_groups,
             )
             if layout.block_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(
@@ -287,21 +377,37 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 return False
             raise ConfigError(ANOTHER_ENGINE)
         old.close()
-        self.worker = WorkerHalf(old.shape, old.options, reports_aborted_loads=old.reports_aborted_loads)
+        self.worker = WorkerHalf(
+            old.shape, old.options, reports_aborted_loads=old.reports_aborted_loads, failed_loads=old.failed_loads
+        )
         return True
+
+    def handle_preemptions(self, kv_connector_metadata):
+        """The first call of a step from vLLM 0.26 on, before anything writes; 0.15 makes it with ids, at times."""
+        if isinstance(kv_connector_metadata, StepMetadata):
+            self._begin(kv_connector_metadata)
 
     def bind_connector_metadata(self, connector_metadata):
         super().bind_connector_metadata(connector_metadata)
-        if self.worker and connector_metadata.shape not in (None, self.worker.shape):
+        self._begin(connector_metadata)
+        if self.worker:
+            self.worker.start_loads(connector_metadata)
+
+    def _begin(self, connector_metadata):
+        """Once a step."""
+        if self.begun is connector_metadata:
+            return
+        self.begun = connector_metadata
+        shape = connector_metadata.shape
+        if self.worker and shape is not None and not self.worker.shape.agrees_with(shape):
             logger.error(
                 "KVortexConnector keeps nothing: the scheduler counts on %s, this worker has %s; please report this "
-                "with your model and vLLM version", connector_metadata.shape, self.worker.shape,
+                "with your model and vLLM version", shape, self.worker.shape,
             )  # fmt: skip
             self.worker.close()
             self.worker, self.refusal = None, WorkerReport(is_refusal=True)
         if self.worker:
             self.worker.begin(connector_metadata)
-            self.worker.start_loads(connector_metadata)
 
     def start_load_kv(self, forward_context, **kwargs):
         """Nothing: loads have begun. vLLM from 0.32 on calls this after the forward, for which no load need wait."""
@@ -321,6 +427,13 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             return None, None
         self.worker.collect(finished_req_ids)
         return None, self.worker.take_received()
+
+    if HAS_TRANSFER_RESULTS:
+
+        def get_transfer_results(self, finished_req_ids):
+            _, received = self.get_finished(finished_req_ids)
+            failed = self.worker.take_failed_requests() if self.worker else set()
+            return base.KVConnectorTransferResults(finished_recving=received or set(), failed_recving=failed)
 
     def get_block_ids_with_load_errors(self):
         return self.worker.take_load_errors() if self.worker else set()
@@ -344,7 +457,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     def _scheduler_counters(self):
         index = self.scheduler.index.counters()
-        now = {"blocks_matched": self.scheduler.blocks_matched, "blocks_evicted": index["evictions"]}
+        now = {
+            "blocks_matched": self.scheduler.blocks_matched,
+            "blocks_evicted": index["evictions"],
+            "saves_not_held": self.scheduler.holds.blocks_refused,
+            "pins_refused": self.scheduler.pins.blocks_refused,
+        }
         counters = {name: value - self.counted.get(name, 0) for name, value in now.items()}
         levels = {"pool_blocks_used": index["num_ready"], "pool_blocks": index["slots_added"]}
         changed = any(counters.values()) or levels != self.counted.get("levels")

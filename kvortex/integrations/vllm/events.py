@@ -1,45 +1,169 @@
 """KV events: which blocks came into host memory and which left it, for whoever routes requests by them."""
 
 import numpy as np
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
+from vllm.v1 import kv_cache_interface
+from vllm.v1.core import kv_cache_utils
 
-from kvortex.integrations.vllm.keys import KEY_BYTES, NO_DIGEST, as_bytes, digest_of_adapter
-from kvortex.keys import ram_keys
+from kvortex.integrations.vllm.keys import KEY_BYTES
+
+HASH = f"V{KEY_BYTES}"
 
 
 class BlockEvents:
-    """What vLLM is told of blocks in host memory, under its own hashes.
+    """What vLLM is told of blocks in host memory, as it tells of its own.
 
     Parameters
     ----------
+    groups : tuple of Group
+    kv_cache_config : KVCacheConfig
+        The scheduler's.
     num_slots : int
+
+    Notes
+    -----
+    A router knows a block by its tokens and what is before them, and forgets all blocks when vLLM empties the cache of
+    the device, those in host memory too. They are announced again then, with their tokens: hence a slot's are kept as
+    long as its block is there, in some hundred bytes beside a block's megabytes.
     """
 
-    def __init__(self, num_slots):
-        self.hash_bytes = KEY_BYTES
-        # A key alone does not tell by which digest it was made. There is one for each adapter.
-        self.numbers = {NO_DIGEST: 0}
-        self.number_of = np.zeros(num_slots, dtype=np.uint32)  # of the digest, by slot
-        self.stored, self.removed = [], []
+    def __init__(self, groups, kv_cache_config, num_slots):
+        all_groups = kv_cache_config.kv_cache_groups
+        self.kinds = {group.index: kind_of(all_groups[group.index].kv_cache_spec) for group in groups}
+        most_tokens = max(group.block_tokens for group in groups)
+        self.blocks = np.zeros(  # by slot, from the moment that it is reserved
+            num_slots,
+            dtype=[
+                ("hash", HASH),
+                ("parent", HASH),  # the hash of the block before, zeros for the first one
+                ("number", np.uint32),  # of the block in its request
+                ("source", np.uint32),  # place in `sources`
+                ("tokens", np.int32, most_tokens),
+            ],
+        )
+        self.hash_bytes = KEY_BYTES  # vLLM's have 32, or 16 with xxhash
+        self.sources = []  # (group, id of the LoRA, its name)
+        self.places = {}  # of them in `sources`
+        self.extra_keys = {}  # slot -> what vLLM hashes beside tokens, where there is any
+        self.is_told = np.zeros(num_slots, dtype=bool)
+        self.events = []
+        self.pool = self.device_cache = None
 
-    def reserved(self, request, slots):
-        """These slots are for blocks of this request."""
-        self.hash_bytes = len(request.block_hashes[0])
-        digest = digest_of_adapter(request.lora_request)
-        self.number_of[slots] = self.numbers.setdefault(digest, len(self.numbers))
+    def watch(self, pool):
+        """vLLM's BlockPool, which vLLM before 0.26 does not show: there nothing is announced again."""
+        self.pool, self.device_cache = pool, pool.cached_block_hash_to_block
 
-    def store(self, slots, keys):
-        self.stored += self.hashes_of(slots, keys)
+    def reserved(self, request, group, numbers, slots):
+        """These slots are for these blocks of the request in a group: arrays, ascending numbers."""
+        if not len(numbers):
+            return
+        first, end, step, num_tokens = int(numbers[0]), int(numbers[-1]) + 1, group.hashes_per_block, group.block_tokens
+        lora = request.lora_request
+        source = (group, lora.adapter_id, lora.name) if lora else (group, None, None)
+        place = self.places.setdefault(source, len(self.sources))
+        if place == len(self.sources):
+            self.sources.append(source)
+        hashes = request.block_hashes[(first + 1) * step - 1 : end * step : step]
+        parents = [request.block_hashes[first * step - 1] if first else b"", *hashes[:-1]]
+        self.hash_bytes = len(hashes[0])
+        tokens = np.array(request.all_token_ids[first * num_tokens : end * num_tokens], dtype=np.int32)
+        rows = numbers - first
+        blocks = self.blocks
+        blocks["hash"][slots], blocks["parent"][slots] = as_hashes(hashes)[rows], as_hashes(parents)[rows]
+        blocks["number"][slots], blocks["source"][slots] = numbers, place
+        blocks["tokens"][slots, :num_tokens] = tokens.reshape(-1, num_tokens)[rows]
+        at = 0
+        for number, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
+            begin = number * num_tokens
+            keys, at = kv_cache_utils.generate_block_hash_extra_keys(request, begin, begin + num_tokens, at)
+            if keys:
+                self.extra_keys[slot] = keys
+            else:
+                self.extra_keys.pop(slot, None)
 
-    def remove(self, slots, keys):
-        self.removed += self.hashes_of(slots, keys)
+    def store(self, slots):
+        """The blocks in these slots can be loaded from now on. Those of one request stand in their order."""
+        self.events += self.runs(slots)
+        self.is_told[slots] = True
 
-    def hashes_of(self, slots, keys):
-        digests = np.frombuffer(b"".join(self.numbers), dtype=np.uint8).reshape(-1, KEY_BYTES)
-        hashes = as_bytes(ram_keys(keys, digests[self.number_of[slots]]))
-        return [name[: self.hash_bytes] for name in hashes]
+    def remove(self, slots):
+        """They cannot any more."""
+        hashes = {}
+        for source, name in zip(self.blocks["source"][slots].tolist(), self.names("hash", slots), strict=True):
+            hashes.setdefault(self.sources[source][0].index, []).append(name)
+        for index, names in hashes.items():
+            self.events.append(event(BlockRemoved, block_hashes=names, group_idx=index))
+        self.is_told[slots] = False
 
     def take(self):
-        """The hashes of the blocks stored, and of those removed, since the last call."""
-        events = self.stored, self.removed
-        self.stored, self.removed = [], []
+        """The events since the last call, in their order.
+
+        vLLM asks when it has taken its own of the same step, which come first.
+        """
+        if self.pool is not None and self.device_cache is not self.pool.cached_block_hash_to_block:
+            self.device_cache = self.pool.cached_block_hash_to_block  # emptied, so vLLM has told that all is cleared
+            told = np.flatnonzero(self.is_told)
+            self.events = self.runs(told[np.argsort(self.blocks["number"][told], kind="stable")])
+        events, self.events = self.events, []
         return events
+
+    def runs(self, slots):
+        """One event for each run of blocks of which every one continues that before it."""
+        rows = self.blocks[slots]
+        runs, ends = [], {}
+        keys = zip(rows["source"].tolist(), rows["parent"].tolist(), rows["hash"].tolist(), strict=True)
+        for at, (source, parent, name) in enumerate(keys):
+            run = ends.pop((source, parent), None)
+            if run is None:
+                runs.append(run := [])
+            run.append(at)
+            ends[source, name] = run
+        return [self.stored(slots[run]) for run in runs]
+
+    def stored(self, slots):
+        """The event of a run."""
+        first = self.blocks[slots[0]]
+        group, lora_id, lora_name = self.sources[first["source"]]
+        return event(
+            BlockStored,
+            block_hashes=self.names("hash", slots),
+            parent_block_hash=self.names("parent", slots[:1])[0] if first["number"] else None,
+            token_ids=self.blocks["tokens"][slots, : group.block_tokens].ravel().tolist(),
+            block_size=group.block_tokens,
+            lora_id=lora_id,
+            lora_name=lora_name,
+            extra_keys=as_event_keys([self.extra_keys.get(slot) for slot in slots.tolist()]),
+            group_idx=group.index,
+            **self.kinds[group.index],
+        )
+
+    def names(self, field, slots):
+        """Hashes in the form in which vLLM publishes them."""
+        convert, size = kv_cache_utils.maybe_convert_block_hash, self.hash_bytes
+        return [convert(name[:size]) for name in self.blocks[field][slots].tolist()]
+
+
+def event(kind, **fields):
+    """One of vLLM's events of a block in host memory, with those of the fields that it has in this version."""
+    fields |= {"medium": "CPU", "locality": "LOCAL"}
+    return kind(**{name: value for name, value in fields.items() if name in kind.__struct_fields__})
+
+
+def as_hashes(names):
+    return np.frombuffer(b"".join(name.ljust(KEY_BYTES, b"\0") for name in names), dtype=HASH)
+
+
+def as_event_keys(extra_keys):
+    """What vLLM publishes of these; from 0.32 on it hashes them with tags that it does not publish."""
+    convert = getattr(kv_cache_utils, "to_event_extra_keys", list)
+    return convert(extra_keys)
+
+
+def kind_of(spec):
+    """What an event says of its group, from vLLM 0.26 on."""
+    if not hasattr(kv_cache_interface, "get_kv_cache_spec_kind"):
+        return {}
+    return {
+        "kv_cache_spec_kind": kv_cache_interface.get_kv_cache_spec_kind(spec).value,
+        "kv_cache_spec_sliding_window": kv_cache_interface.get_kv_cache_spec_sliding_window(spec),
+    }

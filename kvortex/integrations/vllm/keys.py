@@ -11,23 +11,35 @@ KEY_BYTES = 32
 NO_DIGEST = digest_of()
 
 
-def keys_of(request, first, end):
-    """Keys of the request's blocks `first` to `end`, as far as it has hashes."""
-    return as_keys(request.block_hashes[first:end], digest_of_adapter(request.lora_request))
+def keys_of(request, group, first, end):
+    """Keys of the request's blocks `first` to `end` in a group, as far as it has hashes.
 
-
-def digest_of_adapter(lora):
-    """What vLLM's hashes do not say of a LoRA.
-
-    vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is loaded anew under
-    its name has another id.
+    vLLM's hashes are chained, so that of a block is the one that ends where the block does.
     """
-    return NO_DIGEST if lora is None else digest_of_name(f"{lora.lora_int_id} {lora.lora_path}")
+    step = group.hashes_per_block
+    hashes = request.block_hashes[(first + 1) * step - 1 : end * step : step]
+    return as_keys(hashes, digest_for(request, group))
+
+
+def keys_of_all(request, spans):
+    """The same for several (group, first, end), one after the other."""
+    keys = [keys_of(request, *span) for span in spans]
+    return keys[0] if len(keys) == 1 else np.concatenate(keys)
+
+
+def digest_for(request, group):
+    """What a block's hash does not say.
+
+    The group; and vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is
+    loaded anew under its name has another id.
+    """
+    lora = request.lora_request
+    return digest_of_name(group.index, None if lora is None else f"{lora.lora_int_id} {lora.lora_path}")
 
 
 @functools.lru_cache(1024)
-def digest_of_name(name):
-    return digest_of(tag=hashlib.sha256(name.encode()).digest())
+def digest_of_name(group_index, lora):
+    return digest_of(group=group_index, tag=None if lora is None else hashlib.sha256(lora.encode()).digest())
 
 
 def as_keys(hashes, digest=NO_DIGEST):

@@ -3,7 +3,7 @@
 from kvortex import ConfigError, KVLayout
 
 
-def layout_of(tensors, num_blocks, block_dims):
+def layout_of(tensors, num_blocks, block_dims, overlap=False):
     """The layout of per-layer tensors, or of one tensor for all layers.
 
     Parameters
@@ -15,6 +15,8 @@ def layout_of(tensors, num_blocks, block_dims):
         side by side, are one.
     block_dims : int or sequence of int
         Which dimension counts blocks, of all tensors or of each, see `block_dimension`.
+    overlap : bool, default False
+        Whether layers share memory, as those of several KV cache groups do: whoever has a block has all of its bytes.
 
     Raises
     ------
@@ -32,10 +34,26 @@ def layout_of(tensors, num_blocks, block_dims):
     for tensor, dim in distinct.values():
         runs += runs_of(tensor, num_blocks, dim)
     runs.sort(key=lambda part_and_run: part_and_run[0])  # what lies side by side becomes one piece
+    runs = [run for _, run in runs]
+    if overlap:
+        runs = union_of(runs)
     try:
-        return KVLayout([run for _, run in runs], num_blocks, owners=[tensor for tensor, _ in distinct.values()])
+        return KVLayout(runs, num_blocks, owners=[tensor for tensor, _ in distinct.values()])
     except ValueError as error:
         raise ConfigError(f"KVortex cannot move this KV cache: {error}") from error
+
+
+def union_of(runs):
+    """Runs of the same bytes that name none twice, in the order of addresses."""
+    merged = []
+    for base, stride, piece in sorted(runs):
+        if merged:
+            last, last_stride, last_piece = merged[-1]
+            if stride == last_stride and base <= last + last_piece and base + piece - last <= stride:
+                merged[-1] = (last, stride, max(last_piece, base + piece - last))
+                continue
+        merged.append((base, stride, piece))
+    return merged
 
 
 def runs_of(tensor, num_blocks, block_dim):

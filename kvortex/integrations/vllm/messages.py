@@ -65,8 +65,9 @@ class WorkerReport(WorkerMetadata):
     ended : dict
         (kind, number) of a transfer, or of a chunk that is registered -> ranks.
     bad : dict
-        (kind, number) of a transfer -> set of slots whose block at least one of these ranks could not move. Where none
-        went wrong, there is no entry.
+        (kind, number) of a transfer -> set of slots whose block at least one of these ranks could not move; of a chunk
+        -> those at its end that one of them, a stage with larger blocks, does not have. Where there are none, there is
+        no entry.
     is_refusal : bool
         The rank has another pool than the scheduler counts on, and keeps nothing.
     """

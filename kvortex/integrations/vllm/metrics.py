@@ -15,6 +15,8 @@ SUMS = {
     "transfers_failed": "Saves and loads that the driver refused",
     "blocks_matched": "KV blocks found in host memory and asked for",
     "blocks_evicted": "KV blocks evicted from host memory",
+    "saves_not_held": "KV blocks not saved in a step because too many device blocks were held already",
+    "pins_refused": "KV blocks that requests wanted to pin beyond a quarter of host memory",
     "verify_blocks": "KV blocks compared by verify",
     "verify_mismatches": "KV blocks that verify found to differ",
     "verify_skipped": "Transfers that verify had no room for",

@@ -1,9 +1,10 @@
 """What a user may write into ``kv_connector_extra_config``, and the shape of the pool that follows from it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from kvortex import ConfigError, KVortexConfig, PoolExhausted
 from kvortex.config import nearest, parse_bytes
+from kvortex.integrations.vllm.groups import align_tokens
 from kvortex.memory.limits import lacking_memory
 from kvortex.slots import Slots, stride_bytes
 
@@ -31,6 +32,10 @@ class ConnectorOptions:
         such as ``"32GiB"``.
     load_async : bool, default True
         Load between the steps of the engine, while others are served; False loads before the step that needs it.
+    window_interval_tokens : int, optional
+        Of layers with a sliding window or chunks, keep what a prompt needs that ends so many tokens on, or twice as
+        many, and so forth; 0: only what the same prompt needs again, and what vLLM sees prompts to share. As vLLM's own
+        cache does (``prefix_cache_retention_interval``) where it is not given.
     verify : bool, default False
         Compare every block saved and loaded with what the GPU held, and count the differences. For tests: costs device
         memory, and bandwidth of the link.
@@ -38,6 +43,7 @@ class ConnectorOptions:
 
     engine: KVortexConfig
     load_async: bool = True
+    window_interval_tokens: int | None = None
     verify: bool = False
 
     @classmethod
@@ -62,7 +68,10 @@ class ConnectorOptions:
                 "kv_connector_extra_config needs cpu_pool_size_bytes: the host memory for KV blocks, of all ranks "
                 'together, e.g. "32GiB"'
             )
-        for name in own & extra.keys():
+        interval = extra.get("window_interval_tokens", 0)
+        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 0:
+            raise ConfigError(f"window_interval_tokens must be a whole number of tokens, 0 or more, got {interval!r}")
+        for name in own & extra.keys() - {"window_interval_tokens"}:
             if not isinstance(extra[name], bool):
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
         for name in ENGINE_OPTIONS:
@@ -79,12 +88,14 @@ class ConnectorOptions:
 class PoolShape:
     """What both halves must agree on: the slots of one rank's pool, numbered alike in all ranks.
 
-    Both make it of the same things, and still the scheduler's half tells the workers', which compares.
+    Both make it of the same things, and still the scheduler's half tells the workers', which compares. Only with
+    several stages the slots differ: the scheduler's half, which sees the first, has those that every rank reports.
     """
 
     num_device_blocks: int
-    block_tokens: int
+    groups: tuple  # of `Group`, see `groups_of`
     num_ranks: int
+    num_stages: int  # of a pipeline: each has layers, hence sizes, of its own
     slots: Slots  # of one rank; chunk 0 is registered from the start
 
     @property
@@ -92,16 +103,24 @@ class PoolShape:
         """Bytes of a block in one rank."""
         return self.slots.payload_bytes
 
+    def agrees_with(self, other):
+        """Whether a rank of this shape and a scheduler's half of the other mean the same blocks by the same numbers."""
+        return other == (replace(self, slots=other.slots) if self.num_stages > 1 else self)
+
+    @property
+    def align_tokens(self):
+        """Hits are multiples of it."""
+        return align_tokens(self.groups)
+
     @classmethod
-    def of(cls, options, kv_cache_config, *, num_ranks):
-        """The shape for vLLM's ``KVCacheConfig`` of one rank, which must have one group.
+    def of(cls, options, kv_cache_config, groups, *, num_ranks, num_stages=1):
+        """The shape for vLLM's ``KVCacheConfig`` of one rank, of which these groups are kept.
 
         Raises
         ------
         ConfigError
             The pool does not hold one block a rank.
         """
-        (group,) = kv_cache_config.kv_cache_groups
         engine, block_bytes = options.engine, bytes_of_block(kv_cache_config)
         rank_bytes, stride = engine.cpu_pool_size_bytes // num_ranks, stride_bytes(block_bytes, engine.header_bytes)
         if rank_bytes < stride:
@@ -111,8 +130,9 @@ class PoolShape:
             )
         return cls(
             num_device_blocks=kv_cache_config.num_blocks,
-            block_tokens=group.kv_cache_spec.block_size,
+            groups=groups,
             num_ranks=num_ranks,
+            num_stages=num_stages,
             slots=Slots.of(
                 rank_bytes,
                 block_bytes,
@@ -138,9 +158,16 @@ def bytes_of_block(kv_cache_config):
     tensors = kv_cache_config.kv_cache_tensors
     if not tensors:
         raise ConfigError("vLLM's configuration of the KV cache names no tensors; please report this with your version")
-    of_all = hasattr(tensors[0], "layers")
-    total_bytes = tensors[0].size if of_all else sum(tensor.size for tensor in tensors)
-    return total_bytes // kv_cache_config.num_blocks
+    if hasattr(tensors[0], "layers"):
+        return tensors[0].size // kv_cache_config.num_blocks
+    packed = getattr(tensors[0], "block_stride", 0)  # 0.26, where blocks of all layers lie side by side
+    return packed or sum(tensor.size for tensor in tensors) // kv_cache_config.num_blocks
+
+
+def num_ranks_of(parallel):
+    """Workers of one engine, each with a part of the KV cache."""
+    prefill = getattr(parallel, "prefill_context_parallel_size", 1)
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * prefill
 
 
 def require_host_memory(transfer, parallel):
@@ -170,8 +197,8 @@ def require_host_memory(transfer, parallel):
             asked += ConnectorOptions.parse(extra).engine.cpu_pool_size_bytes
     if getattr(parallel, "use_ray", False):
         return
-    num_ranks = max(1, parallel.tensor_parallel_size // getattr(parallel, "nnodes_within_dp", 1))
-    needed = asked // parallel.tensor_parallel_size * num_ranks
+    num_ranks = max(1, num_ranks_of(parallel) // getattr(parallel, "nnodes_within_dp", 1))
+    needed = asked // num_ranks_of(parallel) * num_ranks
     lacking = lacking_memory(needed) if needed else None
     if lacking is not None:
         what, free = lacking

@@ -4,40 +4,21 @@ Pure policy over a `BlockIndex`; it names no engine module and touches no memory
 index in one call.
 """
 
-from dataclasses import dataclass, field
+import math
 
 import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
-from kvortex.integrations.vllm.events import BlockEvents
-from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, keys_of
+from kvortex.integrations.vllm.groups import RUN, STATE, longest_hit
+from kvortex.integrations.vllm.holds import Holds
+from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, keys_of, keys_of_all
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
+from kvortex.integrations.vllm.per_request import Pins, wishes_of
+from kvortex.integrations.vllm.room import Room, flat
+from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
 
 NO_KEY = bytes(KEY_BYTES)
-
-
-@dataclass
-class RequestState:
-    """A request that has device blocks."""
-
-    request: object  # vLLM's, for its block hashes, which grow
-    block_ids: list = field(default_factory=list)
-    num_offered: int = 0  # leading blocks that were offered to the index
-    stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there
-    is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds
-    outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
-    load_failed: bool = False  # and it has no device blocks since
-
-
-@dataclass
-class InFlight:
-    """A transfer that not every rank has reported yet."""
-
-    transfer: Transfer
-    keys: np.ndarray  # of the blocks
-    ranks: int = 0
-    bad: set = field(default_factory=set)  # slots whose block one rank could not move
 
 
 class SchedulerHalf:
@@ -56,8 +37,17 @@ class SchedulerHalf:
     reload_preempted : bool, default True
         Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
         such a load fails: it looks only at blocks that were computed when the request ran first.
-    events : bool, default False
-        Whether to keep what vLLM is told of blocks, in `events`.
+    extends_hits : bool, default True
+        Whether more may be loaded behind what a request found on the device. Not with several groups in vLLM 0.15: to
+        make room for what one group loads, it gives away what another one has found.
+    events : BlockEvents or None, default None
+        To be told of blocks that come and go.
+    interval : int or None, default None
+        Of groups that forget, see `Group.worth_keeping`.
+    step_tokens : int, default 0
+        Most tokens that are scheduled before vLLM gives back what left a window.
+    holds_all : bool, default False
+        Whether a block may be written before the workers hear of it: vLLM zeroes blocks, or copies states into them.
 
     Notes
     -----
@@ -65,30 +55,46 @@ class SchedulerHalf:
     its load was decided until every rank has reported that one.
     """
 
-    def __init__(self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, events=False):
+    def __init__(
+        self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
+        events=None, interval=None, step_tokens=0, holds_all=False,
+    ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
-        self.whole_prompts = whole_prompts and load_async
-        self.reload_preempted = reload_preempted or load_async
+        self.groups, self.align_tokens = shape.groups, shape.align_tokens
+        self.hash_tokens = shape.groups[0].hash_tokens
+        self.forgetful = [group for group in shape.groups if group.kind != RUN]
+        self.whole_prompts = whole_prompts and load_async and not self.forgetful
+        self.interval = interval
+        self.runs = [group.index for group in shape.groups if group.kind == RUN]
+        self.block_step = math.gcd(*(group.block_tokens for group in shape.groups))  # every block ends on a multiple
+        # Most tokens of a prompt that a hit can have, but for the last: so many are behind it.
+        self.peek_tokens = max(group.peek_blocks * group.block_tokens for group in shape.groups)
+        held = {group.index for group in shape.groups if holds_all or group.kind != RUN}
+        self.holds = Holds(held, shape.num_device_blocks // 2)
+        self.reload_preempted, self.extends_hits = reload_preempted or load_async, extends_hits
         self.index = BlockIndex(shape.slots.num_slots)
-        self.index.add_slots(*shape.slots.chunk(0))
-        self.requests, self.matches = {}, {}
+        if shape.num_stages == 1:
+            self.index.add_slots(*shape.slots.chunk(0))
+        self.requests, self.matches, self.wishes = {}, {}, {}
+        self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
+        self.pins = Pins(self.index, shape.slots.num_slots // 4)
         # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
         self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
         self.landed, self.idle = set(), False  # those of them whose load is over
-        self.holders = np.zeros(shape.num_device_blocks, dtype=np.int32)  # requests that have a device block
-        self.num_held, self.no_room = 0, False
-        self.in_flight, self.chunk_ranks = {}, {}
+        self.room = Room(shape.groups, shape.num_device_blocks, step_tokens)
+        self.no_room = False
+        self.in_flight, self.chunk_ranks, self.chunk_lacking = {}, {}, {}
         self.writing = set()  # keys of blocks that are being saved
         # Per device block the last transfer that reads or writes it, 0 for none. One word is enough: a transfer that
         # meets another in flight was ordered after it by a fence, so it ends later.
         self.last_transfer = np.zeros(shape.num_device_blocks, dtype=np.int64)
         self.last_number = 0
         self.fences, self.loads = set(), []
-        # Request id -> blocks found on the device, of those admitted in this step for whom nothing is loaded from here.
+        # Request id -> tokens found on the device, of those admitted in this step for whom nothing is loaded from here.
         self.not_ours = {}
-        self.events = BlockEvents(shape.slots.num_slots) if events else None
+        self.events = events
         self.blocks_matched = 0
 
     # ---- a request's way in ------------------------------------------------------------------------------------------
@@ -118,8 +124,8 @@ class SchedulerHalf:
         if self.loading.pop(request.request_id, None):
             state.load_failed = True
         if state is not None:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
-            self.hold(state, ())
-        first, rest = divmod(num_computed_tokens, self.shape.block_tokens)
+            self.room.take(state, ())
+        first = num_computed_tokens
         self.matches[request.request_id] = first
         if state is not None and state.load_failed:
             return 0, False
@@ -129,147 +135,172 @@ class SchedulerHalf:
         waits_for = self.waits_for.get(request.request_id)
         if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
             return None, False
-        least = min((request.num_tokens - 1) // self.shape.block_tokens, len(request.block_hashes))  # a token is left
-        most = (request.num_tokens if self.whole_prompts else request.num_tokens - 1) // self.shape.block_tokens
-        if rest or first >= least or request.skip_reading_prefix_cache or is_session(request):
+        # A token is left to compute.
+        least = min(request.num_tokens - 1, len(request.block_hashes) * self.hash_tokens)
+        least -= least % self.align_tokens
+        if not self.wishes_of(request).load:
             return 0, False
-        if request.num_preemptions and not self.reload_preempted:
+        most = request.num_tokens if self.whole_prompts else request.num_tokens - 1
+        if first % self.align_tokens or first >= least or request.skip_reading_prefix_cache or is_session(request):
             return 0, False
-        keys = keys_of(request, first, most)
-        _, leading = self.index.lookup(keys)
-        if first + leading < least and keys[leading].tobytes() in self.writing:
+        if (request.num_preemptions and not self.reload_preempted) or (first and not self.extends_hits):
+            return 0, False
+        hit = longest_hit(self.index, self.groups, request, first, most, self.writing)
+        self.runs_found[request.request_id] = hit.run
+        if hit.is_growing and hit.length < least:
             return None, False
-        load_async = self.load_async and leading > 0
+        load_async = self.load_async and hit.length > first
         if load_async and self.loading:
-            middle = keys[(leading - 1) // 2].tobytes()  # those before it are in whatever prefix it is in
-            for name, others in self.loading.items():
+            group = self.groups[-1]
+            begin, end = group.needed(hit.length, first)
+            middle = (begin + end - 1) // 2
+            middle = keys_of(request, group, middle, middle + 1).tobytes()
+            for name, others in self.loading.items():  # those before it are in whatever prefix it is in
                 if middle in others and name not in self.landed:
                     self.waits_for[request.request_id] = name
                     return None, False
-        # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is dear.
-        could_fit = leading < self.shape.num_device_blocks - self.num_held
-        if load_async and could_fit and not self.has_room(request, first):
-            self.no_room = True
-            return None, False
-        return leading * self.shape.block_tokens, load_async
+        if load_async:
+            # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is
+            # dear.
+            blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
+            if blocks < self.room.num_free and not self.has_room(request, first):
+                self.no_room = True
+                return None, False
+        return hit.length - first, load_async
 
-    def has_room(self, request, num_hits):
-        """Whether a request fits beside the device blocks that are held, and those that their holders need next.
+    def wishes_of(self, request):
+        """The wishes of a request, looked at once."""
+        if request.request_id not in self.wishes:
+            self.wishes[request.request_id] = wishes_of(request)
+        return self.wishes[request.request_id]
 
-        It finds `num_hits` blocks on the device; those that nobody holds count as well, they are free until then. True,
-        whatever is held, when nothing runs that would give blocks back.
-        """
-        if not self.num_held or (self.idle and not self.loading):
+    def has_room(self, request, hit_tokens):
+        """Whether a request fits, see `Room`; it does, whatever is taken, when nothing runs that would give it back."""
+        if not self.room.num_taken or (self.idle and not self.loading):
             return True
-        count, shared = self.blocks_to_go_on(request), 0
-        for state in self.requests.values():
-            if state.block_ids:  # else it was preempted, and waits as well
-                count += max(1, self.blocks_to_go_on(state.request) - len(state.block_ids))
-                hashes = state.request.block_hashes
-                while shared < min(num_hits, len(hashes)) and hashes[shared] == request.block_hashes[shared]:
-                    shared += 1
-        return count - shared < self.shape.num_device_blocks - self.num_held  # one is vLLM's null block
+        return self.room.has_room(request, hit_tokens, self.requests.values())
 
-    def hold(self, state, block_ids):
-        """From now on the request has these device blocks, instead of those it had."""
-        self.count_holders(state.block_ids, -1)
-        self.count_holders(block_ids, 1)
-        state.block_ids = list(block_ids)
+    def used(self, request, length, first_tokens=0):
+        """Keys of the blocks for a hit of this length, in the order of their use, and where they are in their tables.
 
-    def count_holders(self, block_ids, change):
-        ids = np.asarray(block_ids, dtype=np.int64)
-        self.num_held -= np.count_nonzero(self.holders[ids])
-        self.holders[ids] += change
-        self.num_held += np.count_nonzero(self.holders[ids])
+        The last key is the first to be evicted.
+        """
+        spans = [(group, *group.needed(length, first_tokens)) for group in self.groups]
+        return keys_of_all(request, spans), [(group.index, begin, end) for group, begin, end in spans]
 
-    def blocks_to_go_on(self, request):
-        """Device blocks for all tokens of a request and the next one."""
-        return request.num_tokens // self.shape.block_tokens + 1
-
-    def allocated(self, request, block_ids, num_external_tokens):
+    def allocated(self, request, tables, num_external_tokens):
         """Note the device blocks of a request, and start loading `num_external_tokens` into them.
 
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
         state = self.requests.setdefault(request.request_id, RequestState(request))
         state.request, state.load_failed = request, False
-        self.hold(state, block_ids)
+        state.wishes = self.wishes_of(request)
+        if state.wishes.max_save_tokens is not None:
+            state.most_saved_tokens = state.wishes.max_save_tokens
+        self.room.take(state, tables)
         first = self.matches.pop(request.request_id, None)  # None: its load between steps is over
         self.landed.discard(request.request_id)
-        count = num_external_tokens // self.shape.block_tokens
         self.loading.pop(request.request_id, None)
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated, state.is_cut, state.stop = False, False, None
+        if first is not None:
+            state.boundaries = self.boundaries_of(request)
         if first:  # hits on the device are hits
-            self.index.touch(keys_of(request, 0, first))
-        if first or count:  # both are used now, the tail of each before its head, and what is loaded last
-            state.stop = keys_of(request, (first or count) - 1, first or count).tobytes() or None
+            keys, _ = self.used(request, first)
+            self.index.touch(keys)
+        if num_external_tokens:
+            keys, spans = self.used(request, first + num_external_tokens, first)
+        if first or num_external_tokens:  # both are used now, and what is loaded last
+            state.stop = keys[-1].tobytes() if len(keys) else None
             state.is_cut = False
-        if not count:
+        if not num_external_tokens:
             if first is not None:
                 self.not_ours[request.request_id] = first
             return
-        keys, targets = keys_of(request, first, first + count), block_ids[first : first + count]
+        targets = flat(tables[index][begin:end] for index, begin, end in spans)
+        assert len(targets) == len(keys) and 0 not in targets, "vLLM has blocks for all that it was promised"
         if self.load_async:
             self.loading[request.request_id] = frozenset(as_bytes(keys))
         slots = self.index.acquire(keys, self.shape.block_bytes)
-        assert len(slots) == count, "nothing leaves the index between a match and its allocation"
-        self.blocks_matched += count
+        assert len(slots) == len(keys), "nothing leaves the index between a match and its allocation"
+        self.blocks_matched += len(keys)
         self.fence(targets)
         self.loads.append(self.start(LOAD, slots, targets, keys, request.request_id))
+
+    def boundaries_of(self, request):
+        """Lengths of hits to be expected of whoever asks like this request, or shares what another one shared with it.
+
+        From vLLM 0.32 on it says where that ends.
+        """
+        limit = self.wishes_of(request).max_save_tokens
+        most = request.num_tokens - 1
+        lengths = (
+            request.num_prompt_tokens - 1 - self.peek_tokens,
+            most - self.peek_tokens,
+            getattr(request, "shared_prefix_boundary", 0),
+            self.runs_found.pop(request.request_id, 0),  # another request has so much of it
+            0 if limit is None else min(limit, most) - self.peek_tokens,
+        )
+        return tuple({length - length % self.align_tokens for length in lengths if length >= self.align_tokens})
 
     # ---- once a step -------------------------------------------------------------------------------------------------
 
     def build(self, output):
         """The metadata of the step that vLLM has just scheduled."""
-        block_tokens = self.shape.block_tokens
+        if self.pins.count:
+            self.pins.end()
         for request_id in output.preempted_req_ids or ():
             if request_id in self.requests and request_id not in self.loading:  # or it is back already, with others
-                self.hold(self.requests[request_id], ())
+                self.room.take(self.requests[request_id], ())
         for new in output.scheduled_new_reqs:
-            self.replace_blocks(new.req_id, new.block_ids[0], new.num_computed_tokens)
+            self.replace_blocks(new.req_id, new.block_ids, new.num_computed_tokens)
         cached = output.scheduled_cached_reqs
-        for request_id, ids, num_computed in zip(
+        for request_id, tables, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
             if request_id in cached.resumed_req_ids:
-                self.replace_blocks(request_id, ids[0], num_computed)
-            elif ids is not None:
-                state = self.requests[request_id]
-                self.count_holders(ids[0], 1)
-                state.block_ids.extend(ids[0])
-                self.fence(ids[0])
-        offers = []
+                self.replace_blocks(request_id, tables, num_computed)
+            elif tables is not None:
+                self.room.extend(self.requests[request_id], tables)
+                self.fence(flat(tables))
+        self.holds.promised = 0
+        offers = self.offers_of_states(output) if self.forgetful else {}
         for request_id, num_scheduled in output.num_scheduled_tokens.items():
             state = self.requests[request_id]
+            computed, hashed = state.request.num_computed_tokens, len(state.request.block_hashes)
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
-            if self.save_late:
-                num_scheduled = 0
-            written = (state.request.num_computed_tokens + num_scheduled) // block_tokens
-            full = min(written, len(state.request.block_hashes))
+            written = computed if self.save_late else computed + num_scheduled
+            written = min(written, hashed * self.hash_tokens, state.most_saved_tokens)
             # Fewer are computed than before when a load failed, and what was computed on top of it.
-            state.num_offered = min(state.num_offered, state.request.num_computed_tokens // block_tokens)
-            if full > state.num_offered:
-                if not (state.outdated or state.is_cut or is_session(state.request)):
-                    offers.append((state, state.num_offered, full))
-                state.num_offered = full
+            state.offered_tokens = min(state.offered_tokens, computed)
+            if written // self.block_step > state.offered_tokens // self.block_step:
+                self.room.give_back(state)
+                if state.keeps_nothing:
+                    state.offered_tokens = written
+                else:
+                    self.offer(state, written, offers)
         self.idle = not output.num_scheduled_tokens
         step = StepMetadata(
             sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send
         )
         self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
-        save = self.save(offers) if offers else None
+        save = self.save(list(offers.values())) if offers else None
         if save is not None:
             step.transfers.append(save)
         return step
 
-    def replace_blocks(self, request_id, block_ids, num_computed_tokens):
+    def replace_blocks(self, request_id, tables, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
-        self.hold(state, block_ids)
-        state.num_offered = 0
-        self.fence(state.block_ids[num_computed_tokens // self.shape.block_tokens :])
+        self.room.take(state, tables)
+        state.offered_tokens = 0
+        self.fence(flat(table[num_computed_tokens // self.tokens_of(at) :] for at, table in enumerate(tables)))
+
+    def tokens_of(self, group_index):
+        """Tokens of a block; where nothing is kept of a group, none are taken for computed."""
+        return next((group.block_tokens for group in self.groups if group.index == group_index), 1 << 40)
 
     def take_waits(self):
         """Transfers in flight on device blocks that another connector fills: what is computed and was not found.
@@ -279,51 +310,111 @@ class SchedulerHalf:
         waits = set()
         for request_id, first in self.not_ours.items():
             state = self.requests[request_id]
-            last = -(-state.request.num_computed_tokens // self.shape.block_tokens)  # its tokens may end inside a block
-            waits |= self.in_flight_on(state.block_ids[first:last])
+            for group in self.groups if state.tables else ():  # or it was preempted meanwhile
+                last = -(-state.request.num_computed_tokens // group.block_tokens)  # its tokens may end inside a block
+                waits |= self.in_flight_on(state.tables[group.index][first // group.block_tokens : last])
         self.not_ours = {}
         return sorted(waits)
+
+    def offer(self, state, written, offers):
+        """Add what the step completes of a request and a later hit can use, as `save` takes it.
+
+        Of groups that forget, only blocks that the request still needs are its own.
+        """
+        parts, offered = [], state.offered_tokens
+        for group in self.groups:
+            if group.kind != STATE:
+                first = offered // group.block_tokens
+                if group.kind != RUN:
+                    first = max(first, group.first_needed(state.request.num_computed_tokens))
+                table = state.tables[group.index]
+                spans = group.worth_keeping(first, written // group.block_tokens, state.boundaries, self.interval)
+                parts += [(group, first, table[first:end]) for first, end in spans if 0 not in table[first:end]]
+        if not self.holds.have_room_for(parts):
+            return  # as far as vLLM has the blocks in the next step, they are offered then
+        state.offered_tokens = written
+        if parts:
+            offers.setdefault(state.request.request_id, Offer(state, offered)).parts.extend(parts)
+
+    def offers_of_states(self, output):
+        """The states that vLLM hands over in this step, with the blocks that the forward writes them to."""
+        handed_over = getattr(output, "kv_connector_block_state", None)
+        offers, groups = {}, {group.index: group for group in self.groups if group.kind == STATE}
+        for request_id, states in (handed_over.boundary_state_offloads if handed_over else {}).items():
+            state = self.requests.get(request_id)
+            if state is None or state.keeps_nothing:
+                continue
+            parts = [
+                (groups[index], length // groups[index].block_tokens - 1, [block_id])
+                for index, block_id, length in states
+                if index in groups and length % groups[index].block_tokens == 0 and length <= state.most_saved_tokens
+            ]
+            if parts and self.holds.have_room_for(parts):
+                offers[request_id] = Offer(state, state.offered_tokens, parts)
+        return offers
 
     def save(self, offers):
         """Reserve slots for blocks that requests offer and that are not there yet; the transfer of them, or None.
 
-        An offer is a request's state with the first of its blocks and the one behind the last. No request evicts what
-        its blocks continue: eviction for it ends at the least recently used block of its chain, as long as no other
-        request uses that one too.
+        No request evicts what its blocks continue: eviction for it ends at the least recently used block of its chain,
+        as long as no other request uses that one too.
         """
-        keys, block_ids, stops, parts = [], [], [], []
-        slots = self.index.slots_of(as_keys([state.stop or NO_KEY for state, _, _ in offers])).tolist()
-        for (state, first, end), stop in zip(offers, slots, strict=True):
+        keys, block_ids, groups, stops, kept = [], [], [], [], []
+        slots = self.index.slots_of(as_keys([offer.state.stop or NO_KEY for offer in offers])).tolist()
+        for offer, stop in zip(offers, slots, strict=True):
+            state, first_row = offer.state, len(stops)
             if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
                 state.stop = None
-                state.is_cut = NO_SLOT in self.index.slots_of(keys_of(state.request, 0, first))
-            if not state.is_cut:
-                parts.append((state, slice(len(stops), len(stops) + end - first)))
-                keys.append(keys_of(state.request, first, end))
-                block_ids += state.block_ids[first:end]
-                stops += [stop] * (end - first)
-        if not parts:
+                state.is_cut = self.lacks_one_of(state.request, offer.offered_tokens)
+            if state.is_cut:
+                continue
+            for group, first, ids in offer.parts:
+                keys.append(keys_of(state.request, group, first, first + len(ids)))
+                block_ids += ids
+                groups += [group.index] * len(ids)
+                stops += [stop] * len(ids)
+            kept.append((offer, slice(first_row, len(stops))))
+        if not kept:
             return None
-        keys = np.concatenate(keys)
+        keys, groups = np.concatenate(keys), np.array(groups)
         slots, statuses, *victims = self.index.reserve(
             keys, self.shape.block_bytes, stops=stops, victims=self.events is not None
         )
         for blocks in victims:
-            self.events.remove(blocks.slots, blocks.keys)
-        for state, part in parts:
-            state.is_cut = bool((statuses[part] == ReserveStatus.FULL).any())
+            self.events.remove(blocks.slots)
+        is_full = (statuses == ReserveStatus.FULL).any()
+        for offer, rows in kept:
+            state, found = offer.state, statuses[rows]
+            if is_full:
+                state.is_cut = bool((found == ReserveStatus.FULL)[np.isin(groups[rows], self.runs)].any())
             if state.stop is None:  # the tail of what was there was used first; what is new will be used later
-                kept = np.flatnonzero(statuses[part] == ReserveStatus.PRESENT)
-                kept = kept if kept.size else np.flatnonzero(statuses[part] != ReserveStatus.FULL)
-                state.stop = keys[part.start + kept[-1]].tobytes() if kept.size else None
+                some = np.flatnonzero(found == ReserveStatus.PRESENT)
+                some = some if some.size else np.flatnonzero(found != ReserveStatus.FULL)
+                state.stop = keys[rows.start + some[-1]].tobytes() if some.size else None
             if self.events is not None:
-                self.events.reserved(state.request, slots[part][statuses[part] == ReserveStatus.NEW])
+                end = rows.start
+                for group, first, ids in offer.parts:
+                    begin, end = end, end + len(ids)
+                    new = np.flatnonzero(statuses[begin:end] == ReserveStatus.NEW)
+                    self.events.reserved(state.request, group, first + new, slots[begin:end][new])
         new = np.flatnonzero(statuses == ReserveStatus.NEW)
         if not new.size:
             return None
         keys = keys[new]
         self.writing.update(as_bytes(keys))
-        return self.start(SAVE, slots[new], np.asarray(block_ids, dtype=np.int64)[new], keys)
+        block_ids = np.asarray(block_ids, dtype=np.int64)[new]
+        save = self.start(SAVE, slots[new], block_ids, keys)
+        held = self.in_flight[save.number].held = self.holds.take(block_ids, groups[new])
+        self.room.count(held, 1)
+        return save
+
+    def lacks_one_of(self, request, num_tokens):
+        """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""
+        return any(
+            NO_SLOT in self.index.slots_of(keys_of(request, group, 0, num_tokens // group.block_tokens))
+            for group in self.groups
+            if group.kind == RUN and num_tokens >= group.block_tokens
+        )
 
     def start(self, kind, slots, block_ids, keys, request_id=None):
         self.last_number += 1
@@ -349,6 +440,9 @@ class SchedulerHalf:
     def reported(self, report):
         """Finish the transfers that every rank has reported; a block that went wrong in one rank has gone wrong."""
         for (kind, number), bad in report.bad.items():
+            if kind == CHUNK:
+                self.chunk_lacking.setdefault(number, set()).update(bad)
+                continue
             moving = self.in_flight[number]
             moving.bad |= bad
             if kind == LOAD:
@@ -357,7 +451,8 @@ class SchedulerHalf:
             if kind == CHUNK:
                 self.chunk_ranks[number] = self.chunk_ranks.get(number, 0) + ranks
                 if self.chunk_ranks[number] == self.shape.num_ranks:
-                    self.index.add_slots(*self.shape.slots.chunk(number))
+                    first, count = self.shape.slots.chunk(number)
+                    self.index.add_slots(first, count - len(self.chunk_lacking.pop(number, ())))
                 continue
             moving = self.in_flight[number]
             moving.ranks += ranks
@@ -382,12 +477,14 @@ class SchedulerHalf:
         """Forget these blocks."""
         if self.events is not None:
             there = keys[self.index.lookup(keys)[0]]
-            self.events.remove(self.index.slots_of(there), there)
+            self.events.remove(self.index.slots_of(there))
         self.index.discard(keys)
 
     def finish(self, moving):
         """Every rank has reported it."""
         kind, _, slots, _, request_id = moving.transfer
+        self.room.count(moving.held, -1)
+        self.holds.give_back(moving.held)
         if kind == LOAD:
             self.index.release(slots)
             if request_id in self.requests and self.load_async:
@@ -398,7 +495,9 @@ class SchedulerHalf:
         self.index.abort(slots[bad])
         ready = self.index.commit(slots[~bad]) == CommitStatus.READY
         if self.events is not None:
-            self.events.store(slots[~bad][ready], moving.keys[~bad][ready])
+            self.events.store(slots[~bad][ready])
+        if self.pins.waiting:
+            self.pins.pin_what_is_written(self.writing)
 
     def finished(self, request):
         """A request left the engine. Its prefix becomes most recent, tail-first, so that heads outlive their tails."""
@@ -406,14 +505,34 @@ class SchedulerHalf:
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
         self.waits_for.pop(request.request_id, None)
+        self.wishes.pop(request.request_id, None)
+        self.runs_found.pop(request.request_id, None)
         state = self.requests.pop(request.request_id, None)
         if state is not None:
-            self.hold(state, ())
-        if state is not None and state.num_offered:
-            self.index.touch(keys_of(request, 0, state.num_offered))
+            self.room.take(state, ())
+        if state is not None and state.offered_tokens:
+            spans = []
+            for group in self.groups:
+                ends = state.boundaries if group.kind != RUN else (state.offered_tokens,)
+                spans += [(group, *group.needed(end)) for end in ends if end <= state.offered_tokens]
+            if spans:
+                keys = keys_of_all(request, spans)
+                self.index.touch(keys)
+                if state.wishes.pin_s and not state.outdated:
+                    self.pins.want(keys, state.wishes.pin_s, self.writing)
+
+    def let_go(self):
+        """Hold nothing any more, because vLLM is about to forget its own blocks. What was held is not kept."""
+        for moving in self.in_flight.values():
+            if len(moving.held):
+                self.discard(moving.keys[np.isin(moving.transfer.block_ids, moving.held)])
+                self.room.count(moving.held, -1)
+                self.holds.give_back(moving.held)
+                moving.held = ()
 
     def reset(self):
         """Forget every block, saves in flight included, and what running requests computed before."""
+        self.pins.end(every=True)
         if self.events is not None:
             self.tell_all_removed()
         self.index.clear()
@@ -427,7 +546,7 @@ class SchedulerHalf:
         self.index.offer_again()
         blocks = self.index.coldest(self.shape.slots.num_slots)
         self.index.release(blocks.slots)
-        self.events.remove(blocks.slots, blocks.keys)
+        self.events.remove(blocks.slots)
         loads = [moving.keys for moving in self.in_flight.values() if moving.transfer.kind == LOAD]
         if loads:
             self.discard(np.unique(np.concatenate(loads), axis=0))
@@ -436,8 +555,3 @@ class SchedulerHalf:
 def is_in(slots, some):
     """Per slot whether it is one of the set `some`."""
     return np.isin(slots, list(some)) if some else np.zeros(len(slots), dtype=bool)
-
-
-def is_session(request):
-    """Whether a request is a streaming session: up to vLLM 0.31 its hashes keep a token that it drops."""
-    return getattr(request, "resumable", False)

@@ -17,6 +17,8 @@ from kvortex.transfer import Carrier, Job, Submitter
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
+BLOCKS, REQUESTS, NOTHING = "blocks", "requests", "nothing"  # that vLLM is told of a load that failed
+MOST_REFUSALS = 100  # of a load, in as many steps
 IDLE_WAIT_MS = 1  # that a step which computes nothing waits for a load
 
 
@@ -52,6 +54,7 @@ class Running:
     transfer: Transfer
     job: Job | None = None  # None: it found all job records in flight, or could not be submitted
     error: Exception | None = None  # why it could not
+    refusals: int = 0  # by the driver
     is_given_up: bool = False  # nothing of it was copied, nor will be: somebody else writes what it would load
     began: float = field(default_factory=time.perf_counter)
     is_captured: bool = False  # by `verify`, or there was no room for it
@@ -85,6 +88,8 @@ class WorkerHalf:
     reports_aborted_loads : bool
         Whether vLLM wants to hear of loads whose request was aborted meanwhile (it keeps their blocks until then), or
         must not.
+    failed_loads : {BLOCKS, REQUESTS, NOTHING}, default BLOCKS
+        What vLLM can be told of a load that failed. Blocks it can make out in one group of full attention only.
 
     Notes
     -----
@@ -95,8 +100,9 @@ class WorkerHalf:
     steps, because it is of what the last wrote.
     """
 
-    def __init__(self, shape, options, *, reports_aborted_loads):
+    def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS):
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
+        self.failed_loads, self.failed_requests = failed_loads, set()
         self.device = self.pool = self.compute = self.layout = self.verifier = None
         self.carrier = self.saver = self.loader = self.submitter = None
         self.running = {}  # by number, ascending
@@ -107,7 +113,9 @@ class WorkerHalf:
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
-        self.next_chunk, self.has_failed, self.is_incomplete = 1, False, False
+        self.has_failed, self.is_incomplete = False, False
+        # The slots as the scheduler's half counts them, when it has said so; it relies on the first chunk of one stage.
+        self.counted, self.next_chunk = None, int(shape.num_stages == 1)
         self.counters = {}
 
     def register(self, layout):
@@ -151,6 +159,8 @@ class WorkerHalf:
     def begin(self, step):
         """Before the forward: it may overwrite blocks that are being copied."""
         self.is_idle = step.is_idle
+        if step.shape is not None:
+            self.counted = step.shape.slots
         for number in step.fences:
             running = self.running.get(number)
             if running is None or self.give_up(running):
@@ -263,7 +273,8 @@ class WorkerHalf:
             try:
                 num_blocks = running.num_blocks()
             except (DriverError, MemoryError) as error:
-                self.fail(running, error)
+                if not self.is_tried_again(running):
+                    self.fail(running, error)
                 continue
             if num_blocks is None or (num_blocks and not self.verified(running)):
                 continue
@@ -273,17 +284,35 @@ class WorkerHalf:
             self.count(**{f"{what}_{unit}": amount for unit, amount in amounts.items()})
             self.end(running)
 
+    def is_tried_again(self, running):
+        """Whether a load that failed is offered once more, because vLLM could not be told of it."""
+        again = running.is_load and self.failed_loads == NOTHING and self.options.load_async
+        if again and running.refusals < MOST_REFUSALS:
+            running.refusals += 1
+            running.job = running.error = None
+            return True
+        return False
+
     def fail(self, running, error):
         """A transfer did not happen: blocks loaded are vLLM's to compute, blocks saved are not kept."""
         if not self.has_failed:  # once: when a device dies, every transfer fails
-            logger.error("KVortex: a transfer failed, its blocks will be computed: %s", error)
+            logger.error("KVortex: a transfer failed, its blocks are computed where they are needed: %s", error)
         self.has_failed = True
         self.count(transfers_failed=1)
         if running.check is not None:
             self.verifier.release(running.check)
         kind, _, slots, block_ids, request_id = running.transfer
         if kind == LOAD and request_id not in self.aborted:  # else they are another's by now
-            self.load_errors.update(block_ids.tolist())
+            if self.failed_loads == NOTHING:
+                raise RuntimeError(
+                    "KVortex could not load blocks, and this vLLM has no way to hear of it for a model with several KV "
+                    "cache groups, windows or states: it would go on with garbage. Use vLLM 0.32 or later with "
+                    "load_async, which computes such blocks"
+                ) from error
+            if self.failed_loads == REQUESTS:
+                self.failed_requests.add(request_id)
+            else:
+                self.load_errors.update(block_ids.tolist())
         self.end(running, bad=slots)
 
     def end(self, running, bad=()):
@@ -329,6 +358,10 @@ class WorkerHalf:
         received, self.received = self.received, set()
         return received or None
 
+    def take_failed_requests(self):
+        failed, self.failed_requests = self.failed_requests, set()
+        return failed
+
     def take_load_errors(self):
         errors, self.load_errors = self.load_errors, set()
         return errors
@@ -341,11 +374,12 @@ class WorkerHalf:
                 "KVortex: host memory could not be registered, so %d of %d blocks serve; PinnedPool.wait_ready says "
                 "what may be in the way", self.pool.slots_usable, self.pool.num_slots,
             )  # fmt: skip
-        while self.pool is not None:
-            first, count = self.shape.slots.chunk(self.next_chunk)
-            if not count or self.pool.slots_ready < first + count:
+        while self.pool is not None and self.counted is not None:
+            first, count = self.counted.chunk(self.next_chunk)
+            end = min(first + count, self.pool.num_slots)  # another stage may have more
+            if end <= first or self.pool.slots_ready < end:
                 break
-            self.report.add(CHUNK, self.next_chunk)
+            self.report.add(CHUNK, self.next_chunk, bad=range(end, first + count))
             self.next_chunk += 1
         if not self.report.ended:
             return None

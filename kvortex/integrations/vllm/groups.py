@@ -1,0 +1,277 @@
+"""vLLM's KV cache groups: which blocks of each a request needs to go on from some token, and which are worth keeping.
+
+The layers of a model that forget alike make a group, which has a block table of its own. All groups share the device's
+blocks, one after the other, so a slot holds a block of any of them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvortex import ConfigError
+from kvortex.integrations.vllm.keys import as_bytes, keys_of
+
+# What a request needs of a group to go on from some length.
+RUN = "run"  # every block before it
+WINDOW = "window"  # those with the last tokens
+CHUNK = "chunk"  # those from the beginning of a chunk of so many tokens
+STATE = "state"  # the last one
+
+# By name: later versions derive kinds that forget otherwise from these, and not every version has all.
+KINDS = {
+    "FullAttentionSpec": RUN,
+    "MLAAttentionSpec": RUN,
+    "SinkFullAttentionSpec": RUN,
+    "TQFullAttentionSpec": RUN,
+    "SlidingWindowSpec": WINDOW,
+    "SlidingWindowMLASpec": WINDOW,
+    "ChunkedLocalAttentionSpec": CHUNK,
+    "MambaSpec": STATE,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """What the connector must know of one group.
+
+    Attributes
+    ----------
+    index : int
+        Among vLLM's groups.
+    kind : {RUN, WINDOW, CHUNK, STATE}
+    block_tokens : int
+        Tokens of a block.
+    hashes_per_block : int, default 1
+        vLLM hashes a request in pieces that may be smaller than a block; so many are one.
+    reach_tokens : int, default 0
+        Of a WINDOW, those that a token sees, itself included; of a CHUNK, its tokens.
+    peek_blocks : int, default 0
+        Blocks behind a hit that must be there too. With EAGLE or MTP vLLM computes the last block that it finds once
+        more, so the hit is shorter by it.
+    """
+
+    index: int
+    kind: str
+    block_tokens: int
+    hashes_per_block: int = 1
+    reach_tokens: int = 0
+    peek_blocks: int = 0
+
+    @property
+    def hash_tokens(self):
+        """Tokens of one of vLLM's block hashes, the same in all groups."""
+        return self.block_tokens // self.hashes_per_block
+
+    def first_needed(self, length):
+        """The first block that a request with so many tokens computed still needs; for ints and for arrays of them.
+
+        vLLM gives back no block from this one on.
+        """
+        if self.kind == WINDOW:
+            return not_negative(length - self.reach_tokens + 1) // self.block_tokens
+        if self.kind == CHUNK:
+            return length // self.reach_tokens * self.reach_tokens // self.block_tokens
+        if self.kind == STATE:
+            return not_negative(length // self.block_tokens - 1)
+        return length * 0
+
+    def needed(self, length, first_tokens=0):
+        """First and end of the blocks for a hit of this length, without those that the device has up to a token."""
+        begin = max(self.first_needed(length), first_tokens // self.block_tokens)
+        return begin, max(begin, -(-length // self.block_tokens))
+
+    def most_blocks(self, num_tokens, step_tokens):
+        """Device blocks that a request holds with so many tokens and the next one, at the most."""
+        whole = num_tokens // self.block_tokens + 1
+        if self.kind == STATE:
+            return 2
+        if self.kind == RUN:
+            return whole
+        return min(whole, -(-(self.reach_tokens + step_tokens) // self.block_tokens) + 1)
+
+    def worth_keeping(self, first, end, boundaries, interval):
+        """Which of the blocks `first` to `end` a later hit can use: a list of (first, end), ascending.
+
+        Parameters
+        ----------
+        first, end : int
+        boundaries : iterable of int
+            Lengths of hits to be expected.
+        interval : int or None
+            Tokens from one further such length to the next, 0 for no further ones. None: all blocks.
+        """
+        if self.kind in (RUN, CHUNK) or interval is None:  # vLLM's own cache keeps all of a chunk, too
+            return [(first, end)] if first < end else []
+        lengths = set(boundaries)
+        if interval:
+            last = end * self.block_tokens + self.reach_tokens
+            lengths.update(range(first * self.block_tokens // interval * interval, last + interval, interval))
+        spans = []
+        for length in sorted(lengths):
+            begin = max(first, self.first_needed(length), spans[-1][1] if spans else 0)
+            behind = min(end, length // self.block_tokens + self.peek_blocks)
+            if begin < behind:
+                spans.append((begin, behind))
+        return spans
+
+
+def not_negative(number):
+    """The number or 0, of two the larger; `max` is for ints alone, and numpy's slow for them."""
+    return (number + abs(number)) // 2
+
+
+def groups_of(kv_cache_config, *, hash_tokens=None, parallel_tokens=1, drafts=False):
+    """The groups whose blocks are kept, in the order in which their blocks are used: RUNs last.
+
+    Parameters
+    ----------
+    kv_cache_config : KVCacheConfig
+    hash_tokens : int, optional
+        Of one of vLLM's block hashes; a block's, if not given.
+    parallel_tokens : int, default 1
+        Ranks that share the tokens of a block of attention (context parallelism).
+    drafts : bool, default False
+        Whether a drafter reads the KV cache that finds less of a hit, see `Group.peek_blocks`.
+
+    Raises
+    ------
+    ConfigError
+        A kind of group that is not known, or blocks that are no whole number of hashes.
+    """
+    all_groups = kv_cache_config.kv_cache_groups
+    none_is_marked = not any(getattr(group, "is_eagle_group", False) for group in all_groups)
+    groups = []
+    for index, group in enumerate(all_groups):
+        spec = group.kv_cache_spec
+        if not getattr(spec, "prefix_cacheable", True):
+            continue  # vLLM does not look for its blocks, so nothing would be loaded
+        require_plain(index, group)
+        spec = one_of_all(spec)
+        kind = KINDS[type(spec).__name__]
+        block_tokens = spec.block_size * (1 if kind == STATE else parallel_tokens)
+        hashes_per_block, rest = divmod(block_tokens, hash_tokens or block_tokens)
+        if rest:
+            raise ConfigError(
+                f"KV cache group {index} has blocks of {block_tokens} tokens, and vLLM hashes {hash_tokens} at a time; "
+                f"please report this with your model and vLLM version"
+            )
+        reach = {
+            WINDOW: lambda spec: spec.sliding_window + getattr(spec, "extra_retained_tokens", 0),
+            CHUNK: lambda spec: spec.attention_chunk_size,
+        }
+        groups.append(
+            Group(
+                index=index,
+                kind=kind,
+                block_tokens=block_tokens,
+                hashes_per_block=hashes_per_block,
+                reach_tokens=reach.get(kind, lambda spec: 0)(spec),
+                peek_blocks=int(drafts and kind != STATE and (none_is_marked or group.is_eagle_group)),
+            )
+        )
+    if not groups:
+        raise ConfigError("vLLM looks for blocks of none of this model's KV cache groups, so nothing can be kept")
+    return tuple(sorted(groups, key=lambda group: group.kind == RUN))
+
+
+def require_plain(index, group):
+    """Refuse groups that vLLM serves in ways of their own."""
+    role = getattr(group, "role", None)
+    unusual = {
+        "enable_kv_transfer = False": not getattr(group, "enable_kv_transfer", True),
+        "host_resident = True": getattr(group, "host_resident", False),
+        f"role = {role}": role is not None and role.name != "DEFAULT",
+        "prefix_replay_tokens": getattr(group.kv_cache_spec, "prefix_replay_tokens", 0) > 0,
+    }
+    for what, is_there in unusual.items():
+        if is_there:
+            raise ConfigError(
+                f"KVortexConnector cannot keep KV cache group {index} of this model, which has {what}; serve the model "
+                f"without --kv-transfer-config, and please report it"
+            )
+
+
+def one_of_all(spec):
+    """The spec of a group, or that of one of its layers where they differ in what does not matter here."""
+    specs = list(getattr(spec, "kv_cache_specs", {0: spec}).values())
+    for one in specs:
+        if type(one).__name__ not in KINDS:
+            known = ", ".join(sorted(KINDS))
+            raise ConfigError(
+                f"KVortexConnector cannot keep a KV cache of {type(one).__name__}, only of {known}; serve this model "
+                f"without --kv-transfer-config, and please report it"
+            )
+    return specs[0]
+
+
+def align_tokens(groups):
+    """Hits are multiples of it."""
+    return math.lcm(*(group.block_tokens for group in groups))
+
+
+@dataclass
+class Hit:
+    """What the index has of a request."""
+
+    length: int  # tokens, those before included
+    run: int  # tokens that groups of full attention alone could serve
+    is_growing: bool  # what it lacks next is just being saved
+
+
+def longest_hit(index, groups, request, first_tokens, limit_tokens, writing):
+    """The longest hit that every group can serve.
+
+    Parameters
+    ----------
+    index : BlockIndex
+        Not changed.
+    groups : tuple of Group
+        As from `groups_of`.
+    request
+        vLLM's.
+    first_tokens : int
+        Tokens that the device has, a multiple of `align_tokens`; at least so long is the hit.
+    limit_tokens : int
+        All tokens of the request, or all but the last. If a request's last token ends a block that is there, a hit may
+        end before that token: vLLM computes it into the loaded block once more. Not with states: that at the block's
+        end has seen the token already.
+    writing : set of bytes
+        Keys of blocks that are being saved.
+    """
+    align, is_growing, most = align_tokens(groups), False, limit_tokens
+    kinds = {group.kind for group in groups}
+    if limit_tokens < request.num_tokens and request.num_tokens % align == 0 and STATE not in kinds and kinds != {RUN}:
+        most = request.num_tokens
+    # Behind a hit that is longer, the request itself would lack a whole block to peek at.
+    longest = min((most // group.block_tokens - group.peek_blocks) * group.block_tokens for group in groups)
+    longest = most if not any(group.peek_blocks for group in groups) else max(first_tokens, longest)
+    for group in groups:
+        if group.kind == RUN:
+            begin = first_tokens // group.block_tokens
+            keys = keys_of(request, group, begin, longest // group.block_tokens + group.peek_blocks)
+            _, leading = index.lookup(keys)
+            is_growing |= leading < len(keys) and keys[leading].tobytes() in writing
+            longest = min(longest, (begin + max(0, leading - group.peek_blocks)) * group.block_tokens)
+    if kinds == {RUN}:
+        longest = max(first_tokens, longest - longest % align)
+        return Hit(longest, longest, is_growing)
+    lengths = np.arange(first_tokens, max(first_tokens, longest) + 1, align)
+    if longest == request.num_tokens > limit_tokens:
+        lengths[-1] = limit_tokens
+    for group in groups:
+        if group.kind != RUN:
+            begin = first_tokens // group.block_tokens
+            ends = -(-lengths // group.block_tokens) + group.peek_blocks - begin
+            keys = keys_of(request, group, begin, most // group.block_tokens)[: ends[-1]]
+            there, _ = index.lookup(keys)
+            missing = np.concatenate([[0], np.cumsum(~there)])
+            is_known = ends <= len(keys)
+            ends = np.minimum(ends, len(keys))
+            firsts = np.minimum(not_negative(group.first_needed(lengths) - begin), ends)
+            is_served = is_known & (missing[ends] == missing[firsts])
+            is_served[0] = True  # what the device has needs nothing
+            lacking = keys[firsts[-1] : ends[-1]][~there[firsts[-1] : ends[-1]]]
+            is_growing |= not is_served[-1] and len(lacking) > 0 and writing.issuperset(as_bytes(lacking))
+            lengths = lengths[is_served]
+    return Hit(int(lengths[-1]), longest, bool(is_growing))
