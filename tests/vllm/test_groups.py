@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 from forms import FORMS, RUNNERS, STATES
 from rig import HAS_TRANSFER_RESULTS, HAS_WORKER_METADATA
@@ -46,7 +47,7 @@ def test_a_prompt_that_others_have_in_part_comes_back_in_part(make_rig, prompt, 
 
 
 @pytest.mark.parametrize("name", ["full_and_window", "full_and_chunks", "six"])
-@pytest.mark.parametrize("count", [17, 30, 63, 64, 65, 66, 79, 80, 81, 127, 128, 129, 340])
+@pytest.mark.parametrize("count", [17, 63, 65, 80, 81, 128, 129])
 def test_prompts_at_every_edge_of_window_chunk_and_block_come_back(make_rig, prompt, name, count):
     rig = make_rig(num_slots=256, **options_of(name, True))
     rig.serve("first", prompt("p", count))
@@ -63,6 +64,49 @@ def test_more_of_a_prompt_is_loaded_behind_what_the_device_still_has(make_rig, p
     rig.serve("short", prompt("p", 130))
     found = rig.serve("second", prompt("p", 240))
     assert 224 <= found < 240 if HAS_WORKER_METADATA else found == 128  # 0.15 would give away what was found
+    rig.require_clean()
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if name in KEPT])
+def test_a_state_that_has_seen_the_last_token_is_not_loaded(make_rig, prompt, name):
+    rig = make_rig(num_slots=256, **options_of(name, True))
+    tokens = prompt("p", 2 * rig.block_size)
+    rig.serve("longer", tokens + prompt("q", rig.block_size))
+    rig.serve("first", tokens)
+    rig.forget_device()
+    assert rig.serve("second", tokens) in (0, rig.block_size)
+    rig.forget_device()
+    assert rig.serve("third", tokens + prompt("r", 1)) <= 2 * rig.block_size
+    rig.require_clean()
+
+
+@pytest.mark.skipif(not HAS_WORKER_METADATA, reason="0.15 shows nobody its blocks: there the fences are in time")
+@pytest.mark.parametrize("name", ["full_and_window", "window", "six"])
+def test_blocks_that_leave_a_window_are_held_until_the_last_rank_has_saved_them(make_rig, prompt, host, name):
+    rig = make_rig(num_slots=256, num_ranks=2, **options_of(name, True))
+    pool = rig.half.holds.pool
+    host.hold()
+    rig.add("first", prompt("p", 200), 1)
+    rig.step_until_served()
+    saved = np.concatenate([moving.transfer.block_ids for moving in rig.half.in_flight.values()])
+    forgetful = [block for block in saved.tolist() if pool.blocks[block].ref_cnt]
+    assert len(forgetful) == rig.half.holds.count > 0 and rig.connector.has_pending_push_work()
+    assert not rig.scheduler.reset_prefix_cache()
+    host.release()
+    rig.run()
+    assert rig.half.holds.count == 0 and not any(block.ref_cnt for block in pool.blocks[1:])
+    rig.require_clean()
+
+
+def test_of_a_window_only_what_the_request_still_has_is_saved(make_rig, prompt):
+    rig = make_rig(num_slots=256, retention=None, **options_of("full_and_window", HAS_WORKER_METADATA))
+    rig.serve("first", prompt("p", 200))
+    rig.connector.reset_cache()
+    assert rig.serve("second", prompt("p", 260)) == 192  # all on the device, but for what the window has left
+    rig.forget_device()
+    assert rig.serve("third", prompt("p", 100)) == 0
+    rig.forget_device()
+    assert rig.serve("fourth", prompt("p", 260)) == 256
     rig.require_clean()
 
 
@@ -96,7 +140,7 @@ def test_no_schedule_of_groups_reads_a_wrong_token(make_rig, host, seed, name):
         if draw.random() < 0.3:
             refuse_some(host, rig, draw, ["D2H"])
         try:
-            live(rig, draw, resets=draw.random() < 0.5 and (HAS_WORKER_METADATA or not pipelined), steps=100)
+            live(rig, draw, resets=draw.random() < 0.5 and (HAS_WORKER_METADATA or not pipelined), steps=50)
         except BaseException as error:
             error.add_note(f"schedule {number} of KVORTEX_SEED={seed}, {options}")
             raise

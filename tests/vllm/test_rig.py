@@ -26,7 +26,7 @@ def beside_another(kind):
 
 def live_without_connector(make_rig, name, draw, **options):
     rig = make_rig(connector=False, **{**FORMS[name], **states_alone(FORMS[name]["groups"]), **options})
-    live(rig, draw, resets=False, steps=80)
+    live(rig, draw, resets=False, steps=50)
     return rig
 
 
@@ -102,10 +102,9 @@ def test_a_step_of_the_model_runner_left_out_is_counted(make_rig, seed, name, st
 @pytest.mark.parametrize(
     ("kind", "first"), [("full", 0), ("mla", 0), ("window:64", 37), ("window:1024", 0), ("chunk:64", 64)]
 )
-@pytest.mark.parametrize("layers", [1, 3])
-def test_attention_reads_as_far_back_as_it_reaches(make_rig, prompt, kind, first, layers):
-    for token in range(max(0, first - 2), first + 3):
-        rig = make_rig(connector=False, layers=layers, **beside_another(kind))
+def test_attention_reads_as_far_back_as_it_reaches(make_rig, prompt, kind, first):
+    for token in {max(0, first - 1), first}:
+        rig = make_rig(connector=False, **beside_another(kind))
         rig.add("request", prompt("p", 100))
         rig.step()
         *_, plane = rig.groups[1].planes(rig.caches[0])
