@@ -72,7 +72,7 @@ test-gpu: build  ## the same behaviours on an NVIDIA GPU; fails where there is n
 	KVORTEX_TEST_DEVICE=cuda $(PY) -m pytest $(TESTS) --ignore=tests/meta $(PYTEST_ARGS)
 
 test-mutants: build  ## take out one protection at a time; the tests it names must turn red
-	$(PY) tests/mutants/run.py $(if $(MUTANTS),--only $(MUTANTS))
+	$(PY) tests/mutants/run.py --vllm-venvs $(VLLM_VENVS) $(if $(MUTANTS),--only $(MUTANTS))
 
 # A vLLM brings its own torch, hence an environment for each, made once: minutes, and gigabytes of disk. CPU only.
 # The compiled modules are those of `build` where that is a Python 3.11 too, and are built beside them where it is not.

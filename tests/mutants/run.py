@@ -6,6 +6,10 @@ A mutant is a file NAME.patch beside this one: a unified diff (paths from the ro
     # invariant: 5
     # tests: tests/engine/test_order.py::test_save_waits_for_the_stream tests/...
 
+    # vllm: 0.32.0
+
+The last line is for tests that need vLLM: they run in the environment that `make test-vllm` has made for this version.
+
 Every test named must pass without the patch and turn red with it, by an assertion or by taking five times as long. An
 import error, a build that fails, another exception, a crash or a test that does not exist is no kill: the mutant is
 broken and somebody must look. Hunks may have moved in the file but must match it exactly, in one place.
@@ -42,6 +46,7 @@ class Mutant:
     invariant: str
     tests: list
     hunks: list  # (path, line, old text, new text)
+    vllm: str = ""  # version
     verdict: str = ""
     why: list = field(default_factory=list)
     seconds: float = 0.0
@@ -52,6 +57,7 @@ def main():
     parser.add_argument("--only", default="", metavar="NAME,NAME", help="run just these")
     parser.add_argument("--root", type=Path, default=HERE.parents[1], help="the tree to take protections out of")
     parser.add_argument("--min-limit-s", type=float, default=20, help="least time that a test may take (20)")
+    parser.add_argument("--vllm-venvs", type=Path, default=Path(".venv-vllm"), help="environments of vLLM, by version")
     options = parser.parse_args()
     root = options.root.resolve()
     work = root / "build" / "mutants"
@@ -65,10 +71,13 @@ def main():
         sys.exit(f"no mutants in {root / 'tests' / 'mutants'}")
 
     clean = make_clean_tree(root, work)
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    limits = {test: max(options.min_limit_s, 5 * baseline_s(clean, test, work)) for test in tests}
+    pythons = {mutant.vllm: python_of(mutant.vllm, options.vllm_venvs) for mutant in mutants}
+    tests = sorted({(mutant.vllm, test) for mutant in mutants for test in mutant.tests})
+    limits = {(vllm, test): max(options.min_limit_s, 5 * baseline_s(clean, test, work, pythons[vllm]))
+              for vllm, test in tests}  # fmt: skip
     for mutant in mutants:
-        judge(mutant, clean, work, limits)
+        of_mutant = {test: limits[mutant.vllm, test] for test in mutant.tests}
+        judge(mutant, clean, work, of_mutant, pythons[mutant.vllm])
         told = f"{mutant.verdict:9} {mutant.name:36} invariant {mutant.invariant:6} {mutant.seconds:4.0f} s  "
         print(told + "; ".join(mutant.why), flush=True)
 
@@ -79,7 +88,7 @@ def main():
 
 def read_mutant(patch):
     header, _, diff = patch.read_text().partition("\n--- ")
-    fields = {"removes": [], "invariant": [], "tests": []}
+    fields = {"removes": [], "invariant": [], "tests": [], "vllm": []}
     for name, value in re.findall(r"^# (\w+): (.*)$", header, re.M):
         if name in fields:
             fields[name].append(value.strip())
@@ -87,7 +96,17 @@ def read_mutant(patch):
     if not (fields["removes"] and fields["invariant"] and tests and diff):
         sys.exit(f"{patch}: needs the lines '# removes:', '# invariant:', '# tests:' and a unified diff")
     text = [" ".join(fields[name]) for name in ("removes", "invariant")]
-    return Mutant(patch.stem, *text, tests, read_hunks("--- " + diff))
+    return Mutant(patch.stem, *text, tests, read_hunks("--- " + diff), *fields["vllm"])
+
+
+def python_of(vllm, venvs):
+    """The interpreter for tests that need this version of vLLM, or none."""
+    if not vllm:
+        return sys.executable
+    python = (venvs / vllm / "bin" / "python").absolute()  # not resolved: the link is what makes the environment
+    if not python.exists():
+        sys.exit(f"there is no {python}; `make test-vllm` makes it")
+    return str(python)
 
 
 def read_hunks(diff):
@@ -145,16 +164,16 @@ def build(tree):
     return None if done.returncode == 0 else done.stdout + done.stderr
 
 
-def baseline_s(clean, test, work):
+def baseline_s(clean, test, work, python):
     """Demand that `test` passes without a mutant; return the seconds it took."""
     start = time.monotonic()
-    verdict, why, log = run_test(clean, test, BASELINE_LIMIT_S, work)
+    verdict, why, log = run_test(clean, test, BASELINE_LIMIT_S, work, python)
     if verdict != "green":
         sys.exit(f"{test} must pass without a mutant, but {why or verdict}\n{log}")
     return time.monotonic() - start
 
 
-def judge(mutant, clean, work, limits):
+def judge(mutant, clean, work, limits, python):
     """Fill in the mutant's verdict: killed when every test named turns red."""
     start = time.monotonic()
     tree = work / mutant.name
@@ -166,7 +185,7 @@ def judge(mutant, clean, work, limits):
             raise Broken("it does not build: " + "; ".join(log.strip().splitlines()[-3:]))
         verdicts = set()
         for test in mutant.tests:
-            verdict, why, _ = run_test(tree, test, limits[test], work)
+            verdict, why, _ = run_test(tree, test, limits[test], work, python)
             verdicts.add(verdict)
             mutant.why.append(f"{test.partition('::')[2]}: {why or 'passed all the same'}")
         order = ("broken", "green", "red")
@@ -179,7 +198,7 @@ def judge(mutant, clean, work, limits):
         mutant.seconds = time.monotonic() - start
 
 
-def run_test(tree, test, limit_s, work):
+def run_test(tree, test, limit_s, work, python):
     """Run one test by its id; return "green", "red" or "broken", the reason and the log."""
     verdicts = work / "verdicts.jsonl"
     verdicts.unlink(missing_ok=True)
@@ -193,7 +212,7 @@ def run_test(tree, test, limit_s, work):
     }
     options = ["-x", "-q", "-p", "verdict", "-p", "no:cacheprovider", "-o", "timeout=0"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, test],
+        [python, "-m", "pytest", *options, test],
         cwd=tree,
         env=environment,
         stdout=subprocess.PIPE,
