@@ -284,7 +284,7 @@ class Router:
 @pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
 def test_a_router_knows_what_is_in_host_memory_after_every_step(make_rig, host, seed, pipelined, tmp_path):
     num_compared, num_removed, number = 0, 0, 0
-    while num_compared < STEPS:
+    while num_compared < STEPS or num_removed < STEPS / 10:  # without removals these schedules show little
         draw = random.Random(f"{seed} {number} {pipelined}")
         rig = make_rig(
             events=True, pipelined=pipelined, num_slots=draw.choice([24, 64, 200]), num_ranks=draw.choice([1, 2])
@@ -314,4 +314,3 @@ def test_a_router_knows_what_is_in_host_memory_after_every_step(make_rig, host, 
             router.close()
             rig.close()
         num_removed, number = num_removed + router.num_removed, number + 1
-    assert num_removed > STEPS / 10  # otherwise these schedules show little
