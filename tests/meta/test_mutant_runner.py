@@ -99,7 +99,7 @@ def write_mutant(root, name, diff, tests):
 
 
 def run(toy, *options):
-    command = [sys.executable, str(RUNNER), "--root", str(toy), "--min-limit-s", "4", *options]
+    command = [sys.executable, str(RUNNER), "--root", str(toy), "--min-limit-s", "15", *options]
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # the toy needs none, and starts faster
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     return done.returncode, done.stdout + done.stderr
