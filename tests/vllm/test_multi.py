@@ -192,6 +192,20 @@ def test_no_schedule_of_two_connectors_reads_a_wrong_token(make_rig, host, seed,
     assert num_matched > SCHEDULES and num_pulled > SCHEDULES  # otherwise these schedules show little
 
 
+@supported
+def test_a_request_that_the_other_one_could_not_pull_is_computed(make_rig, prompt):
+    """vLLM keeps room for all its blocks until then, so that it would be in the way of a load of its own for ever."""
+    rig = make_rig(num_blocks=29, other={"load_async": True, "pull_steps": 3}, other_first=True)
+    rig.serve("first", prompt("p", 295))
+    rig.forget_device()
+    rig.offered["second"] = 256
+    rig.unreachable.add("second")
+    rig.add("second", prompt("p", 295))
+    rig.run(15)
+    assert rig.outputs("second") == rig.outputs("first")
+    rig.require_clean()
+
+
 # ---- what vLLM asks and hears ----------------------------------------------------------------------------------------
 
 

@@ -102,11 +102,11 @@ class SchedulerHalf:
     def match(self, request, num_computed_tokens):
         """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
 
-        Changes nothing in the index; a request that is asked about has no load any more. If its load failed, it
-        computes, and at once: until then vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its
-        own too. One token is computed in any case: after a load between steps vLLM does that into the last block it
-        loaded, whole as it is, so that all of a prompt may come from here; not for that block alone, whose tokens are
-        computed sooner.
+        Changes nothing in the index; a request that is asked about has no load any more. If it was admitted before and
+        not preempted since, its load failed, ours or another connector's. Then it computes, and at once: until it does
+        vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its own too. One token is computed in
+        any case: after a load between steps vLLM does that into the last block it loaded, whole as it is, so that all
+        of a prompt may come from here; not for that block alone, whose tokens are computed sooner.
 
         None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
 
@@ -121,9 +121,9 @@ class SchedulerHalf:
           later waits, too: otherwise small loads could overtake a large one for ever.
         """
         state = self.requests.get(request.request_id)
-        if self.loading.pop(request.request_id, None):
-            state.load_failed = True
+        self.loading.pop(request.request_id, None)
         if state is not None:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
+            state.load_failed |= state.num_preemptions == request.num_preemptions
             self.room.take(state, ())
         first = num_computed_tokens
         self.matches[request.request_id] = first
@@ -194,7 +194,7 @@ class SchedulerHalf:
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
         state = self.requests.setdefault(request.request_id, RequestState(request))
-        state.request, state.load_failed = request, False
+        state.request, state.load_failed, state.num_preemptions = request, False, request.num_preemptions
         state.wishes = self.wishes_of(request)
         if state.wishes.max_save_tokens is not None:
             state.most_saved_tokens = state.wishes.max_save_tokens

@@ -23,6 +23,7 @@ class RequestState:
     stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there
     is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds
     outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
+    num_preemptions: int = -1  # when it was admitted
     load_failed: bool = False  # and it has no device blocks since
 
     @property
