@@ -68,7 +68,7 @@ class SchedulerHalf:
         self.interval = interval
         self.runs = [group.index for group in shape.groups if group.kind == RUN]
         self.block_step = math.gcd(*(group.block_tokens for group in shape.groups))  # every block ends on a multiple
-        # Most tokens of a prompt that a hit can have, but for the last: so many are behind it.
+        # Tokens whose blocks must be there behind a hit, see `Group.peek_blocks`.
         self.peek_tokens = max(group.peek_blocks * group.block_tokens for group in shape.groups)
         held = {group.index for group in shape.groups if holds_all or group.kind != RUN}
         self.holds = Holds(held, shape.num_device_blocks // 2)
