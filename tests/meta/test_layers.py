@@ -245,7 +245,7 @@ def test_imports_go_only_downward():
         ("kvortex/errors.py", "from kvortex import keys", "errors must not know keys"),
         ("kvortex/memory/x.py", "from cuda.bindings import driver", "only ['driver'] may name cuda"),
         ("kvortex/memory/x.py", 'importlib.import_module("cuda.bindings.driver")', "only ['driver'] may name cuda"),
-        ("kvortex/engine.py", "import torch", "only ['integrations'] may name torch"),
+        ("kvortex/engine/engine.py", "import torch", "only ['integrations'] may name torch"),
         ("kvortex/cli.py", "import vllm.config", "only ['integrations'] may name vllm"),
         ("kvortex/cli.py", "from kvortex.index._block_index import BlockIndex", "is private to index"),
         (
@@ -270,7 +270,7 @@ def test_a_planted_violation_is_found(tmp_path, path, line, complaint):
     "path, line",
     [
         ("kvortex/memory/_x.pyx", "from kvortex.driver._device cimport Device, check"),
-        ("kvortex/engine.py", "from kvortex.index._block_index cimport BlockIndex"),
+        ("kvortex/engine/engine.py", "from kvortex.index._block_index cimport BlockIndex"),
         ("kvortex/cli.py", "from kvortex.replay import replay"),
         ("kvortex/cli.py", "from kvortex import __version__"),
         ("kvortex/driver/x.py", "from cuda.bindings import driver"),

@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 
-from kvortex._engine import BlockHits, EngineCore
+from kvortex.engine._engine import BlockHits, EngineCore
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device
 from kvortex.errors import ConfigError, EngineClosed
