@@ -18,7 +18,7 @@ from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.keys import block_keys
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.metrics import prometheus_text
-from kvortex.stats import EngineStats
+from kvortex.stats import EngineStats, TierStats
 from kvortex.transfer import Job, KVLayout, TransferQueue
 from kvortex.version import __version__ as __version__
 
@@ -30,6 +30,7 @@ __all__ = [
     "Device",
     "DeviceBuffer",
     "DevicePool",
+    "DiskTier",
     "DriverError",
     "EngineClosed",
     "EngineStats",
@@ -41,14 +42,28 @@ __all__ = [
     "KVortexError",
     "PinnedPool",
     "PoolExhausted",
+    "Prefetch",
     "ReserveStatus",
     "Stream",
     "TierError",
+    "TierStats",
     "TransferQueue",
     "block_keys",
     "get_include",
     "prometheus_text",
 ]
+
+
+def __getattr__(name):
+    """What only some engines need is imported when it is named."""
+    if name == "DiskTier":
+        from kvortex.tiers.disk import DiskTier as found
+    elif name == "Prefetch":
+        from kvortex.engine.prefetch import Prefetch as found
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
 
 
 def get_include():

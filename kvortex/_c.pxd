@@ -452,6 +452,7 @@ cdef extern from "kvortex/io_queue.h" nogil:
     ctypedef struct kv_io_queue:
         kv_monitor monitor
         uint32_t num_waiting, num_running, most_waiting
+        int event_fd
         uint64_t (*counts)[23]
 
     kv_io_batch *kv_io_batch_new(uint8_t verb, uint32_t num_blocks, uint64_t deadline_ns)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvortex.errors import ConfigError
 from kvortex.log import warn_once
-from kvortex.slots import CHUNK_BYTES, FIRST_CHUNK_BYTES
+from kvortex.slots import CHUNK_BYTES, FIRST_CHUNK_BYTES, PAGE_BYTES
 
 PREFIX = "KVORTEX_"
 CONFIG_VARIABLE = "KVORTEX_CONFIG"
@@ -84,6 +84,16 @@ class KVortexConfig:
     deferred : bool or "auto", default False
         Whether a thread of the engine submits the copies of a save or a load, so that the call returns at once; "auto":
         where there are many. A call may say otherwise; `KVortexEngine.save_blocks` tells what it means for the caller.
+    tiers : tuple, default ()
+        Where blocks go that RAM cannot hold: at most one so far, a `DiskTier`. A keyword only.
+    namespace : str, optional
+        Names the model as it was loaded (its weights, dtype and quantisation): needed with `tiers`, since a block of
+        another model must never be taken for one of this. Engines of different namespaces share nothing.
+    weights : str, optional
+        Names the weights at the start, as ``clear(weights=...)`` does later.
+    prefill_tokens_per_s, block_tokens : int, default 0
+        What the model computes, and the tokens of a block, if both are known: then blocks are left on a tier where
+        bringing them would take longer than computing them.
     enable_numa : bool, default True
         Prefer memory of the GPU's NUMA node for the pool (`engine.pool.numa_node` tells what came of it).
 
@@ -106,6 +116,11 @@ class KVortexConfig:
     gather_ctas: int = 0
     gpu_pool_size_bytes: int = 0
     deferred: bool | str = False
+    tiers: tuple = ()
+    namespace: str | None = None
+    weights: str | None = None
+    prefill_tokens_per_s: int = 0
+    block_tokens: int = 0
     enable_numa: bool = True
 
     _LIMITS = {
@@ -118,7 +133,10 @@ class KVortexConfig:
         "shutdown_timeout_ms": (0, 3_600_000),
         "pool_first_chunk_bytes": (1, 1 << 50),
         "pool_chunk_bytes": (1, 1 << 50),
+        "prefill_tokens_per_s": (0, 1 << 40),
+        "block_tokens": (0, 1 << 20),
     }
+    _KEYWORDS_ONLY = ("tiers",)
 
     def __new__(cls, *args, **keywords):
         for name in REMOVED.keys() & keywords.keys():
@@ -127,7 +145,12 @@ class KVortexConfig:
 
     def __post_init__(self):
         for field in fields(self):
-            self.check(field.name, getattr(self, field.name))
+            object.__setattr__(self, field.name, self.check(field.name, getattr(self, field.name)))
+        if self.tiers and self.namespace is None:
+            raise ConfigError(
+                "tiers need a namespace that names the model as it was loaded: blocks outlive this process, and must "
+                'never be taken for those of another model; set namespace="llama-3.1-8b-instruct@0e9e39f bf16", say'
+            )
 
     @classmethod
     def load(cls, path=None, *, environ=os.environ, **keywords):
@@ -193,8 +216,8 @@ class KVortexConfig:
 
     @property
     def header_bytes(self):
-        """Bytes before each block in its slot: a page where there are lower tiers. There are none yet."""
-        return 0
+        """Bytes before each block in its slot: a page where there are lower tiers."""
+        return PAGE_BYTES if self.tiers else 0
 
     @property
     def sources(self):
@@ -219,6 +242,18 @@ class KVortexConfig:
             if not isinstance(value, str):
                 raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
             parse_device(value)
+        elif name in ("namespace", "weights"):
+            if value is not None and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} must be a text that is not empty, got {value!r}")
+        elif name == "tiers":
+            if not isinstance(value, tuple | list):
+                raise ConfigError(f"tiers must be a tuple such as (DiskTier(...),), got {value!r}")
+            for tier in value:
+                if not callable(getattr(tier, "open", None)):
+                    raise ConfigError(f"tiers must be such as DiskTier(paths, disk_bytes), got {tier!r}")
+            if len(value) > 1:
+                raise ConfigError(f"there may be one tier below RAM so far, got {len(value)}")
+            return tuple(value)
         elif name == "deferred":
             if not isinstance(value, bool) and value != "auto":
                 raise ConfigError(f"deferred must be True, False or 'auto', got {value!r}")
@@ -240,6 +275,8 @@ class KVortexConfig:
         known = cls.names()
         for name, value in table.items():
             where = f"key {name!r} of the configuration file {path}"
+            if name in cls._KEYWORDS_ONLY:
+                raise ConfigError(f"{where} is taken as a keyword only")
             if name not in known:
                 raise ConfigError(_unknown(name, f"{where} is no setting", known))
             try:
@@ -251,7 +288,7 @@ class KVortexConfig:
 
     @classmethod
     def _from_environment(cls, environ):
-        variables = {PREFIX + name.upper(): name for name in cls.names()}
+        variables = {PREFIX + name.upper(): name for name in cls.names() if name not in cls._KEYWORDS_ONLY}
         for variable, text in environ.items():
             if not variable.startswith(PREFIX) or variable == CONFIG_VARIABLE or variable in OTHER_VARIABLES:
                 continue
@@ -280,7 +317,7 @@ class KVortexConfig:
             return parse_bytes(text)
         if name in cls._LIMITS:
             return int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else text  # which the check refuses
-        if name == "device" or (name, text) == ("deferred", "auto"):
+        if name in ("device", "namespace", "weights") or (name, text) == ("deferred", "auto"):
             return text
         if text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE

@@ -19,6 +19,7 @@ COUNTERS = {  # field of EngineStats: (metric, what it counts)
     "blocks_pending": ("blocks_pending", "Blocks of a save that another save was writing."),
     "blocks_refused": ("blocks_refused", "Blocks of a save that found no slot or no free job."),
     "blocks_evicted": ("blocks_evicted", "Blocks evicted from host memory."),
+    "blocks_dropped": ("blocks_dropped", "Blocks evicted from host memory before the lower tier had them."),
     "blocks_discarded": ("blocks_discarded", "Blocks that the caller made KVortex forget."),
     "length_mismatches": ("length_mismatches", "Blocks found with another size than asked for; they count as misses."),
     "bytes_saved": ("saved_bytes", "Bytes saved to host memory."),
@@ -29,6 +30,7 @@ GAUGES = {
     "jobs_in_flight": ("jobs_in_flight", "Saves and loads under way."),
     "pool_blocks": ("pool_blocks", "Blocks that the pool has room for, or will have when all of it is registered."),
     "pool_blocks_used": ("pool_blocks_used", "Blocks in the pool, those being written included."),
+    "pool_blocks_clean": ("pool_blocks_clean", "Blocks in the pool that a lower tier has too."),
     "pool_bytes": ("pool_bytes", "Bytes of the pool, those that will yet be registered included."),
     "pool_bytes_ready": ("pool_ready_bytes", "Bytes of the pool that are registered and serve."),
     "device_pool_bytes": ("device_pool_bytes", "Limit of the pool of device memory, 0 without one."),
@@ -36,6 +38,35 @@ GAUGES = {
     "device_pool_bytes_reserved": ("device_pool_reserved_bytes", "Bytes that the pool takes from the device."),
     "strided": ("strided_copies", "1 where strided copies are legal for the layout, else 0."),
     "failed": ("failed", "1 after an error that ended the engine, else 0."),
+}
+TIER_COUNTERS = {  # field of TierStats: (metric, what it counts); each with the tier's name as a label
+    "blocks_scanned": ("tier_blocks_scanned", "Headers of an earlier process that were read."),
+    "blocks_adopted": ("tier_blocks_adopted", "Blocks of an earlier process that are of use."),
+    "blocks_admitted": ("tier_blocks_admitted", "Blocks saved that the tier was to have."),
+    "blocks_not_admitted": ("tier_blocks_not_admitted", "Blocks saved that the write budget kept from the tier."),
+    "blocks_written": ("tier_blocks_written", "Blocks written to the tier."),
+    "blocks_written_idle": ("tier_blocks_written_idle", "Blocks of them written by an idle engine, or by flush."),
+    "blocks_not_written": ("tier_blocks_not_written", "Blocks that the tier could not write."),
+    "blocks_evicted": ("tier_blocks_evicted", "Blocks evicted from the tier."),
+    "blocks_promoted": ("tier_blocks_promoted", "Blocks brought back into host memory."),
+    "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks brought back that their reader never took."),
+    "bytes_written": ("tier_written_bytes", "Bytes written to the tier."),
+    "bytes_read": ("tier_read_bytes", "Bytes read from the tier."),
+    "rests": ("tier_rests", "Times that the tier was left alone because it failed."),
+}
+TIER_GAUGES = {
+    "blocks": ("tier_blocks", "Blocks in the tier."),
+    "blocks_most": ("tier_blocks_most", "Blocks that the tier has room for."),
+    "is_adopting": ("tier_adopting", "1 while blocks of an earlier process are being looked for, else 0."),
+    "queue_blocks": ("tier_queue_blocks", "Blocks that the tier writes or reads, or that wait for it."),
+    "cleaning_blocks": ("tier_cleaning_blocks", "Blocks in host memory that are pinned to be written."),
+    "promoting_blocks": ("tier_promoting_blocks", "Blocks in host memory that are pinned for a reader."),
+    "is_resting": ("tier_resting", "1 while the tier is left alone because it failed, else 0."),
+    "read_only": ("tier_read_only", "1 where the tier takes no more blocks, else 0."),
+}
+TIER_SECONDS = {
+    "ms_reading": ("tier_reading_seconds", "Seconds that batches of blocks took to come back, all together."),
+    "ms_saved": ("tier_saved_seconds", "Seconds that computing these blocks would have taken, where that is known."),
 }
 LATENCIES = {
     "lookup": "Seconds from the call of check_blocks to its answer, since the engine was created.",
@@ -72,7 +103,7 @@ def families(stats, labels=None):
         A label is no label name, starts with ``__``, or is one of KVortex's own.
     """
     labels = {name: str(value) for name, value in (labels or {}).items()}
-    own = {"device", "version", "quantile", *_PLANNER_LABELS}
+    own = {"device", "version", "quantile", "tier", "cause", *_PLANNER_LABELS}
     for name in labels:
         if not _LABEL.fullmatch(name) or name.startswith("__") or name in own:
             raise ConfigError(
@@ -98,7 +129,19 @@ def families(stats, labels=None):
             samples[key] = ({**labels, **own_labels}, samples.get(key, (None, 0))[1] + row.num_groups)
         text = "Groups of pieces that a back end moves, by shape."
         found.append(Family("kvortex_planner_groups", "gauge", text, list(samples.values())))
-    return found
+    return found + [family for tier in stats.tiers for family in _tier_families(tier, {**labels, "tier": tier.name})]
+
+
+def _tier_families(tier, labels):
+    for kind, table in (("counter", TIER_COUNTERS), ("gauge", TIER_GAUGES)):
+        for field, (name, text) in table.items():
+            value = getattr(tier, field)
+            yield Family(f"kvortex_{name}", kind, text, [(labels, int(value if type(value) is int else bool(value)))])
+    for field, (name, text) in TIER_SECONDS.items():
+        yield Family(f"kvortex_{name}", "counter", text, [(labels, getattr(tier, field) / 1000)])
+    samples = [({**labels, "cause": cause}, count) for cause, count in sorted(tier.misses.items())]
+    if samples:
+        yield Family("kvortex_tier_misses", "counter", "Blocks that a reader waited for in vain, by cause.", samples)
 
 
 def prometheus_text(stats, labels=None):

@@ -4,6 +4,52 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
+class TierStats:
+    """What became of blocks on the way to a lower tier and back, since the engine was created.
+
+    `blocks` are there now, of `blocks_most`; `blocks_scanned` headers of an earlier process have been read, and
+    `blocks_adopted` were of use. Of the blocks saved, the tier was to have `blocks_admitted`; the write budget did not
+    allow `blocks_not_admitted`. `blocks_written` counts all that was, those included that an idle engine or `flush`
+    wrote beyond the budget (`blocks_written_idle`); `blocks_not_written` those that the store could not write.
+    `blocks_promoted` came back into RAM, `blocks_expired_unread` of them for a reader that let `hold_ms` pass. `misses`
+    are blocks that a reader waited for in vain, by cause: a `BlockStatus`, or FULL (promotions pin half of the pool at
+    the most), GONE, BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, RESTING (the tier failed, and is left alone for a
+    while). `queue_blocks` wait for the store or are in it; `cleaning_blocks` and `promoting_blocks` are pinned in RAM.
+    `ms_reading` is the sum over all batches, `ms_saved` what computing the blocks would have taken, where
+    `prefill_tokens_per_s` is known.
+    """
+
+    name: str
+    blocks: int
+    blocks_most: int
+    blocks_scanned: int
+    blocks_adopted: int
+    is_adopting: bool
+    blocks_admitted: int
+    blocks_not_admitted: int
+    blocks_written: int
+    blocks_written_idle: int
+    blocks_not_written: int
+    blocks_evicted: int
+    blocks_promoted: int
+    blocks_expired_unread: int
+    misses: dict
+    bytes_written: int
+    bytes_read: int
+    queue_blocks: int
+    cleaning_blocks: int
+    promoting_blocks: int
+    ms_reading: float
+    ms_saved: float
+    is_resting: bool
+    rests: int
+    read_only: str | None
+    last_error: str | None
+    io: str
+    io_reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """Counters since the engine was created; those of engine, index and pool are read one after the other.
 
@@ -11,7 +57,9 @@ class EngineStats:
     released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
     at most 25 % above the true percentile, 0 without samples. `pool_blocks` and `pool_bytes` count what will yet be
     registered; where registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
-    direction and shape of group: which back end moves it, and what the probe measured. The `device_pool` is that of
+    direction and shape of group: which back end moves it, and what the probe measured. `tiers` has a `TierStats` for
+    each lower tier; with one, `blocks_dropped` were evicted before it had them, and it has `pool_blocks_clean` of those
+    in RAM. The `device_pool` is that of
     `gpu_pool_size_bytes`, zeros without one: its limit, what is handed out, and what it takes from the device.
     """
 
@@ -23,6 +71,7 @@ class EngineStats:
     blocks_pending: int
     blocks_refused: int
     blocks_evicted: int
+    blocks_dropped: int
     blocks_discarded: int
     length_mismatches: int
     bytes_saved: int
@@ -31,6 +80,7 @@ class EngineStats:
     jobs_in_flight: int
     pool_blocks: int
     pool_blocks_used: int
+    pool_blocks_clean: int
     pool_bytes: int
     pool_bytes_ready: int
     device_pool_bytes: int
@@ -38,6 +88,7 @@ class EngineStats:
     device_pool_bytes_reserved: int
     strided: bool
     planner: tuple
+    tiers: tuple
     device: str
     failed: bool
     lookup_latency_us_p50: float

@@ -11,6 +11,7 @@
  *   - The memory of a block belongs to its batch until the block is OVER: a read that is late cannot be called back.
  *   - A batch is freed by whoever is last to let go of it: its owner, or the queue when all its blocks are OVER.
  *   - Everything here is under the monitor's lock, which is never held over I/O.
+ *   - Whoever waits for several queues at once names an eventfd, which is written to when a batch is over.
  *
  * Costs: about 1 us a block; a thread that looks for work passes over the blocks whose tier slot is in use.
  */
@@ -19,6 +20,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "status.h"
 #include "sync.h"
@@ -66,6 +68,7 @@ typedef struct kv_io_queue {
     pthread_t threads[KV_IO_MAX_THREADS];
     uint32_t num_threads;
     int stopping;
+    int event_fd; /* -1: nobody wants to know */
     uint64_t counts[KV_IO_NUM_VERBS][KV_BLOCK_NUM_STATUSES];
 } kv_io_queue;
 
@@ -113,8 +116,12 @@ static inline void kv_io_answer_block(kv_io_queue *queue, kv_io_batch *batch, ui
 /* The block's memory and tier slot are its caller's again. */
 static inline void kv_io_end_block(kv_io_queue *queue, kv_io_batch *batch, uint32_t block)
 {
+    const uint64_t one = 1;
     batch->stages[block] = KV_IO_OVER;
     batch->num_over++;
+    if (kv_io_batch_is_over(batch) && queue->event_fd >= 0 && write(queue->event_fd, &one, sizeof one) < 0) {
+        /* full: whoever sleeps has been woken already */
+    }
     if (kv_io_batch_is_over(batch) || queue->num_waiting + queue->num_running == 0)
         kv_monitor_broadcast(&queue->monitor);
 }
@@ -232,6 +239,7 @@ static inline int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint3
 {
     memset(queue, 0, sizeof *queue);
     queue->capacity = capacity;
+    queue->event_fd = -1;
     queue->run = run;
     queue->owner = owner;
     queue->slot_in_use = calloc(num_slots, 1);

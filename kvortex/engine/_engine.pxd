@@ -32,6 +32,7 @@ cdef class EngineCore:
     cdef Carriers carriers               # and the threads that serve them
     cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
     cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
+    cdef readonly object tiering         # kvortex.engine.tiering.Tiering, or None
     cdef object deferred                 # of calls that do not say: False, True or "auto"
 
     cdef kv_monitor counting             # guards the counters
@@ -57,7 +58,7 @@ cdef class EngineCore:
     cdef void give_loans_back(self) noexcept
     cdef int deferral(self, object deferred) except -1
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred)
+                 int deferred, size_t num_admitted)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

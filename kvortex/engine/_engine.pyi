@@ -5,6 +5,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvortex.driver import Device
+from kvortex.engine.prefetch import Prefetch
 from kvortex.index import BlockIndex
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.stats import EngineStats
@@ -23,6 +24,7 @@ class EngineCore:
     index: BlockIndex
     layout: KVLayout | None
     queues: tuple[TransferQueue, ...]
+    tiering: Any
     @property
     def layouts(self) -> tuple[KVLayout, ...]: ...
     def __init__(
@@ -56,11 +58,13 @@ class EngineCore:
         stream: Any = None,
         deferred: bool | Literal["auto"] | None = None,
         layout: KVLayout | None = None,
+        prefetched: Prefetch | None = None,
+        promote_timeout_ms: int | None = None,
     ) -> Job: ...
     def check_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> BlockHits: ...
     def touch_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> int: ...
     def discard_blocks(self, keys: NDArray[np.uint8], *, layout: KVLayout | None = None) -> int: ...
-    def clear(self) -> None: ...
+    def clear(self, weights: str | None = None) -> None: ...
     def get_stats(self) -> EngineStats: ...
     @property
     def failed(self) -> bool: ...

@@ -43,7 +43,7 @@ class BlockHits(NamedTuple):
     """The answer of `check_blocks`."""
 
     leading: int           # blocks of the leading run in RAM: what `load_blocks` brings at once
-    mask: np.ndarray       # bool (n,): which keys are in RAM; today a view of `where`
+    mask: np.ndarray       # bool (n,): which keys are in RAM
     where: np.ndarray      # uint8 (n,): 0 nowhere, 1 in RAM, from 2 on the lower tiers: names of levels, not an order
     leading_anywhere: int  # blocks of the leading run over all levels
 
@@ -70,6 +70,16 @@ cdef class EngineCore:
         self.choose()
         pool.attach(add_ready_slots, <void *>index)  # last, as it cannot fail: from here on `_close` undoes everything
         self.closing = self.ended = False
+
+    def _attach_tiering(self, tiering):
+        """From here on blocks go to a tier and come back from it; before any call, and for good.
+
+        What a tier keeps outlives the order in which layouts were added: keys of layouts that `create` was not given
+        must differ from those of raw memory.
+        """
+        self.tiering = tiering
+        if self.carriers.fingerprint is None:
+            self.carriers.fingerprint = b""
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
@@ -143,9 +153,18 @@ cdef class EngineCore:
         if after is not None:
             source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
-        return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred))
+        if self.tiering is None:
+            return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), 0)
+        cdef size_t admitted = self.tiering.admit(rows.shape[0])
+        cdef Job job = None
+        try:
+            job = self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admitted)
+        finally:
+            self.tiering.saved(admitted, 0 if job is None else job.count)
+        return job
 
-    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None, layout=None):
+    def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None, layout=None,
+                    prefetched=None, promote_timeout_ms=None):
         """Copy blocks from the pool back to the device; returns once the copies are submitted, or, `deferred`, at once.
 
         The leading run of keys that are in RAM (with the size asked for) is loaded; targets beyond it are untouched.
@@ -161,6 +180,11 @@ cdef class EngineCore:
             As for `save_blocks`.
         layout : KVLayout, optional
             As for `save_blocks`. What was saved under another fingerprint is a miss.
+        prefetched : Prefetch, optional
+            What `prefetch` brought for these keys: it is closed as soon as this call has pinned the blocks itself.
+        promote_timeout_ms : int, optional
+            Bring what only a lower tier has into RAM first, and wait for that so long at the most; 0 by default. Then
+            this call blocks, the GIL released, and moves what has come by then.
 
         Returns
         -------
@@ -182,7 +206,16 @@ cdef class EngineCore:
         source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
-        return self.run(carrier, H2D, rows, source, None, self.deferral(deferred))
+        if promote_timeout_ms is not None and self.tiering is not None:
+            if prefetched is not None:
+                raise ValueError("prefetched and promote_timeout_ms exclude each other; name one of them")
+            prefetched = self.tiering.prefetch(np.asarray(rows), promote_timeout_ms, promote_timeout_ms)
+            prefetched.wait()
+        try:
+            return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), 0)
+        finally:
+            if prefetched is not None:
+                prefetched.close()
 
     def check_blocks(self, keys, *, layout=None):
         """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
@@ -196,9 +229,9 @@ cdef class EngineCore:
         -------
         BlockHits
             ``leading``, how many keys from the first on are in RAM without a gap; ``mask``, a bool for each key: in RAM
-            or not; ``where``, for each key the level that has it, 0 for none and 1 for RAM; ``leading_anywhere``, how
-            many keys from the first on some level has. A block may be evicted before it is loaded; `Job.num_blocks` is
-            the truth.
+            or not; ``where``, for each key the level that has it, 0 for none, 1 for RAM and 2 for the tier below;
+            ``leading_anywhere``, how many keys from the first on some level has. No I/O is done. A block may be evicted
+            before it is loaded; `Job.num_blocks` is the truth.
 
         Raises
         ------
@@ -230,7 +263,11 @@ cdef class EngineCore:
                 _c.kv_monitor_unlock(&self.counting)
         finally:
             self.calls -= 1
-        return BlockHits(leading, where.view(np.bool_), where, leading)
+        mask = where.view(np.bool_)
+        if self.tiering is None or leading == n:
+            return BlockHits(leading, mask, where, leading)
+        where = np.where(mask, np.uint8(1), 2 * self.tiering.look_up(np.asarray(rows)))
+        return BlockHits(leading, mask, where, int(np.argmin(np.append(where, 0) != 0)))
 
     def touch_blocks(self, keys, *, layout=None):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
@@ -267,9 +304,10 @@ cdef class EngineCore:
         return touched
 
     def discard_blocks(self, keys, *, layout=None):
-        """Forget the keys at once, saves in flight included.
+        """Forget the keys at once on every level, saves in flight included.
 
-        A slot that is being written or read is reused only when its copy is over.
+        A slot that is being written or read is reused only when its copy is over. On a disk the blocks are erased in
+        the background; `flush` makes that durable.
 
         Parameters
         ----------
@@ -293,6 +331,9 @@ cdef class EngineCore:
         cdef const uint8_t[:, ::1] rows
         rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
         cdef size_t n = rows.shape[0], discarded = 0
+        if self.tiering is not None:
+            self.require_open()
+            return self.tiering.discard(np.asarray(rows))
         self.enter_call()
         try:
             if n:
@@ -302,11 +343,21 @@ cdef class EngineCore:
             self.calls -= 1
         return discarded
 
-    def clear(self):
+    def clear(self, weights=None):
         """Forget every block at once, saves in flight included: after a weight update nothing older is ever served.
+
+        To be called after the last save of old KV has been called and before the first of new.
+
+        Parameters
+        ----------
+        weights : str, optional
+            Names the weights that blocks are computed with from now on: a lower tier keeps them for a later engine of
+            ``KVortexConfig(weights=...)``. Without a name what is saved from now on is of no use to another process.
 
         Raises
         ------
+        TypeError
+            `weights` is no str.
         EngineClosed
             After `shutdown`, or in a forked child.
 
@@ -314,6 +365,12 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
+        if weights is not None and not isinstance(weights, str):
+            raise TypeError(f"weights must be a str that names them, got {weights!r}")
+        if self.tiering is not None:
+            self.require_open()
+            self.tiering.clear(weights)
+            return
         self.enter_call()
         try:
             with nogil:
@@ -347,20 +404,27 @@ cdef class EngineCore:
                 blocks_loaded=count.blocks_loaded, blocks_present=count.blocks_present,
                 blocks_pending=count.blocks_pending, blocks_refused=count.blocks_refused,
                 blocks_evicted=index["evictions"], blocks_discarded=index["discards"],
+                blocks_dropped=0 if self.tiering is None else index["dirty_evictions"],
                 length_mismatches=index["length_mismatches"], bytes_saved=count.bytes_saved,
                 bytes_loaded=count.bytes_loaded, jobs_failed=count.jobs_failed,
                 jobs_in_flight=sum([(<TransferQueue>queue).jobs_in_flight for queue in self.queues]),
                 pool_blocks=self.pool.slots_usable, pool_blocks_used=index["slots_added"] - index["num_free"],
+                pool_blocks_clean=index["num_clean"],
                 pool_bytes=self.pool.bytes_usable, pool_bytes_ready=self.pool.bytes_ready,
                 device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,
                 strided=any([(<KVLayout>layout).strided for layout in self.layouts]),
                 planner=tuple([row for layout in self.layouts for row in (<KVLayout>layout).planner]),
+                tiers=() if self.tiering is None else (self.tiering.stats(),),
                 device=self.device.name,
                 failed=self.failure != 0,
                 **latencies("lookup", &count.lookup_ns), **latencies("save", &count.save_ns),
                 **latencies("load", &count.load_ns))
         finally:
             free(count)
+
+    def _keys_of(self, keys, layout):
+        """The keys that the index has for these; copied, so that nobody changes them."""
+        return np.array(self.keys_of(keys, layout))
 
     @property
     def failed(self):
@@ -446,7 +510,7 @@ cdef class EngineCore:
     @cython.wraparound(False)
     @cython.initializedcheck(False)
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred):
+                 int deferred, size_t num_admitted):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef TransferQueue queue
@@ -502,7 +566,7 @@ cdef class EngineCore:
             if direction == D2H:
                 self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                         record_of_job.slots, &source.statuses[0], source.chained,
-                                        &source.after[0, 0] if num_before else NULL, num_before)
+                                        &source.after[0, 0] if num_before else NULL, num_before, NULL, num_admitted)
                 queue.keep_slots(record, n)
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
@@ -625,6 +689,10 @@ cdef class EngineCore:
         self.choose()
 
     # ---- end --------------------------------------------------------------------------------------------------------
+
+    def _refuse_calls(self):
+        """Let no call in any more; jobs go on."""
+        self.closing = True
 
     def _close(self, timeout_ms):
         """Refuse new calls, end the ones under way and the jobs in flight, give everything back. Idempotent."""

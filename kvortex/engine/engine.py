@@ -1,14 +1,15 @@
 """KVortexEngine: the one module that joins the parts, and the promise made to users."""
 
 import atexit
+import hashlib
 import logging
 import os
 import threading
 import weakref
 
-from kvortex.engine._engine import BlockHits, EngineCore
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device
+from kvortex.engine._engine import BlockHits, EngineCore
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
@@ -109,6 +110,8 @@ class KVortexEngine(EngineCore):
             engine.__init__(*parts)
             if engine.device is not device:
                 raise TypeError(f"{cls.__name__}.__init__ must call super().__init__ with its arguments")
+            if config.tiers:
+                engine._open_tier(layout)
             _engines.add(engine)
             log(
                 logging.INFO,
@@ -123,12 +126,101 @@ class KVortexEngine(EngineCore):
             )
             return engine
         except BaseException:
+            if engine is not None and engine.tiering is not None:
+                engine.tiering.close(config.shutdown_timeout_ms)
             if engine is not None:
                 EngineCore._close(engine, config.shutdown_timeout_ms)  # a subclass's own may rely on what was not made
             for part in (carrier, device_pool, pool, device):  # what the engine has not closed
                 if part is not None:
                     part.close()
             raise
+
+    def _open_tier(self, layout):
+        """Open what lies below RAM, and start the thread that moves blocks to it and back."""
+        from kvortex.engine.tiering import Tiering, tag_of  # late: most engines have no tier
+
+        config, (settings,) = self.config, self.config.tiers
+        fingerprint = b"" if layout is None else layout.fingerprint
+        space = hashlib.sha256(f"kvortex 1 {self.pool.payload_bytes} {config.namespace}".encode() + b"\0" + fingerprint)
+        tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights))
+        try:
+            blocks_per_s = config.prefill_tokens_per_s / config.block_tokens if config.block_tokens else 0.0
+            tiering = Tiering(
+                self.pool, self.index, tier, bytes_per_s=settings.write_bytes_per_s, blocks_per_s=blocks_per_s
+            )
+        except BaseException:
+            tier.close()
+            raise
+        self._attach_tiering(tiering)
+        weakref.finalize(self, tiering.close, 1000).atexit = False
+
+    def prefetch(self, keys, timeout_ms=2000, hold_ms=5000, *, layout=None):
+        """Begin to bring blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
+
+        The leading run of keys that RAM and the tier have together is brought, as far as half of the pool allows. All
+        of it is pinned for the caller: what RAM has at once, the rest as it comes.
+
+        Parameters
+        ----------
+        keys : uint8 array (n, 32)
+        timeout_ms : int, default 2000
+            How long it may take: what has not come by then ends the run.
+        hold_ms : int, default 5000
+            How long the blocks stay pinned after that if nobody closes the prefetch.
+        layout : KVLayout, optional
+            As for `save_blocks`.
+
+        Returns
+        -------
+        Prefetch
+            To be awaited or waited for, given to ``load_blocks(..., prefetched=)``, and closed.
+
+        Raises
+        ------
+        ValueError, TypeError
+            Those are not keys, or a time is negative.
+        ConfigError
+            The engine has no tier.
+        EngineClosed
+            After `shutdown`, or in a forked child.
+
+        Notes
+        -----
+        Thread-safe; waits for locks of the index and of tiering at the most, never for I/O.
+        """
+        self._require_ours()
+        if self.tiering is None:
+            raise ConfigError("this engine has no lower tier to fetch from; create it with tiers=(DiskTier(...),)")
+        for name, value in (("timeout_ms", timeout_ms), ("hold_ms", hold_ms)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
+        return self.tiering.prefetch(self._keys_of(keys, layout), timeout_ms, hold_ms)
+
+    def flush(self, timeout_ms=None):
+        """Write every block that only RAM has to the tier, whatever the write budget says, and make the tier durable.
+
+        Saves in flight are waited for and written too. Blocks of the GIL are none: it is released while this waits.
+
+        Parameters
+        ----------
+        timeout_ms : int, optional
+            By default as long as it takes.
+
+        Returns
+        -------
+        int
+            How many blocks are left that the tier does not have: 0 unless the time was over, the tier failed, or it is
+            read-only. 0 without a tier.
+
+        Raises
+        ------
+        TierError
+            The disk could not make durable what was written.
+        EngineClosed
+            After `shutdown`, or in a forked child.
+        """
+        self._require_ours()
+        return 0 if self.tiering is None else self.tiering.flush(timeout_ms)
 
     def add_layout(self, layout):
         """Let calls name blocks of one more KV cache: ``layout=`` in the verbs.
@@ -222,7 +314,8 @@ class KVortexEngine(EngineCore):
     def shutdown(self):
         """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
 
-        Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
+        What a tier was to have is written first, for at most half of that time; `flush`, before this, writes all there
+        is. Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
         their memory is then leaked on purpose, because a copy may still be running into it. Ctrl-C ends the waiting:
         then new calls are refused, jobs in flight go on and are retired, and another call, or the end of the engine or
         of the interpreter, does the rest.
@@ -230,6 +323,9 @@ class KVortexEngine(EngineCore):
         if self.device is None or self.device.pid != os.getpid():
             return  # never created; or the engine is the parent's, and so is whoever holds the lock
         with self._shutting_down:  # a second caller returns when the first has finished
+            if self.tiering is not None:
+                self._refuse_calls()
+                self.tiering.close(self.config.shutdown_timeout_ms)
             self._close(self.config.shutdown_timeout_ms)
 
     def __enter__(self):

@@ -10,6 +10,7 @@ ctypedef struct IndexCounters:
     uint64_t reserved                 # slots handed out by reserve
     uint64_t full                     # keys that reserve answered FULL
     uint64_t evictions                # blocks dropped by reserve and evict, coldest first
+    uint64_t dirty_evictions          # of these, those that no lower tier had
     uint64_t hits                     # keys that acquire pinned
     uint64_t misses                   # keys of an acquire that its leading run did not reach
     uint64_t length_mismatches        # acquires whose run a length ended, reserves that replaced one
@@ -20,6 +21,7 @@ ctypedef struct IndexCounters:
     uint32_t num_writing              # with those discarded meanwhile
     uint32_t num_ready                # with those discarded while pinned
     uint32_t num_pinned               # of num_ready
+    uint32_t num_clean                # of num_ready: a lower tier has them
 
 
 ctypedef struct BlockArrays:          # of the caller: room for as many blocks as may come
@@ -66,6 +68,7 @@ cdef class BlockIndex:
     cdef size_t touch_keys(self, const uint8_t *keys, size_t n, uint8_t *mask=*) noexcept nogil
     # slots[i] is NO_SLOT where the key is not there, READY or being written.
     cdef void find_keys(self, const uint8_t *keys, size_t n, uint32_t *slots) noexcept nogil
+    cdef void read_lengths(self, const uint32_t *slots, size_t n, uint32_t *lengths) noexcept nogil
     cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil   # -> how many were there
     cdef size_t evict_slots(self, size_t n) noexcept nogil                                # coldest n; -> how many went
     cdef void clear_all(self) noexcept nogil
@@ -80,6 +83,7 @@ cdef class BlockIndex:
     cdef void note_block(self, BlockArrays *blocks, uint32_t slot) noexcept nogil
     cdef size_t touch_locked(self, const uint8_t *keys, size_t n, uint8_t *mask, uint32_t *coldest) noexcept nogil
     cdef void free_slot(self, uint32_t slot) noexcept nogil
+    cdef void set_clean(self, kv_entry *entry, bint is_clean) noexcept nogil
     cdef uint32_t look_ahead(self, uint32_t scout) noexcept nogil
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
     cdef void drop(self, uint32_t slot) noexcept nogil

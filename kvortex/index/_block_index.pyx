@@ -553,6 +553,34 @@ cdef class BlockIndex:
             self.find_keys(&key_view[0, 0], n, slot_ptr)
         return slots
 
+    def lengths_of(self, slots):
+        """The length that each slot's block was reserved with; 0 for a slot without one. Takes the lock.
+
+        Parameters
+        ----------
+        slots : (n,) array-like of int
+            Pinned, or the caller's to write: another's may have another tenant right after.
+
+        Returns
+        -------
+        lengths : (n,) uint32 array
+
+        Raises
+        ------
+        ValueError
+            A slot is not within the capacity.
+        """
+        cdef const uint32_t[::1] slot_view = as_slots(slots)
+        cdef size_t n = slot_view.shape[0], i
+        for i in range(n):
+            if slot_view[i] >= self.num_slots:
+                raise bad_slot("lengths_of", slot_view[i], i, self.num_slots, "")
+        lengths = np.empty(n, UINT32)
+        cdef uint32_t *length_ptr = <uint32_t *>memory_of(lengths)
+        with nogil:
+            self.read_lengths(&slot_view[0], n, length_ptr)
+        return lengths
+
     # ---- forgetting -------------------------------------------------------------------------------------------------
 
     def evict(self, n):
@@ -610,9 +638,10 @@ cdef class BlockIndex:
         Returns
         -------
         counters : dict of str to int
-            Since creation: ``reserved``, ``full``, ``evictions``, ``hits`` (keys pinned by acquire), ``misses`` (keys
-            of an acquire behind its run), ``length_mismatches``, ``discards``. Now: ``slots_added``, ``num_free``,
-            ``num_writing``, ``num_ready`` (both with those discarded meanwhile), ``num_pinned``.
+            Since creation: ``reserved``, ``full``, ``evictions``, ``dirty_evictions`` (of these, those that no lower
+            tier had), ``hits`` (keys pinned by acquire), ``misses`` (keys of an acquire behind its run),
+            ``length_mismatches``, ``discards``. Now: ``slots_added``, ``num_free``, ``num_writing``, ``num_ready``
+            (both with those discarded meanwhile), and of these ``num_pinned`` and ``num_clean``.
         """
         cdef IndexCounters now
         with nogil:
@@ -866,6 +895,15 @@ cdef class BlockIndex:
             slots[i] = self.find(keys + i * KEY_BYTES, hashes[i % CHUNK])
         _c.pthread_mutex_unlock(&self.mutex)
 
+    cdef void read_lengths(self, const uint32_t *slots, size_t n, uint32_t *lengths) noexcept nogil:
+        cdef size_t i
+        _c.pthread_mutex_lock(&self.mutex)
+        for i in range(n):
+            lengths[i] = 0
+            if _c.kv_entry_state(&self.entries[slots[i]]) >= _c.KV_WRITING:
+                lengths[i] = self.entries[slots[i]].length
+        _c.pthread_mutex_unlock(&self.mutex)
+
     cdef size_t discard_keys(self, const uint8_t *keys, size_t n) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
         cdef uint32_t slot
@@ -888,6 +926,7 @@ cdef class BlockIndex:
         _c.pthread_mutex_lock(&self.mutex)
         while count < n and not _c.kv_lru_is_empty(&self.lru):
             slot = _c.kv_lru_coldest(&self.lru)
+            self.count.dirty_evictions += (self.entries[slot].facts & _c.KV_CLEAN) == 0
             self.forget(slot, self.hash_of(slot))
             count += 1
         self.count.evictions += count
@@ -945,6 +984,8 @@ cdef class BlockIndex:
             _c.kv_table_erase(&self.table, self.hash_of(slot), slot)
             self.count.num_ready -= 1
             self.count.evictions += 1
+            self.count.dirty_evictions += (self.entries[slot].facts & _c.KV_CLEAN) == 0
+            self.set_clean(&self.entries[slot], False)
         else:
             return _c.KV_NO_SLOT
         _c.kv_list_unlink(self.entries, slot)
@@ -986,7 +1027,16 @@ cdef class BlockIndex:
             self.count.num_ready -= 1
             self.free_slot(slot)
 
+    cdef void set_clean(self, _c.kv_entry *entry, bint is_clean) noexcept nogil:
+        if is_clean != ((entry.facts & _c.KV_CLEAN) != 0):
+            entry.facts ^= _c.KV_CLEAN
+            if is_clean:
+                self.count.num_clean += 1
+            else:
+                self.count.num_clean -= 1
+
     cdef void free_slot(self, uint32_t slot) noexcept nogil:
+        self.set_clean(&self.entries[slot], False)
         _c.kv_entry_set_state(&self.entries[slot], _c.KV_FREE)
         _c.kv_list_push_first(self.entries, self.free_list, slot)
         self.count.num_free += 1
@@ -1044,7 +1094,7 @@ cdef class BlockIndex:
             num_ready += 1
             self.count.num_ready += 1
             if clean:
-                self.entries[slot].facts |= _c.KV_CLEAN
+                self.set_clean(&self.entries[slot], True)
             self.entries[slot].pins = pins[(i - 1) * pin_step]
             if self.entries[slot].pins:
                 self.count.num_pinned += 1
@@ -1089,7 +1139,7 @@ cdef class BlockIndex:
                 continue
             entry = &self.entries[slots[i]]
             if clean[i]:
-                entry.facts |= _c.KV_CLEAN
+                self.set_clean(entry, True)
             if unpin(self, slots[i], entry):
                 if entry.facts & _c.KV_OFFERED:
                     _c.kv_lru_push_offered(&self.lru, slots[i])

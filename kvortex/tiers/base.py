@@ -105,6 +105,9 @@ class Store(Protocol):
     def flush(self, timeout_ms, *, durable=True):
         """Wait for all that was given, then make it durable; return how many blocks are left at the end."""
 
+    def notify(self, event_fd):
+        """Write to an eventfd (`os.eventfd`) whenever a batch is over, from any thread; None ends that."""
+
     def stats(self):
         """A dict of numbers and facts for people."""
 

@@ -37,9 +37,37 @@ def samples(text):
 
 
 def test_every_field_of_the_stats_is_exported_or_left_out_on_purpose():
-    named = {*metrics.COUNTERS, *metrics.GAUGES, "device", "planner"}
+    named = {*metrics.COUNTERS, *metrics.GAUGES, "device", "planner", "tiers"}
     named |= {f"{what}_latency_us_p{percent}" for what in metrics.LATENCIES for percent in (50, 99)}
     assert named == {field.name for field in dataclasses.fields(kvortex.EngineStats)}
+
+
+def tier_stats(**changes):
+    values = {}
+    for number, field in enumerate(dataclasses.fields(kvortex.TierStats)):
+        by_type = {int: 2000 + number, float: 1000.0 * number, bool: True, str: "disk", dict: {"LATE": 3, "FULL": 4}}
+        values[field.name] = by_type.get(field.type)
+    return kvortex.TierStats(**{**values, **changes})
+
+
+def test_every_field_of_a_tier_is_exported_or_left_out_on_purpose():
+    named = {*metrics.TIER_COUNTERS, *metrics.TIER_GAUGES, *metrics.TIER_SECONDS}
+    named |= {"name", "misses", "last_error", "io", "io_reason"}
+    assert named == {field.name for field in dataclasses.fields(kvortex.TierStats)}
+
+
+def test_the_page_says_what_a_tier_says():
+    tier = tier_stats()
+    found = samples(kvortex.prometheus_text(stats_of(tiers=(tier,))))
+    label = (("tier", "disk"),)
+    for field, (name, _) in metrics.TIER_COUNTERS.items():
+        assert found[f"kvortex_{name}_total", label] == getattr(tier, field)
+    for field, (name, _) in metrics.TIER_GAUGES.items():
+        assert found[f"kvortex_{name}", label] == {True: 1, None: 0}.get(getattr(tier, field), getattr(tier, field))
+    assert found["kvortex_tier_reading_seconds_total", label] == tier.ms_reading / 1000
+    assert found["kvortex_tier_misses_total", (("cause", "FULL"), *label)] == 4
+    found = samples(kvortex.prometheus_text(stats_of(tiers=(tier_stats(read_only="No space left on device"),))))
+    assert found["kvortex_tier_read_only", label] == 1
 
 
 def test_the_page_says_what_the_stats_say():

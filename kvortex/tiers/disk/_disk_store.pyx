@@ -161,6 +161,14 @@ cdef class DiskStore:
                                 f"{BlockStatus(status).name}{self.error_text()}")
         return 0
 
+    def notify(self, event_fd):
+        """Write to an eventfd whenever a batch is over; see `Store.notify`."""
+        cdef int fd = -1 if event_fd is None else index(event_fd)
+        self.require_made()
+        _c.kv_monitor_lock(&self.core.queue.monitor)
+        self.core.queue.event_fd = fd
+        _c.kv_monitor_unlock(&self.core.queue.monitor)
+
     def stats(self):
         """What was done, and how the disk behaves.
 

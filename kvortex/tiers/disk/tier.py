@@ -34,6 +34,10 @@ class DiskTier:
     direct : bool, default True
         Go past the page cache where the file system can.
     segment_bytes : int, default 1 GiB
+    write_bytes_per_s : int, default 256 MiB/s
+        What may be written while blocks are saved, for the disk's sake: up to ten seconds of it at once. What is saved
+        beyond it is kept in RAM only. An engine that has been idle for a second writes the rest all the same. 0: no
+        limit.
     """
 
     paths: tuple
@@ -42,6 +46,7 @@ class DiskTier:
     queue_blocks: int = 4096
     direct: bool = True
     segment_bytes: int = SEGMENT_BYTES
+    write_bytes_per_s: int = 256 << 20
 
     def __post_init__(self):
         paths = self.paths
@@ -52,6 +57,8 @@ class DiskTier:
         for name in ("disk_bytes", "segment_bytes"):
             if index(getattr(self, name)) <= 0:
                 raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
+        if index(self.write_bytes_per_s) < 0:
+            raise ConfigError(f"write_bytes_per_s must be 0 (no limit) or more, got {self.write_bytes_per_s}")
 
     def open(self, pool, *, namespace, tag=NO_TAG, rank=0, num_ranks=1, replica=0, num_replicas=1):
         """Open the part of one rank: lock its folders, lay out segments, begin to adopt what is there.
@@ -96,7 +103,7 @@ class DiskTier:
         except BaseException:
             segments.close()
             raise
-        return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0])
+        return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0], self.queue_blocks)
 
 
 class OpenDiskTier:
@@ -109,10 +116,14 @@ class OpenDiskTier:
     adoption : Adoption
     tag : bytes
         Of the weights: for every put and get from now on.
+    queue_blocks : int
+        Blocks that the store lets wait.
     """
 
-    def __init__(self, store, tag, new_slots=(), folder=None):
-        self.store, self.tag, self._folder = store, tag, folder
+    name = "disk"
+
+    def __init__(self, store, tag, new_slots=(), folder=None, queue_blocks=4096):
+        self.store, self.tag, self._folder, self.queue_blocks = store, tag, folder, queue_blocks
         self.catalogue = BlockIndex(store.num_slots)
         known = take_manifest(folder, tag, store.num_slots, store.payload_bytes) if folder else None
         self.adoption = Adoption(store, self.catalogue, tag, new_slots, known)

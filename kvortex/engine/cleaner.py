@@ -1,0 +1,182 @@
+"""The cleaner: writes blocks of RAM to the tier, coldest first, so that eviction never has to wait for that.
+
+It goes over the whole order of eviction. Blocks that a save was admitted for are written, blocks that the tier has are
+touched there, the rest is passed over. What it has passed stays, in its order, colder than what it has not: so the
+order of eviction is that of an engine without a cleaner, and the tier's is the order in which blocks left RAM.
+"""
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvortex.index import BlockFact, CommitStatus, ReserveStatus
+from kvortex.tiers.base import BlockStatus
+
+WINDOW_BYTES = 16 << 20  # written as one batch
+MOST_WINDOWS = 4
+PUT_TIMEOUT_MS = 10_000
+RETRY_S = 0.1
+REFUSED = (BlockStatus.READ_ONLY, BlockStatus.NO_SPACE)  # trying again would change nothing
+
+
+@dataclass
+class Cleaning:
+    """One batch of blocks on its way to the tier."""
+
+    blocks: object  # as `BlockIndex.coldest` gave them
+    has: np.ndarray  # numbers of those that the tier has already
+    written: np.ndarray  # numbers of those that are being written, hottest first
+    tier_slots: np.ndarray  # of these
+    batch: object  # or None: nothing is written
+    deadline_s: float
+    is_late: bool = False
+
+
+class Cleaner:
+    """Parameters: the engine's index, the open tier, its budget and breaker, the lock of all tiering, and the pool."""
+
+    def __init__(self, index, tier, budget, breaker, lock, pool):
+        self.index, self.tier, self.budget, self.breaker, self.lock = index, tier, budget, breaker, lock
+        self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
+        self.most_pinned = max(1, min(pool.num_slots // 8, MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
+        self._stride_bytes = pool.stride_bytes
+        self.num_pinned = 0
+        self.num_written = self.num_written_unasked = self.num_failed = 0
+        self._out = deque()  # batches, as they were begun and as they end
+        self._num_passed = 0  # blocks that the tier does not have and that were passed over
+        self._admits_all = False  # for the rest of this pass over the order
+        self._for_a_flush = False
+        self._flushes, self._flushing = [], []  # events of those that wait for a pass, and of those whose pass is on
+        self._not_before_s = 0.0
+
+    @property
+    def is_busy(self):
+        """Whether batches are out, or somebody waits for a pass."""
+        return bool(self._out or self._flushes or self._flushing)
+
+    def begin_flush(self):
+        """Ask for a pass that writes all that there is; return an event that is set at its end. Under the lock."""
+        over = threading.Event()
+        self._flushes.append(over)
+        return over
+
+    def give_up_flush(self, over):
+        """Nobody waits for that pass any more. Under the lock."""
+        for events in (self._flushes, self._flushing):
+            if over in events:
+                events.remove(over)
+
+    def step(self, now_s):
+        """End batches that are over and begin others; return whether there may be more to do at once."""
+        ended = self._end_batches(now_s)
+        if self._out and (self._flushes or not self.breaker.allows(now_s)):
+            return ended  # the pass begins anew when nothing is out
+        if self._flushes:
+            with self.lock:
+                self._flushing, self._flushes = self._flushing + self._flushes, []
+                self._begin_pass(True)
+        elif self._num_passed and not self._out and not self._admits_all and self.budget.is_idle(now_s):
+            with self.lock:
+                self._begin_pass(False)
+        elif self._admits_all and not self._for_a_flush and not self.budget.is_idle(now_s):
+            self._admits_all = False
+        begun = False
+        while now_s >= self._not_before_s and self.num_pinned < self.most_pinned and self.breaker.allows(now_s):
+            if not self._begin_batch(now_s):
+                break
+            begun = True
+        return ended or begun
+
+    def _begin_pass(self, for_a_flush):
+        self.index.offer_again()
+        self._admits_all, self._for_a_flush, self._num_passed = True, for_a_flush, 0
+
+    def _end_pass(self):
+        """The order has been gone over to its hot end; the pass is over when all of it is written too."""
+        if self._out:
+            return
+        self._admits_all = self._for_a_flush = False
+        for over in self._flushing:
+            over.set()
+        self._flushing = []
+
+    def _begin_batch(self, now_s):
+        """Take blocks that have not been passed, and give those that are to be written to the store."""
+        with self.lock:
+            blocks = self.index.coldest(min(self._window_blocks, self.most_pinned - self.num_pinned))
+            if not len(blocks.slots):
+                self._end_pass()
+                return False
+            is_clean = (blocks.facts & BlockFact.CLEAN) != 0
+            is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
+            is_wanted = is_clean | is_paid | self._admits_all
+            wanted = np.flatnonzero(is_wanted)[::-1]  # the tier's most recent is what leaves RAM last
+            tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
+            is_new = statuses == ReserveStatus.NEW
+            written, tier_slots = wanted[is_new], tier_slots[is_new]
+            batch = None
+            if len(written):
+                try:
+                    batch = self.tier.store.put(
+                        tier_slots,
+                        blocks.slots[written],
+                        blocks.keys[written],
+                        blocks.lengths[written],
+                        tag=self.tier.tag,
+                        timeout_ms=PUT_TIMEOUT_MS,
+                    )
+                except BaseException:
+                    self.tier.catalogue.abort(tier_slots)
+                    self.index.release(blocks.slots, offered=True)
+                    raise
+            # The tier has evicted some that it had, and has some that were paid for.
+            spent = is_clean[written].sum() - is_paid[wanted[~is_new]].sum()
+            self.budget.spend(int(spent) * self._stride_bytes)
+            self._num_passed += int((~is_wanted).sum())
+            self.num_pinned += len(blocks.slots)
+            has = wanted[statuses == ReserveStatus.PRESENT]
+            self._out.append(Cleaning(blocks, has, written, tier_slots, batch, now_s + PUT_TIMEOUT_MS / 1000))
+        return True
+
+    def _end_batches(self, now_s):
+        """End the batches that are over, in the order in which they were begun."""
+        ended = False
+        while self._out and (self._out[0].batch is None or self._out[0].batch.done()):
+            self._end_batch(self._out.popleft(), now_s)
+            ended = True
+        for cleaning in self._out:
+            if cleaning.batch is not None and not cleaning.is_late and now_s >= cleaning.deadline_s:
+                cleaning.is_late = True  # its slots are the store's until it is over
+                self.breaker.saw(cleaning.batch.statuses, now_s)
+        return ended
+
+    def _end_batch(self, cleaning, now_s):
+        blocks, written, batch = cleaning.blocks, cleaning.written, cleaning.batch
+        statuses = np.zeros(0, np.uint8) if batch is None else batch.statuses
+        is_ok = statuses == BlockStatus.OK
+        passed, clean = np.ones(len(blocks.slots), bool), np.zeros(len(blocks.slots), bool)
+        passed[written] = is_ok | np.isin(statuses, REFUSED)
+        clean[cleaning.has] = True
+        with self.lock:
+            self._erase(cleaning.tier_slots[~is_ok])
+            self.tier.catalogue.abort(cleaning.tier_slots[~is_ok])
+            kept = cleaning.tier_slots[is_ok]
+            is_kept = self.tier.catalogue.commit(kept) == CommitStatus.READY
+            self._erase(kept[~is_kept])
+            clean[written[is_ok]] = is_kept
+            self.index.release(blocks.slots, offered=passed, clean=clean)
+            self.num_pinned -= len(blocks.slots)
+        is_unasked = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
+        self.num_written += int(is_ok.sum())
+        self.num_written_unasked += int((is_ok & is_unasked).sum())
+        self.num_failed += int((~is_ok).sum())
+        if batch is not None and not cleaning.is_late:
+            self.breaker.saw(statuses, now_s)
+        if not passed.all():
+            self._not_before_s = now_s + RETRY_S
+
+    def _erase(self, tier_slots):
+        if len(tier_slots):
+            self.tier.store.erase(tier_slots, timeout_ms=None)

@@ -1,0 +1,54 @@
+"""The breaker: a tier that does not answer, or only with errors, is left alone for a while."""
+
+import logging
+
+import numpy as np
+
+from kvortex.log import log
+from kvortex.tiers.base import BlockStatus
+
+FAILURES = 3  # batches in a row
+SHORTEST_S, LONGEST_S = 1, 60
+NOT_THE_TIERS = (BlockStatus.DROPPED, BlockStatus.READ_ONLY, BlockStatus.NO_SPACE, BlockStatus.PENDING)
+
+
+class Breaker:
+    """Count batches that went wrong; after three in a row the tier rests, for longer each time.
+
+    A batch went wrong where a block was late, or where none of it came off and one met an error of the device.
+    """
+
+    def __init__(self, name):
+        self.name, self.trips = name, 0
+        self._failures, self._rest_s, self._until_s = 0, SHORTEST_S, 0.0
+
+    def allows(self, now_s):
+        """Whether the tier may be used. After a rest it may, and the next batch that goes wrong ends that."""
+        return now_s >= self._until_s
+
+    def saw(self, statuses, now_s):
+        """Take note of what became of a batch."""
+        statuses = np.asarray(statuses)
+        if (statuses == BlockStatus.LATE).any():
+            went_wrong = True
+        elif (statuses < BlockStatus.LATE).any():  # blocks that came off, and records that tell what is wrong with them
+            went_wrong = False
+        else:
+            went_wrong = (~np.isin(statuses, NOT_THE_TIERS)).any()
+            if not went_wrong:
+                return
+        if not went_wrong:
+            self._failures, self._rest_s = 0, SHORTEST_S
+            return
+        self._failures += 1
+        if self._failures >= FAILURES and self.allows(now_s):
+            self.trips += 1
+            log(
+                logging.WARNING,
+                "tier_rests",
+                "a tier is late or fails, and is left alone for a while; what it has counts as missing",
+                tier=self.name,
+                seconds=self._rest_s,
+            )
+            self._until_s = now_s + self._rest_s
+            self._rest_s = min(2 * self._rest_s, LONGEST_S)
