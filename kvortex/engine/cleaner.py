@@ -111,7 +111,7 @@ class Cleaner:
                 return False
             is_clean = (blocks.facts & BlockFact.CLEAN) != 0
             is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
-            is_wanted = is_clean | is_paid | self._admits_all
+            is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]
             wanted = np.flatnonzero(is_wanted)[::-1]  # the tier's most recent is what leaves RAM last
             tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
             is_new = statuses == ReserveStatus.NEW

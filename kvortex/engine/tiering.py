@@ -132,6 +132,7 @@ class Tiering:
         self._require_open()
         deadline_s = float("inf") if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         while True:
+            any_writing = self.index.num_writing > 0  # saves in flight: this pass may come too early for them
             with self.lock:
                 over = self._cleaner.begin_flush()
             self.wake()
@@ -143,9 +144,10 @@ class Tiering:
                     break
             counts = self.index.counters()
             left = counts["num_ready"] - counts["num_clean"] + counts["num_writing"]
-            if not counts["num_writing"] or time.monotonic() >= deadline_s:
+            any_writing |= counts["num_writing"] > 0
+            if not left or not any_writing or time.monotonic() >= deadline_s:
                 break
-            time.sleep(0.001)  # saves are in flight: they are to be written too
+            time.sleep(0.001)
         rest_ms = None if timeout_ms is None else max(0, int(1000 * (deadline_s - time.monotonic())))
         return max(left, self.tier.store.flush(rest_ms))
 

@@ -45,6 +45,7 @@ class WriteBudget:
 
     def _accrue(self, now_s):
         if self._full_since_s is not None:
+            self._at_s = now_s
             return
         missing_s = (self._most - self._credit) / self.bytes_per_s
         elapsed_s = now_s - self._at_s
