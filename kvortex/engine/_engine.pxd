@@ -58,7 +58,9 @@ cdef class EngineCore:
     cdef void give_loans_back(self) noexcept
     cdef int deferral(self, object deferred) except -1
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred, size_t num_admitted)
+                 int deferred, size_t num_admitted, int number)
+    cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
+                              int deferred)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

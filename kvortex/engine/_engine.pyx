@@ -23,10 +23,11 @@ from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
 from kvortex.transfer._layout cimport KVLayout
-from kvortex.transfer._source cimport Source, make_source, require_disjoint
+from kvortex.transfer._source cimport Source, make_source, part_of, require_disjoint
 from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
+import contextlib
 import hashlib
 import logging
 from typing import NamedTuple
@@ -154,11 +155,11 @@ cdef class EngineCore:
             source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
         if self.tiering is None:
-            return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), 0)
+            return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), 0, -1)
         cdef size_t admitted = self.tiering.admit(rows.shape[0])
         cdef Job job = None
         try:
-            job = self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admitted)
+            job = self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admitted, -1)
         finally:
             self.tiering.saved(admitted, 0 if job is None else job.count)
         return job
@@ -209,10 +210,9 @@ cdef class EngineCore:
         if promote_timeout_ms is not None and self.tiering is not None:
             if prefetched is not None:
                 raise ValueError("prefetched and promote_timeout_ms exclude each other; name one of them")
-            prefetched = self.tiering.prefetch(np.asarray(rows), promote_timeout_ms, promote_timeout_ms)
-            prefetched.wait()
+            return self.load_as_it_comes(carrier, rows, source, promote_timeout_ms, self.deferral(deferred))
         try:
-            return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), 0)
+            return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), 0, -1)
         finally:
             if prefetched is not None:
                 prefetched.close()
@@ -510,14 +510,17 @@ cdef class EngineCore:
     @cython.wraparound(False)
     @cython.initializedcheck(False)
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred, size_t num_admitted):
-        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails."""
+                 int deferred, size_t num_admitted, int number):
+        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails.
+
+        On the queue of that number; -1: on any.
+        """
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef TransferQueue queue
         cdef JobRecord *record_of_job
         cdef bint twice = False, has_turn = False
         cdef uint32_t record = NO_RECORD
-        cdef int number = 0, code = 0, failure
+        cdef int code = 0, failure
         cdef Loan loan = None
         cdef Job job = Job.__new__(Job)  # done from the start, until it is attached to a record
         job.statuses = statuses
@@ -600,6 +603,46 @@ cdef class EngineCore:
         if not moved:
             job.queue = None
         return job
+
+    cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
+                              int deferred):
+        """Promote the run and load it piece by piece on one queue, each piece when it has landed.
+
+        The last job speaks for all: its event comes after theirs.
+        """
+        cdef Py_ssize_t n = keys.shape[0], first = 0, end
+        cdef Job job = None, last = None
+        cdef size_t moved = 0
+        cdef bint is_over = False
+        keys = np.array(keys)  # they are read for a while, and nobody may change them
+        if source.by_block and len(np.unique(source.block_ids)) < n:
+            raise ValueError("block_ids names a target twice; each target of a load must be its own block")
+        prefetch = self.tiering.prefetch(np.asarray(keys), timeout_ms, timeout_ms)
+        earlier = []
+        try:
+            while not is_over:
+                end, is_over = prefetch.wait_for_more(first)
+                end = n if is_over else end  # of what did not come some may have been in RAM all the time
+                job = self.run(carrier, H2D, keys[first:end], part_of(source, first, end - first), None, deferred, 0,
+                               -1 if last is None else carrier.queues.index(last.queue))
+                is_over |= job.count < <size_t>(end - first)
+                first = end
+                moved += job.count
+                if job.count:
+                    earlier += [] if last is None else [last]
+                    last = job
+        except BaseException:
+            for job in earlier + [last]:
+                if job is not None:  # nothing may still be written into the targets of a call that failed
+                    with contextlib.suppress(DriverError, EngineClosed):
+                        job.wait()
+            raise
+        finally:
+            prefetch.close()
+        if last is None:
+            return job
+        last.count, last.earlier = moved, tuple(earlier) or None
+        return last
 
     cdef void give_loans_back(self) noexcept:
         """Let go of the memory of jobs that are over."""

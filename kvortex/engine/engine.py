@@ -191,9 +191,6 @@ class KVortexEngine(EngineCore):
         self._require_ours()
         if self.tiering is None:
             raise ConfigError("this engine has no lower tier to fetch from; create it with tiers=(DiskTier(...),)")
-        for name, value in (("timeout_ms", timeout_ms), ("hold_ms", hold_ms)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
         return self.tiering.prefetch(self._keys_of(keys, layout), timeout_ms, hold_ms)
 
     def flush(self, timeout_ms=None):

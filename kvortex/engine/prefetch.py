@@ -5,6 +5,12 @@ import concurrent.futures
 import weakref
 
 
+def require_ms(name, value):
+    """Refuse what is no time in milliseconds."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
+
+
 class Prefetch:
     """Blocks that come into RAM, and stay there until their reader has them.
 
@@ -39,6 +45,16 @@ class Prefetch:
             self._promotion.future.result(None if timeout_ms is None else timeout_ms / 1000)
         except concurrent.futures.TimeoutError:
             raise TimeoutError(f"the prefetch is not done after {timeout_ms} ms") from None
+
+    def wait_for_more(self, num_blocks):
+        """Block (GIL released) until a window more than `num_blocks` has come, or all that will.
+
+        Returns
+        -------
+        num_blocks : int
+        is_over : bool
+        """
+        return self._promoter.wait_for_more(self._promotion, num_blocks)
 
     def close(self):
         """Let the blocks be evicted again; what has not come yet is no longer waited for. Idempotent."""

@@ -6,6 +6,7 @@ several readers wait for is read once; each of them has a pin of its own from th
 
 import concurrent.futures
 import os
+import threading
 import time
 from collections import Counter, deque
 
@@ -63,6 +64,7 @@ class Promoter:
     def __init__(self, index, tier, breaker, break_even, lock, pool, wake):
         self.index, self.tier, self.breaker, self.lock, self._wake = index, tier, breaker, lock, wake
         self.break_even = break_even
+        self._landed = threading.Condition(lock)
         self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
         self._most_reading = max(1, min(MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
         self._stride_bytes = pool.stride_bytes
@@ -90,6 +92,12 @@ class Promoter:
         self._tell(told)
         self._wake()
         return Prefetch(self, promotion)
+
+    def wait_for_more(self, promotion, num_blocks):
+        """As `Prefetch.wait_for_more`."""
+        with self._landed:
+            self._landed.wait_for(lambda: promotion.is_over or promotion.look() >= num_blocks + self._window_blocks)
+            return promotion.num_landed, promotion.is_over
 
     def close(self, promotion):
         """Give back what a reader holds, and wait for nothing more. Idempotent."""
@@ -318,6 +326,7 @@ class Promoter:
             is_ours = self.index.slots_of(window.keys[bad]) == window.slots[bad]
             self.index.discard(window.keys[bad][is_ours])
             self._late.append((batch, window.slots[bad], window.tier_slots))
+        self._landed.notify_all()
         told = []
         for reader in concerned.values():
             if not reader.is_over and reader.look() >= reader.end:
@@ -337,6 +346,7 @@ class Promoter:
         self._hold(promotion, num_blocks)
         promotion.look()
         promotion.expires_s = now_s + promotion.hold_s
+        self._landed.notify_all()
         return [promotion]
 
     def _hold(self, promotion, end):

@@ -15,6 +15,7 @@ import time
 import numpy as np
 
 from kvortex.engine.cleaner import Cleaner
+from kvortex.engine.prefetch import require_ms
 from kvortex.engine.promoter import Promoter
 from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
@@ -108,6 +109,8 @@ class Tiering:
     def prefetch(self, keys, timeout_ms, hold_ms):
         """A `Prefetch` of the leading run of `keys`, which nobody may change any more."""
         self._require_open()
+        require_ms("timeout_ms", timeout_ms)
+        require_ms("hold_ms", hold_ms)
         return self._promoter.prefetch(keys, timeout_ms, hold_ms)
 
     def discard(self, keys):

@@ -148,11 +148,16 @@ cdef class Carrier:
     # ---- one job ----------------------------------------------------------------------------------------------------
 
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
-        """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full."""
+        """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full.
+
+        Where `number` is one already, only on that queue.
+        """
         cdef int first = 0 if direction == D2H else self.num_savers
         cdef int count = self.num_savers if direction == D2H else self.num_queues - self.num_savers
         cdef int _attempt
         cdef uint32_t record = NO_RECORD
+        if number[0] >= 0:
+            return (<TransferQueue>self.queue[number[0]]).claim(n)
         for _attempt in range(count):
             number[0] = first + <int>(self.next_queue[<int>direction] % <uint32_t>count)
             self.next_queue[<int>direction] += 1

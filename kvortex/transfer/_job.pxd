@@ -22,6 +22,7 @@ cdef class Job:
     cdef size_t count
     cdef bint is_withdrawn             # it copied nothing and will not
     cdef readonly object statuses
+    cdef tuple earlier                 # jobs before this one on its queue, which it also speaks for; None: it is alone
     cdef Loan loan                     # None: addresses, or blocks of a layout, which the engine holds
 
     cdef void attach(self, JobTable queue, uint32_t record, object owner)

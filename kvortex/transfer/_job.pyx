@@ -188,6 +188,8 @@ cdef class Job:
             self._require_owner_process()
             if self._state() == OUTCOME_FAILED:
                 check(self.queue.device, self.outcome.code)
+            for job in self.earlier or ():
+                (<Job>job)._raise_failed()
 
     def __dealloc__(self):
         cdef JobRecord *job

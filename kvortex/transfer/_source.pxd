@@ -29,5 +29,8 @@ cdef class Source:
 cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint device_memory, Direction direction,
                         Py_ssize_t n, object block_ids, object data_ptrs, object sizes, object stream)
 
+# The blocks from `first` on, so many of them; the rest is shared.
+cdef Source part_of(Source whole, Py_ssize_t first, Py_ssize_t count)
+
 # Refuses targets that overlap: two copies of one job have no order.
 cdef int require_disjoint(object addresses, object lengths) except -1

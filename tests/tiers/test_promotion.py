@@ -6,9 +6,9 @@ import gc
 import numpy as np
 import pytest
 from engine_rig import EngineRig
-from tier_rig import SECONDS, keys_of
+from tier_rig import SECONDS, block, keys_of
 
-from kvortex import ConfigError, EngineClosed, Prefetch
+from kvortex import ConfigError, DriverError, EngineClosed, KVLayout, Prefetch
 from kvortex.index import NO_SLOT
 
 
@@ -315,6 +315,63 @@ def test_a_long_run_comes_in_windows(tmp_path, monkeypatch):
     rig.put_away(range(30), batch=5)
     assert rig.fetch(range(30)).num_blocks == 30
     assert max(len(keys) for verb, keys in rig.store.calls if verb == "get") == 2
+    rig.close()
+
+
+def in_windows_of_two(tmp_path, monkeypatch, **settings):
+    monkeypatch.setattr("kvortex.engine.promoter.WINDOW_BYTES", 60_000)
+    rig = EngineRig(tmp_path / "disk", pool_blocks=64, **settings)
+    rig.put_away(range(20), batch=5)
+    return rig
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_long_run_is_loaded_piece_by_piece_as_it_comes(tmp_path, monkeypatch, host, deferred):
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    before = rig.engine.get_stats()
+    assert rig.load(range(25), promote_timeout_ms=SECONDS, deferred=deferred) == 20
+    assert rig.engine.get_stats().blocks_loaded - before.blocks_loaded == 20
+    rig.wait_for(rig.is_at_rest)
+    assert rig.load(range(25), promote_timeout_ms=SECONDS) == 20, "in one piece"
+    rig.close()
+
+
+def test_the_last_piece_speaks_for_all(tmp_path, monkeypatch, host):
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    memory = [np.zeros(20_000, np.uint8) for _ in range(20)]
+    host.hold()
+    job = rig.engine.load_blocks(keys_of(range(20)), data_ptrs=memory, promote_timeout_ms=SECONDS)
+    assert job.num_blocks == 20 and not job.done() and rig.engine.get_stats().jobs_in_flight >= 2
+    with pytest.raises(TimeoutError):
+        job.wait(10)
+    host.release()
+    job.wait(SECONDS)
+    assert job.done() and rig.engine.get_stats().jobs_in_flight == 0
+    assert all(target.tobytes() == block(i) for i, target in enumerate(memory))
+    rig.close()
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5])
+def test_a_piece_that_fails_fails_the_call(tmp_path, monkeypatch, host, nth):
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    host.fail_call(nth, 1, field="event_record")
+    memory = [np.zeros(20_000, np.uint8) for _ in range(20)]
+    with pytest.raises(DriverError):
+        rig.engine.load_blocks(keys_of(range(20)), data_ptrs=memory, promote_timeout_ms=SECONDS).wait(SECONDS)
+    assert rig.engine.get_stats().jobs_in_flight == 0, "nothing is written into the targets any more"
+    rig.wait_for(rig.is_at_rest)
+    assert rig.load(range(20), promote_timeout_ms=SECONDS) == 20
+    rig.close()
+
+
+def test_a_target_named_twice_is_refused_before_anything_is_read(tmp_path):
+    rig = EngineRig(tmp_path / "disk")
+    memory = np.zeros((8, 5000), np.float32)
+    rig.engine.add_layout(KVLayout.from_tensors([memory]))
+    with pytest.raises(ValueError, match="names a target twice"):
+        rig.engine.load_blocks(keys_of([1, 2]), [3, 3], promote_timeout_ms=SECONDS)
+    with pytest.raises(ValueError, match="promote_timeout_ms|timeout_ms must be"):
+        rig.engine.load_blocks(keys_of([1, 2]), [3, 4], promote_timeout_ms=-1)
     rig.close()
 
 
