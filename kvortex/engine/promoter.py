@@ -14,7 +14,7 @@ import numpy as np
 
 from kvortex.engine.prefetch import Prefetch
 from kvortex.index import NO_SLOT, CommitStatus, ReserveStatus
-from kvortex.tiers.base import HIT, BlockStatus, look_up
+from kvortex.tiers.base import BlockStatus
 
 WINDOW_BYTES = 16 << 20  # read as one batch
 MOST_WINDOWS = 4
@@ -169,7 +169,7 @@ class Promoter:
         keys = promotion.keys
         is_there, leading = self.index.lookup(keys)
         if leading < len(keys) and not self._is_closed and self.breaker.allows(now_s):
-            is_there = is_there | (look_up(self.tier.catalogue, keys) == HIT)
+            is_there = is_there | self.tier.catalogue.lookup(keys)[0]
         elif leading < len(keys):
             self.misses["RESTING"] += 1
         run = int(np.argmin(np.append(is_there, False)))
@@ -256,14 +256,18 @@ class Promoter:
                 self._drop(window)
                 continue
             window.begun_s, window.deadline_s = now_s, deadline_s
-            window.batch = self.tier.store.get(
-                window.tier_slots,
-                window.slots,
-                window.keys,
-                window.lengths,
-                tag=window.tag,
-                timeout_ms=max(1, int(1000 * (deadline_s - now_s))),
-            )
+            try:
+                window.batch = self.tier.store.get(
+                    window.tier_slots,
+                    window.slots,
+                    window.keys,
+                    window.lengths,
+                    tag=window.tag,
+                    timeout_ms=max(1, int(1000 * (deadline_s - now_s))),
+                )
+            except BaseException:
+                self._drop(window)
+                raise
             self._num_reading += len(window.slots)
             self._reading.append(window)
         return begun

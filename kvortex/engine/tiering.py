@@ -21,7 +21,6 @@ from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.log import log
 from kvortex.stats import TierStats
-from kvortex.tiers.base import HIT, look_up
 from kvortex.tiers.breaker import Breaker
 from kvortex.tiers.plan import BreakEven, WriteBudget
 
@@ -51,7 +50,7 @@ class Tiering:
     """
 
     def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0):
-        self.index, self.tier = index, tier
+        self.index, self.tier, self._pid = index, tier, os.getpid()
         self.lock = threading.Lock()  # held over no I/O and no code of others
         self._budget_lock = threading.Lock()
         self._stride_bytes = pool.stride_bytes
@@ -104,7 +103,7 @@ class Tiering:
         """For each key 1 if the tier has it, else 0."""
         if self._is_closing or not self._breaker.allows(time.monotonic()):
             return np.zeros(len(keys), np.uint8)
-        return (look_up(self.tier.catalogue, keys) == HIT).astype(np.uint8)
+        return self.tier.catalogue.lookup(keys)[0].view(np.uint8)
 
     def prefetch(self, keys, timeout_ms, hold_ms):
         """A `Prefetch` of the leading run of `keys`, which nobody may change any more."""
@@ -193,7 +192,9 @@ class Tiering:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def wake(self):
-        """Let the thread look again. Nothing happens once it has ended."""
+        """Let the thread look again. Nothing happens once it has ended, or in a forked child."""
+        if os.getpid() != self._pid:
+            return  # where somebody may hold the lock for ever
         with self._waking:  # else the descriptor may be another's by now
             if not self._is_over:
                 os.eventfd_write(self._event, 1)
@@ -240,6 +241,8 @@ class Tiering:
 
     def close(self, timeout_ms):
         """Write what was admitted, end the thread, close the tier: within about `timeout_ms`. Idempotent."""
+        if os.getpid() != self._pid:
+            return  # all of it is the parent's
         deadline_s = time.monotonic() + timeout_ms / 1000
         self._is_closing = True
         self._promoter.shut()

@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -381,4 +383,29 @@ def test_a_run_that_would_come_later_than_it_is_computed_is_left(tmp_path):
     rig.fetch(range(4)).close()  # nothing is known of the disk before
     assert rig.fetch(range(8)).num_blocks == 4
     assert rig.stats().misses == {"SLOWER_THAN_COMPUTING": 4}
+    rig.close()
+
+
+def test_a_forked_child_leaves_all_of_it_to_its_parent(tmp_path):
+    """Even where a thread of the parent held the locks."""
+    rig = EngineRig(tmp_path / "disk")
+    rig.put_away(range(4))
+    prefetch = rig.fetch(range(4))
+    with rig.engine.tiering.lock, rig.engine.tiering._waking:
+        child = os.fork()
+        if child == 0:
+            try:
+                signal.alarm(60)
+                prefetch.close()
+                rig.engine.tiering.wake()
+                rig.engine.tiering.close(1000)
+                with pytest.raises(EngineClosed):
+                    rig.prefetch(range(4))
+                del prefetch
+                gc.collect()
+                os._exit(7)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert rig.load(range(4), prefetched=prefetch) == 4
     rig.close()
