@@ -35,7 +35,7 @@ OTHER_VARIABLES = {
 # What was a setting once, and what to do about it now.
 REMOVED = {"header_bytes": "is no setting any more: it follows from the tiers; leave it out"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-_SIZE = re.compile(r"(\d{1,20}) ?(KiB|MiB|GiB|TiB)?", re.ASCII)
+_SIZE = re.compile(r"(\d{1,20}) ?(?:([KMGT])(i?)B?)?", re.ASCII)
 _DEVICE = re.compile(r"auto|(host|cuda)(:\d{1,4})?", re.ASCII)
 
 
@@ -50,7 +50,7 @@ class Setting(NamedTuple):
 class KVortexConfig:
     """What an engine is built from.
 
-    Reads nothing but its keywords; see `load` for the environment and files.
+    Reads nothing but its keywords; see `load` for the environment and files. Sizes may be texts: ``"16GiB"``.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class KVortexConfig:
     Raises
     ------
     ConfigError
-        A value is of the wrong type or outside its limits.
+        A value is of the wrong type or outside its limits, or there is no such setting: the nearest one is given.
     """
 
     cpu_pool_size_bytes: int
@@ -139,8 +139,9 @@ class KVortexConfig:
     _KEYWORDS_ONLY = ("tiers",)
 
     def __new__(cls, *args, **keywords):
-        for name in REMOVED.keys() & keywords.keys():
-            raise ConfigError(f"{name} {REMOVED[name]}")
+        known = cls.names()
+        for name in keywords.keys() - {*known}:
+            raise ConfigError(_unknown(name, f"unknown setting {name!r}", known))
         return super().__new__(cls)
 
     def __post_init__(self):
@@ -181,8 +182,7 @@ class KVortexConfig:
 
         Notes
         -----
-        Files and the environment may write sizes (names that end in ``_bytes``) as ``"16GiB"``: a whole number with
-        KiB, MiB, GiB or TiB. A variable ``KVORTEX_...`` that resembles a setting's name is taken for a misspelt one and
+        Sizes (names that end in ``_bytes``) may be written as `parse_bytes` reads them: ``"16GiB"``. A variable ``KVORTEX_...`` that resembles a setting's name is taken for a misspelt one and
         refused; any other that is unknown is somebody else's (Kubernetes makes ``KVORTEX_PORT`` of a service's name),
         is left alone and logged once.
         """
@@ -230,6 +230,8 @@ class KVortexConfig:
     @classmethod
     def check(cls, name, value):
         """Return `value` if it is fit for the setting `name`; raise `ConfigError` otherwise."""
+        if isinstance(value, str) and name.endswith("_bytes"):
+            value = parse_bytes(value)
         if name in cls._LIMITS:
             low, high = cls._LIMITS[name]
             if value is None and name == "block_bytes":
@@ -280,8 +282,6 @@ class KVortexConfig:
             if name not in known:
                 raise ConfigError(_unknown(name, f"{where} is no setting", known))
             try:
-                if isinstance(value, str) and name.endswith("_bytes"):
-                    value = parse_bytes(value)
                 yield name, Setting(cls.check(name, value), path)
             except ConfigError as error:
                 raise ConfigError(f"{error} ({where})") from None
@@ -314,7 +314,7 @@ class KVortexConfig:
     def _parse(cls, name, text):
         """The value that a variable's text stands for."""
         if name.endswith("_bytes"):
-            return parse_bytes(text)
+            return text
         if name in cls._LIMITS:
             return int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else text  # which the check refuses
         if name in ("device", "namespace", "weights") or (name, text) == ("deferred", "auto"):
@@ -325,17 +325,19 @@ class KVortexConfig:
 
 
 def parse_bytes(text):
-    """Return the bytes that a text such as ``"65536"``, ``"64KiB"`` or ``"16 GiB"`` names.
+    """Return the bytes that a text such as ``"65536"``, ``"64KiB"``, ``"16 Gi"`` or ``"500GB"`` names.
+
+    Ki, Mi, Gi and Ti are powers of 1024, K, M, G and T of 1000, as Kubernetes has it; a B behind them changes nothing.
 
     Raises
     ------
     ConfigError
-        It is no whole number with KiB, MiB, GiB, TiB or nothing behind it.
+        It is no whole number with one of these behind it, or nothing.
     """
     match = _SIZE.fullmatch(text)
     if not match:
-        raise ConfigError(f"bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got {text!r}")
-    return int(match[1]) << {None: 0, "KiB": 10, "MiB": 20, "GiB": 30, "TiB": 40}[match[2]]
+        raise ConfigError(f"bytes are expected, like 65536, 64KiB, 2Mi, 32GiB or 500GB, got {text!r}")
+    return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
 
 
 def bytes_text(nbytes):

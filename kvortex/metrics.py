@@ -112,6 +112,7 @@ def families(stats, labels=None):
             )
     engine = {**labels, "device": stats.device, "version": __version__}
     found = [Family("kvortex_engine_info", "gauge", "Always 1; the labels tell about the engine.", [(engine, 1)])]
+    found.append(_up(1, labels))
     for kind, table in (("counter", COUNTERS), ("gauge", GAUGES)):
         for field, (name, text) in table.items():
             found.append(Family(f"kvortex_{name}", kind, text, [(labels, int(getattr(stats, field)))]))
@@ -130,6 +131,10 @@ def families(stats, labels=None):
         text = "Groups of pieces that a back end moves, by shape."
         found.append(Family("kvortex_planner_groups", "gauge", text, list(samples.values())))
     return found + [family for tier in stats.tiers for family in _tier_families(tier, {**labels, "tier": tier.name})]
+
+
+def _up(value, labels):
+    return Family("kvortex_up", "gauge", "1 while the engine serves, 0 when it is shut down.", [(labels, value)])
 
 
 def _tier_families(tier, labels):
@@ -184,7 +189,7 @@ def _escape(text):
 class EngineCollector:
     """A collector for a `prometheus_client` registry: reads the engine when it is scraped, and nothing in between.
 
-    Holds the engine; after `shutdown` it collects nothing.
+    Holds the engine; ``kvortex_up`` is 1, and after `shutdown` 0 and all that there is.
 
     Parameters
     ----------
@@ -206,10 +211,10 @@ class EngineCollector:
         from prometheus_client.core import Metric
 
         try:
-            stats = self._engine.get_stats()
+            found = families(self._engine.get_stats(), self._labels)
         except EngineClosed:
-            return
-        for family in families(stats, self._labels):
+            found = [_up(0, self._labels or {})]
+        for family in found:
             metric = Metric(family.name, family.help, family.kind)
             suffix = "_total" if family.kind == "counter" else ""
             for labels, value in family.samples:

@@ -654,6 +654,7 @@ cdef class EngineCore:
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil:
         """The copies of a job are over: make its slots visible, or unpin them. Runs before anyone sees the job done."""
         cdef size_t committed = 0
+        cdef uint64_t nbytes = 0
         cdef bint copied = code == 0 and job.code == 0 and not job.is_withdrawn
         cdef uint64_t elapsed_ns
         if code:
@@ -661,7 +662,7 @@ cdef class EngineCore:
         elif direction == H2D:
             self.index.release_slots(job.slots, job.num_slots)
         elif copied:
-            committed = self.index.commit_slots(job.slots, job.num_slots, False)
+            committed = self.index.commit_slots(job.slots, job.num_slots, False, NULL, &nbytes)
         else:
             self.index.abort_slots(job.slots, job.num_slots)
         elapsed_ns = _c.kv_now_ns() - job.start_ns
@@ -670,7 +671,7 @@ cdef class EngineCore:
             self.count.jobs_failed += 1
         elif copied and direction == D2H:
             self.count.blocks_saved += committed
-            self.count.bytes_saved += job.nbytes
+            self.count.bytes_saved += nbytes
             _c.kv_histogram_add(&self.count.save_ns, elapsed_ns)
         elif copied:
             self.count.blocks_loaded += job.num_slots

@@ -53,8 +53,10 @@ cdef class BlockIndex:
                              uint32_t *slots, uint8_t *statuses, bint chained=*, const uint8_t *after=*,
                              size_t num_after=*, const uint32_t *stops=*, size_t num_admitted=*,
                              BlockArrays *victims=*) noexcept nogil
-    # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not.
-    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*) noexcept nogil
+    # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not;
+    # nbytes (may be NULL) how long they are together.
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*,
+                             uint64_t *nbytes=*) noexcept nogil
     cdef void abort_slots(self, const uint32_t *slots, size_t n) noexcept nogil
     # lengths NULL: any length will do. -> how many are pinned: the leading run, or with gaps all that are there.
     cdef size_t acquire_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
@@ -88,7 +90,7 @@ cdef class BlockIndex:
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
     cdef void drop(self, uint32_t slot) noexcept nogil
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
-                              uint8_t *statuses, bint clean) noexcept nogil
+                              uint8_t *statuses, bint clean, uint64_t *nbytes=*) noexcept nogil
     cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef void release_locked(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,

@@ -787,11 +787,12 @@ cdef class BlockIndex:
         _c.pthread_mutex_unlock(&self.mutex)
         return num_new
 
-    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=NULL) noexcept nogil:
+    cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=NULL,
+                             uint64_t *nbytes=NULL) noexcept nogil:
         cdef uint32_t pins = pin
         cdef size_t num_ready
         _c.pthread_mutex_lock(&self.mutex)
-        num_ready = self.commit_locked(slots, n, &pins, 0, statuses, False)
+        num_ready = self.commit_locked(slots, n, &pins, 0, statuses, False, nbytes)
         _c.pthread_mutex_unlock(&self.mutex)
         return num_ready
 
@@ -1075,9 +1076,10 @@ cdef class BlockIndex:
         return count
 
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
-                              uint8_t *statuses, bint clean) noexcept nogil:
+                              uint8_t *statuses, bint clean, uint64_t *nbytes=NULL) noexcept nogil:
         cdef uint32_t slot
         cdef size_t i, num_ready = 0
+        cdef uint64_t length_sum = 0
         cdef bint discarded
         for i in range(n, 0, -1):
             slot = slots[i - 1]
@@ -1092,6 +1094,7 @@ cdef class BlockIndex:
                 self.free_slot(slot)
                 continue
             num_ready += 1
+            length_sum += self.entries[slot].length
             self.count.num_ready += 1
             if clean:
                 self.set_clean(&self.entries[slot], True)
@@ -1101,6 +1104,8 @@ cdef class BlockIndex:
             else:
                 _c.kv_lru_push(&self.lru, slot)
             _c.kv_entry_set_state(&self.entries[slot], _c.KV_READY)
+        if nbytes != NULL:
+            nbytes[0] = length_sum
         return num_ready
 
     cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil:

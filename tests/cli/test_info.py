@@ -160,7 +160,7 @@ def test_a_misspelt_variable_exits_2_with_the_nearest(monkeypatch, capsys):
     assert "did you mean KVORTEX_CPU_POOL_SIZE_BYTES?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [["--pool-bytes", "16GB"], ["--device", "tpu"], ["--pieces", "0"], ["--jsn"], ["x"]])
+@pytest.mark.parametrize("args", [["--pool-bytes", "16PB"], ["--device", "tpu"], ["--pieces", "0"], ["--jsn"], ["x"]])
 def test_bad_usage_exits_2(args):
     with pytest.raises(SystemExit) as caught:
         main(["info", *args])

@@ -122,7 +122,7 @@ def test_a_missing_pool_says_how_to_set_it():
         ("KVORTEX_MAX_JOBS", "٣", "max_jobs must be an int"),
         ("KVORTEX_MAX_JOBS", "0", "max_jobs must be 1 to 65536, got 0"),
         ("KVORTEX_MAX_JOBS", "4KiB", "max_jobs must be an int"),
-        ("KVORTEX_CPU_POOL_SIZE_BYTES", "16GB", "bytes are expected, like 65536, 64KiB, 2MiB or 32GiB, got '16GB'"),
+        ("KVORTEX_CPU_POOL_SIZE_BYTES", "16PB", "bytes are expected, like 65536, 64KiB, 2Mi, 32GiB or 500GB, got '16PB'"),
         ("KVORTEX_CPU_POOL_SIZE_BYTES", "9999TiB", "cpu_pool_size_bytes must be 1 to"),
         ("KVORTEX_ENABLE_NUMA", "maybe", "enable_numa must be one of 1, true, yes, on, 0, false, no, off, got 'maybe'"),
         ("KVORTEX_DEVICE", "tpu", "device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got 'tpu'"),
@@ -177,7 +177,7 @@ def test_a_variable_of_what_is_no_setting_any_more_counts_as_unset_when_it_is_em
         ("deferred = 1", "deferred must be True, False or 'auto', got 1"),
         ("enable_numa = 1", "enable_numa must be True or False, got 1"),
         ("device = 0", "device must be a str"),
-        ('block_bytes = "1 MB"', "bytes are expected"),
+        ('block_bytes = "1 mB"', "bytes are expected"),
         ("block_bytes = [1]", "block_bytes must be an int, got [1]"),
     ],
 )
@@ -259,14 +259,29 @@ def test_variables_of_build_and_tests_do_not_make_load_fail():
 
 @pytest.mark.parametrize(
     "text, nbytes",
-    [("0", 0), ("65536", 65536), ("64KiB", 65536), ("2 MiB", 2 << 20), ("32GiB", 32 << 30), ("1TiB", 1 << 40)],
+    [("0", 0), ("65536", 65536), ("64KiB", 65536), ("2 MiB", 2 << 20), ("32GiB", 32 << 30), ("1TiB", 1 << 40)]
+    + [("32Gi", 32 << 30), ("32G", 32 * 10**9), ("64 GB", 64 * 10**9), ("3K", 3000), ("3KB", 3000), ("5M", 5 * 10**6)],
 )
-def test_sizes_are_whole_numbers_with_a_binary_unit(text, nbytes):
+def test_sizes_are_whole_numbers_with_a_unit(text, nbytes):
     assert parse_bytes(text) == nbytes
 
 
+def test_sizes_may_be_texts_wherever_they_are_settings(tmp_path):
+    config = KVortexConfig(cpu_pool_size_bytes="2GiB", block_bytes="64K", pool_chunk_bytes="1Mi")
+    assert (config.cpu_pool_size_bytes, config.block_bytes, config.pool_chunk_bytes) == (2 << 30, 64_000, 1 << 20)
+    tier = kvortex.DiskTier(tmp_path, "500GB", segment_bytes="64MiB", write_bytes_per_s="0")
+    assert (tier.disk_bytes, tier.segment_bytes, tier.write_bytes_per_s) == (500 * 10**9, 64 << 20, 0)
+    with pytest.raises(ConfigError, match="bytes are expected, .* got '1 mile'"):
+        KVortexConfig(cpu_pool_size_bytes="1 mile")
+
+
+def test_the_constructor_gives_the_nearest_name_too():
+    with pytest.raises(ConfigError, match="unknown setting 'max_job'; did you mean 'max_jobs'?"):
+        KVortexConfig(cpu_pool_size_bytes=1 << 20, max_job=3)
+
+
 @pytest.mark.parametrize(
-    "text", ["", "GiB", "1.5GiB", "-1", "16GB", "16gib", "1  KiB", "1KiB ", "٣KiB", "0x10", "1_000"]
+    "text", ["", "GiB", "1.5GiB", "-1", "16PB", "16gib", "16kB", "1i", "1Bi", "1  KiB", "1KiB ", "٣KiB", "0x10", "1_000"]
 )
 def test_other_sizes_are_refused(text):
     with pytest.raises(kvortex.ConfigError, match="bytes are expected"):

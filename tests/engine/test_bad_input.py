@@ -166,7 +166,7 @@ def test_config_is_frozen_and_knows_its_names():
     config = KVortexConfig(cpu_pool_size_bytes=1 << 20)
     with pytest.raises(AttributeError):
         config.max_jobs = 3
-    with pytest.raises(TypeError):
+    with pytest.raises(ConfigError, match="unknown setting 'pool_size'"):
         KVortexConfig(cpu_pool_size_bytes=1 << 20, pool_size=3)
 
 
@@ -218,6 +218,18 @@ def test_wait_times_out_and_the_job_goes_on(bench, host):
     host.release()
     job.wait(20_000)
     assert bench.holds(9, 1)
+
+
+@pytest.mark.host
+def test_what_was_discarded_while_it_was_saved_counts_neither_as_blocks_nor_as_bytes(make_bench, host):
+    bench = make_bench(8)
+    host.hold()
+    job = bench.engine.save_blocks(keys_of([1, 2, 3]), [1, 2, 3], stream=bench.stream)
+    bench.engine.discard_blocks(keys_of([2]))
+    host.release()
+    job.wait(20_000)
+    stats = bench.engine.get_stats()
+    assert (job.num_blocks, stats.blocks_saved, stats.bytes_saved) == (3, 2, 2 * bench.cache.block_bytes)
 
 
 def test_stats_add_up(make_bench):

@@ -82,7 +82,7 @@ def test_the_page_says_what_the_stats_say():
             value = found[f"kvortex_{what}_latency_seconds", (("quantile", quantile),)]
             assert value == pytest.approx(getattr(stats, f"{what}_latency_us_p{percent}") / 1e6)
     assert found["kvortex_engine_info", (("device", "host:0"), ("version", kvortex.__version__))] == 1
-    assert len(found) == len(metrics.COUNTERS) + len(metrics.GAUGES) + 2 * len(metrics.LATENCIES) + 1
+    assert len(found) == len(metrics.COUNTERS) + len(metrics.GAUGES) + 2 * len(metrics.LATENCIES) + 2
 
 
 def test_names_carry_units_and_counters_end_with_total():
@@ -144,11 +144,12 @@ def test_a_scrape_reads_the_engine_anew(engine, stream):
         assert "kvortex_pool_bytes" in {family.name for family in parse_openmetrics(strict)}
 
 
-def test_an_engine_that_was_shut_down_leaves_an_empty_page(engine):
-    with metrics.start_exporter(engine, 0) as exporter:
-        assert "kvortex_pool_bytes" in scrape(exporter)
+def test_an_engine_that_was_shut_down_says_so(engine):
+    with metrics.start_exporter(engine, 0, labels={"rank": "3"}) as exporter:
+        page = samples(scrape(exporter))
+        assert page["kvortex_up", (("rank", "3"),)] == 1 and ("kvortex_pool_bytes", (("rank", "3"),)) in page
         engine.shutdown()
-        scrape(exporter)
+        assert samples(scrape(exporter)) == {("kvortex_up", (("rank", "3"),)): 0}
     exporter.close()
 
 

@@ -311,7 +311,9 @@ def test_an_engine_whose_tier_cannot_be_opened_gives_everything_back(make_rig, t
 
 
 def test_engines_of_other_namespaces_share_nothing(make_rig):
-    make_rig(engine_namespace="one").put_away(range(4))
+    rig = make_rig(engine_namespace="one")
+    rig.put_away(range(4))
+    rig.engine.shutdown()
     assert make_rig(engine_namespace="two").on_disk(range(4)) == []
 
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from operator import index
 
+from kvortex.config import parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
@@ -25,8 +26,8 @@ class DiskTier:
     ----------
     paths : str, path-like or sequence of them
         Folders, best one a disk; made where they are missing. Segments lie in them in turn.
-    disk_bytes : int
-        What all ranks and replicas of an engine may take together.
+    disk_bytes : int or str
+        What all ranks and replicas of an engine may take together. Sizes may be texts, here and below: ``"500GiB"``.
     num_threads : int, default 4
         Blocks in flight, 1 to 64.
     queue_blocks : int, default 4096
@@ -54,6 +55,9 @@ class DiskTier:
         object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in ([paths] if alone else paths)))
         if len(set(self.paths)) != len(self.paths):
             raise ConfigError(f"paths must differ, got {', '.join(self.paths)}")
+        for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, parse_bytes(getattr(self, name)))
         for name in ("disk_bytes", "segment_bytes"):
             if index(getattr(self, name)) <= 0:
                 raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
