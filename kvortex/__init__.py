@@ -15,7 +15,7 @@ from kvortex.errors import (
     TierError,
 )
 from kvortex.index import BlockIndex, ReserveStatus
-from kvortex.keys import block_keys
+from kvortex.keys import block_keys, block_keys_many
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.metrics import prometheus_text
 from kvortex.stats import EngineStats, TierStats
@@ -49,6 +49,7 @@ __all__ = [
     "TierStats",
     "TransferQueue",
     "block_keys",
+    "block_keys_many",
     "get_include",
     "prometheus_text",
 ]

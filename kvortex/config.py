@@ -182,9 +182,10 @@ class KVortexConfig:
 
         Notes
         -----
-        Sizes (names that end in ``_bytes``) may be written as `parse_bytes` reads them: ``"16GiB"``. A variable ``KVORTEX_...`` that resembles a setting's name is taken for a misspelt one and
-        refused; any other that is unknown is somebody else's (Kubernetes makes ``KVORTEX_PORT`` of a service's name),
-        is left alone and logged once.
+        Sizes (names that end in ``_bytes``) may be written as `parse_bytes` reads them: ``"16GiB"``. A variable
+        ``KVORTEX_...`` that resembles a setting's name is taken for a misspelt one and refused; any other that is
+        unknown is somebody else's (Kubernetes makes ``KVORTEX_PORT`` of a service's name), is left alone and logged
+        once.
         """
         settings = cls.find_settings(path, environ=environ, **keywords)
         if "cpu_pool_size_bytes" not in settings:

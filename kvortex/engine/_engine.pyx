@@ -427,6 +427,11 @@ cdef class EngineCore:
         return np.array(self.keys_of(keys, layout))
 
     @property
+    def is_closed(self):
+        """True once `shutdown` was called."""
+        return self.closing
+
+    @property
     def failed(self):
         """True after a sticky driver error: the context is dead, jobs fail, lookups miss, nothing is reused."""
         return self.failure != 0

@@ -44,6 +44,18 @@ class KVortexEngine(EngineCore):
     config : KVortexConfig
     """
 
+    def __init__(self, *parts):
+        if not parts or isinstance(parts[0], KVortexConfig):
+            raise TypeError("an engine is made by KVortexEngine.create(config, layout=...)")
+        super().__init__(*parts)
+
+    def __repr__(self):
+        if self.device is None:
+            return "KVortexEngine(never created)"
+        what = f"{len(self.layouts)} layouts" if self.layouts else "raw memory"
+        state = "failed" if self.failed else "shut down" if self.is_closed else "serving"
+        return f"KVortexEngine({state}, {self.device.name}, {what}, {self.pool!r})"
+
     @classmethod
     def create(cls, config, *, layout=None):
         """Build an engine: pool, index, streams and the completion thread.
@@ -74,6 +86,10 @@ class KVortexEngine(EngineCore):
         """
         if not isinstance(config, KVortexConfig):
             raise ConfigError(f"config must be a KVortexConfig, got {type(config).__name__}")
+        if layout is not None and not isinstance(layout, KVLayout):
+            raise TypeError(
+                f"layout must be a KVLayout, got {type(layout).__name__}; KVLayout.from_tensors([tensor]) makes one"
+            )
         block_bytes = config.block_bytes
         if layout is not None:
             block_bytes = layout.block_bytes if block_bytes is None else block_bytes

@@ -630,6 +630,11 @@ cdef class BlockIndex:
         with nogil:
             self.clear_all()
 
+    def __repr__(self):
+        counts = self.counters()
+        return (f"BlockIndex({self.num_slots} slots: {counts['num_ready']} with a block, {counts['num_pinned']} of them "
+                f"pinned, {counts['num_writing']} being written, {counts['num_free']} free)")
+
     # ---- numbers ----------------------------------------------------------------------------------------------------
 
     def counters(self):

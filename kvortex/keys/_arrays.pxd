@@ -20,8 +20,12 @@ cdef inline const uint8_t[:, ::1] as_keys(object keys):
             pass
     shape = getattr(keys, "shape", None)
     if not isinstance(shape, tuple) or dtype is None:
-        raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array, got {type(keys).__name__}; "
-                        "kvortex.block_keys makes one")
+        hint = ("write numpy.frombuffer(b''.join(keys), numpy.uint8).reshape(-1, 32)" if isinstance(keys, (list, tuple))
+                else "kvortex.block_keys makes one")
+        raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array, got {type(keys).__name__}; {hint}")
+    if hasattr(keys, "numpy"):
+        raise TypeError(f"keys must be an (n, {KV_KEY_BYTES}) uint8 array of numpy, got {type(keys).__name__}; write "
+                        "keys.cpu().numpy()")
     if getattr(dtype, "char", "") != "B" and dtype != "uint8":  # numpy reads a name anew each time it compares with one
         raise TypeError(f"keys must have dtype uint8, got {dtype}")
     if len(shape) != 2 or shape[1] != KV_KEY_BYTES:

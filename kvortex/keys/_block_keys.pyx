@@ -177,6 +177,8 @@ def uses_sha_instructions():
 cdef bytes hash_root(object block_size, object salt):
     if not 1 <= block_size <= MAX_TOKEN:
         raise ValueError(f"block_size must be in 1 .. {MAX_TOKEN} tokens, got {block_size}")
+    if isinstance(salt, str):
+        raise TypeError(f"salt must be bytes, got the text {salt!r}; write {salt.encode()!r}")
     salt = bytes(memoryview(salt))
     return sha256(ROOT_PREFIX + block_size.to_bytes(4, "little") + len(salt).to_bytes(4, "little") + salt)
 

@@ -378,6 +378,12 @@ cdef class PinnedPool(Lender):
         if self.is_unregistered:
             self.unmap()
 
+    def __repr__(self):
+        if self.device is None:
+            return "PinnedPool(never made)"
+        state = "closed" if self.closed else f"{self.num_ready} ready"
+        return f"PinnedPool({self.slots.num_slots} slots of {self.slots.stride_bytes} bytes, {state})"
+
     @property
     def num_slots(self):
         """Slots of the pool's address range, as asked for; slot numbers are below it. It never changes."""

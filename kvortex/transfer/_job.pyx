@@ -29,6 +29,15 @@ cdef class Job:
     Made by `save_blocks`, `load_blocks` and `TransferQueue.submit`. Dropping it neither stops nor waits for the copies.
     """
 
+    def __repr__(self):
+        if self.queue is None:
+            return "Job(done, 0 blocks)"
+        if self.queue.device.pid != getpid():
+            return "Job(of the parent process)"
+        state = self._state()
+        return (f"Job({'under way' if state == OUTCOME_PENDING else 'failed' if state == OUTCOME_FAILED else 'done'}, "
+                f"{self.count} blocks)")
+
     @property
     def num_blocks(self):
         """Blocks moved. Load: the leading run really transferred; targets beyond it are untouched. Save: the NEW ones.

@@ -64,7 +64,13 @@ class KVLayout:
     ) -> Self: ...
     @classmethod
     def from_tensors(
-        cls, tensors: Iterable[Any], block_dim: int = 0, *, block_size: int = 0, name: str = ""
+        cls,
+        tensors: Iterable[Any],
+        block_dim: int = 0,
+        *,
+        block_size: int = 0,
+        name: str = "",
+        num_blocks: int | None = None,
     ) -> Self: ...
     def part(self, runs: Iterable[Any], *, fingerprint: bytes | None = None) -> KVLayout: ...
     def slot_mapping(self, block_ids: ArrayLike, num_tokens: int | None = None) -> NDArray[np.int64]: ...

@@ -205,7 +205,7 @@ cdef class KVLayout:
         return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed, name, [block_bytes])
 
     @classmethod
-    def from_tensors(cls, tensors, block_dim=0, *, block_size=0, name=""):
+    def from_tensors(cls, tensors, block_dim=0, *, block_size=0, name="", num_blocks=None):
         """Read the runs from the strides of tensors, in the order of the tensors.
 
         Parameters
@@ -217,17 +217,24 @@ cdef class KVLayout:
             exported, and the deleters of DLPack tensors are called with its end.
         block_dim : int, default 0
             Which dimension counts blocks.
+        num_blocks : int, optional
+            How many blocks there must be.
 
         Raises
         ------
         TypeError
-            A tensor speaks none of these.
+            A tensor speaks none of these; or `tensors` is a tensor itself.
         ValueError
-            A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
+            There are not `num_blocks` blocks. A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
             interleave. Moving it would move foreign bytes. Or two of them share bytes and are not the same one.
         """
-        runs, borrowed, pieces, num_blocks = [], [], [], None
+        runs, borrowed, pieces = [], [], []
+        expected = None if num_blocks is None else whole_number(num_blocks, "num_blocks")
+        num_blocks = None
         block_dim = whole_number(block_dim, "block_dim")
+        if hasattr(tensors, "shape"):
+            raise TypeError(f"from_tensors takes a list of tensors, one a layer, got one {type(tensors).__name__}; write "
+                            f"from_tensors([tensor]), or list(tensor) where its first dimension counts layers")
         for number, tensor in enumerate(as_list(tensors, "tensors")):
             memory = borrow_memory(tensor)
             tensor_runs, count, piece = runs_of_tensor(memory, block_dim, f"tensor {number}")
@@ -237,6 +244,9 @@ cdef class KVLayout:
             borrowed.append(memory)
             runs += tensor_runs
             pieces.append(piece)
+        if expected not in (None, num_blocks):
+            raise ValueError(f"the tensors have {num_blocks} blocks along dimension {block_dim}, and num_blocks says "
+                             f"{expected}; check block_dim")
         return lay_out(cls, runs, num_blocks or 0, block_size, borrowed, name, pieces)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
