@@ -1,4 +1,4 @@
-"""The command line: ``kvortex replay`` and ``kvortex info``, or ``python -m kvortex ...`` where it is not installed."""
+"""The command line: ``kvortex replay``, ``info``, ``inspect``, ``verify``; ``python -m kvortex`` if not installed."""
 
 import argparse
 import json
@@ -11,16 +11,18 @@ import kvortex
 from kvortex import info
 from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
+from kvortex.tiers.disk import check
 
-OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, WRONG_BLOCKS, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 
 _EXAMPLES = """\
 examples:
   kvortex info                          what is in force on this machine
   kvortex replay --plot demo.png        the bundled trace, on the GPU if there is one
+  kvortex verify /data/kv               read and verify all that a disk tier holds
   kvortex replay --help                 every option, and more examples
 
-exit status: 0 all right, 1 wrong blocks, 2 bad input or nothing to run on, 130 interrupted
+exit status: 0 all right, 1 wrong or damaged blocks, 2 bad input or nothing to run on, 130 interrupted
 """
 
 _REPLAY_DESCRIPTION = """\
@@ -65,6 +67,39 @@ examples:
   python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move on that GPU
 
 exit status: 0 all right, 2 a bad option or setting, no such device, or a pool that does not fit
+"""
+
+_INSPECT_DESCRIPTION = """\
+Show what lies in a path of a disk tier: for each folder the model it is of
+(a digest), rank, segments and slots, how many hold a record, sizes, and who has
+it. Reads the records' headers only, writes nothing, and needs neither a GPU nor
+the namespace. A folder in use may be inspected; what is shown may then change.
+"""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  kvortex inspect /data/kv                            every folder of the tier
+  kvortex inspect /data/kv/0a1b2c3d/dp0-rank0 --json  one of them, for machines
+
+exit status: 0 all right, 2 no such folder, or one that cannot be read
+"""
+
+_VERIFY_DESCRIPTION = """\
+Read every record in a path of a disk tier in full, and verify the sums of its
+header and payload. Writes nothing, and needs neither a GPU nor the namespace. A
+folder in use may be verified, and nobody waits for it: a record that does not
+verify there may be one that is being written, and is told apart ("undecided").
+No damaged record is ever served: an engine that meets one computes the block
+anew. A process that was killed may leave records half written, and these are
+found damaged, too.
+"""
+
+_VERIFY_EXAMPLES = """\
+examples:
+  kvortex verify /data/kv                             every folder of the tier
+  kvortex verify /data/kv/0a1b2c3d/dp0-rank0 --json   one of them, for machines
+
+exit status: 0 nothing damaged, 1 damaged records, 2 no such folder, or one that cannot be read
 """
 
 
@@ -165,6 +200,16 @@ def run_info(args):
     return BAD_INPUT if problems else OK
 
 
+def run_check(args):
+    """Print what lies in a path of a disk tier; verify whole records where that was asked for."""
+    payloads, bar = args.name == "verify", report.Bar()
+    folders = check.check(args.path, payloads=payloads, progress=bar.show)
+    print(json.dumps({"folders": folders}, indent=2) if args.json else check.table(folders))
+    if payloads and check.has_damage(folders):
+        return DAMAGED
+    return BAD_INPUT if check.is_unreadable(folders) else OK
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="kvortex",
@@ -259,6 +304,21 @@ def _parser():
         "--pieces", type=_count, default=64, metavar="N", help="pieces a block of the probe (default 64)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+    for name, what, description, examples in (
+        ("inspect", "show what lies in a path of a disk tier", _INSPECT_DESCRIPTION, _INSPECT_EXAMPLES),
+        ("verify", "read and verify all that a disk tier holds", _VERIFY_DESCRIPTION, _VERIFY_EXAMPLES),
+    ):
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run_check, name=name)
+        command.add_argument("path", type=Path, metavar="DIR", help="a path of a DiskTier, or one of the folders in it")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
