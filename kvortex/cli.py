@@ -65,8 +65,10 @@ examples:
                                                             would this pool fit, and how many blocks does it hold?
   python -m kvortex info --config /etc/kvortex.toml --json  for machines; KVORTEX_MAX_JOBS=64 and the like still win
   python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move on that GPU
+  python -m kvortex info --disk /data/kv                    what a disk tier would find there
 
-exit status: 0 all right, 2 a bad option or setting, no such device, or a pool that does not fit
+exit status: 0 all right, 2 a bad option or setting, no such device, a pool that does not fit, or a disk that cannot be
+written
 """
 
 _INSPECT_DESCRIPTION = """\
@@ -192,9 +194,10 @@ def run_info(args):
     settings = kvortex.KVortexConfig.find_settings(args.config, **given)
     for name in given:
         settings[name] = settings[name]._replace(source="command line")
-    facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces)
+    facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces, disk_paths=args.disk)
     print(json.dumps(facts, indent=2) if args.json else info.table(facts))
     problems = list(filter(None, (facts[pool]["problem"] for pool in ("pool", "device_pool"))))
+    problems += [f"{disk['path']}: {disk['io_reason']}" for disk in facts["disks"] if disk["io"] is None]
     for problem in problems:
         print(f"kvortex info: error: {problem}", file=sys.stderr)
     return BAD_INPUT if problems else OK
@@ -297,6 +300,14 @@ def _parser():
     command.add_argument("--device", type=_device, metavar="auto|host|cuda[:i]", help="override the setting device")
     command.add_argument("--pool-bytes", type=_bytes, metavar="B", help="override cpu_pool_size_bytes; 512MiB, 32GiB")
     command.add_argument("--block-bytes", type=_bytes, metavar="B", help="override block_bytes, to count the slots")
+    command.add_argument(
+        "--disk",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a folder for a disk tier: its file system, room, and whether I/O goes past the page cache; repeatable",
+    )
     command.add_argument(
         "--probe", action="store_true", help="measure how the pieces of a cache in one allocation move"
     )

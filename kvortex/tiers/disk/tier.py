@@ -11,6 +11,7 @@ from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk.adoption import Adoption
+from kvortex.tiers.disk.file_system import warn_of_file_systems
 from kvortex.tiers.disk.manifest import take_manifest, write_manifest
 from kvortex.tiers.disk.segments import SEGMENT_BYTES, Segments
 
@@ -85,6 +86,7 @@ class DiskTier:
             direct=self.direct,
         )
         try:
+            warn_of_file_systems(self.paths)
             store = DiskStore(
                 pool,
                 segments,
