@@ -34,6 +34,8 @@ class DiskTier:
         Blocks that may wait; what comes beyond is not written, or a miss.
     direct : bool, default True
         Go past the page cache where the file system can.
+    io : {"threads", "aio"}, default "threads"
+        By threads, or by Linux AIO. On huge pages neither is faster.
     segment_bytes : int, default 1 GiB
     """
 
@@ -42,6 +44,7 @@ class DiskTier:
     num_threads: int = 4
     queue_blocks: int = 4096
     direct: bool = True
+    io: str = "threads"
     segment_bytes: int = SEGMENT_BYTES
 
     def __post_init__(self):
@@ -50,6 +53,8 @@ class DiskTier:
         object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in ([paths] if alone else paths)))
         if len(set(self.paths)) != len(self.paths):
             raise ConfigError(f"paths must differ, got {', '.join(self.paths)}")
+        if self.io not in ("threads", "aio"):
+            raise ConfigError(f"io must be 'threads' or 'aio', got {self.io!r}")
         for name in ("disk_bytes", "segment_bytes"):
             if index(getattr(self, name)) <= 0:
                 raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
@@ -94,6 +99,7 @@ class DiskTier:
                 rank=rank,
                 num_threads=self.num_threads,
                 queue_blocks=self.queue_blocks,
+                io=self.io,
             )
         except BaseException:
             segments.close()
