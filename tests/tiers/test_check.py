@@ -23,6 +23,7 @@ from tier_rig import (
 
 from kvortex.cli import main
 from kvortex.tiers.disk import DiskTier, check
+from kvortex.tiers.disk.segments import segment_page
 
 FIELDS = {  # of a header page: where each begins
     "magic": 0, "version": 8, "codec": 12, "rank": 16, "group": 20, "stored_bytes": 24, "block_bytes": 28,
@@ -177,6 +178,15 @@ def test_a_truncated_segment_is_found_and_the_rest_of_it_counted(filled, run, nb
     status, facts = run("verify", filled[0])
     assert (status, facts["records"], facts["damaged"]) == (1, records, 1)
     assert facts["findings"][0]["status"] == "SHORT"
+
+
+@pytest.mark.parametrize("stride", [0, 4096, 6000, 1 << 40, (1 << 64) - 4096])
+def test_a_page_may_tell_any_stride(filled, run, stride):
+    """Under a sum that is right: nothing of it is used as a size that the file does not have."""
+    with open(filled[1] / "000000.segment", "r+b") as file:
+        os.pwrite(file.fileno(), segment_page(SPACE, 0, 0, stride), 0)
+    status, facts = run("verify", filled[0])
+    assert (status, facts["records"], facts["damaged"], facts["unreadable"]) == (1, 4, 1, 0)
 
 
 def test_a_record_of_another_slot_s_model_is_found(filled, run, tmp_path, pool):

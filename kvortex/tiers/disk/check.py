@@ -255,13 +255,15 @@ class _Segment:
         expected = segment_page(self.namespace, self.rank, self.number, self.stride)
         if page == expected and self.stride > PAGE_BYTES and self.stride % PAGE_BYTES == 0:
             self.num_slots = max(0, self.size - PAGE_BYTES) // self.stride
-            if len(self._buffer) < self.stride:
+            if (
+                self.num_slots and len(self._buffer) < self.stride
+            ):  # a page may tell any stride, under a sum that is right
                 self._buffer = mmap.mmap(-1, self.stride)
             return "OK", ""
         if page == ZEROS:
             return EMPTY, "a segment that was never begun"
         if (magic, version) == (MAGIC, VERSION) or page[12:] == expected[12:]:
-            return "HEADER_DAMAGED", "its first page does not have its sum"
+            return "HEADER_DAMAGED", "its first page is damaged"
         return UNKNOWN_FORMAT, f"format {version}" if magic == MAGIC else "no segment of a disk tier"
 
     def read_record(self, slot, payloads):
