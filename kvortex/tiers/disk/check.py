@@ -26,6 +26,7 @@ from kvortex.tiers.disk.segments import MAGIC, VERSION, segment_page
 
 MOST_FINDINGS = 1000  # that are listed one by one, for each folder
 LOOKS, PAUSE_S = 4, 0.02  # at a record that somebody may be writing
+PATIENCE = 100  # records of a folder that are waited for so; where more do not verify, each is looked at twice only
 ZEROS = bytes(PAGE_BYTES)
 HOLDER = re.compile(r"process \d+ on [\w.-]+")
 SEGMENT_NAME = re.compile(r"(\d{6,})" + re.escape(SUFFIX))
@@ -202,14 +203,14 @@ class _Part:
     def _settled(self, look):
         """Look until what is found is whole, or damaged while nobody had the folder."""
         answer = look()
-        for _ in range(LOOKS):
+        for attempt in range(LOOKS if self.facts["undecided"] < PATIENCE else 1):
             if answer[0] in UNDAMAGED:
-                return answer
+                break
+            time.sleep(PAUSE_S if attempt else 0)
             before = lock_state(self._path)
             answer = look()
             if before[0] is None and lock_state(self._path) == before:
                 return answer
-            time.sleep(PAUSE_S)
         return answer if answer[0] in UNDAMAGED else (IN_USE, 0)
 
     def _find(self, name, slot, status, why):
@@ -218,7 +219,7 @@ class _Part:
             return
         self.facts[{IN_USE: "undecided", UNREADABLE: "unreadable"}.get(status, "damaged")] += 1
         if len(self.facts["findings"]) < MOST_FINDINGS:
-            self.facts["findings"].append({"file": name, "slot": slot, "status": status, "why": why})
+            self.facts["findings"].append({"file": name, "slot": slot, "status": status, "why": why or ""})
 
     def _throw(self, name, nbytes, why):
         self.facts["garbage"].append({"name": name, "bytes": nbytes, "why": why})
