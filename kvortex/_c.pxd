@@ -412,7 +412,7 @@ cdef extern from "kvortex/record.h" nogil:
     int kv_record_check(const kv_record_header *header, const kv_record *expected, int vectors)
 
 
-# kvortex/io_calls.h, io_queue.h, disk_io.h (tiers) -----------------------------------------------------------------
+# kvortex/io_calls.h, io_queue.h, disk_io.h, disk_aio.h (tiers) --------------------------------------------------------
 cdef extern from "kvortex/io_calls.h" nogil:
     enum:
         KV_IO_UNIT_BYTES
@@ -425,6 +425,8 @@ cdef extern from "kvortex/io_calls.h" nogil:
         int (*set_direct)(int file, int direct) noexcept nogil
         int (*sync)(int file) noexcept nogil
         int (*close)(int file) noexcept nogil
+        int (*aio_setup)(unsigned depth, unsigned long *context) noexcept nogil
+        int (*aio_destroy)(unsigned long context) noexcept nogil
 
     const kv_io_calls kv_io_system
     int kv_read_all(const kv_io_calls *calls, int file, void *target, size_t nbytes, int64_t offset)
@@ -458,6 +460,8 @@ cdef extern from "kvortex/io_queue.h" nogil:
     kv_io_batch *kv_io_batch_new(uint8_t verb, uint32_t num_blocks, uint64_t deadline_ns)
     void kv_io_let_go(kv_io_batch *batch)
     int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint32_t capacity, kv_io_run run, void *owner)
+    ctypedef uint8_t (*kv_io_reap)(void *owner, kv_io_batch **batch, uint32_t *block) noexcept nogil
+    int kv_io_start_reaper(kv_io_queue *queue, kv_io_reap reap, uint32_t max_running)
     uint32_t kv_io_start(kv_io_queue *queue, uint32_t num_threads)
     void kv_io_submit(kv_io_queue *queue, kv_io_batch *batch)
     int kv_io_wait(kv_io_queue *queue, kv_io_batch *batch, uint64_t until_ns)
@@ -477,6 +481,15 @@ cdef extern from "kvortex/disk_io.h" nogil:
         uint64_t bytes_written, bytes_read
 
     uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept
+
+
+cdef extern from "kvortex/disk_aio.h" nogil:
+    ctypedef struct kv_disk_aio:
+        kv_disk *disk
+        unsigned long context
+
+    uint8_t kv_disk_aio_run(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept
+    uint8_t kv_disk_aio_reap(void *owner, kv_io_batch **batch, uint32_t *block) noexcept
 
 
 cdef extern from "kvortex/dlpack.h" nogil:

@@ -1,4 +1,4 @@
-"""The command line: ``kvortex replay`` and ``kvortex info``, or ``python -m kvortex ...`` where it is not installed."""
+"""The command line: ``kvortex replay``, ``info``, ``inspect``, ``verify``; ``python -m kvortex`` if not installed."""
 
 import argparse
 import json
@@ -11,16 +11,18 @@ import kvortex
 from kvortex import info
 from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
+from kvortex.tiers.disk import check
 
-OK, WRONG_BLOCKS, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+OK, WRONG_BLOCKS, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
 
 _EXAMPLES = """\
 examples:
   kvortex info                          what is in force on this machine
   kvortex replay --plot demo.png        the bundled trace, on the GPU if there is one
+  kvortex verify /data/kv               read and verify all that a disk tier holds
   kvortex replay --help                 every option, and more examples
 
-exit status: 0 all right, 1 wrong blocks, 2 bad input or nothing to run on, 130 interrupted
+exit status: 0 all right, 1 wrong or damaged blocks, 2 bad input or nothing to run on, 130 interrupted
 """
 
 _REPLAY_DESCRIPTION = """\
@@ -63,8 +65,43 @@ examples:
                                                             would this pool fit, and how many blocks does it hold?
   python -m kvortex info --config /etc/kvortex.toml --json  for machines; KVORTEX_MAX_JOBS=64 and the like still win
   python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move on that GPU
+  python -m kvortex info --disk /data/kv                    what a disk tier would find there
 
-exit status: 0 all right, 2 a bad option or setting, no such device, or a pool that does not fit
+exit status: 0 all right, 2 a bad option or setting, no such device, a pool that does not fit, or a disk that cannot be
+written
+"""
+
+_INSPECT_DESCRIPTION = """\
+Show what lies in a path of a disk tier: for each folder the model it is of
+(a digest), rank, segments and slots, how many hold a record, sizes, and who has
+it. Reads the records' headers only, writes nothing, and needs neither a GPU nor
+the namespace. A folder in use may be inspected; what is shown may then change.
+"""
+
+_INSPECT_EXAMPLES = """\
+examples:
+  kvortex inspect /data/kv                            every folder of the tier
+  kvortex inspect /data/kv/0a1b2c3d/dp0-rank0 --json  one of them, for machines
+
+exit status: 0 all right, 2 no such folder, or one that cannot be read
+"""
+
+_VERIFY_DESCRIPTION = """\
+Read every record in a path of a disk tier in full, and verify the sums of its
+header and payload. Writes nothing, and needs neither a GPU nor the namespace. A
+folder in use may be verified, and nobody waits for it: a record that does not
+verify there may be one that is being written, and is told apart ("undecided").
+No damaged record is ever served: an engine that meets one computes the block
+anew. A process that was killed may leave records half written, and these are
+found damaged, too.
+"""
+
+_VERIFY_EXAMPLES = """\
+examples:
+  kvortex verify /data/kv                             every folder of the tier
+  kvortex verify /data/kv/0a1b2c3d/dp0-rank0 --json   one of them, for machines
+
+exit status: 0 nothing damaged, 1 damaged records, 2 no such folder, or one that cannot be read
 """
 
 
@@ -157,12 +194,23 @@ def run_info(args):
     settings = kvortex.KVortexConfig.find_settings(args.config, **given)
     for name in given:
         settings[name] = settings[name]._replace(source="command line")
-    facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces)
+    facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces, disk_paths=args.disk)
     print(json.dumps(facts, indent=2) if args.json else info.table(facts))
     problems = list(filter(None, (facts[pool]["problem"] for pool in ("pool", "device_pool"))))
+    problems += [f"{disk['path']}: {disk['io_reason']}" for disk in facts["disks"] if disk["io"] is None]
     for problem in problems:
         print(f"kvortex info: error: {problem}", file=sys.stderr)
     return BAD_INPUT if problems else OK
+
+
+def run_check(args):
+    """Print what lies in a path of a disk tier; verify whole records where that was asked for."""
+    payloads, bar = args.name == "verify", report.Bar()
+    folders = check.check(args.path, payloads=payloads, progress=bar.show)
+    print(json.dumps({"folders": folders}, indent=2) if args.json else check.table(folders))
+    if payloads and check.has_damage(folders):
+        return DAMAGED
+    return BAD_INPUT if check.is_unreadable(folders) else OK
 
 
 def _parser():
@@ -253,12 +301,35 @@ def _parser():
     command.add_argument("--pool-bytes", type=_bytes, metavar="B", help="override cpu_pool_size_bytes; 512MiB, 32GiB")
     command.add_argument("--block-bytes", type=_bytes, metavar="B", help="override block_bytes, to count the slots")
     command.add_argument(
+        "--disk",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a folder for a disk tier: its file system, room, and whether I/O goes past the page cache; repeatable",
+    )
+    command.add_argument(
         "--probe", action="store_true", help="measure how the pieces of a cache in one allocation move"
     )
     command.add_argument(
         "--pieces", type=_count, default=64, metavar="N", help="pieces a block of the probe (default 64)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+    for name, what, description, examples in (
+        ("inspect", "show what lies in a path of a disk tier", _INSPECT_DESCRIPTION, _INSPECT_EXAMPLES),
+        ("verify", "read and verify all that a disk tier holds", _VERIFY_DESCRIPTION, _VERIFY_EXAMPLES),
+    ):
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=run_check, name=name)
+        command.add_argument("path", type=Path, metavar="DIR", help="a path of a DiskTier, or one of the folders in it")
+        command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 

@@ -11,6 +11,7 @@ from kvortex.driver import list_devices, why_no_cuda
 from kvortex.keys import uses_sha_instructions
 from kvortex.memory.limits import free_memory, memlock_bytes, require_memory, transparent_huge_pages, usable_cpus
 from kvortex.slots import Slots, stride_bytes
+from kvortex.tiers.disk.file_system import direct_io_of, file_system_of
 from kvortex.transfer import probe_layout
 
 PROBE_BLOCK_BYTES = 2 << 20
@@ -20,7 +21,7 @@ NOT_SET = "not set"
 _NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
 
 
-def collect(settings, *, probe=False, num_pieces=64):
+def collect(settings, *, probe=False, num_pieces=64, disk_paths=()):
     """Return what an engine of these settings would meet, as a dict that JSON can carry.
 
     Opens the device in force and no other; takes no memory for a pool. With `probe`, takes 32 MiB of device memory (or
@@ -35,6 +36,8 @@ def collect(settings, *, probe=False, num_pieces=64):
         `num_pieces` pieces.
     num_pieces : int, default 64
         Even: K and V of half as many layers.
+    disk_paths : sequence of path-like, optional
+        Folders for a disk tier, there or not: a file without a name is made in each to see how I/O goes.
 
     Raises
     ------
@@ -66,6 +69,7 @@ def collect(settings, *, probe=False, num_pieces=64):
             "settings": [{"name": name, **setting._asdict()} for name, setting in known.items()],
             "planner": None,
             "tiers": [],
+            "disks": [file_system_of(path) | direct_io_of(path) for path in disk_paths],
         }
         if probe:
             facts["planner"] = _probe(device, PROBE_BLOCK_BYTES if block_bytes is None else block_bytes, num_pieces)
@@ -208,6 +212,12 @@ def table(facts):
         rows.insert(-2, ("  problem", pool["problem"]))
     if facts["device_pool"]["problem"]:
         rows.insert(-1, ("  problem", facts["device_pool"]["problem"]))
+    for disk in facts["disks"]:
+        free = _size(disk["free_bytes"], "")
+        rows.append(("disk", f"{disk['path']}: {disk['file_system'] or 'unknown file system'}, {free} free"))
+        rows.append(("  I/O", _io_text(disk)))
+        if disk["warning"]:
+            rows.append(("  warning", disk["warning"]))
     lines = [f"  {name:<12}{value}" for name, value in rows]
     lines += ["", "settings"]
     for setting in facts["settings"]:
@@ -226,6 +236,13 @@ def table(facts):
                 f"  {row['direction']:<5}{pieces:>16}{pitch:>14}{row['num_groups']:>8}{rates}  {row['backend']}"
             )
     return "\n".join(lines)
+
+
+def _io_text(disk):
+    if disk["io"] != "direct":
+        return ": ".join(filter(None, [disk["io"] or "unknown", disk["io_reason"]]))
+    align = disk["align_bytes"]
+    return "direct, " + (f"aligned to {align} bytes" if align else "though the kernel tells no alignment")
 
 
 def _rates(row):

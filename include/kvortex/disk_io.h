@@ -86,32 +86,43 @@ static inline size_t kv_disk_bytes(uint32_t length)
     return KV_RECORD_HEADER_BYTES + (length + unit - 1) / unit * unit;
 }
 
-static inline uint8_t kv_disk_put(kv_disk *disk, kv_io_batch *batch, uint32_t block)
+static inline kv_record_header *kv_disk_header(const kv_disk *disk, const kv_io_batch *batch, uint32_t block)
 {
-    kv_record_header *header = (void *)(kv_slots_payload(&disk->memory, batch->memory[block]) - KV_RECORD_HEADER_BYTES);
+    return (void *)(kv_slots_payload(&disk->memory, batch->memory[block]) - KV_RECORD_HEADER_BYTES);
+}
+
+/* What a put or a get does in memory before the block is moved. */
+static inline uint8_t kv_disk_prepare(kv_disk *disk, kv_io_batch *batch, uint32_t block)
+{
+    kv_record_header *header = kv_disk_header(disk, batch, block);
     const kv_record record = kv_disk_record(disk, batch, block);
-    if (disk->read_only_error)
+    if (batch->verb == KV_IO_GET)
+        header->magic = 0; /* a record that an earlier read left here is not this one */
+    else if (disk->read_only_error)
         return KV_BLOCK_READ_ONLY;
-    kv_record_write(header, &record, disk->vectors);
-    const size_t bytes = kv_disk_bytes(record.stored_bytes);
-    const int error = kv_disk_transfer(disk, batch->slots[block], header, bytes, 1);
-    if (error)
-        return kv_disk_status(disk, error, 1);
-    disk->bytes_written += bytes;
+    else
+        kv_record_write(header, &record, disk->vectors);
     return KV_RECORD_OK;
 }
 
-static inline uint8_t kv_disk_get(kv_disk *disk, kv_io_batch *batch, uint32_t block)
+/* 0, or a negative errno. */
+static inline int kv_disk_move(kv_disk *disk, kv_io_batch *batch, uint32_t block)
 {
-    kv_record_header *header = (void *)(kv_slots_payload(&disk->memory, batch->memory[block]) - KV_RECORD_HEADER_BYTES);
+    return kv_disk_transfer(disk, batch->slots[block], kv_disk_header(disk, batch, block),
+                            kv_disk_bytes(batch->lengths[block]), batch->verb == KV_IO_PUT);
+}
+
+/* And what follows, after a move that answered so. */
+static inline uint8_t kv_disk_conclude(kv_disk *disk, kv_io_batch *batch, uint32_t block, int error)
+{
+    const int is_write = batch->verb == KV_IO_PUT;
     const kv_record record = kv_disk_record(disk, batch, block);
-    const size_t bytes = kv_disk_bytes(record.stored_bytes);
-    header->magic = 0; /* a record that an earlier read left here is not this one */
-    const int error = kv_disk_transfer(disk, batch->slots[block], header, bytes, 0);
     if (error)
-        return kv_disk_status(disk, error, 0);
-    disk->bytes_read += bytes;
-    return (uint8_t)kv_record_check(header, &record, disk->vectors);
+        return kv_disk_status(disk, error, is_write);
+    *(is_write ? &disk->bytes_written : &disk->bytes_read) += kv_disk_bytes(record.stored_bytes);
+    if (is_write)
+        return KV_RECORD_OK;
+    return (uint8_t)kv_record_check(kv_disk_header(disk, batch, block), &record, disk->vectors);
 }
 
 static inline uint8_t kv_disk_erase(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *page)
@@ -151,11 +162,12 @@ static inline uint8_t kv_disk_sync(kv_disk *disk, kv_io_batch *batch, uint32_t b
 static inline uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *page)
 {
     kv_disk *disk = owner;
+    uint8_t status;
     switch (batch->verb) {
     case KV_IO_PUT:
-        return kv_disk_put(disk, batch, block);
     case KV_IO_GET:
-        return kv_disk_get(disk, batch, block);
+        status = kv_disk_prepare(disk, batch, block);
+        return status ? status : kv_disk_conclude(disk, batch, block, kv_disk_move(disk, batch, block));
     case KV_IO_ERASE:
         return kv_disk_erase(disk, batch, block, page);
     case KV_IO_SCAN:

@@ -15,6 +15,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/aio_abi.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -32,6 +33,10 @@ typedef struct kv_io_calls {
     int64_t (*write)(int file, const void *source, size_t bytes, int64_t offset);
     int (*sync)(int file);
     int (*close)(int file);
+    int (*aio_setup)(unsigned depth, aio_context_t *context);
+    int (*aio_submit)(aio_context_t context, struct iocb *request); /* 1: it is begun */
+    int (*aio_wait)(aio_context_t context, struct io_event *event); /* 1: this one is over */
+    int (*aio_destroy)(aio_context_t context);
 } kv_io_calls;
 
 static inline int64_t kv_io_answer(int64_t answer) { return answer < 0 ? -errno : answer; }
@@ -81,9 +86,31 @@ static inline int64_t kv_io_write(int file, const void *source, size_t bytes, in
 static inline int kv_io_sync(int file) { return (int)kv_io_answer(fdatasync(file)); }
 static inline int kv_io_close(int file) { return (int)kv_io_answer(close(file)); }
 
-static const kv_io_calls kv_io_system = {kv_io_open,       kv_io_allocate, kv_io_resize, kv_io_direct_align,
-                                         kv_io_set_direct, kv_io_read,     kv_io_write,  kv_io_sync,
-                                         kv_io_close};
+/* Linux AIO has no functions in libc. */
+static inline int kv_io_aio_setup(unsigned depth, aio_context_t *context)
+{
+    *context = 0;
+    return (int)kv_io_answer(syscall(SYS_io_setup, depth, context));
+}
+
+static inline int kv_io_aio_submit(aio_context_t context, struct iocb *request)
+{
+    return (int)kv_io_answer(syscall(SYS_io_submit, context, 1L, &request));
+}
+
+static inline int kv_io_aio_wait(aio_context_t context, struct io_event *event)
+{
+    return (int)kv_io_answer(syscall(SYS_io_getevents, context, 1L, 1L, event, NULL));
+}
+
+static inline int kv_io_aio_destroy(aio_context_t context)
+{
+    return (int)kv_io_answer(syscall(SYS_io_destroy, context));
+}
+
+static const kv_io_calls kv_io_system = {
+    kv_io_open,  kv_io_allocate, kv_io_resize, kv_io_direct_align, kv_io_set_direct, kv_io_read,        kv_io_write,
+    kv_io_sync,  kv_io_close,    kv_io_aio_setup, kv_io_aio_submit, kv_io_aio_wait, kv_io_aio_destroy};
 
 /* How far a loop has come after an answer: direct I/O goes on at whole units only. -EIO: it does not come on. */
 static inline int64_t kv_io_advance(int64_t done, int64_t answer, size_t bytes)

@@ -54,19 +54,27 @@ typedef struct kv_io_batch {
     uint8_t *statuses, *stages;
 } kv_io_batch;
 
-/* Does one block without the lock -> its status. `page` is the thread's own, of 4 KiB. */
+/* Does one block without the lock -> its status. `page` is the thread's own, of 4 KiB. PENDING: the block is begun, and
+ * the reaper will be told when its I/O is over. */
 typedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *page);
+
+/* Waits without the lock until one of the begun blocks is over -> which, and its status. */
+typedef uint8_t (*kv_io_reap)(void *owner, kv_io_batch **batch, uint32_t *block);
 
 typedef struct kv_io_queue {
     kv_monitor monitor;  /* broadcast when a batch is over, or the queue is empty */
     pthread_cond_t work; /* signalled when a block waits, or another block of its slot is over */
     kv_io_batch *first, *last;
     uint32_t capacity, num_waiting, num_running, most_waiting;
+    uint32_t max_running, num_begun; /* begun: running, and no thread is at it */
     uint8_t *slot_in_use;
     kv_io_run run;
     void *owner;
     pthread_t threads[KV_IO_MAX_THREADS];
     uint32_t num_threads;
+    kv_io_reap reap; /* NULL: there is no reaper */
+    pthread_t reaper;
+    pthread_cond_t begun; /* signalled when a block is begun, or nothing more will be */
     int stopping;
     int event_fd; /* -1: nobody wants to know */
     uint64_t counts[KV_IO_NUM_VERBS][KV_BLOCK_NUM_STATUSES];
@@ -180,6 +188,8 @@ static inline void kv_io_expire(kv_io_queue *queue, kv_io_batch *batch, uint64_t
 static inline int kv_io_take(kv_io_queue *queue, kv_io_batch **taken, uint32_t *taken_block)
 {
     kv_io_batch *before = NULL;
+    if (queue->num_running >= queue->max_running)
+        return 0;
     for (kv_io_batch *batch = queue->first; batch; before = batch, batch = batch->next)
         for (uint32_t block = batch->first_waiting; block < batch->num_blocks; block++) {
             if (batch->stages[block] != KV_IO_WAITING || queue->slot_in_use[batch->slots[block]])
@@ -197,6 +207,21 @@ static inline int kv_io_take(kv_io_queue *queue, kv_io_batch **taken, uint32_t *
             return 1;
         }
     return 0;
+}
+
+/* The I/O of a block has returned. */
+static inline void kv_io_finish(kv_io_queue *queue, kv_io_batch *batch, uint32_t block, uint8_t status)
+{
+    kv_io_answer_block(queue, batch, block, kv_now_ns() < batch->deadline_ns ? status : KV_BLOCK_LATE);
+    queue->slot_in_use[batch->slots[block]] = 0;
+    queue->num_running--;
+    if (queue->num_waiting)
+        pthread_cond_signal(&queue->work);
+    if (queue->stopping)
+        pthread_cond_signal(&queue->begun);
+    kv_io_end_block(queue, batch, block);
+    if (kv_io_batch_is_over(batch))
+        kv_io_let_go(batch);
 }
 
 static inline void *kv_io_main(void *argument)
@@ -218,17 +243,36 @@ static inline void *kv_io_main(void *argument)
         kv_monitor_unlock(&queue->monitor);
         const uint8_t status = queue->run(queue->owner, batch, block, page);
         kv_monitor_lock(&queue->monitor);
-        kv_io_answer_block(queue, batch, block, kv_now_ns() < batch->deadline_ns ? status : KV_BLOCK_LATE);
-        queue->slot_in_use[batch->slots[block]] = 0;
-        queue->num_running--;
-        if (queue->num_waiting)
-            pthread_cond_signal(&queue->work);
-        kv_io_end_block(queue, batch, block);
-        if (kv_io_batch_is_over(batch))
-            kv_io_let_go(batch);
+        if (status == KV_BLOCK_PENDING) {
+            queue->num_begun++;
+            pthread_cond_signal(&queue->begun);
+        } else
+            kv_io_finish(queue, batch, block, status);
     }
     kv_monitor_unlock(&queue->monitor);
     free(page);
+    return NULL;
+}
+
+/* One thread ends what others begin. It may be told of a block before that is counted as begun. */
+static inline void *kv_io_reap_main(void *argument)
+{
+    kv_io_queue *queue = argument;
+    kv_io_batch *batch;
+    uint32_t block;
+    kv_monitor_lock(&queue->monitor);
+    for (;;) {
+        while (queue->num_begun == 0 && !(queue->stopping && queue->num_running == 0))
+            pthread_cond_wait(&queue->begun, &queue->monitor.mutex);
+        if (queue->num_begun == 0)
+            break;
+        kv_monitor_unlock(&queue->monitor);
+        const uint8_t status = queue->reap(queue->owner, &batch, &block);
+        kv_monitor_lock(&queue->monitor);
+        queue->num_begun--;
+        kv_io_finish(queue, batch, block, status);
+    }
+    kv_monitor_unlock(&queue->monitor);
     return NULL;
 }
 
@@ -240,6 +284,7 @@ static inline int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint3
     memset(queue, 0, sizeof *queue);
     queue->capacity = capacity;
     queue->event_fd = -1;
+    queue->max_running = UINT32_MAX;
     queue->run = run;
     queue->owner = owner;
     queue->slot_in_use = calloc(num_slots, 1);
@@ -248,8 +293,23 @@ static inline int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint3
     int error = kv_monitor_init(&queue->monitor);
     if (!error && (error = pthread_cond_init(&queue->work, NULL)))
         kv_monitor_destroy(&queue->monitor);
+    if (!error && (error = pthread_cond_init(&queue->begun, NULL))) {
+        pthread_cond_destroy(&queue->work);
+        kv_monitor_destroy(&queue->monitor);
+    }
     if (error)
         free(queue->slot_in_use);
+    return error;
+}
+
+/* To be called before kv_io_start where `run` answers PENDING, for at most `max_running` blocks. 0, or an errno. */
+static inline int kv_io_start_reaper(kv_io_queue *queue, kv_io_reap reap, uint32_t max_running)
+{
+    queue->reap = reap;
+    queue->max_running = max_running;
+    const int error = pthread_create(&queue->reaper, NULL, kv_io_reap_main, queue);
+    if (error)
+        queue->reap = NULL;
     return error;
 }
 
@@ -324,12 +384,15 @@ static inline int kv_io_stop(kv_io_queue *queue, uint64_t until_ns)
     while (queue->first)
         kv_io_give_up(queue, NULL, queue->first, KV_BLOCK_DROPPED);
     pthread_cond_broadcast(&queue->work);
+    pthread_cond_signal(&queue->begun);
     while (queue->num_running && kv_now_ns() < until_ns)
         kv_monitor_wait(&queue->monitor, until_ns);
     const uint32_t left = queue->num_running; /* a thread without I/O ends by itself, at once */
     kv_monitor_unlock(&queue->monitor);
     for (uint32_t thread = 0; thread < queue->num_threads; thread++)
         left ? pthread_detach(queue->threads[thread]) : pthread_join(queue->threads[thread], NULL);
+    if (queue->reap)
+        left ? pthread_detach(queue->reaper) : pthread_join(queue->reaper, NULL);
     queue->num_threads = 0;
     return left == 0;
 }
@@ -338,6 +401,7 @@ static inline void kv_io_queue_destroy(kv_io_queue *queue)
 {
     free(queue->slot_in_use);
     pthread_cond_destroy(&queue->work);
+    pthread_cond_destroy(&queue->begun);
     kv_monitor_destroy(&queue->monitor);
 }
 

@@ -7,9 +7,10 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <time.h>
 
 enum { HOW_SHORT = 1000, HOW_NOTHING = 1001, HOW_LIE = 1002, HOW_HANG = 1003 }; /* below: an errno */
-enum { OPEN, ALLOCATE, RESIZE, DIRECT_ALIGN, SET_DIRECT, READ, WRITE, SYNC, CLOSE };
+enum { OPEN, ALLOCATE, RESIZE, DIRECT_ALIGN, SET_DIRECT, READ, WRITE, SYNC, CLOSE, AIO_SETUP, AIO_SUBMIT, AIO_WAIT };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
@@ -18,16 +19,20 @@ static int planned_call = -2, planned_how;
 static long planned_nth, planned_count;
 static int gate_is_open = 1;
 
-/* How this call misbehaves, or 0; returns after the gate where it hangs. */
+/* How this call misbehaves, or 0. Under the lock. */
+static int draw(int call)
+{
+    if (planned_call != -1 && planned_call != call)
+        return 0;
+    seen++;
+    return seen >= planned_nth && seen < planned_nth + planned_count ? planned_how : 0;
+}
+
+/* The same; returns after the gate where it hangs. */
 static int fate(int call)
 {
-    int how = 0;
     pthread_mutex_lock(&lock);
-    if (planned_call == -1 || planned_call == call) {
-        seen++;
-        if (seen >= planned_nth && seen < planned_nth + planned_count)
-            how = planned_how;
-    }
+    int how = draw(call);
     if (how == HOW_HANG) {
         how = 0;
         hanging++;
@@ -107,9 +112,88 @@ static int faulty_close(int file)
     return number(how, answer);
 }
 
-const kv_io_calls faulty_calls = {faulty_open,       faulty_allocate, faulty_resize, faulty_direct_align,
-                                  faulty_set_direct, faulty_read,     faulty_write,  faulty_sync,
-                                  faulty_close};
+/* An asynchronous read or write misbehaves as one that is waited for, but that its event does; one that hangs is held
+ * back from whoever waits for events, and no other is. */
+typedef struct request {
+    struct iocb *call;
+    uint64_t data;
+    int how;
+    struct request *next;
+} request;
+
+static request *held;
+
+static int faulty_aio_setup(unsigned depth, aio_context_t *context)
+{
+    const int how = fate(AIO_SETUP);
+    return how && how < HOW_SHORT ? -how : kv_io_aio_setup(depth, context);
+}
+
+static int faulty_aio_submit(aio_context_t context, struct iocb *call)
+{
+    int how = fate(AIO_SUBMIT);
+    if (how)
+        return number(how, 0);
+    request *made = malloc(sizeof *made);
+    pthread_mutex_lock(&lock);
+    how = draw(call->aio_lio_opcode == IOCB_CMD_PREAD ? READ : WRITE);
+    pthread_mutex_unlock(&lock);
+    *made = (request){call, call->aio_data, how, NULL};
+    struct iocb changed = *call;
+    changed.aio_data = (uintptr_t)made;
+    changed.aio_nbytes = how == HOW_SHORT ? call->aio_nbytes / 2 : how && how != HOW_HANG ? 0 : call->aio_nbytes;
+    const int answer = kv_io_aio_submit(context, &changed);
+    if (answer != 1)
+        free(made);
+    return answer;
+}
+
+static int give(request *made, struct io_event *event)
+{
+    event->data = made->data;
+    if (made->how == HOW_LIE || made->how == HOW_HANG)
+        event->res = (int64_t)made->call->aio_nbytes;
+    else if (made->how && made->how < HOW_SHORT)
+        event->res = -made->how;
+    free(made);
+    return 1;
+}
+
+static int faulty_aio_wait(aio_context_t context, struct io_event *event)
+{
+    pthread_mutex_lock(&lock);
+    const int how = planned_call == AIO_WAIT ? draw(AIO_WAIT) : 0;
+    pthread_mutex_unlock(&lock);
+    if (how)
+        return number(how, 0);
+    for (;;) {
+        struct timespec pause = {0, 1000000};
+        pthread_mutex_lock(&lock);
+        request *made = gate_is_open ? held : NULL;
+        if (made) {
+            held = made->next;
+            hanging--;
+        }
+        pthread_mutex_unlock(&lock);
+        if (made)
+            return give(made, event);
+        if (syscall(SYS_io_getevents, context, 1L, 1L, event, &pause) != 1)
+            continue;
+        made = (void *)(uintptr_t)event->data;
+        if (made->how != HOW_HANG)
+            return give(made, event);
+        pthread_mutex_lock(&lock);
+        made->next = held;
+        held = made;
+        hanging++;
+        pthread_cond_broadcast(&changed);
+        pthread_mutex_unlock(&lock);
+    }
+}
+
+const kv_io_calls faulty_calls = {
+    faulty_open,  faulty_allocate, faulty_resize,    faulty_direct_align, faulty_set_direct, faulty_read,       faulty_write,
+    faulty_sync,  faulty_close,    faulty_aio_setup, faulty_aio_submit,   faulty_aio_wait,   kv_io_aio_destroy};
 
 void faulty_plan(int call, long nth, long count, int how);
 long faulty_seen(void);

@@ -18,6 +18,15 @@ enum { NUM_SUBMITTERS = 4, NUM_IO_THREADS = 4, NUM_SLOTS = 8, NUM_BATCHES = 400,
 static kv_io_queue queue;
 static int slots[NUM_SLOTS];
 
+/* Blocks that are begun, for the reaper. */
+static struct {
+    kv_io_batch *batch;
+    uint32_t block;
+} begun[NUM_IO_THREADS];
+static uint32_t num_begun;
+static pthread_mutex_t begun_lock = PTHREAD_MUTEX_INITIALIZER;
+static int has_reaper;
+
 static uint8_t run(void *owner, kv_io_batch *batch, uint32_t block, void *page)
 {
     (void)owner;
@@ -26,6 +35,25 @@ static uint8_t run(void *owner, kv_io_batch *batch, uint32_t block, void *page)
     memset(page, (int)block, 4096);
     if (batch->slots[block] == 3)
         kv_nap_ns(200000);
+    if (!has_reaper || batch->slots[block] % 2)
+        return 0;
+    pthread_mutex_lock(&begun_lock);
+    begun[num_begun].batch = batch;
+    begun[num_begun++].block = block;
+    pthread_mutex_unlock(&begun_lock);
+    return KV_BLOCK_PENDING;
+}
+
+static uint8_t reap(void *owner, kv_io_batch **batch, uint32_t *block)
+{
+    (void)owner;
+    pthread_mutex_lock(&begun_lock);
+    REQUIRE(num_begun > 0 && num_begun <= NUM_IO_THREADS);
+    *batch = begun[--num_begun].batch;
+    *block = begun[num_begun].block;
+    pthread_mutex_unlock(&begun_lock);
+    slots[(*batch)->slots[*block]]++;
+    (*batch)->lengths[*block] = 1;
     return 0;
 }
 
@@ -56,10 +84,12 @@ static void *submit(void *argument)
     return NULL;
 }
 
-int main(void)
+static void use_queue(void)
 {
     pthread_t threads[NUM_SUBMITTERS];
     REQUIRE(kv_io_queue_init(&queue, NUM_SLOTS, 16, run, NULL) == 0);
+    if (has_reaper)
+        REQUIRE(kv_io_start_reaper(&queue, reap, NUM_IO_THREADS) == 0);
     REQUIRE(kv_io_start(&queue, NUM_IO_THREADS) == NUM_IO_THREADS);
     for (uintptr_t i = 0; i < NUM_SUBMITTERS; i++)
         REQUIRE(pthread_create(&threads[i], NULL, submit, (void *)(i + 1)) == 0);
@@ -73,5 +103,12 @@ int main(void)
     REQUIRE(answered == (uint64_t)NUM_SUBMITTERS * NUM_BATCHES * BATCH_BLOCKS);
     REQUIRE(kv_io_stop(&queue, KV_NEVER_NS) == 1);
     kv_io_queue_destroy(&queue);
+}
+
+int main(void)
+{
+    use_queue();
+    has_reaper = 1;
+    use_queue();
     return 0;
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,9 +11,11 @@ import pytest
 import kvortex
 from kvortex.cli import main
 from kvortex.memory import limits
+from kvortex.tiers.disk import file_system
 
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
-SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "device_pool", "settings", "planner", "tiers"]
+SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "device_pool", "settings", "planner", "tiers",
+            "disks"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +64,7 @@ def test_every_section_is_there_for_machines(facts, device):
     assert found["device"]["description"] == device.description
     assert found["driver"]["kind"] == ("host" if device.is_host else "cuda")
     assert found["driver"]["cuda_version"] == device.cuda_version
-    assert found["planner"] is None and found["tiers"] == []
+    assert found["planner"] is None and found["tiers"] == found["disks"] == []
     assert found["cpu"]["usable_cpus"] == limits.usable_cpus()
     assert 0 < found["memory"]["available_bytes"] < 1 << 50
 
@@ -165,6 +168,34 @@ def test_bad_usage_exits_2(args):
     with pytest.raises(SystemExit) as caught:
         main(["info", *args])
     assert caught.value.code == 2
+
+
+def test_a_disk_s_file_system_room_and_mode_are_shown(facts, tmp_path, capsys):
+    path = tmp_path / "not" / "yet"
+    (disk,) = facts("--disk", str(path))["disks"]
+    assert disk["path"] == str(path) and os.path.ismount(disk["mount_point"])
+    assert 0 < disk["free_bytes"] <= shutil.disk_usage(tmp_path).total
+    assert main(["info", "--device", DEVICE, "--disk", str(path), "--disk", "/"]) == 0
+    text = capsys.readouterr().out
+    assert f"  disk        {path}: {disk['file_system']}, " in text and "  disk        /: " in text
+    assert f"    I/O       {disk['io']}" in text
+    assert not path.parent.exists() and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_not_local_has_a_warning(facts, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(file_system, "MOUNTS", tmp_path / "mountinfo")
+    (tmp_path / "mountinfo").write_text("1 0 0:1 / / rw - overlay overlay rw\n")
+    (disk,) = facts("--disk", str(tmp_path))["disks"]
+    assert disk["file_system"] == "overlay" and "mount a volume" in disk["warning"]
+    main(["info", "--device", DEVICE, "--disk", str(tmp_path)])
+    assert f"  warning   {tmp_path} lies on overlay" in capsys.readouterr().out
+
+
+def test_a_disk_that_cannot_be_written_is_shown_and_exits_2(capsys):
+    assert main(["info", "--device", DEVICE, "--disk", "/proc"]) == 2
+    printed = capsys.readouterr()
+    assert "unknown: no file can be made there" in printed.out
+    assert "kvortex info: error: /proc: no file can be made there" in printed.err
 
 
 @pytest.mark.host

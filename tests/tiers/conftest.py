@@ -11,7 +11,8 @@ from tier_rig import NUM_SLOTS, RIGS, SECONDS, SEGMENT_BYTES, SPACE, TAG, make_p
 from kvortex.tiers.disk.tier import DiskTier
 
 ROOT = Path(__file__).resolve().parents[2]
-CALLS = ("open", "allocate", "resize", "direct_align", "set_direct", "read", "write", "sync", "close")
+CALLS = ("open", "allocate", "resize", "direct_align", "set_direct", "read", "write", "sync", "close", "aio_setup",
+         "aio_submit", "aio_wait")  # fmt: skip
 HOW = {"short": 1000, "nothing": 1001, "lie": 1002, "hang": 1003}
 
 

@@ -21,7 +21,7 @@ from tier_rig import (
     statuses_of,
 )
 
-from kvortex import ConfigError, EngineClosed, PinnedPool, TierError
+from kvortex import ConfigError, EngineClosed, PinnedPool, TierError, log
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk._io_calls import IoCalls
@@ -30,9 +30,15 @@ OK = BlockStatus.OK
 WAYS = ["EIO", "EINVAL", "ENOSPC", "short", "nothing", "lie"]
 
 
+@pytest.fixture(params=["threads", "aio"])
+def io(request):
+    """Each way to do I/O in turn."""
+    return request.param
+
+
 @pytest.fixture
-def faulty_rig(tmp_path, faulty):
-    made = DiskRig(tmp_path, calls=IoCalls(faulty.address))
+def faulty_rig(tmp_path, faulty, io):
+    made = DiskRig(tmp_path, calls=IoCalls(faulty.address), io=io)
     yield made
     faulty.mend()
     made.close()
@@ -97,9 +103,9 @@ def test_an_interrupted_call_is_made_again(faulty_rig, faulty):
 
 
 @pytest.mark.parametrize("error", ["EINVAL", "EOPNOTSUPP"])
-def test_direct_io_that_is_refused_goes_on_buffered_and_is_shown(faulty_rig, faulty, error):
+def test_direct_io_that_is_refused_goes_on_buffered_and_is_shown(faulty_rig, faulty, io, error):
     assert faulty_rig.store.stats()["io"] == "direct"
-    faulty.plan("write", error, count=1)
+    faulty.plan("write", error, count=2 if io == "aio" else 1)  # by AIO, and by the thread that then tries
     assert faulty_rig.put([2], [1]) == [OK]
     assert faulty_rig.get([2], [1]) == [block(1)]
     stats = faulty_rig.store.stats()
@@ -166,8 +172,8 @@ def test_a_late_put_does_not_mix_with_the_next_one_in_its_slot(faulty_rig, fault
     assert rig.get([1], [2]) == [block(2)]
 
 
-def test_what_waits_behind_a_hung_disk_is_late_and_makes_room(tmp_path, faulty):
-    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), num_threads=1, queue_blocks=3)
+def test_what_waits_behind_a_hung_disk_is_late_and_makes_room(tmp_path, faulty, io):
+    rig = DiskRig(tmp_path, io=io, calls=IoCalls(faulty.address), num_threads=1, queue_blocks=3)
     faulty.plan("write", "hang")
     hung = rig.put([0], [0], wait=False)
     faulty.wait_hanging()
@@ -184,8 +190,8 @@ def test_what_waits_behind_a_hung_disk_is_late_and_makes_room(tmp_path, faulty):
     rig.close()
 
 
-def test_a_batch_that_nobody_asks_about_makes_room_too(tmp_path, faulty):
-    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), num_threads=1, queue_blocks=2)
+def test_a_batch_that_nobody_asks_about_makes_room_too(tmp_path, faulty, io):
+    rig = DiskRig(tmp_path, io=io, calls=IoCalls(faulty.address), num_threads=1, queue_blocks=2)
     faulty.plan("write", "hang")
     rig.put([0], [0], wait=False)
     faulty.wait_hanging()
@@ -196,8 +202,8 @@ def test_a_batch_that_nobody_asks_about_makes_room_too(tmp_path, faulty):
     rig.close()
 
 
-def test_closing_waits_for_running_io_and_drops_what_waits(tmp_path, faulty):
-    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), num_threads=1)
+def test_closing_waits_for_running_io_and_drops_what_waits(tmp_path, faulty, io):
+    rig = DiskRig(tmp_path, io=io, calls=IoCalls(faulty.address), num_threads=1)
     faulty.plan("write", "hang")
     batch = rig.put([0, 1], [0, 1], wait=False)
     faulty.wait_hanging()
@@ -213,9 +219,9 @@ def test_closing_waits_for_running_io_and_drops_what_waits(tmp_path, faulty):
     assert batch.statuses.tolist()[0] == OK
 
 
-def test_closing_without_time_leaves_nothing_behind_where_nothing_runs(tmp_path):
+def test_closing_without_time_leaves_nothing_behind_where_nothing_runs(tmp_path, io):
     for _ in range(5):
-        rig = DiskRig(tmp_path)
+        rig = DiskRig(tmp_path, io=io)
         rig.put([1], [1])
         rig.store.close(timeout_ms=0)
         rig.pool.close()
@@ -224,10 +230,10 @@ def test_closing_without_time_leaves_nothing_behind_where_nothing_runs(tmp_path)
 # ---- lifetimes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_dropped_store_gives_everything_back(tmp_path):
+def test_a_dropped_store_gives_everything_back(tmp_path, io):
     pool = make_pool()
     before = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
-    rig = DiskRig(tmp_path, pool=pool)
+    rig = DiskRig(tmp_path, io=io, pool=pool)
     batch = rig.put(range(8), range(8), wait=False)
     rig.store = rig.segments = rig = None
     assert statuses_of(batch) == [OK] * 8
@@ -235,11 +241,11 @@ def test_a_dropped_store_gives_everything_back(tmp_path):
     after = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
     assert [len(names) for names in after] == [len(names) for names in before]
     pool.close()
-    DiskRig(tmp_path).close()
+    DiskRig(tmp_path, io=io).close()
 
 
-def test_a_pool_closed_under_the_store_stays_mapped(tmp_path):
-    rig = DiskRig(tmp_path)
+def test_a_pool_closed_under_the_store_stays_mapped(tmp_path, io):
+    rig = DiskRig(tmp_path, io=io)
     rig.put([1], [1])
     rig.pool.close()
     batch = rig.store.get([1], [9], keys_of([1]), PAYLOAD_BYTES, tag=TAG, timeout_ms=SECONDS)
@@ -247,10 +253,10 @@ def test_a_pool_closed_under_the_store_stays_mapped(tmp_path):
     rig.close()
 
 
-def test_a_forked_child_is_refused(tmp_path):
+def test_a_forked_child_is_refused(tmp_path, io):
     code = (
         "import os, sys; from pathlib import Path; from tier_rig import DiskRig\n"
-        "rig = DiskRig(Path(sys.argv[1])); batch = rig.put([1], [1], wait=False); batch.wait()\n"
+        "rig = DiskRig(Path(sys.argv[1]), io=sys.argv[2]); batch = rig.put([1], [1], wait=False); batch.wait()\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    for verb in (lambda: rig.get([1], [1]), lambda: batch.wait(), rig.store.stats):\n"
@@ -260,14 +266,14 @@ def test_a_forked_child_is_refused(tmp_path):
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
         "assert isinstance(rig.get([1], [1])[0], bytes)\n"
     )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path, io], capture_output=True, text=True,
                           timeout=60, cwd=os.path.dirname(__file__))  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("belongs to the parent process") == 3
 
 
-def test_ctrl_c_ends_a_wait(tmp_path, faulty):
-    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address))
+def test_ctrl_c_ends_a_wait(tmp_path, faulty, io):
+    rig = DiskRig(tmp_path, io=io, calls=IoCalls(faulty.address))
     faulty.plan("write", "hang")
     batch = rig.put([1], [1], wait=False)
     faulty.wait_hanging()
@@ -280,6 +286,80 @@ def test_ctrl_c_ends_a_wait(tmp_path, faulty):
     rig.close()
 
 
+# ---- Linux AIO -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", ["EAGAIN", "ENOSYS", "EPERM"])
+def test_aio_that_is_refused_leaves_the_i_o_to_threads_and_says_so_once(tmp_path, faulty, caplog, monkeypatch, error):
+    monkeypatch.setattr(log, "_told", set())
+    faulty.plan("aio_setup", error)
+    for _ in range(2):
+        rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), io="aio")
+        assert rig.put([1, 2], [1, 2]) == [OK, OK] and rig.get([2], [2]) == [block(2)]
+        stats, reason = rig.store.stats(), os.strerror(getattr(errno, error))
+        assert (stats["io_engine"], stats["io_engine_reason"]) == ("threads", f"AIO was refused: {reason}")
+        rig.close()
+    assert [record.reason for record in caplog.records if record.event == "disk_aio_refused"] == [reason]
+
+
+@pytest.mark.parametrize("how", ["EAGAIN", "EINVAL", "ENOSYS", "nothing"])
+def test_a_submission_that_is_refused_is_done_at_once(tmp_path, faulty, how):
+    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), io="aio")
+    faulty.plan("aio_submit", how)
+    assert rig.put(range(8), range(8)) == [OK] * 8
+    assert rig.get(range(8), range(8)) == [block(i) for i in range(8)]
+    rig.close()
+
+
+@pytest.mark.parametrize("how", ["EINTR", "EINVAL", "nothing"])
+def test_a_wait_for_events_that_fails_is_made_again(tmp_path, faulty, how):
+    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), io="aio")
+    faulty.plan("aio_wait", how, count=5)
+    assert rig.put([1, 2], [1, 2]) == [OK, OK]
+    assert rig.get([1, 2], [1, 2]) == [block(1), block(2)]
+    rig.close()
+
+
+def test_no_more_blocks_are_begun_than_were_asked_for(tmp_path, faulty):
+    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), io="aio", num_threads=3)
+    faulty.plan("write", "hang")
+    batch = rig.put(range(10), range(10), wait=False)
+    faulty.wait_hanging(3)
+    assert (rig.store.stats()["running"], rig.store.stats()["waiting"]) == (3, 7)
+    faulty.mend()
+    assert statuses_of(batch) == [OK] * 10
+    rig.close()
+
+
+def test_an_event_that_comes_late_ends_its_block_and_no_other(tmp_path, faulty):
+    rig = DiskRig(tmp_path, calls=IoCalls(faulty.address), io="aio")
+    faulty.plan("write", "hang", count=1)
+    hung = rig.put([1], [1], timeout_ms=50, wait=False)
+    faulty.wait_hanging()
+    for i in range(2, 20):
+        assert rig.put([i], [i]) == [OK] and rig.get([i], [i]) == [block(i)]
+    assert statuses_of(hung) == [BlockStatus.LATE] and not hung.done()
+    faulty.mend()
+    while not hung.done():
+        time.sleep(0.001)
+    assert rig.get([1], [1]) == [block(1)]
+    rig.close()
+
+
+def test_a_closed_store_gives_its_aio_back(tmp_path):
+    def aio_maps():
+        with open("/proc/self/maps") as maps:
+            return sum("[aio]" in line for line in maps)
+
+    before = aio_maps()
+    rig = DiskRig(tmp_path, io="aio")
+    rig.put([1], [1])
+    assert aio_maps() == before + 1
+    rig.store.close()
+    assert aio_maps() == before and rig.store.stats()["io_engine"] == "aio"
+    rig.close()
+
+
 # ---- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +369,7 @@ def test_ctrl_c_ends_a_wait(tmp_path, faulty):
         ({"num_threads": 0}, "num_threads must be 1 to 64, got 0"),
         ({"num_threads": 65}, "num_threads must be 1 to 64, got 65"),
         ({"queue_blocks": 0}, r"queue_blocks must be 1 to 2\^31 - 1, got 0"),
+        ({"io": "uring"}, "io must be 'threads' or 'aio', got 'uring'"),
         ({"namespace": b"short"}, "namespace must have 32 bytes, got 5"),
     ],
 )

@@ -36,12 +36,14 @@ from kvortex.tiers.disk.tier import DiskTier, OpenDiskTier
 SOAK = os.environ.get("KVORTEX_SOAK") == "1"
 
 
-def test_what_was_saved_is_found_after_a_restart(open_tier, pool):
-    with open_tier() as tier:
+@pytest.mark.parametrize("io", ["threads", "aio"])
+def test_what_was_saved_is_found_after_a_restart(open_tier, pool, io):
+    with open_tier(io=io) as tier:
+        assert tier.store.stats()["io_engine"] == io
         save(tier, pool, ALL)
         where = load(tier, pool, ALL)
         assert len(where) == NUM_SLOTS
-    with open_tier() as tier:
+    with open_tier(io=io) as tier:
         assert load(tier, pool, ALL) == where
         assert (tier.adoption.num_scanned, tier.adoption.num_adopted) == (NUM_SLOTS, NUM_SLOTS)
         assert tier.look_up(keys_of([*ALL, 99])).tolist() == [HIT] * NUM_SLOTS + [MISS]
@@ -210,6 +212,7 @@ def test_headers_that_cannot_be_read_are_free_room(tmp_path, pool, faulty, how):
     [
         ({"paths": ["a", "a"]}, "paths must differ, got a, a"),
         ({"paths": "a", "disk_bytes": 0}, "disk_bytes must be larger than 0, got 0"),
+        ({"paths": "a", "io": "uring"}, "io must be 'threads' or 'aio', got 'uring'"),
         ({"paths": "a", "segment_bytes": -1}, "segment_bytes must be larger than 0, got -1"),
     ],
 )

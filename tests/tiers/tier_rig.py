@@ -100,12 +100,13 @@ class MemoryRig(Rig):
 
 
 class DiskRig(Rig):
-    def __init__(self, path, *, num_slots=NUM_SLOTS, pool=None, num_threads=4, queue_blocks=4096, **settings):
+    def __init__(self, path, *, num_slots=NUM_SLOTS, pool=None, num_threads=4, queue_blocks=4096, io="threads",
+                 **settings):  # fmt: skip
         pool = pool or make_pool()
         paths = path if isinstance(path, list) else [path]
         self.segments = open_segments(paths, num_slots, **settings)
-        store = DiskStore(pool, self.segments, namespace=SPACE, num_threads=num_threads, queue_blocks=queue_blocks)
-        super().__init__(store, pool)
+        super().__init__(DiskStore(pool, self.segments, namespace=SPACE, num_threads=num_threads,
+                                   queue_blocks=queue_blocks, io=io), pool)  # fmt: skip
 
     def place(self, slot):
         """File and offset of a slot, by a count of our own."""
@@ -129,7 +130,24 @@ class BufferedRig(DiskRig):
         super().__init__([path / "a", path / "b"], direct=False, num_threads=1)
 
 
-RIGS = {"memory": MemoryRig, "disk": DiskRig, "disk-buffered-two-folders": BufferedRig}
+class AioRig(DiskRig):
+    def __init__(self, path):
+        super().__init__(path, io="aio")
+        assert self.store.stats()["io_engine"] == "aio"
+
+
+class BufferedAioRig(DiskRig):
+    def __init__(self, path):
+        super().__init__(path, io="aio", direct=False)
+
+
+RIGS = {
+    "memory": MemoryRig,
+    "disk": DiskRig,
+    "disk-aio": AioRig,
+    "disk-aio-buffered": BufferedAioRig,
+    "disk-buffered-two-folders": BufferedRig,
+}
 
 
 # ---- a catalogue and a store, used as an engine would ----------------------------------------------------------------

@@ -31,6 +31,7 @@ class DiskStore:
         rank: int = 0,
         num_threads: int = 4,
         queue_blocks: int = 4096,
+        io: str = "threads",
     ) -> None: ...
     @property
     def payload_bytes(self) -> int: ...

@@ -22,6 +22,7 @@ from kvortex.log import warn_once
 from kvortex.tiers._record import BlockStatus
 
 cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
+cdef uint32_t SUBMITTERS = 2  # threads that begin AIO, of which each is over before the next
 cdef tuple VERBS = ("put", "get", "erase", "scan", "sync")
 
 
@@ -44,6 +45,8 @@ cdef class DiskStore:
         Blocks in flight, 1 to 64.
     queue_blocks : int, default 4096
         Blocks that may wait; what comes beyond is DROPPED.
+    io : {"threads", "aio"}, default "threads"
+        By system calls that block, or by Linux AIO; threads, too, where the kernel refuses AIO.
 
     Raises
     ------
@@ -53,7 +56,8 @@ cdef class DiskStore:
         No thread could be started.
     """
 
-    def __init__(self, PinnedPool pool not None, segments, *, namespace, rank=0, num_threads=4, queue_blocks=4096):
+    def __init__(self, PinnedPool pool not None, segments, *, namespace, rank=0, num_threads=4, queue_blocks=4096,
+                 io="threads"):
         cdef int i
         if self.core is not NULL:
             raise RuntimeError("DiskStore.__init__ may be called once")
@@ -62,6 +66,8 @@ cdef class DiskStore:
             raise ConfigError(f"num_threads must be 1 to {_c.KV_IO_MAX_THREADS}, got {num_threads}")
         if not 1 <= queue_blocks < 1 << 31:
             raise ConfigError(f"queue_blocks must be 1 to 2^31 - 1, got {queue_blocks}")
+        if io not in ("threads", "aio"):
+            raise ConfigError(f"io must be 'threads' or 'aio', got {io!r}")
         if pool.slots.header_bytes != _c.KV_RECORD_HEADER_BYTES:
             raise ConfigError(f"a pool above a tier needs header_bytes={_c.KV_RECORD_HEADER_BYTES}, "
                               f"got {pool.slots.header_bytes}")
@@ -83,20 +89,51 @@ cdef class DiskStore:
         self.core.disk.slots_per_segment, self.core.disk.rank = segments.slots_per_segment, rank
         self.core.disk.vectors = _c.kv_has_vectors()
         memcpy(self.core.disk.space, <const uint8_t *>self.space, _c.KV_DIGEST_BYTES)
-        if _c.kv_io_queue_init(&self.core.queue, self.num_slots, queue_blocks, _c.kv_disk_run, &self.core.disk):
+        try:
+            self.start(num_threads, queue_blocks, io)
+        except BaseException:
             self.free_core()
-            raise MemoryError("no memory for a queue")
-        if _c.kv_io_start(&self.core.queue, num_threads) == 0:
-            _c.kv_io_queue_destroy(&self.core.queue)
-            self.free_core()
-            raise MemoryError("no thread for I/O could be started")
+            raise
         pool.exports += 1
         self.running = True
 
     def __cinit__(self, *args, **kwargs):
         self.pid = getpid()
 
+    cdef int start(self, uint32_t num_threads, uint32_t queue_blocks, object io) except -1:
+        """Make the queue and its threads."""
+        cdef _c.kv_io_queue *queue = &self.core.queue
+        self.is_aio = io == "aio" and self.set_up_aio(num_threads)
+        cdef _c.kv_io_run run = _c.kv_disk_aio_run if self.is_aio else _c.kv_disk_run
+        cdef void *owner = <void *>&self.core.aio if self.is_aio else <void *>&self.core.disk
+        if _c.kv_io_queue_init(queue, self.num_slots, queue_blocks, run, owner):
+            raise MemoryError("no memory for a queue")
+        if ((self.is_aio and _c.kv_io_start_reaper(queue, _c.kv_disk_aio_reap, num_threads))
+                or _c.kv_io_start(queue, min(num_threads, SUBMITTERS) if self.is_aio else num_threads) == 0):
+            _c.kv_io_stop(queue, 0)
+            _c.kv_io_queue_destroy(queue)
+            raise MemoryError("no thread for I/O could be started")
+        return 0
+
+    cdef bint set_up_aio(self, uint32_t depth) except -1:
+        """Whether the kernel does AIO for this process; where not, it is logged."""
+        self.core.aio.disk = &self.core.disk
+        error = self.calls.table.aio_setup(depth, &self.core.aio.context)
+        if error >= 0:
+            return True
+        self.core.aio.context = 0
+        self.threads_reason = f"AIO was refused: {os.strerror(-error)}"
+        warn_once("disk_aio_refused", "the kernel refuses AIO, so threads do the disk tier's I/O",
+                  reason=os.strerror(-error))
+        return False
+
+    cdef void end_aio(self) noexcept:
+        if self.core.aio.context:
+            self.calls.table.aio_destroy(self.core.aio.context)
+        self.core.aio.context = 0
+
     cdef void free_core(self) noexcept:
+        self.end_aio()
         free(<void *>self.core.disk.files)
         free(self.core)
         self.core = NULL
@@ -177,8 +214,9 @@ cdef class DiskStore:
         dict
             `put`, `get`, `erase`, `scan`, `sync`: dicts of how many blocks were answered what, by `BlockStatus` name.
             `waiting`, `running`, `most_waiting`: blocks. `bytes_written`, `bytes_read`. `io`: "direct" or "buffered",
-            with `io_reason`. `read_only`: the reason, or None. `last_error`: text, or None. Of `Segments`: `folders`,
-            `sparse_segments`, `new_segments`, `dropped_segments`, and `expelled_folders`, of other models.
+            with `io_reason`. `io_engine`: "threads" or "aio", with `io_engine_reason`. `read_only`: the reason, or
+            None. `last_error`: text, or None. Of `Segments`: `folders`, `sparse_segments`, `new_segments`,
+            `dropped_segments`, and `expelled_folders`, of other models.
         """
         cdef int verb, status
         self.require_made()
@@ -196,6 +234,8 @@ cdef class DiskStore:
         buffered = self.core.disk.buffered_error
         reason = f"direct I/O was refused: {os.strerror(buffered)}" if buffered else self.segments.buffered_reason
         facts["io"], facts["io_reason"] = ("buffered" if reason else "direct"), reason
+        facts["io_engine"] = "aio" if self.is_aio else "threads"
+        facts["io_engine_reason"] = self.threads_reason
         error = self.core.disk.read_only_error
         facts["read_only"] = os.strerror(error) if error else None
         error = self.core.disk.last_error
@@ -284,6 +324,7 @@ cdef class DiskStore:
         with nogil:
             is_over = _c.kv_io_stop(&self.core.queue, deadline)
         if is_over:
+            self.end_aio()
             self.pool.take_back()
             self.segments.close()
         else:  # memory, files and lock stay: the disk may still write into them, or from them

@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import stat
+import time
 
 from kvortex.errors import TierError
 from kvortex.tiers.disk.manifest import NAME as MANIFEST_NAME
 
 LOCK_NAME, SUFFIX = "lock", ".segment"
-SPACE_NAME, PART_NAME = re.compile(r"[0-9a-f]{8}"), re.compile(r"dp\d+-rank\d+")
+SPACE_NAME, PART_NAME = re.compile(r"[0-9a-f]{8}"), re.compile(r"dp(?P<replica>\d+)-rank(?P<rank>\d+)")
+LOOK_S = 0.02  # a tool that asks whether the folder is in use has the lock for less
 
 
 class Folder:
@@ -54,9 +56,9 @@ def make_room(path, namespace, needed_bytes):
     deleted : list of str
     """
     parts, deleted = [], []
-    for space in _folders(path, SPACE_NAME):
+    for space in folders_in(path, SPACE_NAME):
         if os.path.basename(space) != namespace[:4].hex():
-            parts += _folders(space, PART_NAME)
+            parts += folders_in(space, PART_NAME)
     for part in sorted(parts, key=_opened_at):
         free = os.statvfs(path)
         if free.f_bavail * free.f_frsize >= needed_bytes:
@@ -76,7 +78,7 @@ def make_room(path, namespace, needed_bytes):
     return deleted
 
 
-def _folders(path, name):
+def folders_in(path, name):
     """The folders in `path` with such a name."""
     return [
         entry.path for entry in os.scandir(path) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
@@ -108,7 +110,11 @@ def _lock(path, folder):
     """Take the lock file; the kernel lets go of it when the process ends, however it ends."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOOK_S)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file).st_nlink == 0:  # whoever made room deleted it between our two calls
             raise BlockingIOError
         os.ftruncate(file, 0)

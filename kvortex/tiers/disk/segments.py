@@ -11,6 +11,7 @@ from kvortex.log import warn_once
 from kvortex.slots import PAGE_BYTES
 from kvortex.tiers._record import payload_sums
 from kvortex.tiers.disk._io_calls import IoCalls
+from kvortex.tiers.disk.file_system import go_direct
 from kvortex.tiers.disk.folder import SUFFIX, Folder, make_room
 from kvortex.tiers.disk.manifest import ROW_BYTES
 
@@ -121,7 +122,7 @@ class Segments:
                 self.new_slots.append((first, count))
                 self._new += 1
             if not self.buffered_reason:
-                self.buffered_reason = self._go_direct(file)
+                self.buffered_reason = go_direct(calls, file)
         except OSError as error:
             free = os.statvfs(os.path.dirname(path))
             room = f"{bytes_text(free.f_bavail * free.f_frsize)} are free; set disk_bytes lower"
@@ -143,20 +144,6 @@ class Segments:
             )
             self.calls.resize(file, nbytes)
             self._sparse += 1
-
-    def _go_direct(self, file):
-        """Go past the page cache; return why not, or None."""
-        try:
-            align = self.calls.direct_align(file)
-            if align == 0 or PAGE_BYTES % align:
-                return f"direct I/O needs {align} bytes of alignment" if align else "the file system has no direct I/O"
-        except OSError:
-            pass  # an older kernel does not tell: what it refuses, shows
-        try:
-            self.calls.set_direct(file, True)
-        except OSError as error:
-            return f"direct I/O was refused: {error.strerror}"
-        return None
 
     @property
     def folders(self):

@@ -12,6 +12,7 @@ from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk.adoption import Adoption
+from kvortex.tiers.disk.file_system import warn_of_file_systems
 from kvortex.tiers.disk.manifest import take_manifest, write_manifest
 from kvortex.tiers.disk.segments import SEGMENT_BYTES, Segments
 
@@ -34,6 +35,8 @@ class DiskTier:
         Blocks that may wait; what comes beyond is not written, or a miss.
     direct : bool, default True
         Go past the page cache where the file system can.
+    io : {"threads", "aio"}, default "threads"
+        By threads, or by Linux AIO. On huge pages neither is faster.
     segment_bytes : int, default 1 GiB
     write_bytes_per_s : int, default 256 MiB/s
         What may be written while blocks are saved, for the disk's sake: up to ten seconds of it at once. What is saved
@@ -46,6 +49,7 @@ class DiskTier:
     num_threads: int = 4
     queue_blocks: int = 4096
     direct: bool = True
+    io: str = "threads"
     segment_bytes: int = SEGMENT_BYTES
     write_bytes_per_s: int = 256 << 20
 
@@ -58,6 +62,8 @@ class DiskTier:
         for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        if self.io not in ("threads", "aio"):
+            raise ConfigError(f"io must be 'threads' or 'aio', got {self.io!r}")
         for name in ("disk_bytes", "segment_bytes"):
             if index(getattr(self, name)) <= 0:
                 raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
@@ -96,6 +102,7 @@ class DiskTier:
             direct=self.direct,
         )
         try:
+            warn_of_file_systems(self.paths)
             store = DiskStore(
                 pool,
                 segments,
@@ -103,6 +110,7 @@ class DiskTier:
                 rank=rank,
                 num_threads=self.num_threads,
                 queue_blocks=self.queue_blocks,
+                io=self.io,
             )
         except BaseException:
             segments.close()
