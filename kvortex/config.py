@@ -21,6 +21,7 @@ OTHER_VARIABLES = {
     "KVORTEX_BENCH_DEVICE",
     "KVORTEX_CFLAGS",
     "KVORTEX_DYNAMO",
+    "KVORTEX_FUZZ_SECONDS",
     "KVORTEX_LDFLAGS",
     "KVORTEX_MUTANT",
     "KVORTEX_ONLY",
@@ -147,6 +148,11 @@ class KVortexConfig:
     def __post_init__(self):
         for field in fields(self):
             object.__setattr__(self, field.name, self.check(field.name, getattr(self, field.name)))
+        if (self.prefill_tokens_per_s > 0) != (self.block_tokens > 0):
+            raise ConfigError(
+                f"prefill_tokens_per_s and block_tokens go together, got {self.prefill_tokens_per_s} and "
+                f"{self.block_tokens}; set both, or neither"
+            )
         if self.tiers and self.namespace is None:
             raise ConfigError(
                 "tiers need a namespace that names the model as it was loaded: blocks outlive this process, and must "

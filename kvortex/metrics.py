@@ -45,23 +45,26 @@ TIER_COUNTERS = {  # field of TierStats: (metric, what it counts); each with the
     "blocks_admitted": ("tier_blocks_admitted", "Blocks saved that the tier was to have."),
     "blocks_not_admitted": ("tier_blocks_not_admitted", "Blocks saved that the write budget kept from the tier."),
     "blocks_written": ("tier_blocks_written", "Blocks written to the tier."),
-    "blocks_written_idle": ("tier_blocks_written_idle", "Blocks of them written by an idle engine, or by flush."),
+    "blocks_written_beyond": (
+        "tier_blocks_written_beyond",
+        "Those beyond the budget: by an idle engine, or flush.",
+    ),
     "blocks_not_written": ("tier_blocks_not_written", "Blocks that the tier could not write."),
     "blocks_evicted": ("tier_blocks_evicted", "Blocks evicted from the tier."),
     "blocks_promoted": ("tier_blocks_promoted", "Blocks brought back into host memory."),
-    "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks brought back that their reader never took."),
+    "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks held for a reader that never took them."),
     "bytes_written": ("tier_written_bytes", "Bytes written to the tier."),
     "bytes_read": ("tier_read_bytes", "Bytes read from the tier."),
-    "rests": ("tier_rests", "Times that the tier was left alone because it failed."),
+    "suspensions": ("tier_suspensions", "Times that the tier was left alone because it failed."),
 }
 TIER_GAUGES = {
     "blocks": ("tier_blocks", "Blocks in the tier."),
-    "blocks_most": ("tier_blocks_most", "Blocks that the tier has room for."),
+    "blocks_capacity": ("tier_blocks_capacity", "Blocks that the tier has room for."),
     "is_adopting": ("tier_adopting", "1 while blocks of an earlier process are being looked for, else 0."),
     "queue_blocks": ("tier_queue_blocks", "Blocks that the tier writes or reads, or that wait for it."),
     "cleaning_blocks": ("tier_cleaning_blocks", "Blocks in host memory that are pinned to be written."),
     "promoting_blocks": ("tier_promoting_blocks", "Blocks in host memory that are pinned for a reader."),
-    "is_resting": ("tier_resting", "1 while the tier is left alone because it failed, else 0."),
+    "is_suspended": ("tier_suspended", "1 while the tier is left alone because it failed, else 0."),
     "read_only": ("tier_read_only", "1 where the tier takes no more blocks, else 0."),
 }
 TIER_SECONDS = {

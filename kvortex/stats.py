@@ -7,28 +7,28 @@ from dataclasses import dataclass
 class TierStats:
     """What became of blocks on the way to a lower tier and back, since the engine was created.
 
-    `blocks` are there now, of `blocks_most`; `blocks_scanned` headers of an earlier process have been read, and
+    `blocks` are there now, of `blocks_capacity`; `blocks_scanned` headers of an earlier process have been read, and
     `blocks_adopted` were of use. Of the blocks saved, the tier was to have `blocks_admitted`; the write budget did not
     allow `blocks_not_admitted`. `blocks_written` counts all that was, those included that an idle engine or `flush`
-    wrote beyond the budget (`blocks_written_idle`); `blocks_not_written` those that the store could not write.
-    `blocks_promoted` came back into RAM, `blocks_expired_unread` of them for a reader that let `hold_ms` pass. `misses`
-    are blocks that a reader waited for in vain, by cause: a `BlockStatus`, or FULL (promotions pin half of the pool at
-    the most), GONE, BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, RESTING (the tier failed, and is left alone for a
-    while). `queue_blocks` wait for the store or are in it; `cleaning_blocks` and `promoting_blocks` are pinned in RAM.
-    `ms_reading` is the sum over all batches, `ms_saved` what computing the blocks would have taken, where
-    `prefill_tokens_per_s` is known.
+    wrote beyond the budget (`blocks_written_beyond`); `blocks_not_written` those that the store could not write.
+    `blocks_promoted` came back into RAM; `blocks_expired_unread` were held for a reader that let `hold_ms` pass.
+    `misses` are blocks that a reader waited for in vain, by cause: a `BlockStatus`, or FULL (promotions pin half of the
+    pool at the most), GONE, BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, SUSPENDED (lookups while the tier, which
+    failed, is left alone for a while). `queue_blocks` wait for the store or are in it; `cleaning_blocks` and
+    `promoting_blocks` are pinned in RAM. `ms_reading` is the sum over all batches, `ms_saved` what computing the blocks
+    would have taken, where `prefill_tokens_per_s` is known.
     """
 
     name: str
     blocks: int
-    blocks_most: int
+    blocks_capacity: int
     blocks_scanned: int
     blocks_adopted: int
     is_adopting: bool
     blocks_admitted: int
     blocks_not_admitted: int
     blocks_written: int
-    blocks_written_idle: int
+    blocks_written_beyond: int
     blocks_not_written: int
     blocks_evicted: int
     blocks_promoted: int
@@ -41,8 +41,8 @@ class TierStats:
     promoting_blocks: int
     ms_reading: float
     ms_saved: float
-    is_resting: bool
-    rests: int
+    is_suspended: bool
+    suspensions: int
     read_only: str | None
     last_error: str | None
     io: str

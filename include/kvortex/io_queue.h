@@ -330,7 +330,7 @@ static inline void kv_io_submit(kv_io_queue *queue, kv_io_batch *batch)
     kv_monitor_lock(&queue->monitor);
     kv_io_expire_waiting(queue, kv_now_ns());
     uint32_t room = queue->num_waiting < queue->capacity ? queue->capacity - queue->num_waiting : 0;
-    if (room > batch->num_blocks || batch->verb == KV_IO_ERASE)
+    if (room > batch->num_blocks || batch->verb == KV_IO_ERASE || batch->verb == KV_IO_SYNC)
         room = batch->num_blocks;
     if (queue->stopping)
         room = 0;

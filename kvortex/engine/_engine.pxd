@@ -1,6 +1,6 @@
 """EngineCore: index + pool + queues, joined without the GIL. The map; the code is in _engine.pyx."""
 
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from kvortex._c cimport kv_histogram, kv_monitor
 from kvortex.driver._device cimport Device
@@ -22,6 +22,11 @@ cdef struct Counters:
     kv_histogram lookup_ns, save_ns, load_ns
 
 
+cdef class Admission:
+    cdef readonly size_t num_blocks, granted, num_new
+    cdef public bint is_over             # the save was called, well or badly
+
+
 cdef class EngineCore:
     cdef readonly Device device
     cdef readonly PinnedPool pool
@@ -33,6 +38,7 @@ cdef class EngineCore:
     cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
     cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
     cdef readonly object tiering         # kvortex.engine.tiering.Tiering, or None
+    cdef BlockIndex catalogue            # of the tier
     cdef object deferred                 # of calls that do not say: False, True or "auto"
 
     cdef kv_monitor counting             # guards the counters
@@ -58,7 +64,9 @@ cdef class EngineCore:
     cdef void give_loans_back(self) noexcept
     cdef int deferral(self, object deferred) except -1
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred, size_t num_admitted, int number)
+                 int deferred, Admission admission, const uint32_t[::1] expected, int number)
+    cdef size_t num_missing(self, const uint8_t[:, ::1] keys) except? 0
+    cdef tuple tiering_of(self, object prefetched)
     cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
                               int deferred)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil

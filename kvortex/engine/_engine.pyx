@@ -30,6 +30,7 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 import contextlib
 import hashlib
 import logging
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -40,6 +41,9 @@ from kvortex.log import log
 from kvortex.stats import EngineStats
 
 
+HOLD_MS = 60_000  # what one call promotes and loads; it gives the blocks back itself
+
+
 class BlockHits(NamedTuple):
     """The answer of `check_blocks`."""
 
@@ -47,6 +51,17 @@ class BlockHits(NamedTuple):
     mask: np.ndarray       # bool (n,): which keys are in RAM
     where: np.ndarray      # uint8 (n,): 0 nowhere, 1 in RAM, from 2 on the lower tiers: names of levels, not an order
     leading_anywhere: int  # blocks of the leading run over all levels
+
+
+cdef class Admission:
+    """What a save was granted of a tier's write budget, and what became of it."""
+
+    def __init__(self, num_blocks):
+        self.num_blocks = num_blocks
+
+    def grant(self, num_blocks):
+        """The first so many new blocks may be written."""
+        self.granted = num_blocks
 
 
 @cython.no_gc_clear  # __dealloc__ stops the threads that use the parts, so they must still be there
@@ -78,7 +93,7 @@ cdef class EngineCore:
         What a tier keeps outlives the order in which layouts were added: keys of layouts that `create` was not given
         must differ from those of raw memory.
         """
-        self.tiering = tiering
+        self.tiering, self.catalogue = tiering, tiering.tier.catalogue
         if self.carriers.fingerprint is None:
             self.carriers.fingerprint = b""
 
@@ -154,15 +169,15 @@ cdef class EngineCore:
         if after is not None:
             source.chained, source.after = True, before
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
-        if self.tiering is None:
-            return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), 0, -1)
-        cdef size_t admitted = self.tiering.admit(rows.shape[0])
-        cdef Job job = None
+        cdef Admission admission = None
+        if self.tiering is not None:
+            admission = Admission(self.num_missing(rows))
+            self.tiering.admit(admission)
         try:
-            job = self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admitted, -1)
-        finally:
-            self.tiering.saved(admitted, 0 if job is None else job.count)
-        return job
+            return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admission, None, -1)
+        finally:  # no Python code runs once the copies are under way: what a signal handler raised would lose the job
+            if admission is not None:
+                admission.is_over = True
 
     def load_blocks(self, keys, block_ids=None, *, data_ptrs=None, sizes=None, stream=None, deferred=None, layout=None,
                     prefetched=None, promote_timeout_ms=None):
@@ -182,7 +197,7 @@ cdef class EngineCore:
         layout : KVLayout, optional
             As for `save_blocks`. What was saved under another fingerprint is a miss.
         prefetched : Prefetch, optional
-            What `prefetch` brought for these keys: it is closed as soon as this call has pinned the blocks itself.
+            What `prefetch` brought for these keys: it is closed when this call has pinned blocks itself.
         promote_timeout_ms : int, optional
             Bring what only a lower tier has into RAM first, and wait for that so long at the most; 0 by default. Then
             this call blocks, the GIL released, and moves what has come by then.
@@ -211,11 +226,13 @@ cdef class EngineCore:
             if prefetched is not None:
                 raise ValueError("prefetched and promote_timeout_ms exclude each other; name one of them")
             return self.load_as_it_comes(carrier, rows, source, promote_timeout_ms, self.deferral(deferred))
-        try:
-            return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), 0, -1)
-        finally:
-            if prefetched is not None:
-                prefetched.close()
+        if prefetched is None:
+            return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), None, None, -1)
+        close, promotion = self.tiering_of(prefetched)
+        cdef Job job = self.run(carrier, H2D, rows, source, None, self.deferral(deferred), None, None, -1)
+        if job.count:
+            close(promotion)  # compiled, as nothing else may run now
+        return job
 
     def check_blocks(self, keys, *, layout=None):
         """Which of the keys are in RAM, and how long the leading run is; changes nothing in the cache.
@@ -246,10 +263,10 @@ cdef class EngineCore:
         """
         cdef const uint8_t[:, ::1] rows
         rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
-        cdef size_t n = rows.shape[0], leading = 0
+        cdef size_t n = rows.shape[0], leading = 0, anywhere
         cdef uint64_t start
         where = np.zeros(n, dtype=np.uint8)
-        cdef uint8_t[::1] bits = where
+        cdef uint8_t[::1] bits = where, levels
         self.enter_call()
         try:
             with nogil:
@@ -264,10 +281,14 @@ cdef class EngineCore:
         finally:
             self.calls -= 1
         mask = where.view(np.bool_)
-        if self.tiering is None or leading == n:
+        if self.tiering is None or leading == n or self.failure or not self.tiering.answers():
             return BlockHits(leading, mask, where, leading)
-        where = np.where(mask, np.uint8(1), 2 * self.tiering.look_up(np.asarray(rows)))
-        return BlockHits(leading, mask, where, int(np.argmin(np.append(where, 0) != 0)))
+        where = np.empty(n, dtype=np.uint8)
+        levels = where
+        with nogil:
+            self.catalogue.lookup_keys(&rows[0, 0], n, &levels[0])
+            anywhere = join_levels(&bits[0], &levels[0], n)
+        return BlockHits(leading, mask, where, anywhere)
 
     def touch_blocks(self, keys, *, layout=None):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
@@ -365,16 +386,24 @@ cdef class EngineCore:
         -----
         Thread-safe; waits for the index's lock at the most, never for a copy. The GIL is released.
         """
-        if weights is not None and not isinstance(weights, str):
+        cdef bytes tag
+        if weights is not None and (not isinstance(weights, str) or not weights):
             raise TypeError(f"weights must be a str that names them, got {weights!r}")
+        tier = None
         if self.tiering is not None:
             self.require_open()
-            self.tiering.clear(weights)
-            return
+            tag = os.urandom(32) if weights is None else hashlib.sha256(weights.encode()).digest()
+            tier = self.tiering.tier
+            tier.adoption.clear(tag)
         self.enter_call()
         try:
             with nogil:
                 self.index.clear_all()
+            if tier is not None:
+                tier.tag = tag  # only now, or what RAM had could be written under this name
+                with nogil:
+                    self.catalogue.clear_all()
+                    self.index.clear_all()  # of what came from the tier in between
         finally:
             self.calls -= 1
 
@@ -515,15 +544,17 @@ cdef class EngineCore:
     @cython.wraparound(False)
     @cython.initializedcheck(False)
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
-                 int deferred, size_t num_admitted, int number):
+                 int deferred, Admission admission, const uint32_t[::1] expected, int number):
         """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails.
 
-        On the queue of that number; -1: on any.
+        On the queue of that number; -1: on any. A load ends before the first block that lies in another slot than is
+        `expected`, where that is not None.
         """
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef TransferQueue queue
         cdef JobRecord *record_of_job
         cdef bint twice = False, has_turn = False
+        cdef size_t num_admitted = 0 if admission is None else admission.granted
         cdef uint32_t record = NO_RECORD
         cdef int code = 0, failure
         cdef Loan loan = None
@@ -576,10 +607,18 @@ cdef class EngineCore:
                                         record_of_job.slots, &source.statuses[0], source.chained,
                                         &source.after[0, 0] if num_before else NULL, num_before, NULL, num_admitted)
                 queue.keep_slots(record, n)
+                if admission is not None:
+                    admission.num_new = record_of_job.num_slots
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                                 record_of_job.slots)
                 record_of_job.num_slots = moved
+                if expected is not None:
+                    for index in range(moved):
+                        if record_of_job.slots[index] != expected[index]:
+                            self.index.release_slots(record_of_job.slots + index, moved - index)
+                            record_of_job.num_slots = index
+                            break
             moved = record_of_job.num_slots
             record_of_job.nbytes = 0
             for index in range(moved):
@@ -609,41 +648,68 @@ cdef class EngineCore:
             job.queue = None
         return job
 
+    cdef size_t num_missing(self, const uint8_t[:, ::1] keys) except? 0:
+        """How many of the keys RAM does not have now."""
+        cdef size_t n = keys.shape[0], i, count = 0
+        cdef uint8_t[::1] bits = np.zeros(n, dtype=np.uint8)
+        if n:
+            with nogil:
+                self.index.lookup_keys(&keys[0, 0], n, &bits[0])
+                for i in range(n):
+                    count += not bits[i]
+        return count
+
+    cdef tuple tiering_of(self, object prefetched):
+        """What to call with what, in one step, to close a prefetch of this engine."""
+        if self.tiering is None or not isinstance(prefetched, self.tiering.Prefetch):
+            raise TypeError(f"prefetched must be a Prefetch of this engine, got {prefetched!r}")
+        return self.tiering.let_go, prefetched._promotion
+
     cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
                               int deferred):
         """Promote the run and load it piece by piece on one queue, each piece when it has landed.
 
-        The last job speaks for all: its event comes after theirs.
+        The last job speaks for all: its event comes after theirs. All pieces are of what one promotion holds, so that
+        `clear` in between cannot mix two sets of weights; what it does not hold is loaded only if there is no piece yet.
         """
-        cdef Py_ssize_t n = keys.shape[0], first = 0, end
+        cdef Py_ssize_t n = keys.shape[0], first = 0, end = 0, window
         cdef Job job = None, last = None
         cdef size_t moved = 0
         cdef bint is_over = False
+        cdef const uint32_t[::1] expected
         keys = np.array(keys)  # they are read for a while, and nobody may change them
         if source.by_block and len(np.unique(source.block_ids)) < n:
             raise ValueError("block_ids names a target twice; each target of a load must be its own block")
-        prefetch = self.tiering.prefetch(np.asarray(keys), timeout_ms, timeout_ms)
+        prefetch = self.tiering.prefetch(np.asarray(keys), timeout_ms, HOLD_MS)
+        close, promotion = self.tiering_of(prefetch)
+        window = self.tiering.window_blocks()
         earlier = []
         try:
-            while not is_over:
-                end, is_over = prefetch.wait_for_more(first)
-                end = n if is_over else end  # of what did not come some may have been in RAM all the time
-                job = self.run(carrier, H2D, keys[first:end], part_of(source, first, end - first), None, deferred, 0,
-                               -1 if last is None else carrier.queues.index(last.queue))
-                is_over |= job.count < <size_t>(end - first)
+            while True:
+                end, is_over = prefetch.wait_for_more(first + window)
+                if is_over and last is None:
+                    job = self.run(carrier, H2D, keys, source, None, deferred, None, None, -1)
+                    close(promotion)  # compiled: from here on no Python code runs
+                    return job
+                if end > first:
+                    expected = promotion.slots[first:end].copy()
+                    job = self.run(carrier, H2D, keys[first:end], part_of(source, first, end - first), None, deferred,
+                                   None, expected, -1 if last is None else carrier.queues.index(last.queue))
+                    moved += job.count
+                    if job.count:
+                        earlier += [] if last is None else [last]
+                        last = job
+                if is_over or job.count < <size_t>(end - first):
+                    break
                 first = end
-                moved += job.count
-                if job.count:
-                    earlier += [] if last is None else [last]
-                    last = job
         except BaseException:
             for job in earlier + [last]:
                 if job is not None:  # nothing may still be written into the targets of a call that failed
                     with contextlib.suppress(DriverError, EngineClosed):
                         job.wait()
-            raise
-        finally:
             prefetch.close()
+            raise
+        close(promotion)
         if last is None:
             return job
         last.count, last.earlier = moved, tuple(earlier) or None
@@ -843,6 +909,16 @@ cdef str error_name(Device device, int code):
         check(device, code)
     except DriverError as error:
         return error.name
+
+
+cdef size_t join_levels(const uint8_t *in_ram, uint8_t *levels, size_t n) noexcept nogil:
+    """Of what RAM has and what the tier has make which level has it; return the leading run of what any has."""
+    cdef size_t i, leading = n
+    for i in range(n):
+        levels[i] = 1 if in_ram[i] else 2 * levels[i]
+        if not levels[i] and leading == n:
+            leading = i
+    return leading
 
 
 cdef void retire(void *owner, Direction direction, const JobRecord *job, int code) noexcept nogil:

@@ -3,9 +3,12 @@
 It goes over the whole order of eviction. Blocks that a save was admitted for are written, blocks that the tier has are
 touched there, the rest is passed over. What it has passed stays, in its order, colder than what it has not: so the
 order of eviction is that of an engine without a cleaner, and the tier's is the order in which blocks left RAM.
+
+Only the tiering thread comes here. Other threads clear and discard meanwhile, RAM first and then the tier: so a block
+counts as written only if RAM still has it where it was taken from.
 """
 
-import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -27,6 +30,7 @@ class Cleaning:
 
     blocks: object  # as `BlockIndex.coldest` gave them
     has: np.ndarray  # numbers of those that the tier has already
+    refused: np.ndarray  # numbers of those that the tier had no slot for
     written: np.ndarray  # numbers of those that are being written, hottest first
     tier_slots: np.ndarray  # of these
     batch: object  # or None: nothing is written
@@ -35,15 +39,15 @@ class Cleaning:
 
 
 class Cleaner:
-    """Parameters: the engine's index, the open tier, its budget and breaker, the lock of all tiering, and the pool."""
+    """Parameters: the engine's index and pool, the open tier, its write budget and its breaker."""
 
-    def __init__(self, index, tier, budget, breaker, lock, pool):
-        self.index, self.tier, self.budget, self.breaker, self.lock = index, tier, budget, breaker, lock
+    def __init__(self, index, pool, tier, budget, breaker):
+        self.index, self.tier, self.budget, self.breaker = index, tier, budget, breaker
         self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
         self.most_pinned = max(1, min(pool.num_slots // 8, MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
         self._stride_bytes = pool.stride_bytes
         self.num_pinned = 0
-        self.num_written = self.num_written_unasked = self.num_failed = 0
+        self.num_written = self.num_written_beyond = self.num_failed = 0
         self._out = deque()  # batches, as they were begun and as they end
         self._num_passed = 0  # blocks that the tier does not have and that were passed over
         self._admits_all = False  # for the rest of this pass over the order
@@ -53,17 +57,15 @@ class Cleaner:
 
     @property
     def is_busy(self):
-        """Whether batches are out, or somebody waits for a pass."""
-        return bool(self._out or self._flushes or self._flushing)
+        """Whether batches are out or are to be tried again, or somebody waits for a pass."""
+        return bool(self._out or self._flushes or self._flushing) or time.monotonic() < self._not_before_s
 
-    def begin_flush(self):
-        """Ask for a pass that writes all that there is; return an event that is set at its end. Under the lock."""
-        over = threading.Event()
+    def begin_flush(self, over):
+        """Begin a pass that writes all that there is; set the event `over` at its end."""
         self._flushes.append(over)
-        return over
 
     def give_up_flush(self, over):
-        """Nobody waits for that pass any more. Under the lock."""
+        """Nobody waits for that pass any more."""
         for events in (self._flushes, self._flushing):
             if over in events:
                 events.remove(over)
@@ -74,13 +76,11 @@ class Cleaner:
         if self._out and (self._flushes or not self.breaker.allows(now_s)):
             return ended  # the pass begins anew when nothing is out
         if self._flushes:
-            with self.lock:
-                self._flushing, self._flushes = self._flushing + self._flushes, []
-                self._begin_pass(True)
-        elif self._num_passed and not self._out and not self._admits_all and self.budget.is_idle(now_s):
-            with self.lock:
-                self._begin_pass(False)
-        elif self._admits_all and not self._for_a_flush and not self.budget.is_idle(now_s):
+            self._flushing, self._flushes = self._flushing + self._flushes, []
+            self._begin_pass(True)
+        elif self._num_passed and not self._out and not self._admits_all and self.budget.is_idle():
+            self._begin_pass(False)
+        elif self._admits_all and not self._for_a_flush and not self.budget.is_idle():
             self._admits_all = False
         begun = False
         while now_s >= self._not_before_s and self.num_pinned < self.most_pinned and self.breaker.allows(now_s):
@@ -104,40 +104,40 @@ class Cleaner:
 
     def _begin_batch(self, now_s):
         """Take blocks that have not been passed, and give those that are to be written to the store."""
-        with self.lock:
-            blocks = self.index.coldest(min(self._window_blocks, self.most_pinned - self.num_pinned))
-            if not len(blocks.slots):
-                self._end_pass()
-                return False
-            is_clean = (blocks.facts & BlockFact.CLEAN) != 0
-            is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
-            is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]
-            wanted = np.flatnonzero(is_wanted)[::-1]  # the tier's most recent is what leaves RAM last
-            tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
-            is_new = statuses == ReserveStatus.NEW
-            written, tier_slots = wanted[is_new], tier_slots[is_new]
-            batch = None
-            if len(written):
-                try:
-                    batch = self.tier.store.put(
-                        tier_slots,
-                        blocks.slots[written],
-                        blocks.keys[written],
-                        blocks.lengths[written],
-                        tag=self.tier.tag,
-                        timeout_ms=PUT_TIMEOUT_MS,
-                    )
-                except BaseException:
-                    self.tier.catalogue.abort(tier_slots)
-                    self.index.release(blocks.slots, offered=True)
-                    raise
-            # The tier has evicted some that it had, and has some that were paid for.
-            spent = is_clean[written].sum() - is_paid[wanted[~is_new]].sum()
-            self.budget.spend(int(spent) * self._stride_bytes)
-            self._num_passed += int((~is_wanted).sum())
-            self.num_pinned += len(blocks.slots)
-            has = wanted[statuses == ReserveStatus.PRESENT]
-            self._out.append(Cleaning(blocks, has, written, tier_slots, batch, now_s + PUT_TIMEOUT_MS / 1000))
+        tag = self.tier.tag  # before any block is taken: what RAM has now is not older than this tag
+        blocks = self.index.coldest(min(self._window_blocks, self.most_pinned - self.num_pinned))
+        if not len(blocks.slots):
+            self._end_pass()
+            return False
+        is_clean = (blocks.facts & BlockFact.CLEAN) != 0
+        is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
+        is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]
+        wanted = np.flatnonzero(is_wanted)[::-1]  # the tier's most recent is what leaves RAM last
+        tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
+        is_new = statuses == ReserveStatus.NEW
+        written, tier_slots = wanted[is_new], tier_slots[is_new]
+        batch = None
+        if len(written):
+            try:
+                batch = self.tier.store.put(
+                    tier_slots,
+                    blocks.slots[written],
+                    blocks.keys[written],
+                    blocks.lengths[written],
+                    tag=tag,
+                    timeout_ms=PUT_TIMEOUT_MS,
+                )
+            except BaseException:
+                self.tier.catalogue.abort(tier_slots)
+                self.index.release(blocks.slots, offered=True)
+                raise
+        # The tier has evicted some that it had, and has some that were paid for.
+        self.budget.spend(int(is_clean[written].sum()) * self._stride_bytes)
+        self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._stride_bytes)
+        self._num_passed += int((~is_wanted).sum())
+        self.num_pinned += len(blocks.slots)
+        has, refused = wanted[statuses == ReserveStatus.PRESENT], wanted[statuses > ReserveStatus.PRESENT]
+        self._out.append(Cleaning(blocks, has, refused, written, tier_slots, batch, now_s + PUT_TIMEOUT_MS / 1000))
         return True
 
     def _end_batches(self, now_s):
@@ -148,8 +148,10 @@ class Cleaner:
             ended = True
         for cleaning in self._out:
             if cleaning.batch is not None and not cleaning.is_late and now_s >= cleaning.deadline_s:
-                cleaning.is_late = True  # its slots are the store's until it is over
-                self.breaker.saw(cleaning.batch.statuses, now_s)
+                statuses = cleaning.batch.statuses
+                if (statuses != BlockStatus.PENDING).all():
+                    cleaning.is_late = True  # its slots are the store's until it is over
+                    self.breaker.saw(statuses, now_s)
         return ended
 
     def _end_batch(self, cleaning, now_s):
@@ -158,19 +160,20 @@ class Cleaner:
         is_ok = statuses == BlockStatus.OK
         passed, clean = np.ones(len(blocks.slots), bool), np.zeros(len(blocks.slots), bool)
         passed[written] = is_ok | np.isin(statuses, REFUSED)
+        passed[cleaning.refused] = self.tier.adoption.is_over  # else there will be room when the scan has got there
         clean[cleaning.has] = True
-        with self.lock:
-            self._erase(cleaning.tier_slots[~is_ok])
-            self.tier.catalogue.abort(cleaning.tier_slots[~is_ok])
-            kept = cleaning.tier_slots[is_ok]
-            is_kept = self.tier.catalogue.commit(kept) == CommitStatus.READY
-            self._erase(kept[~is_kept])
-            clean[written[is_ok]] = is_kept
-            self.index.release(blocks.slots, offered=passed, clean=clean)
-            self.num_pinned -= len(blocks.slots)
-        is_unasked = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
+        is_kept = is_ok & (self.index.slots_of(blocks.keys[written]) == blocks.slots[written])
+        self._erase(cleaning.tier_slots[~is_kept])
+        self.tier.catalogue.abort(cleaning.tier_slots[~is_kept])
+        kept = cleaning.tier_slots[is_kept]
+        is_there = self.tier.catalogue.commit(kept) == CommitStatus.READY
+        self._erase(kept[~is_there])  # discarded meanwhile
+        clean[written[is_kept]] = is_there
+        self.index.release(blocks.slots, offered=passed, clean=clean)
+        self.num_pinned -= len(blocks.slots)
+        is_beyond = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
         self.num_written += int(is_ok.sum())
-        self.num_written_unasked += int((is_ok & is_unasked).sum())
+        self.num_written_beyond += int((is_ok & is_beyond).sum())
         self.num_failed += int((~is_ok).sum())
         if batch is not None and not cleaning.is_late:
             self.breaker.saw(statuses, now_s)

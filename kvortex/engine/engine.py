@@ -24,8 +24,8 @@ _engines = weakref.WeakSet()
 class KVortexEngine(EngineCore):
     """Keep KV blocks in pinned host memory and bring them back on a prefix hit.
 
-    Made by `create`. Every verb may be called from any thread; all but `get_stats` release the GIL. What each one does
-    stands in its own docstring.
+    Made by `create`. Every verb may be called from any thread; those that copy, look up or wait release the GIL. What
+    each one does stands in its own docstring.
 
     Attributes
     ----------
@@ -168,7 +168,7 @@ class KVortexEngine(EngineCore):
             tier.close()
             raise
         self._attach_tiering(tiering)
-        weakref.finalize(self, tiering.close, 1000).atexit = False
+        weakref.finalize(self, tiering.abandon).atexit = False
 
     def prefetch(self, keys, timeout_ms=2000, hold_ms=5000, *, layout=None):
         """Begin to bring blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
@@ -202,7 +202,7 @@ class KVortexEngine(EngineCore):
 
         Notes
         -----
-        Thread-safe; waits for locks of the index and of tiering at the most, never for I/O.
+        Thread-safe; waits for nothing. A thread of the engine does the rest.
         """
         self._require_ours()
         if self.tiering is None:
@@ -212,7 +212,7 @@ class KVortexEngine(EngineCore):
     def flush(self, timeout_ms=None):
         """Write every block that only RAM has to the tier, whatever the write budget says, and make the tier durable.
 
-        Saves in flight are waited for and written too. Blocks of the GIL are none: it is released while this waits.
+        Saves in flight are waited for and written too. Blocks; the GIL is released meanwhile.
 
         Parameters
         ----------
@@ -222,11 +222,13 @@ class KVortexEngine(EngineCore):
         Returns
         -------
         int
-            How many blocks are left that the tier does not have: 0 unless the time was over, the tier failed, or it is
-            read-only. 0 without a tier.
+            How many blocks are left that the tier does not have: 0 unless the time was over, or the tier fails, is
+            read-only, or smaller than what RAM has. 0 without a tier.
 
         Raises
         ------
+        ValueError
+            `timeout_ms` is no time.
         TierError
             The disk could not make durable what was written.
         EngineClosed

@@ -2,13 +2,57 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
+import os
+import queue
 import weakref
+from operator import index
+
+import numpy as np
+
+from kvortex.errors import EngineClosed
+from kvortex.index import NO_SLOT
+
+LONGEST_MS = 1 << 40
 
 
 def require_ms(name, value):
-    """Refuse what is no time in milliseconds."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{name} must be an int of 0 or more, got {value!r}")
+    """Return a time in milliseconds as an int, or refuse it."""
+    try:
+        number = -1 if isinstance(value, bool) else index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= LONGEST_MS:
+        raise ValueError(f"{name} must be a whole number of milliseconds from 0 to 2^40, got {value!r}")
+    return number
+
+
+class Promotion:
+    """What one reader waits for and holds. Only the tiering thread changes it."""
+
+    def __init__(self, keys, deadline_s, hold_s):
+        self.keys, self.deadline_s, self.hold_s, self.expires_s = keys, deadline_s, hold_s, float("inf")
+        self.slots = np.full(len(keys), NO_SLOT, np.uint32)  # pinned by us, where they are there
+        self.end = self.held = 0  # where the run ends, as far as is known; blocks that count as pinned for it
+        self.num_landed = 0
+        self.landings = []
+        self.is_over = self.is_closed = False
+        self.future = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()  # nobody else can cancel it
+        self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block
+
+    def count(self):
+        """Count what has come of the run, and tell who waits for it."""
+        self.num_landed = int(np.argmax(np.append(self.slots[: self.end], NO_SLOT) == NO_SLOT))
+        self.progress.put((self.num_landed, self.is_over))
+        return self.num_landed
+
+    def finish(self):
+        """No more blocks will come. Once is enough, and more do no harm."""
+        self.is_over = True
+        self.count()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self.future.set_result(None)
 
 
 class Prefetch:
@@ -19,9 +63,9 @@ class Prefetch:
     awaited, and is a context manager.
     """
 
-    def __init__(self, promoter, promotion):
-        self._promoter, self._promotion = promoter, promotion
-        self._finalizer = weakref.finalize(self, promoter.let_go, promotion)
+    def __init__(self, promotion, let_go):
+        self._promotion, self._pid = promotion, os.getpid()
+        self._finalizer = weakref.finalize(self, let_go, promotion)
         self._finalizer.atexit = False
 
     @property
@@ -30,7 +74,7 @@ class Prefetch:
         return self._promotion.num_landed
 
     def done(self):
-        """Whether it has come as far as it will. Does not block."""
+        """Whether no more blocks will come. Does not block."""
         return self._promotion.future.done()
 
     def wait(self, timeout_ms=None):
@@ -40,26 +84,37 @@ class Prefetch:
         ------
         TimeoutError
             This call's own `timeout_ms` passed first.
+        EngineClosed
+            In a forked child.
         """
+        timeout_s = None if timeout_ms is None else require_ms("timeout_ms", timeout_ms) / 1000
+        self._require_ours()
         try:
-            self._promotion.future.result(None if timeout_ms is None else timeout_ms / 1000)
+            self._promotion.future.result(timeout_s)
         except concurrent.futures.TimeoutError:
             raise TimeoutError(f"the prefetch is not done after {timeout_ms} ms") from None
 
     def wait_for_more(self, num_blocks):
-        """Block (GIL released) until a window more than `num_blocks` has come, or all that will.
+        """Block (GIL released) until so many blocks have come, or all that will.
 
         Returns
         -------
         num_blocks : int
         is_over : bool
         """
-        return self._promoter.wait_for_more(self._promotion, num_blocks)
+        self._require_ours()
+        while True:
+            landed, is_over = self._promotion.progress.get()
+            if is_over or landed >= num_blocks:
+                return landed, is_over
 
     def close(self):
-        """Let the blocks be evicted again; what has not come yet is no longer waited for. Idempotent."""
-        self._finalizer.detach()
-        self._promoter.close(self._promotion)
+        """Let the blocks be evicted again, soon; what has not come yet is no longer waited for. Idempotent."""
+        self._finalizer()
+
+    def _require_ours(self):
+        if os.getpid() != self._pid:
+            raise EngineClosed("this prefetch belongs to the parent process")
 
     def __await__(self):
         yield from asyncio.shield(asyncio.wrap_future(self._promotion.future)).__await__()

@@ -1,7 +1,8 @@
 """Tiering: the thread that moves blocks between RAM and the tier below, and what an engine asks of it.
 
-It decides a batch at a time and does no I/O itself. It may be late, and is never in the way: saves, loads and lookups
-of what is in RAM touch nothing of it but a counter.
+The thread decides a batch at a time and does no I/O itself. Saves, loads and lookups never wait for it. What it knows
+of cleaning and promoting belongs to it alone: other threads leave it messages, so that no signal handler and no
+finalizer of the garbage collector, which may run anywhere, ever meets a lock.
 """
 
 import contextlib
@@ -11,22 +12,24 @@ import os
 import select
 import threading
 import time
+from collections import deque
 
 import numpy as np
 
 from kvortex.engine.cleaner import Cleaner
-from kvortex.engine.prefetch import require_ms
+from kvortex.engine.prefetch import Prefetch, Promotion, require_ms
 from kvortex.engine.promoter import Promoter
 from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.log import log
 from kvortex.stats import TierStats
 from kvortex.tiers.breaker import Breaker
+from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 
-NO_TAG = bytes(32)
-WATCHED_S = 0.05  # how long something may go unnoticed while batches are out: deadlines, saves that were committed
-IDLE_S = 0.5
+WATCHED_S = 0.05  # how long something may go unnoticed while anything is under way
+UNWATCHED_S = 0.5
+PATIENCE_S = 1.0  # for the thread to come to its end, beyond the deadline
 
 
 def tag_of(weights):
@@ -47,128 +50,131 @@ class Tiering:
         What may be written; 0: no limit.
     blocks_per_s : float
         What the model computes; 0: not known.
+    clock : callable, default time.monotonic
+        Of the write budget.
     """
 
-    def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0):
+    Prefetch = Prefetch
+
+    def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0, clock=time.monotonic):
         self.index, self.tier, self._pid = index, tier, os.getpid()
-        self.lock = threading.Lock()  # held over no I/O and no code of others
-        self._budget_lock = threading.Lock()
         self._stride_bytes = pool.stride_bytes
-        self._budget = WriteBudget(bytes_per_s, time.monotonic())
+        self.budget = WriteBudget(bytes_per_s, clock)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
-        self._num_refused = self._num_admitted = 0
-        self._waking = threading.RLock()  # the collector may wake it from within a call that does
+        self._admissions = deque()  # of saves, until what they did not need is given back
+        self.num_admitted = self.num_not_admitted = 0
+        self._messages = deque()  # (what to do, with what); append and popleft are one step each
+        self._left = deque()  # promotions whose blocks a load has pinned itself
+        self.let_go = self._left.append  # one step without Python code, and without a wake-up
+        self._waking = threading.RLock()  # the collector may wake the thread from within a call that does
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._is_closing = self._gives_up = self._is_over = False
-        self._may_have_work = True
-        self._cleaner = Cleaner(index, tier, self, self._breaker, self.lock, pool)
-        self._promoter = Promoter(index, tier, self._breaker, self._break_even, self.lock, pool, self.wake)
+        self._is_closing = self._gives_up = self._is_closed = self._has_ended = self.has_failed = False
+        self._cleaner = Cleaner(index, pool, tier, self.budget, self._breaker)
+        self._promoter = Promoter(index, pool, tier, self._breaker, self._break_even)
         tier.store.notify(self._event)
         self._thread = threading.Thread(target=self._run, name="kvortex-tiering", daemon=True)
         self._thread.start()
 
-    # ---- for saves --------------------------------------------------------------------------------------------------
+    # ---- for saves and loads ----------------------------------------------------------------------------------------
 
-    def admit(self, num_blocks):
-        """How many blocks of a save the tier is to have, from the first on."""
-        with self._budget_lock:
-            return self._budget.admit(num_blocks, self._stride_bytes, time.monotonic())
+    def admit(self, admission):
+        """Grant a save of so many blocks that RAM does not have what the budget allows; called before it begins.
 
-    def saved(self, num_admitted, num_new):
-        """A save that was admitted had so many new blocks."""
-        with self._budget_lock:
-            spent = min(num_admitted, num_new)
-            self._num_admitted += spent
-            self._num_refused += num_new - spent
-            if spent < num_admitted and self._budget.bytes_per_s:
-                self._budget.spend((spent - num_admitted) * self._stride_bytes)
-        if num_new and not self._may_have_work:
-            self._may_have_work = True
-            self.wake()
+        What it did not need is given back when ``admission.is_over``.
+        """
+        admission.grant(self.budget.admit(admission.num_blocks, self._stride_bytes))
+        self._admissions.append(admission)
+        self.wake()
 
-    def spend(self, nbytes):
-        """As `WriteBudget.spend`."""
-        if nbytes and self._budget.bytes_per_s:
-            with self._budget_lock:
-                self._budget.spend(nbytes)
-
-    def is_idle(self, now_s):
-        """As `WriteBudget.is_idle`."""
-        with self._budget_lock:
-            return self._budget.is_idle(now_s)
+    def window_blocks(self):
+        """Blocks that come from the tier together."""
+        return self._promoter.window_blocks
 
     # ---- for the other verbs ----------------------------------------------------------------------------------------
 
-    def look_up(self, keys):
-        """For each key 1 if the tier has it, else 0."""
-        if self._is_closing or not self._breaker.allows(time.monotonic()):
-            return np.zeros(len(keys), np.uint8)
-        return self.tier.catalogue.lookup(keys)[0].view(np.uint8)
+    def answers(self):
+        """Whether what the tier has can be had now."""
+        return not self._is_in_trouble()
 
     def prefetch(self, keys, timeout_ms, hold_ms):
         """A `Prefetch` of the leading run of `keys`, which nobody may change any more."""
-        self._require_open()
-        require_ms("timeout_ms", timeout_ms)
-        require_ms("hold_ms", hold_ms)
-        return self._promoter.prefetch(keys, timeout_ms, hold_ms)
+        if self._is_closing:
+            raise EngineClosed("the engine is shut down; create another one")
+        timeout_ms, hold_ms = require_ms("timeout_ms", timeout_ms), require_ms("hold_ms", hold_ms)
+        promotion = Promotion(keys, time.monotonic() + timeout_ms / 1000, hold_ms / 1000)
+        self._tell(self._promoter.begin, promotion)
+        return Prefetch(promotion, self._close_promotion)
+
+    def _close_promotion(self, promotion):
+        self._tell(self._promoter.close, promotion)
+
+    def _tell(self, do, promotion):
+        """Leave the thread a message. Any thread may, signal handlers and finalizers too."""
+        self._messages.append((do, promotion))
+        self.wake()
+        if self._has_ended:
+            promotion.finish()
 
     def discard(self, keys):
         """Forget keys on both levels at once; return how many were there."""
         keys = np.array(keys)
-        with self.lock:
-            was_there = self.index.slots_of(keys) != NO_SLOT
-            was_there |= self.tier.catalogue.slots_of(keys) != NO_SLOT
-            self.index.discard(keys)
-            self.tier.discard(keys)
+        was_there = self.index.slots_of(keys) != NO_SLOT
+        was_there |= self.tier.catalogue.slots_of(keys) != NO_SLOT
+        self.index.discard(keys)  # first: what is on its way to the tier is looked at once more when it is there
+        self.tier.discard(keys)
         return int(was_there.sum())
-
-    def clear(self, weights):
-        """Forget everything on both levels at once. What was saved before is of other weights than what comes."""
-        tag = os.urandom(32) if weights is None else tag_of(weights)
-        with self.lock:
-            self.tier.clear(tag)
-            self.index.clear()
 
     def flush(self, timeout_ms):
         """Write all that is in RAM, and make it durable; return how many blocks are left at the end."""
-        self._require_open()
-        deadline_s = float("inf") if timeout_ms is None else time.monotonic() + timeout_ms / 1000
+        limit_s = float("inf") if timeout_ms is None else require_ms("timeout_ms", timeout_ms) / 1000
+        deadline_s = time.monotonic() + limit_s
         while True:
-            any_writing = self.index.num_writing > 0  # saves in flight: this pass may come too early for them
-            with self.lock:
-                over = self._cleaner.begin_flush()
+            if self._is_closing:
+                raise EngineClosed("the engine is shut down; create another one")
+            over = threading.Event()
+            any_saves = self._num_saving() > 0  # in flight: this pass may come too early for them
+            self._messages.append((self._cleaner.begin_flush, over))
             self.wake()
             while not over.wait(min(WATCHED_S, max(0, deadline_s - time.monotonic()))):
-                self._require_open()
-                if time.monotonic() >= deadline_s:
-                    with self.lock:
-                        self._cleaner.give_up_flush(over)
+                if time.monotonic() >= deadline_s or self._is_in_trouble():
+                    self._messages.append((self._cleaner.give_up_flush, over))
                     break
             counts = self.index.counters()
-            left = counts["num_ready"] - counts["num_clean"] + counts["num_writing"]
-            any_writing |= counts["num_writing"] > 0
-            if not left or not any_writing or time.monotonic() >= deadline_s:
+            left = max(0, counts["num_ready"] - counts["num_clean"]) + self._num_saving()
+            any_saves |= self._num_saving() > 0 or counts["num_pinned"] > 0
+            if not left or not any_saves or time.monotonic() >= deadline_s or self._is_in_trouble():
                 break
-            time.sleep(0.001)
+            time.sleep(0.005)  # what is being saved or read is to be written too
+        rest_s = deadline_s - time.monotonic()
+        if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):
+            left += 1  # a discarded block may still be found by the next process
+        left = max(left, counts["num_ready"] - self.tier.catalogue.num_ready)  # the tier may be the smaller one
+        if self._is_in_trouble():
+            return max(1, left)
         rest_ms = None if timeout_ms is None else max(0, int(1000 * (deadline_s - time.monotonic())))
         return max(left, self.tier.store.flush(rest_ms))
+
+    def _num_saving(self):
+        return max(0, self.index.num_writing - self._promoter.num_writing)
+
+    def _is_in_trouble(self):
+        return self.has_failed or self._is_closing or not self._breaker.allows(time.monotonic())
 
     def stats(self):
         """A `TierStats`."""
         store, catalogue = self.tier.store.stats(), self.tier.catalogue.counters()
         cleaner, promoter = self._cleaner, self._promoter
-        now_s = time.monotonic()
         return TierStats(
             name=self.tier.name,
             blocks=catalogue["num_ready"],
-            blocks_most=self.tier.catalogue.num_slots,
+            blocks_capacity=self.tier.catalogue.num_slots,
             blocks_scanned=self.tier.adoption.num_scanned,
             blocks_adopted=self.tier.adoption.num_adopted,
             is_adopting=not self.tier.adoption.is_over,
-            blocks_admitted=self._num_admitted,
-            blocks_not_admitted=self._num_refused,
+            blocks_admitted=self.num_admitted,
+            blocks_not_admitted=self.num_not_admitted,
             blocks_written=cleaner.num_written,
-            blocks_written_idle=cleaner.num_written_unasked,
+            blocks_written_beyond=cleaner.num_written_beyond,
             blocks_not_written=cleaner.num_failed,
             blocks_evicted=catalogue["evictions"],
             blocks_promoted=promoter.num_promoted,
@@ -181,8 +187,8 @@ class Tiering:
             promoting_blocks=promoter.num_pinned,
             ms_reading=1000 * promoter.spent_s,
             ms_saved=1000 * self._break_even.saved_s(promoter.num_promoted),
-            is_resting=not self._breaker.allows(now_s),
-            rests=self._breaker.trips,
+            is_suspended=self._is_in_trouble(),
+            suspensions=self._breaker.suspensions,
             read_only=store["read_only"],
             last_error=store["last_error"],
             io=store["io"],
@@ -192,52 +198,70 @@ class Tiering:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def wake(self):
-        """Let the thread look again. Nothing happens once it has ended, or in a forked child."""
+        """Let the thread look again. Nothing happens once it is closed, or in a forked child."""
         if os.getpid() != self._pid:
             return  # where somebody may hold the lock for ever
         with self._waking:  # else the descriptor may be another's by now
-            if not self._is_over:
+            if not self._is_closed:
                 os.eventfd_write(self._event, 1)
 
     def _run(self):
         ready = select.poll()
         ready.register(self._event, select.POLLIN)
-        while True:
-            try:
-                timeout_s = self._step()
-            except Exception as error:  # the tier is lost, the engine is not
-                if self._gives_up and isinstance(error, EngineClosed):
-                    return
-                log(
-                    logging.ERROR, "tiering_failed", "blocks go to the tier no longer, nor come back", error=repr(error)
-                )
-                self._is_closing = True
+        try:
+            while (timeout_s := self._step()) is not None:
+                ready.poll(1000 * timeout_s)
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._event)
+        except Exception as error:  # the tier is lost, the engine is not
+            self.has_failed = True
+            log(logging.ERROR, "tiering_failed", "blocks no longer go to the tier or come back", error=repr(error))
+        finally:
+            with contextlib.suppress(Exception):
                 self._promoter.shut()
-                return
-            if timeout_s is None:
-                return
-            ready.poll(1000 * timeout_s)
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._event)
+            self._has_ended = True
+            while self._messages:
+                _, subject = self._messages.popleft()
+                if isinstance(subject, Promotion):
+                    subject.finish()
+                else:
+                    subject.set()
 
     def _step(self):
         """Do what can be done now; return for how long there may be nothing, or None at the end."""
+        while self._messages:
+            do, subject = self._messages.popleft()
+            do(subject)
+        while self._left:
+            self._promoter.close(self._left.popleft())
+        self._settle_admissions()
         now_s = time.monotonic()
-        self._may_have_work = False
         while self._promoter.step(now_s) | self._cleaner.step(now_s):
             now_s = time.monotonic()
-        if self._gives_up or (self._is_closing and not (self._cleaner.is_busy or self.index.num_writing)):
+        if self._gives_up or (self._is_closing and not (self._cleaner.is_busy or self._num_saving())):
             return None
-        if self._cleaner.is_busy or self._promoter.is_busy or self.index.num_writing:
-            self._may_have_work = True
-        wake_s = min(now_s + (WATCHED_S if self._may_have_work else IDLE_S), self._promoter.next_s() or float("inf"))
+        is_busy = self._cleaner.is_busy or self._promoter.is_busy or self._admissions or self.index.num_writing
+        wake_s = min(now_s + (WATCHED_S if is_busy else UNWATCHED_S), self._promoter.next_s())
         return max(0.0, wake_s - time.monotonic())
+
+    def _settle_admissions(self):
+        """Give back what saves were granted and did not need."""
+        for _ in range(len(self._admissions)):
+            admission = self._admissions.popleft()
+            if not admission.is_over:
+                self._admissions.append(admission)
+                continue
+            used = min(admission.granted, admission.num_new)
+            self.num_admitted += used
+            self.num_not_admitted += admission.num_new - used
+            self.budget.give_back((admission.granted - used) * self._stride_bytes)
 
     # ---- end --------------------------------------------------------------------------------------------------------
 
-    def _require_open(self):
-        if self._is_closing:
-            raise EngineClosed("the engine is shut down, or its tier failed; create another one")
+    def abandon(self):
+        """Let the thread come to its end by itself and close the tier: the engine was dropped. Waits for nothing."""
+        if os.getpid() == self._pid and not self._is_closing:
+            threading.Thread(target=self.close, args=(1000,), name="kvortex-tiering-end", daemon=True).start()
 
     def close(self, timeout_ms):
         """Write what was admitted, end the thread, close the tier: within about `timeout_ms`. Idempotent."""
@@ -245,17 +269,17 @@ class Tiering:
             return  # all of it is the parent's
         deadline_s = time.monotonic() + timeout_ms / 1000
         self._is_closing = True
-        self._promoter.shut()
-        if threading.current_thread() is not self._thread:  # else the collector found the engine there
-            self.wake()
-            self._thread.join(timeout_ms / 2000)
+        self.wake()
+        self._thread.join(timeout_ms / 2000)
         self._gives_up = True
-        if threading.current_thread() is not self._thread:
-            self.wake()
-            self._thread.join()
+        self.wake()
+        self._thread.join(max(0, deadline_s - time.monotonic()) + PATIENCE_S)
+        if self._thread.is_alive():
+            log(logging.WARNING, "tiering_hangs", "the tiering thread does not come to its end; the tier stays open")
+            return
         self.tier.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
         self.tier.store.notify(None)
         with self._waking:
-            if not self._is_over:
-                self._is_over = True
+            if not self._is_closed:
+                self._is_closed = True
                 os.close(self._event)

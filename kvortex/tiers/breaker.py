@@ -13,17 +13,17 @@ NOT_THE_TIERS = (BlockStatus.DROPPED, BlockStatus.READ_ONLY, BlockStatus.NO_SPAC
 
 
 class Breaker:
-    """Count batches that went wrong; after three in a row the tier rests, for longer each time.
+    """Count batches that went wrong; after three in a row the tier is suspended, for longer each time.
 
     A batch went wrong where a block was late, or where none of it came off and one met an error of the device.
     """
 
     def __init__(self, name):
-        self.name, self.trips = name, 0
-        self._failures, self._rest_s, self._until_s = 0, SHORTEST_S, 0.0
+        self.name, self.suspensions = name, 0
+        self._failures, self._pause_s, self._until_s = 0, SHORTEST_S, 0.0
 
     def allows(self, now_s):
-        """Whether the tier may be used. After a rest it may, and the next batch that goes wrong ends that."""
+        """Whether the tier may be used. After a pause it may, and the next batch that goes wrong ends that."""
         return now_s >= self._until_s
 
     def saw(self, statuses, now_s):
@@ -38,17 +38,17 @@ class Breaker:
             if not went_wrong:
                 return
         if not went_wrong:
-            self._failures, self._rest_s = 0, SHORTEST_S
+            self._failures, self._pause_s = 0, SHORTEST_S
             return
         self._failures += 1
         if self._failures >= FAILURES and self.allows(now_s):
-            self.trips += 1
+            self.suspensions += 1
             log(
                 logging.WARNING,
-                "tier_rests",
+                "tier_suspended",
                 "a tier is late or fails, and is left alone for a while; what it has counts as missing",
                 tier=self.name,
-                seconds=self._rest_s,
+                seconds=self._pause_s,
             )
-            self._until_s = now_s + self._rest_s
-            self._rest_s = min(2 * self._rest_s, LONGEST_S)
+            self._until_s = now_s + self._pause_s
+            self._pause_s = min(2 * self._pause_s, LONGEST_S)

@@ -3,6 +3,8 @@
 The engine and vLLM's scheduler decide by it, and replay drives it by bytes.
 """
 
+import time
+
 BURST_S = 10
 IDLE_S = 1
 
@@ -14,44 +16,61 @@ class WriteBudget:
     ----------
     bytes_per_s : float
         0: no limit.
-    now_s : float
+    clock : callable, default time.monotonic
+        Returns seconds.
     burst_s : float, default 10
         How many seconds of credit there are at the start, and at the most.
+
+    Notes
+    -----
+    Without a lock, so that a signal handler may save, too: of two threads that spend within the same microsecond one
+    may do so for nothing.
     """
 
-    def __init__(self, bytes_per_s, now_s, burst_s=BURST_S):
-        self.bytes_per_s, self._most = bytes_per_s, bytes_per_s * burst_s
-        self._credit, self._at_s, self._full_since_s = self._most, now_s, now_s
+    def __init__(self, bytes_per_s, clock=time.monotonic, burst_s=BURST_S):
+        self.bytes_per_s, self._burst_s = bytes_per_s, burst_s
+        self.pace(clock)
 
-    def admit(self, num_blocks, block_bytes, now_s):
+    def pace(self, clock):
+        """Begin anew, by another clock."""
+        self._clock, self._most = clock, self.bytes_per_s * self._burst_s
+        self._credit, self._at_s = self._most, clock()
+        self._full_since_s = self._at_s
+
+    def admit(self, num_blocks, block_bytes):
         """Spend what so many blocks take, as far as the credit goes; return how many blocks that is."""
         if not self.bytes_per_s:
             return num_blocks
-        self._accrue(now_s)
+        self._accrue()
         admitted = int(min(num_blocks, max(0, self._credit) // block_bytes))
         self.spend(admitted * block_bytes)
         return admitted
 
     def spend(self, nbytes):
-        """Spend beyond the credit too, or, of a negative number, give back what was spent in vain."""
-        self._credit = min(self._most, self._credit - nbytes)
-        if self._credit < self._most:
+        """Spend, beyond the credit too."""
+        if nbytes and self.bytes_per_s:
+            self._credit -= nbytes
             self._full_since_s = None
 
-    def is_idle(self, now_s):
+    def give_back(self, nbytes):
+        """What was spent in vain."""
+        self._credit = min(self._most, self._credit + nbytes)
+
+    def is_idle(self):
         """Whether nothing has been spent for so long that the credit has been full for a second."""
-        self._accrue(now_s)
+        now_s = self._accrue()
         return self._full_since_s is not None and now_s - self._full_since_s >= IDLE_S
 
-    def _accrue(self, now_s):
-        if self._full_since_s is not None:
-            self._at_s = now_s
-            return
-        missing_s = (self._most - self._credit) / self.bytes_per_s
-        elapsed_s = now_s - self._at_s
-        if elapsed_s >= missing_s:
-            self._full_since_s = self._at_s + missing_s
-        self._credit, self._at_s = min(self._most, self._credit + elapsed_s * self.bytes_per_s), now_s
+    def _accrue(self):
+        now_s = self._clock()
+        if self._full_since_s is None:
+            missing_s = (self._most - self._credit) / self.bytes_per_s
+            elapsed_s = now_s - self._at_s
+            if elapsed_s >= missing_s:
+                self._full_since_s = self._at_s + missing_s
+            self._credit = min(self._most, self._credit + elapsed_s * self.bytes_per_s)
+        self._at_s = now_s
+        return now_s
 
 
 class BreakEven:

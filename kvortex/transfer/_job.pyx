@@ -138,6 +138,8 @@ cdef class Job:
         if queue is None:
             return
         self._require_owner_process()
+        for job in self.earlier or ():  # of which some may have failed on the way
+            (<Job>job).wait_on(stream)
         try:
             caller = queue.device.borrow_stream(stream)
         except DriverError:  # it could not be asked whether the stream is fit

@@ -3,6 +3,7 @@
 import contextlib
 import random
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -42,10 +43,13 @@ def nothing_on_its_way(rig):
     """Between two batches of the cleaner."""
     while True:
         rig.wait_for(lambda: rig.cleaner.num_pinned == 0)
-        with rig.engine.tiering.lock:
+        rig.engine.tiering._cleaner.most_pinned, most = 0, rig.engine.tiering._cleaner.most_pinned
+        try:
             if rig.cleaner.num_pinned == 0:
                 yield
                 return
+        finally:
+            rig.engine.tiering._cleaner.most_pinned = most
 
 
 def test_what_is_saved_is_on_disk_soon(make_rig):
@@ -106,17 +110,16 @@ def test_beyond_the_budget_the_heads_are_written_and_the_rest_when_all_is_idle(m
     rig.wait_for(lambda: rig.cleaner._num_passed)
     assert rig.on_disk(range(16)) == [*range(10)]
     assert (rig.stats().blocks_admitted, rig.stats().blocks_not_admitted) == (10, 6)
-    rig.engine.tiering._budget.spend(-10 * STRIDE_BYTES)  # as after ten seconds
-    rig.engine.tiering._budget._full_since_s = 0.0
+    rig.engine.tiering.budget.pace(lambda: time.monotonic() + 20)  # as after twenty seconds
     rig.wait_for(lambda: rig.on_disk(range(16)) == [*range(16)])
-    assert rig.stats().blocks_written_idle == 6
+    assert rig.stats().blocks_written_beyond == 6
 
 
 def test_a_flush_writes_what_the_budget_did_not_allow(make_rig):
     rig = make_rig(pool_blocks=32, write_bytes_per_s=STRIDE_BYTES)
     rig.save(range(16))
     assert rig.engine.flush(SECONDS) == 0
-    assert rig.on_disk(range(16)) == [*range(16)] and rig.stats().blocks_written_idle == 6
+    assert rig.on_disk(range(16)) == [*range(16)] and rig.stats().blocks_written_beyond == 6
     assert rig.engine.flush(SECONDS) == 0 and rig.stats().blocks_written == 16, "nothing is written twice"
 
 
@@ -241,7 +244,7 @@ def test_a_put_that_fails_is_tried_again(make_rig, monkeypatch):
     rig.wait_for(lambda: rig.on_disk([0, 1]) == [0, 1])
     assert rig.stats().blocks_not_written == 4 and len(failures) == 3
     rig.wait_for(rig.is_at_rest)
-    assert rig.stats().rests == 0
+    assert rig.stats().suspensions == 0
 
 
 def test_what_was_admitted_is_written_at_the_end_and_found_by_the_next(make_rig):
@@ -335,34 +338,51 @@ def test_layouts_of_an_engine_without_one_have_keys_of_their_own(make_rig):
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
 
+def budget_of(bytes_per_s):
+    """A budget, and a clock that is set by hand."""
+    now = [0.0]
+    return WriteBudget(bytes_per_s, lambda: now[0]), now
+
+
 def test_a_budget_accrues_and_is_spent_from_the_first_block_on():
-    budget = WriteBudget(100, 0.0)
-    assert budget.admit(150, 10, 0.0) == 100, "ten seconds of it at the start"
-    assert budget.admit(5, 10, 0.0) == 0 and budget.admit(5, 10, 0.05) == 0
-    assert budget.admit(5, 10, 0.3) == 3
-    budget.spend(-20)
-    assert budget.admit(5, 10, 0.3) == 2
-    assert budget.admit(1000, 10, 1000.0) == 100, "and ten seconds at the most"
+    budget, now = budget_of(100)
+    assert budget.admit(150, 10) == 100, "ten seconds of it at the start"
+    now[0] = 0.05
+    assert budget.admit(5, 10) == 0
+    now[0] = 0.3
+    assert budget.admit(5, 10) == 3
+    budget.give_back(20)
+    assert budget.admit(5, 10) == 2
+    now[0] = 1000.0
+    assert budget.admit(1000, 10) == 100, "and ten seconds at the most"
 
 
 def test_a_budget_holds_over_any_time():
-    budget, written = WriteBudget(100, 0.0), []
+    (budget, now), written = budget_of(100), []
     for tick in range(1, 40_001):
-        written.append(10 * budget.admit(4, 10, tick / 1000))
+        now[0] = tick / 1000
+        written.append(10 * budget.admit(4, 10))
     assert sum(written[20_000:]) == pytest.approx(2000, rel=0.01)
 
 
 def test_a_budget_is_idle_when_it_was_full_for_a_second():
-    budget = WriteBudget(100, 0.0)
-    assert not budget.is_idle(0.9) and budget.is_idle(1.0)
-    budget.admit(1, 500, 1.0)
-    assert not budget.is_idle(6.9) and budget.is_idle(7.0), "five seconds to be full again, and one more"
+    budget, now = budget_of(100)
+
+    def is_idle_at(seconds):
+        now[0] = seconds
+        return budget.is_idle()
+
+    assert not is_idle_at(0.9) and is_idle_at(1.0)
+    budget.admit(1, 500)
+    assert not is_idle_at(6.9) and is_idle_at(7.0), "five seconds to be full again, and one more"
+    budget.admit(0, 500)
+    assert is_idle_at(7.01), "nothing was spent"
     budget.spend(10)
-    assert not budget.is_idle(7.05)
+    assert not is_idle_at(7.05)
 
 
 def test_a_budget_of_none_admits_all():
-    assert WriteBudget(0, 0.0).admit(1000, 1 << 30, 0.0) == 1000
+    assert WriteBudget(0).admit(1000, 1 << 30) == 1000
 
 
 def test_blocks_are_left_where_computing_is_faster():
@@ -380,13 +400,13 @@ def test_a_breaker_rests_longer_each_time_and_forgets_that():
         breaker.saw(bad, 0.0)
     assert breaker.allows(0.0)
     breaker.saw(bad, 0.0)
-    assert not breaker.allows(0.9) and breaker.allows(1.0) and breaker.trips == 1
+    assert not breaker.allows(0.9) and breaker.allows(1.0) and breaker.suspensions == 1
     breaker.saw(bad, 1.0)
     assert not breaker.allows(2.9) and breaker.allows(3.0)
     breaker.saw(good, 3.0)
     for _ in range(3):
         breaker.saw(bad, 3.0)
-    assert breaker.allows(4.0) and breaker.trips == 3
+    assert breaker.allows(4.0) and breaker.suspensions == 3
 
 
 @pytest.mark.parametrize(

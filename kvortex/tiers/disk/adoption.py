@@ -67,6 +67,10 @@ class Adoption:
         self._thread.join(None if timeout_ms is None else timeout_ms / 1000)
         return self.is_over
 
+    def wait_forgotten(self, timeout_ms=None):
+        """Block until what was discarded during the scan has been erased, or for `timeout_ms`; return whether it is."""
+        return not self._forgotten or self.wait(timeout_ms)
+
     def discard(self, keys):
         """Adopt none of these keys any more; to be called before the catalogue's `discard`."""
         with self._lock:

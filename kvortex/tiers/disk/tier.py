@@ -148,10 +148,9 @@ class OpenDiskTier:
         """Forget blocks at once, and erase them; return how many were there. `store.flush` makes it durable."""
         self.adoption.discard(keys)
         slots = self.catalogue.slots_of(keys)
-        count = self.catalogue.discard(keys)
-        if (slots != NO_SLOT).any():
+        if (slots != NO_SLOT).any():  # before a slot is free, so before whatever is put there
             self.store.erase(slots[slots != NO_SLOT], timeout_ms=None)
-        return count
+        return self.catalogue.discard(keys)
 
     def clear(self, tag):
         """Forget everything at once: what is on the disk has another tag from now on."""
