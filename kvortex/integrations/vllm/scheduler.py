@@ -203,7 +203,7 @@ class SchedulerHalf:
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
-            state.outdated, state.is_cut, state.stop = False, False, None
+            state.outdated, state.is_cut, state.stop, state.loaded_tokens = False, False, None, 0
         if first is not None:
             state.boundaries = self.boundaries_of(request)
         if first:  # hits on the device are hits
@@ -220,6 +220,7 @@ class SchedulerHalf:
             return
         targets = flat(tables[index][begin:end] for index, begin, end in spans)
         assert len(targets) == len(keys) and 0 not in targets, "vLLM has blocks for all that it was promised"
+        state.loaded_tokens = first + num_external_tokens
         if self.load_async:
             self.loading[request.request_id] = frozenset(as_bytes(keys))
         slots = self.index.acquire(keys, self.shape.block_bytes)
@@ -365,7 +366,8 @@ class SchedulerHalf:
             state, first_row = offer.state, len(stops)
             if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
                 state.stop = None
-                state.is_cut = self.lacks_one_of(state.request, offer.offered_tokens)
+                loaded = min(state.loaded_tokens, state.request.num_computed_tokens)
+                state.is_cut = self.lacks_one_of(state.request, max(offer.offered_tokens, loaded))
             if state.is_cut:
                 continue
             for group, first, ids in offer.parts:
