@@ -130,7 +130,7 @@ def test_no_schedule_of_groups_reads_a_wrong_token(make_rig, host, seed, name):
             "retention": draw.choice([0, None]),
             "num_slots": draw.choice([24, 64, 400]),
             "num_ranks": draw.choice([1, 1, 2]),
-            "extra": {"max_jobs": draw.choice([2, 64])},
+            "extra": {"max_jobs": draw.choice([2, 64]), "save_after_hits": draw.choice([0, 0, 1])},
             **options_of(name, draw.random() < 0.5),
         }
         options["num_blocks"] = draw.choice([FORMS[name]["num_blocks"], FORMS[name]["num_blocks"], 311])

@@ -181,6 +181,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 step_tokens=scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1),
                 holds_all=any(group.kind == STATE for group in groups)
                 or getattr(kv_cache_config, "needs_kv_cache_zeroing", False),
+                save_after_hits=options.save_after_hits,
             )
             self.counted = {}
             logger.info(

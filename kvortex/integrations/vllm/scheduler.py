@@ -12,13 +12,15 @@ from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
 from kvortex.integrations.vllm.groups import RUN, STATE, longest_hit
 from kvortex.integrations.vllm.holds import Holds
-from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, keys_of, keys_of_all
+from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, digest_for, keys_of, keys_of_all
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
 from kvortex.integrations.vllm.per_request import Pins, wishes_of
 from kvortex.integrations.vllm.room import Room, flat
+from kvortex.integrations.vllm.sights import Sights
 from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
 
 NO_KEY = bytes(KEY_BYTES)
+KEYS_SEEN_PER_SLOT = 4  # that are remembered, to know which are seen again
 
 
 class SchedulerHalf:
@@ -48,6 +50,8 @@ class SchedulerHalf:
         Most tokens that are scheduled before vLLM gives back what left a window.
     holds_all : bool, default False
         Whether a block may be written before the workers hear of it: vLLM zeroes blocks, or copies states into them.
+    save_after_hits : int, default 0
+        Requests that must have had a block before it is saved.
 
     Notes
     -----
@@ -57,7 +61,7 @@ class SchedulerHalf:
 
     def __init__(
         self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
-        events=None, interval=None, step_tokens=0, holds_all=False,
+        events=None, interval=None, step_tokens=0, holds_all=False, save_after_hits=0,
     ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
@@ -76,6 +80,9 @@ class SchedulerHalf:
         self.index = BlockIndex(shape.slots.num_slots)
         if shape.num_stages == 1:
             self.index.add_slots(*shape.slots.chunk(0))
+        self.save_after_hits = save_after_hits
+        num_keys = KEYS_SEEN_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
+        self.sights = Sights(num_keys) if save_after_hits else None
         self.requests, self.matches, self.wishes = {}, {}, {}
         self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
         self.pins = Pins(self.index, shape.slots.num_slots // 4)
@@ -193,11 +200,10 @@ class SchedulerHalf:
 
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
-        state = self.requests.setdefault(request.request_id, RequestState(request))
+        state = self.requests.get(request.request_id)
+        if state is None:
+            state = self.requests[request.request_id] = self.begin(request)
         state.request, state.load_failed, state.num_preemptions = request, False, request.num_preemptions
-        state.wishes = self.wishes_of(request)
-        if state.wishes.max_save_tokens is not None:
-            state.most_saved_tokens = state.wishes.max_save_tokens
         self.room.take(state, tables)
         first = self.matches.pop(request.request_id, None)  # None: its load between steps is over
         self.landed.discard(request.request_id)
@@ -205,7 +211,7 @@ class SchedulerHalf:
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
             state.outdated, state.is_cut, state.stop, state.loaded_tokens = False, False, None, 0
         if first is not None:
-            state.boundaries = self.boundaries_of(request)
+            state.boundaries = self.boundaries_of(state)
         if first:  # hits on the device are hits
             keys, _ = self.used(request, first)
             self.index.touch(keys)
@@ -229,19 +235,34 @@ class SchedulerHalf:
         self.fence(targets)
         self.loads.append(self.start(LOAD, slots, targets, keys, request.request_id))
 
-    def boundaries_of(self, request):
+    def begin(self, request):
+        """The state of a request that has device blocks for the first time."""
+        state = RequestState(request, wishes=self.wishes_of(request))
+        if state.wishes.max_save_tokens is not None:
+            state.most_saved_tokens = state.wishes.max_save_tokens
+        if self.sights is not None and state.wishes.save and not is_session(request):
+            state.num_seen = len(request.block_hashes)
+            run = self.sights.run(self.keys_seen(request, 0, state.num_seen), self.save_after_hits)
+            state.most_saved_tokens = min(state.most_saved_tokens, run * self.hash_tokens)
+        return state
+
+    def keys_seen(self, request, first, end):
+        """Keys of some of its hashes, whatever the groups."""
+        return as_keys(request.block_hashes[first:end], digest_for(request, self.groups[0]))
+
+    def boundaries_of(self, state):
         """Lengths of hits to be expected of whoever asks like this request, or shares what another one shared with it.
 
         From vLLM 0.32 on it says where that ends.
         """
-        limit = self.wishes_of(request).max_save_tokens
+        request, limit = state.request, state.most_saved_tokens
         most = request.num_tokens - 1
         lengths = (
             request.num_prompt_tokens - 1 - self.peek_tokens,
             most - self.peek_tokens,
             getattr(request, "shared_prefix_boundary", 0),
             self.runs_found.pop(request.request_id, 0),  # another request has so much of it
-            0 if limit is None else min(limit, most) - self.peek_tokens,
+            min(limit, most) - self.peek_tokens,
         )
         return tuple({length - length % self.align_tokens for length in lengths if length >= self.align_tokens})
 
@@ -512,6 +533,10 @@ class SchedulerHalf:
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.room.take(state, ())
+            if state.num_seen is not None:  # what it has generated, others may ask for
+                keys = self.keys_seen(request, 0, max(state.num_seen, request.num_computed_tokens // self.hash_tokens))
+                self.sights.see(keys[state.num_seen :])
+                self.sights.touch(keys)
         if state is not None and state.offered_tokens:
             spans = []
             for group in self.groups:
