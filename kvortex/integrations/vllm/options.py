@@ -20,6 +20,7 @@ ENGINE_OPTIONS = (
     "gather_ctas",
     "enable_numa",
 )
+AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
 NUMBERS = {"window_interval_tokens": "tokens", "save_after_hits": "requests"}
 
 
@@ -38,6 +39,8 @@ class ConnectorOptions:
         Of layers with a sliding window or chunks, keep what a prompt needs that ends so many tokens on, or twice as
         many, and so forth; 0: only what the same prompt needs again, and what vLLM sees prompts to share. As vLLM's own
         cache does (``prefix_cache_retention_interval``) where it is not given.
+    save : {"at_once", "on_evict"}, default "at_once"
+        When a block is saved: as soon as its KV is written, or when vLLM gives its device block to somebody else.
     save_after_hits : int, default 0
         Save a block only for a request before which so many others, this server's most recent ones, had it. 0: at once.
     verify : bool, default False
@@ -48,6 +51,7 @@ class ConnectorOptions:
     engine: KVortexConfig
     load_async: bool = True
     window_interval_tokens: int | None = None
+    save: str = AT_ONCE
     save_after_hits: int = 0
     verify: bool = False
 
@@ -79,7 +83,9 @@ class ConnectorOptions:
                 raise ConfigError(f"{name} must be a whole number of {what}, 0 or more, got {number!r}")
         if extra.get("save_after_hits", 0) > MOST_COUNTED:
             raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")
-        for name in own & extra.keys() - NUMBERS.keys():
+        if extra.get("save", AT_ONCE) not in (AT_ONCE, ON_EVICT):
+            raise ConfigError(f"save must be {AT_ONCE!r} or {ON_EVICT!r}, got {extra['save']!r}")
+        for name in own & extra.keys() - NUMBERS.keys() - {"save"}:
             if not isinstance(extra[name], bool):
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
         for name in ENGINE_OPTIONS:

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
+from kvortex.integrations.vllm.evictions import Evictions
 from kvortex.integrations.vllm.groups import RUN, STATE, longest_hit
 from kvortex.integrations.vllm.holds import Holds
 from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, digest_for, keys_of, keys_of_all
@@ -52,6 +53,8 @@ class SchedulerHalf:
         Whether a block may be written before the workers hear of it: vLLM zeroes blocks, or copies states into them.
     save_after_hits : int, default 0
         Requests that must have had a block before it is saved.
+    save_on_evict : bool, default False
+        Save a block when vLLM gives it to somebody else, not when it is complete. Not with `holds_all`.
 
     Notes
     -----
@@ -62,6 +65,7 @@ class SchedulerHalf:
     def __init__(
         self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
         events=None, interval=None, step_tokens=0, holds_all=False, save_after_hits=0,
+        save_on_evict=False,
     ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
@@ -69,13 +73,14 @@ class SchedulerHalf:
         self.hash_tokens = shape.groups[0].hash_tokens
         self.forgetful = [group for group in shape.groups if group.kind != RUN]
         self.whole_prompts = whole_prompts and load_async and not self.forgetful
-        self.interval = interval
+        self.interval = None if save_on_evict else interval  # vLLM gives away without a hash what it does not keep
+        self.evictions = Evictions(shape.num_device_blocks) if save_on_evict else None
         self.runs = [group.index for group in shape.groups if group.kind == RUN]
         self.block_step = math.gcd(*(group.block_tokens for group in shape.groups))  # every block ends on a multiple
         # Tokens whose blocks must be there behind a hit, see `Group.peek_blocks`.
         self.peek_tokens = max(group.peek_blocks * group.block_tokens for group in shape.groups)
         held = {group.index for group in shape.groups if holds_all or group.kind != RUN}
-        self.holds = Holds(held, shape.num_device_blocks // 2)
+        self.holds = Holds(set() if save_on_evict else held, shape.num_device_blocks // 2)
         self.reload_preempted, self.extends_hits = reload_preempted or load_async, extends_hits
         self.index = BlockIndex(shape.slots.num_slots)
         if shape.num_stages == 1:
@@ -303,13 +308,16 @@ class SchedulerHalf:
                 else:
                     self.offer(state, written, offers)
         self.idle = not output.num_scheduled_tokens
+        evictions = self.save_evicted() if self.evictions is not None else []
         step = StepMetadata(
-            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send
-        )
+            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send,
+            evictions=evictions,
+        )  # fmt: skip
         self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
-        save = self.save(list(offers.values())) if offers else None
-        if save is not None:
+        if self.evictions is not None:
+            self.note_complete(offers.values())
+        elif offers and (save := self.save(list(offers.values()))) is not None:
             step.transfers.append(save)
         return step
 
@@ -431,6 +439,40 @@ class SchedulerHalf:
         self.room.count(held, 1)
         return save
 
+    def note_complete(self, offers):
+        """Note what the step writes into the blocks that requests offer, for when vLLM gives these to others."""
+        for offer in offers:
+            request = offer.state.request
+            for group, first, ids in offer.parts:
+                self.evictions.completed(ids, keys_of(request, group, first, first + len(ids)))
+                if self.events is not None:
+                    numbers = np.arange(first, first + len(ids))
+                    self.events.reserved(request, group, numbers, self.events.row_of(np.array(ids)))
+
+    def save_evicted(self):
+        """Reserve slots for what vLLM gave to others in this step; a list of the one transfer of it, or of none.
+
+        Nothing is reserved before every load of the step has pinned its blocks. vLLM gives away the tail of a chain
+        before the head, which is therefore the more recent in the index, too.
+        """
+        block_ids, keys = self.evictions.take()
+        if not len(block_ids):
+            return []
+        slots, statuses, *victims = self.index.reserve(keys, self.shape.block_bytes, victims=self.events is not None)
+        for blocks in victims:
+            self.events.remove(blocks.slots)
+        new = np.flatnonzero(statuses == ReserveStatus.NEW)
+        if not new.size:
+            return []
+        slots, block_ids, keys = slots[new], block_ids[new], keys[new]
+        if self.events is not None:
+            self.events.move(self.events.row_of(block_ids), slots)
+        self.writing.update(as_bytes(keys))
+        save = self.start(SAVE, slots, block_ids, keys)
+        for load in self.loads:  # what is loaded into these blocks is loaded later
+            self.last_transfer[load.block_ids] = load.number
+        return [save]
+
     def lacks_one_of(self, request, num_tokens):
         """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""
         return any(
@@ -495,6 +537,8 @@ class SchedulerHalf:
         for moving in self.in_flight.values():
             if moving.transfer.kind == SAVE:
                 self.discard(moving.keys)
+        if self.evictions is not None:
+            self.evictions.forget()
 
     def discard(self, keys):
         """Forget these blocks."""
@@ -563,6 +607,8 @@ class SchedulerHalf:
         if self.events is not None:
             self.tell_all_removed()
         self.index.clear()
+        if self.evictions is not None:
+            self.evictions.forget()
         self.matches.clear()
         self.writing.clear()
         for state in self.requests.values():
