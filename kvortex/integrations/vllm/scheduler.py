@@ -17,11 +17,10 @@ from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, digest_
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
 from kvortex.integrations.vllm.per_request import Pins, wishes_of
 from kvortex.integrations.vllm.room import Room, flat
-from kvortex.integrations.vllm.sights import Sights
+from kvortex.integrations.vllm.sights import KEYS_PER_SLOT, Sights
 from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
 
 NO_KEY = bytes(KEY_BYTES)
-KEYS_SEEN_PER_SLOT = 4  # that are remembered, to know which are seen again
 
 
 class SchedulerHalf:
@@ -86,7 +85,7 @@ class SchedulerHalf:
         if shape.num_stages == 1:
             self.index.add_slots(*shape.slots.chunk(0))
         self.save_after_hits = save_after_hits
-        num_keys = KEYS_SEEN_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
+        num_keys = KEYS_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
         self.sights = Sights(num_keys) if save_after_hits else None
         self.requests, self.matches, self.wishes = {}, {}, {}
         self.runs_found = {}  # request id -> tokens whose blocks of full attention are there

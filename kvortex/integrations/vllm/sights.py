@@ -5,6 +5,7 @@ import numpy as np
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT
 
+KEYS_PER_SLOT = 4  # of host memory, that are remembered
 MOST_COUNTED = np.iinfo(np.uint8).max
 
 
