@@ -89,7 +89,7 @@ class SchedulerHalf:
         self.sights = Sights(num_keys) if save_after_hits else None
         self.requests, self.matches, self.wishes = {}, {}, {}
         self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
-        self.pins = Pins(self.index, shape.slots.num_slots // 4)
+        self.pins = Pins(self.index)
         # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
         self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
@@ -160,7 +160,10 @@ class SchedulerHalf:
         self.runs_found[request.request_id] = hit.run
         if hit.is_growing and hit.length < least:
             return None, False
-        load_async = self.load_async and hit.length > first
+        blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
+        if not blocks:  # with chunks alone nothing is needed at the end of one, of a prompt never seen neither
+            return 0, False
+        load_async = self.load_async
         if load_async and self.loading:
             group = self.groups[-1]
             begin, end = group.needed(hit.length, first)
@@ -170,13 +173,10 @@ class SchedulerHalf:
                 if middle in others and name not in self.landed:
                     self.waits_for[request.request_id] = name
                     return None, False
-        if load_async:
-            # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is
-            # dear.
-            blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
-            if blocks < self.room.num_free and not self.has_room(request, first):
-                self.no_room = True
-                return None, False
+        # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is dear.
+        if load_async and blocks < self.room.num_free and not self.has_room(request, first):
+            self.no_room = True
+            return None, False
         return hit.length - first, load_async
 
     def wishes_of(self, request):
@@ -306,6 +306,7 @@ class SchedulerHalf:
                     state.offered_tokens = written
                 else:
                     self.offer(state, written, offers)
+            state.computed_tokens = computed
         self.idle = not output.num_scheduled_tokens
         evictions = self.save_evicted() if self.evictions is not None else []
         step = StepMetadata(
@@ -317,14 +318,17 @@ class SchedulerHalf:
         if self.evictions is not None:
             self.note_complete(offers.values())
         elif offers and (save := self.save(list(offers.values()))) is not None:
-            step.transfers.append(save)
+            # What leaves a window in this step it may give to others at once.
+            (step.evictions if self.save_late and self.forgetful else step.transfers).append(save)
+        for load in step.of(LOAD) if step.evictions else ():  # which come after these
+            self.last_transfer[load.block_ids] = load.number
         return step
 
     def replace_blocks(self, request_id, tables, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
         self.room.take(state, tables)
-        state.offered_tokens = 0
+        state.offered_tokens, state.computed_tokens = 0, num_computed_tokens
         self.fence(flat(table[num_computed_tokens // self.tokens_of(at) :] for at, table in enumerate(tables)))
 
     def tokens_of(self, group_index):
@@ -348,22 +352,29 @@ class SchedulerHalf:
     def offer(self, state, written, offers):
         """Add what the step completes of a request and a later hit can use, as `save` takes it.
 
-        Of groups that forget, only blocks that the request still needs are its own.
+        Of groups that forget, only blocks that the request still needs are its own; or, where what earlier steps wrote
+        is saved, before this step writes anything, those that it needed in the last one.
         """
         parts, offered = [], state.offered_tokens
+        owned = state.computed_tokens if self.save_late else state.request.num_computed_tokens
         for group in self.groups:
             if group.kind != STATE:
                 first = offered // group.block_tokens
                 if group.kind != RUN:
-                    first = max(first, group.first_needed(state.request.num_computed_tokens))
+                    first = max(first, group.first_needed(owned))
                 table = state.tables[group.index]
                 spans = group.worth_keeping(first, written // group.block_tokens, state.boundaries, self.interval)
                 parts += [(group, first, table[first:end]) for first, end in spans if 0 not in table[first:end]]
-        if not self.holds.have_room_for(parts):
+        if not self.holds.have_room_for(self.num_to_hold(state.request, parts)):
             return  # as far as vLLM has the blocks in the next step, they are offered then
         state.offered_tokens = written
         if parts:
             offers.setdefault(state.request.request_id, Offer(state, offered)).parts.extend(parts)
+
+    def num_to_hold(self, request, parts):
+        """How many blocks of these parts of an offer would be held: others are there already, or are not held."""
+        spans = [(group, first, first + len(ids)) for group, first, ids in parts if group.index in self.holds.groups]
+        return np.count_nonzero(self.index.slots_of(keys_of_all(request, spans)) == NO_SLOT) if spans else 0
 
     def offers_of_states(self, output):
         """The states that vLLM hands over in this step, with the blocks that the forward writes them to."""
@@ -378,7 +389,7 @@ class SchedulerHalf:
                 for index, block_id, length in states
                 if index in groups and length % groups[index].block_tokens == 0 and length <= state.most_saved_tokens
             ]
-            if parts and self.holds.have_room_for(parts):
+            if parts and self.holds.have_room_for(self.num_to_hold(state.request, parts)):
                 offers[request_id] = Offer(state, state.offered_tokens, parts)
         return offers
 
@@ -467,10 +478,7 @@ class SchedulerHalf:
         if self.events is not None:
             self.events.move(self.events.row_of(block_ids), slots)
         self.writing.update(as_bytes(keys))
-        save = self.start(SAVE, slots, block_ids, keys)
-        for load in self.loads:  # what is loaded into these blocks is loaded later
-            self.last_transfer[load.block_ids] = load.number
-        return [save]
+        return [self.start(SAVE, slots, block_ids, keys)]
 
     def lacks_one_of(self, request, num_tokens):
         """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""

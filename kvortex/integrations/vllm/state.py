@@ -17,6 +17,7 @@ class RequestState:
     left: dict = field(default_factory=dict)  # group -> blocks at the head of its table that the request has no longer
     num_blocks: int = 0  # device blocks that it has
     offered_tokens: int = 0  # of the leading blocks that were offered to the index
+    computed_tokens: int = 0  # before the last step in which it was scheduled
     loaded_tokens: int = 0  # of the leading blocks that were in the index when it loaded the last of them
     wishes: Wishes = EVERYTHING
     most_saved_tokens: int = 1 << 60
