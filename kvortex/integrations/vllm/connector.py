@@ -151,7 +151,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     ------
     ConfigError
         An option is unknown or unfit; a `MultiConnector` of vLLM before 0.26; a model whose KV cache this version of
-        vLLM, or this connector, cannot keep right; context parallelism with another than one group of full attention.
+        vLLM, or this connector, cannot keep right; context parallelism with another than one group of full attention;
+        saving on eviction where that would come too late.
 
     Notes
     -----
