@@ -9,8 +9,9 @@ after a copy are missed there too, when the copies of the host driver run late. 
     after-save, before-load   --size heavy --short 0.9 --device-gib 1.1 --host-gib 8 --busy-link: saves are late
     after-load                --size heavy --short 0.9 --device-gib 2 --host-gib 12
 
-but for before-other, whose other connector (--other first) lives on the CPU, and for not-held: that shows on a CPU with
-vLLM 0.32 (engine_kinds.py --kind gemma3 --mode custom --mutant not-held), and did not on an H200, 0.26, --size gemma.
+but for before-other, whose other connector (--other first) lives on the CPU; after-eviction (--extra '{"save":
+"on_evict"}'), tried on the CPU alone; and not-held: that shows on a CPU with vLLM 0.32 (engine_kinds.py --kind gemma3
+--mode custom --mutant not-held), and did not on an H200, 0.26, --size gemma.
 """
 
 from kvortex import Job, Stream
@@ -54,6 +55,19 @@ def after_save():
 
     def begin(self, step):
         step.fences = [number for number in step.fences if number in self.running and self.running[number].is_load]
+        original(self, step)
+
+    WorkerHalf.begin = begin
+
+
+def after_eviction():
+    """A step writes a block that vLLM has given away, and that is still being saved."""
+    original = WorkerHalf.begin
+
+    def begin(self, step):
+        for save in step.evictions:
+            self.save(save)
+        step.evictions = []
         original(self, step)
 
     WorkerHalf.begin = begin
@@ -103,6 +117,7 @@ def not_held():
 FAULTS = {
     "before-save": before_save,
     "after-save": after_save,
+    "after-eviction": after_eviction,
     "before-load": before_load,
     "after-load": after_load,
     "before-other": before_other,

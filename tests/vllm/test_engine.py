@@ -34,6 +34,7 @@ LATE = ["--late-us", "10000"]  # copies overlap the steps that follow, as on a G
 ALL = ["restore", "stress", "overflow", *FEW_BLOCKS, *MANY_REQUESTS]
 STRESS = ["stress", *FEW_BLOCKS, *SMALL_POOL, *MANY_REQUESTS, "--verify", "--late-us", "20000"]
 
+ON_EVICT = ["--extra", '{"save": "on_evict"}']
 BESIDE = ["again", *FEW_BLOCKS, *SMALL_POOL, "--verify", "--late-us", "80000"]
 
 RUNS = {
@@ -45,6 +46,7 @@ RUNS = {
     "after-save": [*STRESS, "--mutant", "after-save"],
     "after-load": [*STRESS, "--mutant", "after-load"],
 }
+FAULTS = ["after-save", "after-load", "after-eviction"]
 MLA = ["restore", "--size", "mla"]
 # Layers whose pages differ, in a pool that holds less than all prompts.
 MIXED = ["overflow", "--options", '{"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["1"]}', "--batched", "512"]
@@ -58,6 +60,8 @@ OTHER_RUNS = {
 only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has neither MLA nor fp8 before")
 if VERSION != "0.15.1":  # which refuses it, see test_multi.py
     RUNS |= {
+        "on evict": ["stress", "overflow", *FEW_BLOCKS, *MANY_REQUESTS, *SMALL_POOL, *LATE, "--verify", *ON_EVICT],
+        "after-eviction": [*STRESS, "--mutant", "after-eviction", *ON_EVICT],
         "other first": [*BESIDE, "--other", "first"],
         "other last": [*BESIDE, "--other", "last"],
         "before-other": [*BESIDE, "--other", "first", "--mutant", "before-other"],
@@ -213,7 +217,19 @@ def test_every_block_that_moved_was_right(offloaded):
         assert part["verify_mismatches"] == part["verify_skipped"] == part["transfers_failed"] == 0
 
 
-@pytest.mark.parametrize("fault", ["after-save", "after-load"])
+@pytest.mark.skipif(VERSION == "0.15.1", reason="refused there, see test_saving.py")
+def test_blocks_that_are_saved_when_they_are_evicted_are_right(plain, runs):
+    parts, expected = runs("on evict"), plain["stress"]["output"]
+    stress = parts["stress"]
+    assert stress["preemptions"] > 0 and stress["blocks_loaded"] > 0
+    assert {name: tokens for name, tokens in stress["output"].items() if tokens != expected[name]} == {}
+    for name in ("stress", "overflow"):
+        part = parts[name]
+        assert part["verify_blocks"] == part["blocks_saved"] + part["blocks_loaded"] > 0
+        assert part["verify_mismatches"] == part["verify_skipped"] == part["transfers_failed"] == 0
+
+
+@pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault in RUNS])
 def test_verify_notices_a_wait_that_is_left_out(runs, fault):
     assert runs(fault)["verify_mismatches"] > 0
 

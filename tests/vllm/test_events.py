@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 import pytest
 import zmq
-from rig import BLOCK_TOKENS, HAS_WORKER_METADATA, Rig
+from forms import FORMS, STATES
+from rig import BLOCK_TOKENS, HAS_TRANSFER_RESULTS, HAS_WORKER_METADATA, Rig
 from test_schedules import live
 from vllm.distributed import kv_events
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, ZmqEventPublisher
@@ -18,7 +19,7 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import hash_block_tokens
 
-from kvortex.integrations.vllm.groups import RUN, WINDOW, Group
+from kvortex.integrations.vllm.groups import RUN, STATE, WINDOW, Group
 from kvortex.integrations.vllm.keys import as_keys, digest_for
 
 STEPS = 10_000 if os.environ.get("KVORTEX_SOAK") == "1" else 200
@@ -112,6 +113,44 @@ def test_what_is_told_of_a_block_is_what_vllm_tells_of_it(make_rig, prompt, monk
     assert num_groups == 2 or both == device.keys()
 
 
+@pytest.mark.skipif(not HAS_TRANSFER_RESULTS, reason="before 0.32 states are refused")
+@pytest.mark.parametrize("name", ["full_and_state", "six_with_states", "half_blocks_hashed"])
+def test_what_is_told_of_a_state_is_what_vllm_tells_of_it(make_rig, prompt, name):
+    form = {**FORMS[name], "num_blocks": 613, "num_slots": 256, "retention": None}
+    rig = make_rig(events=True, max_tokens=form.get("block_tokens", BLOCK_TOKENS), **form)  # each step ends a block
+    rig.serve("plain", prompt("p", 200))
+    rig.serve("adapted", prompt("p", 100), lora_request=ADAPTERS["two"])
+    host, device, states = {}, {}, [group.index for group in rig.half.groups if group.kind == STATE]
+    for event in rig.events:
+        if event.medium == "CPU":
+            host |= blocks_of(event)
+            require_hashes(event, step=rig.half.groups[0].hashes_per_block)
+        elif len(event.token_ids) == event.block_size * len(event.block_hashes):  # vLLM's tell too many, of a window
+            device |= blocks_of(event)
+    both = {name for name in host.keys() & device.keys() if name[0] in states}
+    assert {group for group, _ in both} == set(states)
+    assert {name: (host[name], device[name]) for name in both if host[name] != device[name]} == {}
+    rig.require_clean()
+
+
+@tells_again
+@pytest.mark.parametrize("adapter", [None, "two"])
+def test_what_is_told_of_an_evicted_block_is_what_was_computed(make_rig, prompt, adapter):
+    """Its request is over, and others have its device block."""
+    rig = make_rig(events=True, num_blocks=13, extra={"save": "on_evict"})
+    rig.serve("first", prompt("p", 100), cache_salt="salt", lora_request=ADAPTERS[adapter])
+    rig.serve("second", prompt("q", 180))
+    told, request = of_host(rig.events), rig.requests["first"]
+    for event in told:
+        require_hashes(event)
+        assert event.lora_name == adapter
+    assert sorted(name for event in told for name in event.block_hashes) == sorted(request.block_hashes[:6])
+    tokens = {name: event[1] for one in told for name, event in blocks_of(one).items()}
+    assert [tokens[0, name] for name in request.block_hashes[:6]] == [
+        prompt("p", 96)[at : at + 16] for at in range(0, 96, 16)
+    ]
+
+
 def test_blocks_of_requests_saved_together_are_told_apart(make_rig, prompt):
     rig = make_rig(events=True, max_tokens=512)
     for name in "pqr":
@@ -196,7 +235,9 @@ def test_a_reset_that_vllm_refuses_tells_nothing_again(make_rig, prompt):
     rig = make_rig(events=True)
     rig.serve("first", prompt("p", 100))
     rig.add("running", prompt("q", 100), 20)
-    for _ in range(3):
+    rig.step()
+    rig.halves[0].drain()  # its blocks are told before
+    for _ in range(2):
         rig.step()
     rig.events.clear()
     assert not rig.scheduler.reset_prefix_cache()
@@ -280,15 +321,27 @@ class Router:
         self.socket.close(linger=0)
 
 
+LIVES = {"one": {}} | {name: FORMS[name] for name in ("full_and_window", "six", "full_and_state", "six_with_states")}
+if not HAS_GROUPS:
+    LIVES = {"one": {}}  # vLLM 0.15 has no events with several groups
+elif not HAS_TRANSFER_RESULTS:
+    LIVES = {name: form for name, form in LIVES.items() if name not in STATES}  # 0.26 refuses them
+WHEN = ["at_once", "on_evict"] if HAS_WORKER_METADATA else ["at_once"]
+
+
 @pytest.mark.timeout(7200 if STEPS > 200 else 120)
 @pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
-def test_a_router_knows_what_is_in_host_memory_after_every_step(make_rig, host, seed, pipelined, tmp_path):
+@pytest.mark.parametrize(
+    "name, save", [(name, save) for name in LIVES for save in WHEN if save == "at_once" or name not in STATES]
+)
+def test_a_router_knows_what_is_in_host_memory_after_every_step(make_rig, host, seed, pipelined, tmp_path, name, save):
     num_compared, num_removed, number = 0, 0, 0
     while num_compared < STEPS or num_removed < STEPS / 10:  # without removals these schedules show little
-        draw = random.Random(f"{seed} {number} {pipelined}")
+        draw = random.Random(f"{seed} {number} {pipelined} {name} {save}")
         rig = make_rig(
-            events=True, pipelined=pipelined, num_slots=draw.choice([24, 64, 200]), num_ranks=draw.choice([1, 2])
-        )
+            events=True, pipelined=pipelined, num_slots=draw.choice([24, 64, 200]), num_ranks=draw.choice([1, 2]),
+            retention=draw.choice([0, None]), extra={"save": save}, **LIVES[name],
+        )  # fmt: skip
         router = Router(rig, f"ipc://{tmp_path}/{number}")
         step, add = rig.step, rig.add
 

@@ -248,6 +248,21 @@ def test_groups_that_vllm_does_not_look_for_are_left_alone_and_the_others_keep_t
     assert [(group.index, group.kind) for group in groups_of(config)] == [(3, WINDOW), (2, RUN)]
 
 
+@pytest.mark.parametrize("left", [8, 16, 24, 48])
+def test_hits_end_where_blocks_of_groups_that_are_left_alone_end_too(left):
+    """vLLM's scheduler aligns what is computed to the blocks of all groups."""
+    config = config_of(
+        group_of(SimpleNamespace(prefix_cacheable=False, block_size=left)), group_of(spec_of("FullAttentionSpec"))
+    )
+    groups = groups_of(config, hash_tokens=16)
+    request = SimpleNamespace(block_hashes=[bytes([at] * 32) for at in range(7)], num_tokens=115, lora_request=None)
+    index = BlockIndex(8)
+    index.add_slots(0, 8)
+    index.commit(index.reserve(as_keys(request.block_hashes, digest_of_name(1, None)), 4096)[0])
+    assert align_tokens(groups) == np.lcm(16, left)
+    assert longest_hit(index, groups, request, 0, 114, set()).length == 112 // np.lcm(16, left) * np.lcm(16, left)
+
+
 def test_a_model_with_no_group_to_keep_is_refused():
     with pytest.raises(ConfigError, match="none of this model's KV cache groups"):
         groups_of(config_of(group_of(SimpleNamespace(prefix_cacheable=False))))

@@ -176,6 +176,7 @@ def test_no_schedule_of_two_connectors_reads_a_wrong_token(make_rig, host, seed,
                 "send_steps": 3 if sends else 0,
             },
             other_first=other_first,
+            extra={"save": draw.choice(["at_once", "at_once", "on_evict"])},
         )
         host.set_delay_us(0, draw.choice([100, 3000]), seed)
         if draw.random() < 0.5:

@@ -515,6 +515,28 @@ def test_of_two_prompts_that_together_exceed_the_pool_one_keeps_its_head(make_ri
     rig.require_clean()
 
 
+def test_who_loses_what_it_loaded_does_not_evict_the_head_of_whom_it_lost_it_to(make_rig, prompt, host):
+    """The tail of the other is still being saved, so that only its head could go, and nobody would find the tail."""
+    rig = make_rig(num_slots=12)
+    prompts = {name: prompt(name, 20 * BLOCK_TOKENS + 1) for name in "ab"}
+    for name, num_blocks in (("a", 5), ("b", 7)):
+        rig.serve(f"short {name}", prompts[name][: num_blocks * BLOCK_TOKENS + 1], 1)
+    rig.forget_device()
+    host.hold()
+    for name, tokens in prompts.items():
+        rig.add(name, tokens, 1)
+    rig.step()
+    assert len(rig.half.loading) == 2
+    host.release()
+    rig.halves[0].drain()
+    host.hold()
+    rig.step_until_served()
+    host.release()
+    rig.run()
+    assert leading(rig, "a") == 12
+    rig.require_clean()
+
+
 def test_a_request_whose_blocks_were_evicted_for_others_keeps_what_is_left_of_its_chain(make_rig, prompt):
     rig = make_rig(num_slots=12, num_blocks=131)
     rig.serve("short", prompt("p", 8 * BLOCK_TOKENS + 1), 1)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from rig import HAS_WORKER_METADATA
+from test_per_request import asked
 from test_schedules import live
 
 SMALL_CHUNKS = {"pool_first_chunk_bytes": 8 * 4096, "pool_chunk_bytes": 8 * 4096}
@@ -52,6 +53,15 @@ def test_no_slot_is_used_that_a_stage_does_not_have(make_stages, prompt, extra):
         assert rig.index.num_ready <= 64
     rig.forget_device()
     assert rig.serve("again", prompt("f", 300)) == 288
+    rig.require_clean()
+
+
+def test_pins_take_a_quarter_of_the_slots_that_every_stage_has(make_stages, prompt):
+    rig = make_stages()
+    wait_for_pools(rig)
+    rig.serve("first", prompt("p", 400), **asked(pin_s=1000))
+    assert rig.half.pins.count == 64 // 4
+    rig.half.pins.end(every=True)
     rig.require_clean()
 
 

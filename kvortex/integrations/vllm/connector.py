@@ -18,7 +18,13 @@ from kvortex.integrations.vllm.groups import RUN, STATE, groups_of
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
-from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape, num_ranks_of, require_host_memory
+from kvortex.integrations.vllm.options import (
+    ON_EVICT,
+    ConnectorOptions,
+    PoolShape,
+    num_ranks_of,
+    require_host_memory,
+)
 from kvortex.integrations.vllm.plugin import register
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.worker import BLOCKS, NOTHING, REQUESTS, WorkerHalf
@@ -106,6 +112,26 @@ def retention_interval(kv_cache_config):
     return getattr(envs, "VLLM_PREFIX_CACHE_RETENTION_INTERVAL", None)
 
 
+def require_evictions(vllm_config, writes_early):
+    """Refuse to save blocks when they are evicted where that would come too late, or never.
+
+    Raises
+    ------
+    ConfigError
+        This vLLM shows a connector no evictions, has no prefix cache, or writes blocks (`writes_early`) before a
+        connector can copy what they held.
+    """
+    why = None
+    if not HAS_WORKER_METADATA:
+        why = "this vLLM does not show a connector which blocks it evicts; use vLLM 0.26 or later"
+    elif not vllm_config.cache_config.enable_prefix_caching:
+        why = "vLLM's prefix caching is off, and so it evicts nothing; switch it on"
+    elif writes_early:
+        why = "for this model vLLM copies states, or zeroes blocks, before a connector can copy what was there"
+    if why is not None:
+        raise ConfigError(f"save is 'on_evict', but {why}, or leave out the option save")
+
+
 ANOTHER_ENGINE = (
     "another engine of this process uses KVortexConnector, or has used it with another KV cache, and vLLM keeps one "
     "connector for all engines of a process: shut that engine down before you make the next "
@@ -125,7 +151,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     ------
     ConfigError
         An option is unknown or unfit; a `MultiConnector` of vLLM before 0.26; a model whose KV cache this version of
-        vLLM, or this connector, cannot keep right; context parallelism with another than one group of full attention.
+        vLLM, or this connector, cannot keep right; context parallelism with another than one group of full attention;
+        saving on eviction where that would come too late.
 
     Notes
     -----
@@ -169,6 +196,13 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 require_host_memory(self._kv_transfer_config, parallel)
             events, scheduling = vllm_config.kv_events_config, vllm_config.scheduler_config
             tells = events is not None and events.enable_kv_cache_events
+            holds_all = any(group.kind == STATE for group in groups) or getattr(
+                kv_cache_config, "needs_kv_cache_zeroing", False
+            )
+            on_evict = options.save == ON_EVICT
+            if on_evict:
+                require_evictions(vllm_config, holds_all)
+            num_rows = shape.slots.num_slots, shape.num_device_blocks if on_evict else 0
             self.scheduler = SchedulerHalf(
                 shape,
                 load_async=options.load_async,
@@ -176,11 +210,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 whole_prompts=not getattr(getattr(vllm_config, "aux_output_config", None), "enabled", False),
                 reload_preempted=HAS_WORKER_METADATA,
                 extends_hits=HAS_WORKER_METADATA or not self.has_several_groups,
-                events=BlockEvents(groups, kv_cache_config, shape.slots.num_slots) if tells else None,
+                events=BlockEvents(groups, kv_cache_config, *num_rows) if tells else None,
                 interval=retention_interval(kv_cache_config) if interval is None else interval,
                 step_tokens=scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1),
-                holds_all=any(group.kind == STATE for group in groups)
-                or getattr(kv_cache_config, "needs_kv_cache_zeroing", False),
+                holds_all=holds_all,
+                save_on_evict=on_evict,
+                save_after_hits=options.save_after_hits,
             )
             self.counted = {}
             logger.info(
@@ -251,6 +286,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         if self.scheduler:
             self.scheduler.holds.pool = gpu_block_pool
             self._let_go_before_resets(gpu_block_pool)
+            if self.scheduler.evictions is not None:
+                self.scheduler.evictions.watch(gpu_block_pool)
             if self.scheduler.events is not None:
                 self.scheduler.events.watch(gpu_block_pool)
 

@@ -19,6 +19,8 @@ class BlockEvents:
     kv_cache_config : KVCacheConfig
         The scheduler's.
     num_slots : int
+    num_device_blocks : int, default 0
+        If blocks are saved when vLLM gives them to others; what they hold is noted before.
 
     Notes
     -----
@@ -27,12 +29,13 @@ class BlockEvents:
     long as its block is there, in some hundred bytes beside a block's megabytes.
     """
 
-    def __init__(self, groups, kv_cache_config, num_slots):
+    def __init__(self, groups, kv_cache_config, num_slots, num_device_blocks=0):
         all_groups = kv_cache_config.kv_cache_groups
         self.kinds = {group.index: kind_of(all_groups[group.index].kv_cache_spec) for group in groups}
         most_tokens = max(group.block_tokens for group in groups)
-        self.blocks = np.zeros(  # by slot, from the moment that it is reserved
-            num_slots,
+        self.num_slots = num_slots
+        self.blocks = np.zeros(  # by slot, from the moment that it is reserved; then by device block
+            num_slots + num_device_blocks,
             dtype=[
                 ("hash", HASH),
                 ("parent", HASH),  # the hash of the block before, zeros for the first one
@@ -80,6 +83,18 @@ class BlockEvents:
                 self.extra_keys[slot] = keys
             else:
                 self.extra_keys.pop(slot, None)
+
+    def row_of(self, block_ids):
+        """Where in `blocks` stands what these device blocks hold."""
+        return self.num_slots + block_ids
+
+    def move(self, rows, slots):
+        """What is noted in these rows is going into these slots."""
+        self.blocks[slots] = self.blocks[rows]
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+            self.extra_keys.pop(slot, None)
+            if row in self.extra_keys:
+                self.extra_keys[slot] = self.extra_keys.pop(row)
 
     def store(self, slots):
         """The blocks in these slots can be loaded from now on. Those of one request stand in their order."""

@@ -46,6 +46,8 @@ class Group:
         vLLM hashes a request in pieces that may be smaller than a block; so many are one.
     reach_tokens : int, default 0
         Of a WINDOW, those that a token sees, itself included; of a CHUNK, its tokens.
+    hit_tokens : int, default 1
+        Hits are multiples of it, whatever the groups that are kept: vLLM aligns to those that are left alone, too.
     peek_blocks : int, default 0
         Blocks behind a hit that must be there too. With EAGLE or MTP vLLM computes the last block that it finds once
         more, so the hit is shorter by it.
@@ -56,6 +58,7 @@ class Group:
     block_tokens: int
     hashes_per_block: int = 1
     reach_tokens: int = 0
+    hit_tokens: int = 1
     peek_blocks: int = 0
 
     @property
@@ -141,11 +144,15 @@ def groups_of(kv_cache_config, *, hash_tokens=None, parallel_tokens=1, drafts=Fa
     """
     all_groups = kv_cache_config.kv_cache_groups
     none_is_marked = not any(getattr(group, "is_eagle_group", False) for group in all_groups)
+    # vLLM does not look for blocks of the others, so nothing of them would be loaded.
+    is_kept = [getattr(group.kv_cache_spec, "prefix_cacheable", True) for group in all_groups]
+    left_alone = [group for group, kept in zip(all_groups, is_kept, strict=True) if not kept]
+    hit_tokens = math.lcm(*(getattr(group.kv_cache_spec, "block_size", 1) for group in left_alone))
     groups = []
     for index, group in enumerate(all_groups):
+        if not is_kept[index]:
+            continue
         spec = group.kv_cache_spec
-        if not getattr(spec, "prefix_cacheable", True):
-            continue  # vLLM does not look for its blocks, so nothing would be loaded
         require_plain(index, group)
         spec = one_of_all(spec)
         kind = KINDS[type(spec).__name__]
@@ -167,6 +174,7 @@ def groups_of(kv_cache_config, *, hash_tokens=None, parallel_tokens=1, drafts=Fa
                 block_tokens=block_tokens,
                 hashes_per_block=hashes_per_block,
                 reach_tokens=reach.get(kind, lambda spec: 0)(spec),
+                hit_tokens=hit_tokens,
                 peek_blocks=int(drafts and kind != STATE and (none_is_marked or group.is_eagle_group)),
             )
         )
@@ -207,7 +215,7 @@ def one_of_all(spec):
 
 def align_tokens(groups):
     """Hits are multiples of it."""
-    return math.lcm(*(group.block_tokens for group in groups))
+    return math.lcm(*(math.lcm(group.block_tokens, group.hit_tokens) for group in groups))
 
 
 @dataclass

@@ -27,11 +27,10 @@ class Holds:
         self.count = self.blocks_refused = 0
         self.promised = 0  # in this step, so far
 
-    def have_room_for(self, parts):
-        """Whether the blocks of these parts of an offer may be held; see `SchedulerHalf.offer`."""
+    def have_room_for(self, wanted):
+        """Whether so many more blocks may be held; see `SchedulerHalf.offer`."""
         if self.pool is None:
             return True
-        wanted = sum(len(block_ids) for group, _, block_ids in parts if group.index in self.groups)
         taken = self.count + self.promised
         if wanted and taken and taken + wanted > self.most:
             self.blocks_refused += wanted

@@ -35,6 +35,9 @@ class StepMetadata(base.KVConnectorMetadata):
     waits : list of int
         Transfers in flight on device blocks that another connector may fill from this step on. They must be over before
         it begins: nothing orders that connector after vLLM's stream.
+    evictions : list of Transfer
+        Saves of device blocks that this step may write: they begin before anything else does, and its forward and its
+        loads must wait for them.
     is_idle : bool
         The step computes nothing.
     shape : PoolShape or None
@@ -46,6 +49,7 @@ class StepMetadata(base.KVConnectorMetadata):
     waits: list = field(default_factory=list)
     is_idle: bool = False
     shape: object = None
+    evictions: list = field(default_factory=list)
 
     def of(self, kind):
         """The transfers of one kind."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 from kvortex import ConfigError, KVortexConfig, PoolExhausted
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import align_tokens
+from kvortex.integrations.vllm.sights import MOST_COUNTED
 from kvortex.memory.limits import lacking_memory
 from kvortex.slots import Slots, stride_bytes
 
@@ -19,6 +20,8 @@ ENGINE_OPTIONS = (
     "gather_ctas",
     "enable_numa",
 )
+AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
+NUMBERS = {"window_interval_tokens": "tokens", "save_after_hits": "requests"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,10 @@ class ConnectorOptions:
         Of layers with a sliding window or chunks, keep what a prompt needs that ends so many tokens on, or twice as
         many, and so forth; 0: only what the same prompt needs again, and what vLLM sees prompts to share. As vLLM's own
         cache does (``prefix_cache_retention_interval``) where it is not given.
+    save : {"at_once", "on_evict"}, default "at_once"
+        When a block is saved: as soon as its KV is written, or when vLLM gives its device block to somebody else.
+    save_after_hits : int, default 0
+        Save a block only for a request before which so many others, this server's most recent ones, had it. 0: at once.
     verify : bool, default False
         Compare every block saved and loaded with what the GPU held, and count the differences. For tests: costs device
         memory, and bandwidth of the link.
@@ -44,6 +51,8 @@ class ConnectorOptions:
     engine: KVortexConfig
     load_async: bool = True
     window_interval_tokens: int | None = None
+    save: str = AT_ONCE
+    save_after_hits: int = 0
     verify: bool = False
 
     @classmethod
@@ -68,10 +77,15 @@ class ConnectorOptions:
                 "kv_connector_extra_config needs cpu_pool_size_bytes: the host memory for KV blocks, of all ranks "
                 'together, e.g. "32GiB"'
             )
-        interval = extra.get("window_interval_tokens", 0)
-        if isinstance(interval, bool) or not isinstance(interval, int) or interval < 0:
-            raise ConfigError(f"window_interval_tokens must be a whole number of tokens, 0 or more, got {interval!r}")
-        for name in own & extra.keys() - {"window_interval_tokens"}:
+        for name, what in NUMBERS.items():
+            number = extra.get(name, 0)
+            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+                raise ConfigError(f"{name} must be a whole number of {what}, 0 or more, got {number!r}")
+        if extra.get("save_after_hits", 0) > MOST_COUNTED:
+            raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")
+        if extra.get("save", AT_ONCE) not in (AT_ONCE, ON_EVICT):
+            raise ConfigError(f"save must be {AT_ONCE!r} or {ON_EVICT!r}, got {extra['save']!r}")
+        for name in own & extra.keys() - NUMBERS.keys() - {"save"}:
             if not isinstance(extra[name], bool):
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
         for name in ENGINE_OPTIONS:

@@ -84,14 +84,18 @@ class Pins:
     Parameters
     ----------
     index : BlockIndex
-    most : int
-        Blocks that may be pinned so at a time; what is beyond is not pinned, and counted in `blocks_refused`.
+        At most a quarter of its blocks are pinned so at a time; what is beyond is not, and counted in `blocks_refused`.
     """
 
-    def __init__(self, index, most):
-        self.index, self.most = index, most
+    def __init__(self, index):
+        self.index = index
         self.count = self.blocks_refused = 0
         self.pinned, self.waiting = [], []  # of (when it ends, slots), and of (when it ends, keys)
+
+    @property
+    def most(self):
+        """Blocks that may be pinned so: of a pipeline, the stage with the fewest slots says how many there are."""
+        return self.index.slots_added // 4
 
     def want(self, keys, seconds, writing):
         """Pin the blocks with these keys for so long, from now on, as soon as none of them is in the set `writing`."""

@@ -10,12 +10,14 @@ import numpy as np
 
 from kvortex import BlockIndex, ReserveStatus
 from kvortex.index import NO_SLOT, CommitStatus
+from kvortex.integrations.vllm.evictions import Evictions
 from kvortex.integrations.vllm.groups import RUN, STATE, longest_hit
 from kvortex.integrations.vllm.holds import Holds
-from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, keys_of, keys_of_all
+from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, digest_for, keys_of, keys_of_all
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
 from kvortex.integrations.vllm.per_request import Pins, wishes_of
 from kvortex.integrations.vllm.room import Room, flat
+from kvortex.integrations.vllm.sights import KEYS_PER_SLOT, Sights
 from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
 
 NO_KEY = bytes(KEY_BYTES)
@@ -48,6 +50,10 @@ class SchedulerHalf:
         Most tokens that are scheduled before vLLM gives back what left a window.
     holds_all : bool, default False
         Whether a block may be written before the workers hear of it: vLLM zeroes blocks, or copies states into them.
+    save_after_hits : int, default 0
+        Requests that must have had a block before it is saved.
+    save_on_evict : bool, default False
+        Save a block when vLLM gives it to somebody else, not when it is complete. Not with `holds_all`.
 
     Notes
     -----
@@ -57,7 +63,8 @@ class SchedulerHalf:
 
     def __init__(
         self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
-        events=None, interval=None, step_tokens=0, holds_all=False,
+        events=None, interval=None, step_tokens=0, holds_all=False, save_after_hits=0,
+        save_on_evict=False,
     ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
@@ -65,20 +72,24 @@ class SchedulerHalf:
         self.hash_tokens = shape.groups[0].hash_tokens
         self.forgetful = [group for group in shape.groups if group.kind != RUN]
         self.whole_prompts = whole_prompts and load_async and not self.forgetful
-        self.interval = interval
+        self.interval = None if save_on_evict else interval  # vLLM gives away without a hash what it does not keep
+        self.evictions = Evictions(shape.num_device_blocks) if save_on_evict else None
         self.runs = [group.index for group in shape.groups if group.kind == RUN]
         self.block_step = math.gcd(*(group.block_tokens for group in shape.groups))  # every block ends on a multiple
         # Tokens whose blocks must be there behind a hit, see `Group.peek_blocks`.
         self.peek_tokens = max(group.peek_blocks * group.block_tokens for group in shape.groups)
         held = {group.index for group in shape.groups if holds_all or group.kind != RUN}
-        self.holds = Holds(held, shape.num_device_blocks // 2)
+        self.holds = Holds(set() if save_on_evict else held, shape.num_device_blocks // 2)
         self.reload_preempted, self.extends_hits = reload_preempted or load_async, extends_hits
         self.index = BlockIndex(shape.slots.num_slots)
         if shape.num_stages == 1:
             self.index.add_slots(*shape.slots.chunk(0))
+        self.save_after_hits = save_after_hits
+        num_keys = KEYS_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
+        self.sights = Sights(num_keys) if save_after_hits else None
         self.requests, self.matches, self.wishes = {}, {}, {}
         self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
-        self.pins = Pins(self.index, shape.slots.num_slots // 4)
+        self.pins = Pins(self.index)
         # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
         self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
@@ -149,7 +160,10 @@ class SchedulerHalf:
         self.runs_found[request.request_id] = hit.run
         if hit.is_growing and hit.length < least:
             return None, False
-        load_async = self.load_async and hit.length > first
+        blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
+        if not blocks:  # with chunks alone nothing is needed at the end of one, of a prompt never seen neither
+            return 0, False
+        load_async = self.load_async
         if load_async and self.loading:
             group = self.groups[-1]
             begin, end = group.needed(hit.length, first)
@@ -159,13 +173,10 @@ class SchedulerHalf:
                 if middle in others and name not in self.landed:
                     self.waits_for[request.request_id] = name
                     return None, False
-        if load_async:
-            # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is
-            # dear.
-            blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
-            if blocks < self.room.num_free and not self.has_room(request, first):
-                self.no_room = True
-                return None, False
+        # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is dear.
+        if load_async and blocks < self.room.num_free and not self.has_room(request, first):
+            self.no_room = True
+            return None, False
         return hit.length - first, load_async
 
     def wishes_of(self, request):
@@ -193,19 +204,18 @@ class SchedulerHalf:
 
         Called in the step of the match, before anything is reserved: what was found is still there.
         """
-        state = self.requests.setdefault(request.request_id, RequestState(request))
+        state = self.requests.get(request.request_id)
+        if state is None:
+            state = self.requests[request.request_id] = self.begin(request)
         state.request, state.load_failed, state.num_preemptions = request, False, request.num_preemptions
-        state.wishes = self.wishes_of(request)
-        if state.wishes.max_save_tokens is not None:
-            state.most_saved_tokens = state.wishes.max_save_tokens
         self.room.take(state, tables)
         first = self.matches.pop(request.request_id, None)  # None: its load between steps is over
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
         if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
-            state.outdated, state.is_cut, state.stop = False, False, None
+            state.outdated, state.is_cut, state.stop, state.loaded_tokens = False, False, None, 0
         if first is not None:
-            state.boundaries = self.boundaries_of(request)
+            state.boundaries = self.boundaries_of(state)
         if first:  # hits on the device are hits
             keys, _ = self.used(request, first)
             self.index.touch(keys)
@@ -220,6 +230,7 @@ class SchedulerHalf:
             return
         targets = flat(tables[index][begin:end] for index, begin, end in spans)
         assert len(targets) == len(keys) and 0 not in targets, "vLLM has blocks for all that it was promised"
+        state.loaded_tokens = first + num_external_tokens
         if self.load_async:
             self.loading[request.request_id] = frozenset(as_bytes(keys))
         slots = self.index.acquire(keys, self.shape.block_bytes)
@@ -228,19 +239,34 @@ class SchedulerHalf:
         self.fence(targets)
         self.loads.append(self.start(LOAD, slots, targets, keys, request.request_id))
 
-    def boundaries_of(self, request):
+    def begin(self, request):
+        """The state of a request that has device blocks for the first time."""
+        state = RequestState(request, wishes=self.wishes_of(request))
+        if state.wishes.max_save_tokens is not None:
+            state.most_saved_tokens = state.wishes.max_save_tokens
+        if self.sights is not None and state.wishes.save and not is_session(request):
+            state.num_seen = len(request.block_hashes)
+            run = self.sights.run(self.keys_seen(request, 0, state.num_seen), self.save_after_hits)
+            state.most_saved_tokens = min(state.most_saved_tokens, run * self.hash_tokens)
+        return state
+
+    def keys_seen(self, request, first, end):
+        """Keys of some of its hashes, whatever the groups."""
+        return as_keys(request.block_hashes[first:end], digest_for(request, self.groups[0]))
+
+    def boundaries_of(self, state):
         """Lengths of hits to be expected of whoever asks like this request, or shares what another one shared with it.
 
         From vLLM 0.32 on it says where that ends.
         """
-        limit = self.wishes_of(request).max_save_tokens
+        request, limit = state.request, state.most_saved_tokens
         most = request.num_tokens - 1
         lengths = (
             request.num_prompt_tokens - 1 - self.peek_tokens,
             most - self.peek_tokens,
             getattr(request, "shared_prefix_boundary", 0),
             self.runs_found.pop(request.request_id, 0),  # another request has so much of it
-            0 if limit is None else min(limit, most) - self.peek_tokens,
+            min(limit, most) - self.peek_tokens,
         )
         return tuple({length - length % self.align_tokens for length in lengths if length >= self.align_tokens})
 
@@ -280,22 +306,29 @@ class SchedulerHalf:
                     state.offered_tokens = written
                 else:
                     self.offer(state, written, offers)
+            state.computed_tokens = computed
         self.idle = not output.num_scheduled_tokens
+        evictions = self.save_evicted() if self.evictions is not None else []
         step = StepMetadata(
-            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send
-        )
+            sorted(self.fences), self.loads, waits=self.take_waits(), is_idle=self.idle, shape=self.shape_to_send,
+            evictions=evictions,
+        )  # fmt: skip
         self.shape_to_send = None
         self.fences, self.loads, self.no_room = set(), [], False
-        save = self.save(list(offers.values())) if offers else None
-        if save is not None:
-            step.transfers.append(save)
+        if self.evictions is not None:
+            self.note_complete(offers.values())
+        elif offers and (save := self.save(list(offers.values()))) is not None:
+            # What leaves a window in this step it may give to others at once.
+            (step.evictions if self.save_late and self.forgetful else step.transfers).append(save)
+        for load in step.of(LOAD) if step.evictions else ():  # which come after these
+            self.last_transfer[load.block_ids] = load.number
         return step
 
     def replace_blocks(self, request_id, tables, num_computed_tokens):
         """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
         state = self.requests[request_id]
         self.room.take(state, tables)
-        state.offered_tokens = 0
+        state.offered_tokens, state.computed_tokens = 0, num_computed_tokens
         self.fence(flat(table[num_computed_tokens // self.tokens_of(at) :] for at, table in enumerate(tables)))
 
     def tokens_of(self, group_index):
@@ -319,22 +352,29 @@ class SchedulerHalf:
     def offer(self, state, written, offers):
         """Add what the step completes of a request and a later hit can use, as `save` takes it.
 
-        Of groups that forget, only blocks that the request still needs are its own.
+        Of groups that forget, only blocks that the request still needs are its own; or, where what earlier steps wrote
+        is saved, before this step writes anything, those that it needed in the last one.
         """
         parts, offered = [], state.offered_tokens
+        owned = state.computed_tokens if self.save_late else state.request.num_computed_tokens
         for group in self.groups:
             if group.kind != STATE:
                 first = offered // group.block_tokens
                 if group.kind != RUN:
-                    first = max(first, group.first_needed(state.request.num_computed_tokens))
+                    first = max(first, group.first_needed(owned))
                 table = state.tables[group.index]
                 spans = group.worth_keeping(first, written // group.block_tokens, state.boundaries, self.interval)
                 parts += [(group, first, table[first:end]) for first, end in spans if 0 not in table[first:end]]
-        if not self.holds.have_room_for(parts):
+        if not self.holds.have_room_for(self.num_to_hold(state.request, parts)):
             return  # as far as vLLM has the blocks in the next step, they are offered then
         state.offered_tokens = written
         if parts:
             offers.setdefault(state.request.request_id, Offer(state, offered)).parts.extend(parts)
+
+    def num_to_hold(self, request, parts):
+        """How many blocks of these parts of an offer would be held: others are there already, or are not held."""
+        spans = [(group, first, first + len(ids)) for group, first, ids in parts if group.index in self.holds.groups]
+        return np.count_nonzero(self.index.slots_of(keys_of_all(request, spans)) == NO_SLOT) if spans else 0
 
     def offers_of_states(self, output):
         """The states that vLLM hands over in this step, with the blocks that the forward writes them to."""
@@ -349,7 +389,7 @@ class SchedulerHalf:
                 for index, block_id, length in states
                 if index in groups and length % groups[index].block_tokens == 0 and length <= state.most_saved_tokens
             ]
-            if parts and self.holds.have_room_for(parts):
+            if parts and self.holds.have_room_for(self.num_to_hold(state.request, parts)):
                 offers[request_id] = Offer(state, state.offered_tokens, parts)
         return offers
 
@@ -365,7 +405,8 @@ class SchedulerHalf:
             state, first_row = offer.state, len(stops)
             if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
                 state.stop = None
-                state.is_cut = self.lacks_one_of(state.request, offer.offered_tokens)
+                loaded = min(state.loaded_tokens, state.request.num_computed_tokens)
+                state.is_cut = self.lacks_one_of(state.request, max(offer.offered_tokens, loaded))
             if state.is_cut:
                 continue
             for group, first, ids in offer.parts:
@@ -407,6 +448,37 @@ class SchedulerHalf:
         held = self.in_flight[save.number].held = self.holds.take(block_ids, groups[new])
         self.room.count(held, 1)
         return save
+
+    def note_complete(self, offers):
+        """Note what the step writes into the blocks that requests offer, for when vLLM gives these to others."""
+        for offer in offers:
+            request = offer.state.request
+            for group, first, ids in offer.parts:
+                self.evictions.completed(ids, keys_of(request, group, first, first + len(ids)))
+                if self.events is not None:
+                    numbers = np.arange(first, first + len(ids))
+                    self.events.reserved(request, group, numbers, self.events.row_of(np.array(ids)))
+
+    def save_evicted(self):
+        """Reserve slots for what vLLM gave to others in this step; a list of the one transfer of it, or of none.
+
+        Nothing is reserved before every load of the step has pinned its blocks. vLLM gives away the tail of a chain
+        before the head, which is therefore the more recent in the index, too.
+        """
+        block_ids, keys = self.evictions.take()
+        if not len(block_ids):
+            return []
+        slots, statuses, *victims = self.index.reserve(keys, self.shape.block_bytes, victims=self.events is not None)
+        for blocks in victims:
+            self.events.remove(blocks.slots)
+        new = np.flatnonzero(statuses == ReserveStatus.NEW)
+        if not new.size:
+            return []
+        slots, block_ids, keys = slots[new], block_ids[new], keys[new]
+        if self.events is not None:
+            self.events.move(self.events.row_of(block_ids), slots)
+        self.writing.update(as_bytes(keys))
+        return [self.start(SAVE, slots, block_ids, keys)]
 
     def lacks_one_of(self, request, num_tokens):
         """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""
@@ -472,6 +544,8 @@ class SchedulerHalf:
         for moving in self.in_flight.values():
             if moving.transfer.kind == SAVE:
                 self.discard(moving.keys)
+        if self.evictions is not None:
+            self.evictions.forget()
 
     def discard(self, keys):
         """Forget these blocks."""
@@ -510,6 +584,10 @@ class SchedulerHalf:
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.room.take(state, ())
+            if state.num_seen is not None:  # what it has generated, others may ask for
+                keys = self.keys_seen(request, 0, max(state.num_seen, request.num_computed_tokens // self.hash_tokens))
+                self.sights.see(keys[state.num_seen :])
+                self.sights.touch(keys)
         if state is not None and state.offered_tokens:
             spans = []
             for group in self.groups:
@@ -536,6 +614,8 @@ class SchedulerHalf:
         if self.events is not None:
             self.tell_all_removed()
         self.index.clear()
+        if self.evictions is not None:
+            self.evictions.forget()
         self.matches.clear()
         self.writing.clear()
         for state in self.requests.values():

@@ -17,8 +17,11 @@ class RequestState:
     left: dict = field(default_factory=dict)  # group -> blocks at the head of its table that the request has no longer
     num_blocks: int = 0  # device blocks that it has
     offered_tokens: int = 0  # of the leading blocks that were offered to the index
+    computed_tokens: int = 0  # before the last step in which it was scheduled
+    loaded_tokens: int = 0  # of the leading blocks that were in the index when it loaded the last of them
     wishes: Wishes = EVERYTHING
     most_saved_tokens: int = 1 << 60
+    num_seen: int | None = None  # of its hashes, those that count as seen; None: they are not counted
     boundaries: tuple = ()  # lengths of hits to be expected
     stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there
     is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds

@@ -1,6 +1,6 @@
 """The half in each vLLM worker: a pool, a stream to save on, one to load on, and the order between them and vLLM's.
 
-It does what the scheduler's half decided and reports what ended. What it must never get wrong is order; the five waits
+It does what the scheduler's half decided and reports what ended. What it must never get wrong is order; the six waits
 are marked, and `verify` is their judge.
 """
 
@@ -161,6 +161,8 @@ class WorkerHalf:
         self.is_idle = step.is_idle
         if step.shape is not None:
             self.counted = step.shape.slots
+        for save in step.evictions:
+            self.order(self.save(save))  # the wait after a save of what the step overwrites
         for number in step.fences:
             running = self.running.get(number)
             if running is None or self.give_up(running):
@@ -199,18 +201,21 @@ class WorkerHalf:
     def start_save(self, step):
         """After the forward was launched: what it writes is copied when it is over."""
         for save in step.of(SAVE):
-            running = self.begin_transfer(save)
-            try:
-                job = self.submit(self.saver, save, self.compute.stream)  # the wait before a save
-            except DriverError as error:
-                self.fail(running, error)
-                continue
-            if job is None:
-                self.count(saves_dropped=len(save.slots))
-                self.end(running, bad=save.slots)
-                continue
-            running.job = job
-            self.capture(running)
+            self.save(save)
+
+    def save(self, save):
+        """Copy what the device's blocks hold when vLLM's work so far is over."""
+        running = self.begin_transfer(save)
+        try:
+            running.job = self.submit(self.saver, save, self.compute.stream)  # the wait before a save
+        except DriverError as error:
+            self.fail(running, error)
+            return running
+        if running.job is None:
+            self.count(saves_dropped=len(save.slots))
+            self.end(running, bad=save.slots)
+        self.capture(running)
+        return running
 
     def begin_transfer(self, transfer):
         running = self.running[transfer.number] = Running(transfer)
