@@ -77,10 +77,10 @@ class Cleaner:
             with self.lock:
                 self._flushing, self._flushes = self._flushing + self._flushes, []
                 self._begin_pass(True)
-        elif self._num_passed and not self._out and not self._admits_all and self.budget.is_idle(now_s):
+        elif self._num_passed and not self._out and not self._admits_all and self.budget.is_idle():
             with self.lock:
                 self._begin_pass(False)
-        elif self._admits_all and not self._for_a_flush and not self.budget.is_idle(now_s):
+        elif self._admits_all and not self._for_a_flush and not self.budget.is_idle():
             self._admits_all = False
         begun = False
         while now_s >= self._not_before_s and self.num_pinned < self.most_pinned and self.breaker.allows(now_s):

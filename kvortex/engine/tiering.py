@@ -54,7 +54,8 @@ class Tiering:
         self.lock = threading.Lock()  # held over no I/O and no code of others
         self._budget_lock = threading.Lock()
         self._stride_bytes = pool.stride_bytes
-        self._budget = WriteBudget(bytes_per_s, time.monotonic())
+        self._clock = time.monotonic  # of the budget alone
+        self._budget = WriteBudget(bytes_per_s, self._clock())
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
         self._num_refused = self._num_admitted = 0
         self._waking = threading.RLock()  # the collector may wake it from within a call that does
@@ -72,7 +73,7 @@ class Tiering:
     def admit(self, num_blocks):
         """How many blocks of a save the tier is to have, from the first on."""
         with self._budget_lock:
-            return self._budget.admit(num_blocks, self._stride_bytes, time.monotonic())
+            return self._budget.admit(num_blocks, self._stride_bytes, self._clock())
 
     def saved(self, num_admitted, num_new):
         """A save that was admitted had so many new blocks."""
@@ -92,10 +93,16 @@ class Tiering:
             with self._budget_lock:
                 self._budget.spend(nbytes)
 
-    def is_idle(self, now_s):
+    def is_idle(self):
         """As `WriteBudget.is_idle`."""
         with self._budget_lock:
-            return self._budget.is_idle(now_s)
+            return self._budget.is_idle(self._clock())
+
+    def pace(self, clock):
+        """Begin the write budget anew, by another clock than the machine's: replay lets saved blocks be its time."""
+        with self._budget_lock:
+            self._clock = clock
+            self._budget = WriteBudget(self._budget.bytes_per_s, clock())
 
     # ---- for the other verbs ----------------------------------------------------------------------------------------
 
