@@ -33,6 +33,7 @@ cdef class EngineCore:
     cdef Carrier carrier                 # of calls that name no layout; None: all layouts were removed
     cdef bytes digest                    # what keys are xored with where no layout is named; None: nothing
     cdef readonly object tiering         # kvortex.engine.tiering.Tiering, or None
+    cdef BlockIndex catalogue            # of the tier
     cdef object deferred                 # of calls that do not say: False, True or "auto"
 
     cdef kv_monitor counting             # guards the counters

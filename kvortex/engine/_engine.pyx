@@ -77,7 +77,7 @@ cdef class EngineCore:
         What a tier keeps outlives the order in which layouts were added: keys of layouts that `create` was not given
         must differ from those of raw memory.
         """
-        self.tiering = tiering
+        self.tiering, self.catalogue = tiering, tiering.tier.catalogue
         if self.carriers.fingerprint is None:
             self.carriers.fingerprint = b""
 
@@ -246,10 +246,10 @@ cdef class EngineCore:
         """
         cdef const uint8_t[:, ::1] rows
         rows = as_keys(keys) if layout is None and self.digest is None else self.keys_of(keys, layout)
-        cdef size_t n = rows.shape[0], leading = 0
+        cdef size_t n = rows.shape[0], leading = 0, anywhere
         cdef uint64_t start
         where = np.zeros(n, dtype=np.uint8)
-        cdef uint8_t[::1] bits = where
+        cdef uint8_t[::1] bits = where, levels
         self.enter_call()
         try:
             with nogil:
@@ -264,10 +264,14 @@ cdef class EngineCore:
         finally:
             self.calls -= 1
         mask = where.view(np.bool_)
-        if self.tiering is None or leading == n:
+        if self.tiering is None or leading == n or self.failure or not self.tiering.answers():
             return BlockHits(leading, mask, where, leading)
-        where = np.where(mask, np.uint8(1), 2 * self.tiering.look_up(np.asarray(rows)))
-        return BlockHits(leading, mask, where, int(np.argmin(np.append(where, 0) != 0)))
+        where = np.empty(n, dtype=np.uint8)
+        levels = where
+        with nogil:
+            self.catalogue.lookup_keys(&rows[0, 0], n, &levels[0])
+            anywhere = join_levels(&bits[0], &levels[0], n)
+        return BlockHits(leading, mask, where, anywhere)
 
     def touch_blocks(self, keys, *, layout=None):
         """Make the keys the most recent ones, tail-first, so that heads of prefixes outlive their tails.
@@ -794,6 +798,16 @@ cdef str error_name(Device device, int code):
         check(device, code)
     except DriverError as error:
         return error.name
+
+
+cdef size_t join_levels(const uint8_t *in_ram, uint8_t *levels, size_t n) noexcept nogil:
+    """Of what RAM has and what the tier has make which level has it; return the leading run of what any has."""
+    cdef size_t i, leading = n
+    for i in range(n):
+        levels[i] = 1 if in_ram[i] else 2 * levels[i]
+        if not levels[i] and leading == n:
+            leading = i
+    return leading
 
 
 cdef void retire(void *owner, Direction direction, const JobRecord *job, int code) noexcept nogil:

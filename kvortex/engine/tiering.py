@@ -20,7 +20,6 @@ from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.log import log
 from kvortex.stats import TierStats
-from kvortex.tiers.base import HIT, look_up
 from kvortex.tiers.breaker import Breaker
 from kvortex.tiers.plan import BreakEven, WriteBudget
 
@@ -106,11 +105,9 @@ class Tiering:
 
     # ---- for the other verbs ----------------------------------------------------------------------------------------
 
-    def look_up(self, keys):
-        """For each key 1 if the tier has it, else 0."""
-        if self._is_closing or not self._breaker.allows(time.monotonic()):
-            return np.zeros(len(keys), np.uint8)
-        return (look_up(self.tier.catalogue, keys) == HIT).astype(np.uint8)
+    def answers(self):
+        """Whether what the tier has can be had: it is not closed, nor left alone."""
+        return not self._is_closing and self._breaker.allows(time.monotonic())
 
     def prefetch(self, keys, timeout_ms, hold_ms):
         """A `Prefetch` of the leading run of `keys`, which nobody may change any more."""
