@@ -28,7 +28,7 @@ KIB, MIB = 1 << 10, 1 << 20
 A_MINUTE = 60_000
 
 
-def make_engine(path, block_bytes, pool_blocks, disk_blocks=None, **settings):
+def make_engine(path, block_bytes, pool_blocks, disk_blocks=None, *, wait=True, **settings):
     """An engine with a disk tier of so many blocks; without `disk_blocks` one that has no tier."""
     stride, tiers = stride_bytes(block_bytes, PAGE_BYTES), {}
     if disk_blocks is not None:
@@ -36,7 +36,8 @@ def make_engine(path, block_bytes, pool_blocks, disk_blocks=None, **settings):
         tiers = {"tiers": (DiskTier(path, **settings),), "namespace": "bench"}
     config = KVortexConfig(cpu_pool_size_bytes=pool_blocks * stride, block_bytes=block_bytes, device="host", **tiers)
     engine = KVortexEngine.create(config)
-    engine.wait_ready(A_MINUTE)
+    if wait:
+        engine.wait_ready(A_MINUTE)
     return engine
 
 
@@ -167,16 +168,18 @@ def measure_load(path, small):
 
 
 def measure_restart(path, small):
-    """100 000 blocks of 64 KiB: how soon an engine that starts again knows them, with a manifest and without."""
+    """100 000 blocks of 64 KiB: how soon an engine that starts again knows them, with a manifest and without.
+
+    And how fast a tier that is full of as many takes more, beside a tier that is full of 2 000.
+    """
     count, batch, block_bytes = (2000, 500, 64 * KIB) if small else (100_000, 2000, 64 * KIB)
     noise = np.random.default_rng(1).integers(0, 256, block_bytes + 64 * count, np.uint8)
     rows = np.lib.stride_tricks.sliding_window_view(noise, block_bytes)[::64]
-    keys, pool_blocks, rates = keys_of(0, count), 2 * batch, []
+    keys, pool_blocks = keys_of(0, count), 2 * batch
     engine = make_engine(path, block_bytes, pool_blocks, count)
     for first in range(0, count, batch):
-        with timed(rates):
-            save(engine, keys[first : first + batch], rows[first : first + batch])
-            assert engine.flush(A_MINUTE) == 0
+        save(engine, keys[first : first + batch], rows[first : first + batch])
+        assert engine.flush(A_MINUTE) == 0
     engine.shutdown()
     found = []
     sample = np.random.default_rng(2).choice(count, min(count, 512), replace=False)
@@ -187,7 +190,7 @@ def measure_restart(path, small):
                     if not file.endswith((".segment", "lock")):
                         os.unlink(os.path.join(folder, file))
         start = time.perf_counter()
-        engine = make_engine(path, block_bytes, pool_blocks, count)
+        engine = make_engine(path, block_bytes, pool_blocks, count, wait=False)
         created = time.perf_counter() - start
         engine.check_blocks(keys[:512])
         first_answer = time.perf_counter() - start
@@ -197,7 +200,10 @@ def measure_restart(path, small):
         last_hit = time.perf_counter() - start
         engine.tiering.tier.adoption.wait()
         scanned = engine.get_stats().tiers[0].blocks_scanned
+        engine.wait_ready(A_MINUTE)
         require_same(engine, keys[sample], rows[sample])
+        if name == "without":
+            rates = put_rates(engine, path, block_bytes, batch, rows, small)
         engine.shutdown()
         found.append((name, f"{1000 * created:.0f}", f"{1000 * first_answer:.0f}", f"{last_hit:.2f}", f"{scanned:,}"))
     show(
@@ -205,6 +211,27 @@ def measure_restart(path, small):
         ("", "created, ms", "first answer, ms", "last hit, s", "headers read"),
         found,
     )
+    full, few = (statistics.median(seconds[1:]) for seconds in rates)
+    show(
+        f"{batch:,} blocks of 64 KiB put into a tier that is full",
+        ("blocks that it has", "s", "rate, of the smaller tier's", "wanted"),
+        [(f"{2000:,}", f"{few:.3f}", "", ""), (f"{count:,}", f"{full:.3f}", f"{few / full:.2f}", ">= 0.9")],
+    )
+
+
+def put_rates(engine, path, block_bytes, batch, rows, small):
+    """Seconds for a batch put into the engine's tier, and into one of 2 000 blocks; in turn, both full."""
+    other = make_engine(os.path.join(path, "few"), block_bytes, 2 * batch, 2000)
+    times = [], []
+    for number in range(2000 // batch + 1 + (1 if small else 7)):
+        keys = keys_of(1000 + number, batch)
+        for each, seconds in ((engine, times[0]), (other, times[1])):
+            with timed(seconds if number >= 2000 // batch else []):
+                save(each, keys, rows[:batch])
+                assert each.flush(A_MINUTE) == 0
+    assert all(each.get_stats().tiers[0].blocks_evicted > 0 for each in (engine, other))
+    other.shutdown()
+    return times
 
 
 # ---- what is written -------------------------------------------------------------------------------------------------
@@ -261,6 +288,7 @@ def measure_budget(path, small):
     (first_s, first), (last_s, last) = ((at, stats.tiers[0]) for at, stats in marks)
     idle = last.blocks_written_idle - first.blocks_written_idle
     written = (last.blocks_written - first.blocks_written - idle) * stride
+    admitted = (last.blocks_admitted - first.blocks_admitted) * stride
     dropped = marks[1][1].blocks_dropped - marks[0][1].blocks_dropped
     budget = rate * (last_s - first_s)
     show(
@@ -269,6 +297,7 @@ def measure_budget(path, small):
         ("", "MiB", "of the budget", "wanted"),
         [
             ("budget", f"{budget / MIB:.1f}", "", ""),
+            ("admitted", f"{admitted / MIB:.1f}", f"{admitted / budget:.3f}", ""),
             ("written", f"{written / MIB:.1f}", f"{written / budget:.3f}", "0.95 to 1.05"),
             ("written when idle", f"{idle * stride / MIB:.1f}", "", ""),
             ("dropped dirty", f"{dropped * stride / MIB:.1f}", "", ""),
@@ -337,7 +366,7 @@ class HungStore:
 
 def measure_hung(path, small):
     """RAM hits, saves and lookups with a disk that hangs, against an engine that has none."""
-    rounds, batch, block_bytes = (50, 8, 64 * KIB) if small else (6000, 8, 64 * KIB)
+    seconds, batch, block_bytes = (0.2, 8, 64 * KIB) if small else (15, 8, 64 * KIB)  # puts are late after ten
     rows = np.random.default_rng(1).integers(0, 256, (batch, block_bytes), np.uint8)
     targets, head = np.zeros_like(rows), keys_of(0, batch)
     for breaker in ("as it is", "held closed"):
@@ -350,8 +379,9 @@ def measure_hung(path, small):
             save(engine, head, rows)
         verbs = ("RAM hit", "save", "lookup, in RAM", "lookup, missing")
         times = {(verb, name): [] for verb in verbs for name in engines}
-        misses = keys_of(1, 64)
-        for number in range(rounds):
+        misses, number, until = keys_of(1, 64), 0, time.monotonic() + seconds
+        while time.monotonic() < until:
+            number += 1
             keys = keys_of(number + 2, batch)
             for name in list(engines)[:: 1 if number % 2 else -1]:
                 engine = engines[name]
@@ -376,7 +406,7 @@ def measure_hung(path, small):
             lines.append((verb, *(f"{value:.1f}" for pair in zip(alone, ours, strict=True) for value in pair),
                           f"{ours[0] / alone[0]:.2f}", f"{ours[1] / alone[1]:.2f}"))  # fmt: skip
         show(
-            f"a disk that hangs, breaker {breaker}, {rests} rests; {rounds} rounds of {batch} blocks of 64 KiB, "
+            f"a disk that hangs, breaker {breaker}, {rests} rests; {number:,} rounds of {batch} blocks of 64 KiB, "
             f"lookups of these and of 64 that are missing (wanted: median <= 1.10, p99 <= 2)",
             ("us", "p50, no tier", "p50, hung", "p99, no tier", "p99, hung", "p50 ratio", "p99 ratio"),
             lines,
