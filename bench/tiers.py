@@ -183,17 +183,21 @@ def measure_restart(path, small):
     engine.shutdown()
     found = []
     sample = np.random.default_rng(2).choice(count, min(count, 512), replace=False)
-    for name in ("with manifest", "without"):
+    for name in ("no tier", "with manifest", "without"):
         if name == "without":
             for folder, _, files in os.walk(path):
                 for file in files:
                     if not file.endswith((".segment", "lock")):
                         os.unlink(os.path.join(folder, file))
         start = time.perf_counter()
-        engine = make_engine(path, block_bytes, pool_blocks, count, wait=False)
+        engine = make_engine(path, block_bytes, pool_blocks, count if name != "no tier" else None, wait=False)
         created = time.perf_counter() - start
         engine.check_blocks(keys[:512])
         first_answer = time.perf_counter() - start
+        if name == "no tier":  # what of it is the pool's
+            engine.shutdown()
+            found.append((name, f"{1000 * created:.0f}", f"{1000 * first_answer:.0f}", "", ""))
+            continue
         while engine.check_blocks(keys).leading_anywhere < count:
             assert time.perf_counter() - start < 300, "blocks are missing"
             time.sleep(0.002)
@@ -223,9 +227,9 @@ def put_rates(engine, path, block_bytes, batch, rows, small):
     """Seconds for a batch put into the engine's tier, and into one of 2 000 blocks; in turn, both full."""
     other = make_engine(os.path.join(path, "few"), block_bytes, 2 * batch, 2000)
     times = [], []
-    for number in range(2000 // batch + 1 + (1 if small else 7)):
+    for number in range(2000 // batch + 1 + (1 if small else 31)):
         keys = keys_of(1000 + number, batch)
-        for each, seconds in ((engine, times[0]), (other, times[1])):
+        for each, seconds in ((engine, times[0]), (other, times[1]))[:: 1 if number % 2 else -1]:
             with timed(seconds if number >= 2000 // batch else []):
                 save(each, keys, rows[:batch])
                 assert each.flush(A_MINUTE) == 0
