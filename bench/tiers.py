@@ -380,6 +380,9 @@ def measure_hung(path, small):
         if breaker == "held closed":
             hung.tiering._breaker.allows = lambda now_s: True
         for engine in engines.values():
+            for number in range(3):  # as many batches, and after ten seconds they are late
+                save(engine, keys_of(1_000_000 + number, batch), rows)
+                time.sleep(0.1)
             save(engine, head, rows)
         verbs = ("RAM hit", "save", "lookup, in RAM", "lookup, missing")
         times = {(verb, name): [] for verb in verbs for name in engines}
