@@ -35,6 +35,9 @@ Traces are read in the Mooncake format (a request a line) and in that of the
 kv-cache-tester (a conversation a file, or a line), gzip-compressed or not.
 Several files, or a folder of them, are merged by their time stamps.
 
+With --disk there is a disk tier below the pool: what it has of a prefix is
+brought into the pool before the load, and the table says where hits came from.
+
 With --sweep no byte is moved: it asks the index alone what pools of several
 sizes would hit, and shows Belady's bound, what the best policy could hit, too.
 """
@@ -45,6 +48,8 @@ examples:
   python -m kvortex replay --plot demo.png --json demo.json the same, with a picture and the numbers
   python -m kvortex replay trace.jsonl --pool-blocks 10000 --block-bytes 64KiB --device host
   python -m kvortex replay trace.jsonl --pool-bytes 32GiB --block-bytes 2MiB --device cuda:0
+  python -m kvortex replay trace.jsonl --pool-blocks 1000 --disk /mnt/nvme --disk-blocks 30000 --write-bytes-per-s 0
+                                                            RAM, and below it a disk that is written without a limit
   python -m kvortex replay --inject corrupt=3               prove that a wrong byte is seen (exits 1)
   python -m kvortex replay traces/ --sweep 1000,3000,10000 --plot sweep.png   how large should the pool be?
 
@@ -131,6 +136,12 @@ def run_replay(args):
         inflight=args.inflight,
         verify=args.verify,
         corrupt_slots=args.inject,
+        disk=args.disk,
+        disk_blocks=args.disk_blocks,
+        disk_bytes=args.disk_bytes,
+        flush=args.flush,
+        write_bytes_per_s=args.write_bytes_per_s,
+        write_share=args.write_share,
     )
     _require_writable(args)
     requests, name = _read_trace(args)
@@ -153,8 +164,8 @@ def run_replay(args):
 
 def _run_sweep(args):
     """Show what pools of several sizes would hit."""
-    if args.inject or args.inflight != 1:
-        raise kvortex.ConfigError("--sweep moves no data: leave --inject and --inflight out")
+    if args.inject or args.inflight != 1 or args.disk:
+        raise kvortex.ConfigError("--sweep moves no data: leave --inject, --inflight and --disk out")
     _require_writable(args)
     requests, name = _read_trace(args)
     bar = report.Bar()
@@ -275,6 +286,29 @@ def _parser():
         metavar="corrupt=N",
         help="flip a byte in N slots, each just before it is loaded: the replay must exit 1",
     )
+    command.add_argument(
+        "--disk",
+        type=_folder,
+        metavar="PATH",
+        help="a disk tier in a new folder in this one, deleted at the end; with --disk-blocks or --disk-bytes",
+    )
+    size = command.add_mutually_exclusive_group()
+    size.add_argument("--disk-blocks", type=_count, metavar="N", help="size of the disk tier in blocks")
+    size.add_argument("--disk-bytes", type=_bytes, metavar="B", help="or in bytes; 1TiB")
+    command.add_argument("--flush", action="store_true", help="write all that RAM has to the disk after each request")
+    budget = command.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--write-bytes-per-s",
+        type=_rate,
+        metavar="B",
+        help="what may be written to the disk while blocks are saved (default 256MiB; 0: no limit)",
+    )
+    budget.add_argument(
+        "--write-share",
+        type=_share,
+        metavar="F",
+        help="or as a share of what is saved, 0 to 1, however fast the trace goes: 0.25",
+    )
     command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as a JSON object")
     command.add_argument(
         "--plot",
@@ -351,6 +385,26 @@ def _bytes(text):
     if nbytes == 0:
         raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {text!r}")
     return nbytes
+
+
+def _rate(text):
+    return 0 if text == "0" else _bytes(text)
+
+
+def _share(text):
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, got {text!r}")
+    return share
+
+
+def _folder(text):
+    if not os.path.isdir(text) or not os.access(text, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"a folder that exists and is writable is expected, got {text!r}")
+    return Path(text)
 
 
 def _device(text):

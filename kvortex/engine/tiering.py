@@ -50,16 +50,14 @@ class Tiering:
         What may be written; 0: no limit.
     blocks_per_s : float
         What the model computes; 0: not known.
-    clock : callable, default time.monotonic
-        Of the write budget.
     """
 
     Prefetch = Prefetch
 
-    def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0, clock=time.monotonic):
+    def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0):
         self.index, self.tier, self._pid = index, tier, os.getpid()
         self._stride_bytes = pool.stride_bytes
-        self.budget = WriteBudget(bytes_per_s, clock)
+        self.budget = WriteBudget(bytes_per_s)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
         self._admissions = deque()  # of saves, until what they did not need is given back
         self.num_admitted = self.num_not_admitted = 0
@@ -89,6 +87,10 @@ class Tiering:
     def window_blocks(self):
         """Blocks that come from the tier together."""
         return self._promoter.window_blocks
+
+    def pace(self, clock):
+        """Begin the write budget anew, by another clock than the machine's: replay lets saved blocks be its time."""
+        self.budget.pace(clock)
 
     # ---- for the other verbs ----------------------------------------------------------------------------------------
 

@@ -40,7 +40,33 @@ def summary(result, options, trace_name):
     for name in _LATENCIES:
         for percentile in ("p50", "p99"):
             fields[f"{name}_latency_us_{percentile}"] = getattr(stats, f"{name}_latency_us_{percentile}")
+    if options.disk is not None:
+        fields |= _disk_fields(result)
     return fields
+
+
+def _disk_fields(result):
+    """What became of blocks on the way to the disk and back."""
+    (tier,) = result.stats.tiers
+    return {
+        "ram_hit_block_ratio": _ratio(result.blocks_loaded - result.blocks_from_disk, result.blocks_touched),
+        "disk_hit_block_ratio": _ratio(result.blocks_from_disk, result.blocks_touched),
+        "blocks_loaded_from_ram": result.blocks_loaded - result.blocks_from_disk,
+        "blocks_loaded_from_disk": result.blocks_from_disk,
+        "disk_blocks": tier.blocks_most,
+        "disk_blocks_admitted": tier.blocks_admitted,
+        "disk_blocks_not_admitted": tier.blocks_not_admitted,
+        "disk_blocks_written": tier.blocks_written,
+        "disk_blocks_written_idle": tier.blocks_written_idle,
+        "disk_blocks_not_written": tier.blocks_not_written,
+        "disk_blocks_promoted": tier.blocks_promoted,
+        "disk_blocks_evicted": tier.blocks_evicted,
+        "disk_bytes_written": tier.bytes_written,
+        "disk_bytes_read": tier.bytes_read,
+        "disk_misses": tier.misses,
+        "disk_io": tier.io,
+        "blocks_dropped_dirty": result.stats.blocks_dropped,
+    }
 
 
 def write_json(path, fields):
@@ -73,6 +99,7 @@ def table(fields):
             "hit ratio",
             f"{fields['prefix_hit_block_ratio']:.2%} of blocks, {fields['prefix_hit_token_ratio']:.2%} of tokens",
         ),
+        *_disk_rows(fields),
         ("save / load rate", f"{fields['save_gbps']:.2f} / {fields['load_gbps']:.2f} GB/s"),
         *(
             (
@@ -84,6 +111,24 @@ def table(fields):
         ("wrong blocks", checked),
     ]
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)
+
+
+def _disk_rows(fields):
+    if "disk_blocks" not in fields:
+        return []
+    causes = [f"{count:,} {cause.lower().replace('_', ' ')}" for cause, count in sorted(fields["disk_misses"].items())]
+    return [
+        ("hits in RAM", f"{fields['ram_hit_block_ratio']:.2%} of blocks: {fields['blocks_loaded_from_ram']:,}"),
+        ("hits on disk", f"{fields['disk_hit_block_ratio']:.2%} of blocks: {fields['blocks_loaded_from_disk']:,}"),
+        ("disk", f"{fields['disk_blocks']:,} blocks, I/O {fields['disk_io']}"),
+        (
+            "written",
+            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_idle']:,} of them by idleness or flush; "
+            f"{fields['disk_blocks_not_admitted']:,} beyond the budget",
+        ),
+        ("dropped dirty", f"{fields['blocks_dropped_dirty']:,} evicted before the disk had them"),
+        ("promoted", f"{fields['disk_blocks_promoted']:,}; not brought: {', '.join(causes) or 'none'}"),
+    ]
 
 
 class Bar:

@@ -1,6 +1,8 @@
 """Drives an engine with a trace as a serving engine would: check, load the prefix, compute and save the rest, touch."""
 
 import contextlib
+import os
+import tempfile
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -10,7 +12,11 @@ import numpy as np
 import kvortex
 from kvortex.replay.cache import ModelCache
 from kvortex.replay.oracle import STAMP_BYTES, Oracle, key_words
-from kvortex.slots import stride_bytes
+from kvortex.slots import PAGE_BYTES, stride_bytes
+from kvortex.tiers.disk.segments import disk_bytes_of
+
+_PROMOTE_TIMEOUT_MS = 60_000  # a replay counts hits; how fast a disk is, stands in its rates
+_PACE_BLOCKS = 100  # a second of the write budget where saved blocks are its clock
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,17 @@ class ReplayOptions:
         Fill what is saved and compare what is loaded. Without it no byte is written or looked at.
     corrupt_slots : int
         Flip one byte in so many slots, each just before it is loaded.
+    disk : path-like, optional
+        A folder, for a disk tier below the pool. What the replay writes goes into a folder of its own in there, which
+        is deleted at the end.
+    disk_blocks, disk_bytes : int, optional
+        Size of that tier, one of the two.
+    flush : bool
+        Write all that RAM has to the tier after each request.
+    write_bytes_per_s : int, optional
+        As in `kvortex.DiskTier`.
+    write_share : float, optional
+        Instead of that: what may be written, as a share of what is saved. No time counts then, nor idleness.
     """
 
     block_bytes: int = 256 << 10
@@ -43,6 +60,12 @@ class ReplayOptions:
     inflight: int = 1
     verify: bool = True
     corrupt_slots: int = 0
+    disk: str | os.PathLike | None = None
+    disk_blocks: int | None = None
+    disk_bytes: int | None = None
+    flush: bool = False
+    write_bytes_per_s: int | None = None
+    write_share: float | None = None
 
     def __post_init__(self):
         if self.num_pieces is None:
@@ -54,6 +77,10 @@ class ReplayOptions:
             ("corrupt_slots", 0),
             ("pool_blocks", 1),
             ("pool_bytes", 1),
+            ("disk_blocks", 1),
+            ("disk_bytes", 1),
+            ("write_bytes_per_s", 0),
+            ("write_share", 0),
         ):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -71,13 +98,33 @@ class ReplayOptions:
             raise kvortex.ConfigError("give pool_blocks or pool_bytes, not both")
         if self.corrupt_slots and not self.verify:
             raise kvortex.ConfigError("corrupt slots can only be seen with verification on")
+        sizes = self.disk_blocks, self.disk_bytes
+        if self.disk is None and (self.flush, self.write_bytes_per_s, self.write_share, *sizes) != (False, *4 * [None]):
+            raise kvortex.ConfigError("size, flush and write budget of a disk tier need a disk: name its folder")
+        if self.disk is not None and sum(size is None for size in sizes) != 1:
+            raise kvortex.ConfigError("a disk needs a size: give disk_blocks or disk_bytes, one of the two")
+        if self.write_bytes_per_s is not None and self.write_share is not None:
+            raise kvortex.ConfigError("give write_bytes_per_s or write_share, not both")
+
+    @property
+    def stride_bytes(self):
+        """Bytes that a block takes in the pool, and on the disk."""
+        return stride_bytes(self.block_bytes, 0 if self.disk is None else PAGE_BYTES)
 
     @property
     def cpu_pool_size_bytes(self):
         """Exact bytes of the pool."""
         if self.pool_bytes is not None:
             return self.pool_bytes
-        return (1024 if self.pool_blocks is None else self.pool_blocks) * stride_bytes(self.block_bytes)
+        return (1024 if self.pool_blocks is None else self.pool_blocks) * self.stride_bytes
+
+    def disk_tier(self, path):
+        """Settings of the tier in a folder."""
+        disk_bytes = self.disk_bytes or disk_bytes_of(self.disk_blocks, self.stride_bytes)
+        if self.write_share is not None:
+            return kvortex.DiskTier(path, disk_bytes, write_bytes_per_s=_PACE_BLOCKS * self.stride_bytes)
+        rate = {} if self.write_bytes_per_s is None else {"write_bytes_per_s": self.write_bytes_per_s}
+        return kvortex.DiskTier(path, disk_bytes, **rate)
 
 
 @dataclass
@@ -88,6 +135,8 @@ class ReplayResult:
     ----------
     blocks_loaded : int
         Sum of `Job.num_blocks` over the loads: the leading runs as really transferred.
+    blocks_from_disk : int
+        Those of them that RAM did not have when the request came.
     wrong_blocks : int
         Targets whose bytes were not those of the block asked for, or that a load touched beyond its run.
     save_busy_s, load_busy_s : float
@@ -109,6 +158,7 @@ class ReplayResult:
     requests: int = 0
     blocks_touched: int = 0
     blocks_loaded: int = 0
+    blocks_from_disk: int = 0
     blocks_saved: int = 0
     blocks_evicted: int = 0
     tokens: int = 0
@@ -147,7 +197,11 @@ def replay(requests, options, progress=None):
         lanes = [_Lane(device, index * most_blocks, most_blocks) for index in range(options.inflight)]
         for lane in lanes:
             stack.callback(lane.stream.close)
-        config = kvortex.KVortexConfig(cpu_pool_size_bytes=options.cpu_pool_size_bytes, device=device.name)
+        tiers = {}
+        if options.disk is not None:
+            folder = tempfile.TemporaryDirectory(prefix="kvortex-replay-", dir=options.disk)
+            tiers = {"tiers": (options.disk_tier(stack.enter_context(folder)),), "namespace": "replay"}
+        config = kvortex.KVortexConfig(cpu_pool_size_bytes=options.cpu_pool_size_bytes, device=device.name, **tiers)
         engine = stack.enter_context(kvortex.KVortexEngine.create(config, layout=cache.layout))
         started = time.perf_counter()
         engine.wait_ready()
@@ -194,12 +248,14 @@ class _Replay:
         self._engine = engine
         self._cache = cache
         self._verify = options.verify
+        self._has_disk, self._flush = options.disk is not None, options.flush
         self._result = result
         self._progress = progress
         self._loads = _BusyTime()
         self._saves = _BusyTime()
         # Key word -> how often the key was saved as NEW. READY bytes are those of the last NEW save, so this is what
-        # a load must find, also for a key that was evicted and saved again.
+        # a load must find, also for a key that was evicted and saved again. With a disk, which may have an earlier save
+        # of the key and need not write it again, every save has the same content.
         self._generations = {}
         # How many requests must be done before each corruption is due; the first is due at once, so that any trace
         # with a hit sees at least one.
@@ -207,6 +263,8 @@ class _Replay:
         self._corruptions_due = deque(index * num_requests // count for index in range(count))
         self._corrupted_stamps = set()
         self._last_byte = options.block_bytes - 1
+        if options.write_share is not None:
+            engine.tiering.pace(lambda: options.write_share * result.blocks_saved / _PACE_BLOCKS)
 
     def run(self, requests, lanes):
         """Keep one request in flight on each lane until all are done."""
@@ -249,7 +307,12 @@ class _Replay:
         block_ids = lane.block_ids[:num_blocks]
 
         loaded = 0
-        leading = engine.check_blocks(keys).leading
+        hits = engine.check_blocks(keys)
+        leading, prefetched = hits.leading, None
+        if hits.leading_anywhere > leading:
+            leading = hits.leading_anywhere
+            prefetched = engine.prefetch(keys[:leading], _PROMOTE_TIMEOUT_MS, _PROMOTE_TIMEOUT_MS)
+            yield prefetched
         if leading:
             if self._verify:
                 self._cache.poison(lane.first, leading, lane.stream)
@@ -257,7 +320,7 @@ class _Replay:
                 generations = self._generations_of(words[:leading])
                 self._corrupt(words[:leading], generations)
             self._loads.begin()
-            job = engine.load_blocks(keys[:leading], block_ids[:leading], stream=lane.stream)
+            job = engine.load_blocks(keys[:leading], block_ids[:leading], stream=lane.stream, prefetched=prefetched)
             yield job
             job.wait()
             self._loads.end()
@@ -268,6 +331,8 @@ class _Replay:
         if loaded < num_blocks:
             if self._verify:
                 generations = self._generations_of(words[loaded:]) + 1
+                if self._has_disk:
+                    generations[:] = 1
                 self._cache.write(lane.first + loaded, words[loaded:], generations)
             self._saves.begin()
             job = engine.save_blocks(keys[loaded:], block_ids[loaded:], stream=lane.stream, after=keys[:loaded])
@@ -280,7 +345,10 @@ class _Replay:
             result.blocks_saved += job.num_blocks
 
         engine.touch_blocks(keys)
+        if self._flush:
+            engine.flush()
         result.blocks_loaded += loaded
+        result.blocks_from_disk += int(np.count_nonzero(~hits.mask[:loaded]))
         result.tokens_loaded += request.tokens(loaded)
 
     def _finish(self, request, seconds):
@@ -310,15 +378,16 @@ class _Replay:
 
     def _corrupt(self, words, generations):
         """Flip a byte in the slot of one block about to be loaded, for each corruption that is due."""
-        pool, due = self._engine.pool, self._corruptions_due
+        pool, index, due = self._engine.pool, self._engine.index, self._corruptions_due
         for stamp in Oracle.stamps(words, generations, 0):
             if not due or due[0] > self._result.requests:
                 return
             stamp = stamp.tobytes()
             if stamp in self._corrupted_stamps:
                 continue
-            for block in map(pool.view, range(pool.num_slots)):
-                if block[:STAMP_BYTES] == stamp:
+            for slot in range(pool.num_slots):
+                block = pool.view(slot)
+                if block[:STAMP_BYTES] == stamp and index.slot_info(slot)["state"] == "ready":
                     block[self._last_byte] ^= 0xFF
                     due.popleft()
                     self._corrupted_stamps.add(stamp)

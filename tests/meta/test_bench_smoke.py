@@ -7,6 +7,10 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
+import pytest
+
+from bench import tiers
+
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"index", "keys", "pool", "transfer", "engine", "import", "named", "lru", "lmcache"}
 
@@ -32,3 +36,10 @@ def test_every_part_has_a_benchmark_that_runs(tmp_path):
         if len(case) == 0  # no failure, error or skip in it
     )
     assert set(passed) == PARTS, passed
+
+
+@pytest.mark.parametrize("name", tiers.MEASURED)
+def test_every_measurement_of_a_tier_runs(name, tmp_path, capsys):
+    tiers.main(["--small", "--dir", str(tmp_path), name])
+    assert "\n  " in capsys.readouterr().out
+    assert not any(tmp_path.iterdir())

@@ -41,6 +41,18 @@ def test_blocks_come_back_as_they_were(rig):
     rig.wait_for(rig.is_at_rest)
 
 
+def test_a_lookup_says_which_level_has_each_block(rig):
+    rig.put_away(range(6))
+    with rig.fetch([1]), rig.fetch([4]):
+        hits = rig.engine.check_blocks(keys_of([1, 0, 4, 2, 99, 3]))
+        assert hits.where.tolist() == [1, 2, 1, 2, 0, 2] and hits.mask.tolist() == [True, False, True] + 3 * [False]
+        assert (hits.leading, hits.leading_anywhere) == (1, 4)
+        assert rig.engine.check_blocks(keys_of([])).leading_anywhere == 0
+        rig.engine.tiering._breaker._until_s = float("inf")
+        hits = rig.engine.check_blocks(keys_of([1, 0, 4]))
+        assert (hits.where.tolist(), hits.leading_anywhere) == ([1, 0, 1], 1), "what a resting tier has cannot be had"
+
+
 def test_one_call_brings_and_loads(rig):
     rig.put_away(range(6))
     assert rig.load(range(6)) == 0

@@ -179,6 +179,15 @@ def slots_of(disk_bytes, stride_bytes, segment_bytes=SEGMENT_BYTES):
     return per_segment, disk_bytes // segment_bytes * per_segment + rest
 
 
+def disk_bytes_of(num_slots, stride_bytes, num_paths=1, segment_bytes=SEGMENT_BYTES):
+    """The least `disk_bytes` with room for so many slots."""
+    slot_bytes = stride_bytes + ROW_BYTES
+    around = PAGE_BYTES + max(MAP_BYTES, segment_bytes // MAP_SHARE)
+    segment_bytes = max(segment_bytes, around + slot_bytes)
+    whole, rest = divmod(num_slots, (segment_bytes - around) // slot_bytes)
+    return FOLDER_BYTES * num_paths + whole * segment_bytes + (around + rest * slot_bytes if rest else 0)
+
+
 def segment_page(namespace, rank, number, stride_bytes):
     """The first page of a segment. One that differs in any byte is of another, and nothing behind it is read."""
     fields = struct.pack("<8sIIIIQ32s", MAGIC, VERSION, 0, rank, number, stride_bytes, namespace)  # 0: the codec
