@@ -290,7 +290,7 @@ def measure_budget(path, small):
     engine.shutdown()
     usage.end()
     (first_s, first), (last_s, last) = ((at, stats.tiers[0]) for at, stats in marks)
-    idle = last.blocks_written_idle - first.blocks_written_idle
+    idle = last.blocks_written_beyond - first.blocks_written_beyond
     written = (last.blocks_written - first.blocks_written - idle) * stride
     admitted = (last.blocks_admitted - first.blocks_admitted) * stride
     dropped = marks[1][1].blocks_dropped - marks[0][1].blocks_dropped
@@ -403,7 +403,7 @@ def measure_hung(path, small):
                 with timed(times["lookup, missing", name]):
                     engine.check_blocks(misses)
                 engine.touch_blocks(head)
-        rests = hung.get_stats().tiers[0].rests
+        suspensions = hung.get_stats().tiers[0].suspensions
         hung.tiering.tier.store.is_let_go = True
         for engine in engines.values():
             engine.shutdown()
@@ -413,8 +413,8 @@ def measure_hung(path, small):
             lines.append((verb, *(f"{value:.1f}" for pair in zip(alone, ours, strict=True) for value in pair),
                           f"{ours[0] / alone[0]:.2f}", f"{ours[1] / alone[1]:.2f}"))  # fmt: skip
         show(
-            f"a disk that hangs, breaker {breaker}, {rests} rests; {number:,} rounds of {batch} blocks of 64 KiB, "
-            f"lookups of these and of 64 that are missing (wanted: median <= 1.10, p99 <= 2)",
+            f"a disk that hangs, breaker {breaker}, {suspensions} suspensions; {number:,} rounds of {batch} blocks of "
+            f"64 KiB, lookups of these and of 64 that are missing (wanted: median <= 1.10, p99 <= 2)",
             ("us", "p50, no tier", "p50, hung", "p99, no tier", "p99, hung", "p50 ratio", "p99 ratio"),
             lines,
         )

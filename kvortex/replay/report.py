@@ -53,11 +53,11 @@ def _disk_fields(result):
         "disk_hit_block_ratio": _ratio(result.blocks_from_disk, result.blocks_touched),
         "blocks_loaded_from_ram": result.blocks_loaded - result.blocks_from_disk,
         "blocks_loaded_from_disk": result.blocks_from_disk,
-        "disk_blocks": tier.blocks_most,
+        "disk_blocks": tier.blocks_capacity,
         "disk_blocks_admitted": tier.blocks_admitted,
         "disk_blocks_not_admitted": tier.blocks_not_admitted,
         "disk_blocks_written": tier.blocks_written,
-        "disk_blocks_written_idle": tier.blocks_written_idle,
+        "disk_blocks_written_beyond": tier.blocks_written_beyond,
         "disk_blocks_not_written": tier.blocks_not_written,
         "disk_blocks_promoted": tier.blocks_promoted,
         "disk_blocks_evicted": tier.blocks_evicted,
@@ -123,7 +123,7 @@ def _disk_rows(fields):
         ("disk", f"{fields['disk_blocks']:,} blocks, I/O {fields['disk_io']}"),
         (
             "written",
-            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_idle']:,} of them by idleness or flush; "
+            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_beyond']:,} beyond the budget (idle, flush); "
             f"{fields['disk_blocks_not_admitted']:,} beyond the budget",
         ),
         ("dropped dirty", f"{fields['blocks_dropped_dirty']:,} evicted before the disk had them"),

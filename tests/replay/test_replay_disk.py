@@ -66,7 +66,7 @@ def test_of_what_is_saved_a_share_is_written(run, share):
     assert tier.blocks_admitted + tier.blocks_not_admitted == result.blocks_saved
     assert tier.blocks_written <= share * result.blocks_saved + FIRST_CREDIT
     assert tier.blocks_admitted >= share * result.blocks_saved
-    assert tier.blocks_written_idle == 0
+    assert tier.blocks_written_beyond == 0
 
 
 def test_a_corrupted_slot_is_seen_with_a_disk_too(run):
@@ -90,7 +90,7 @@ def test_table_and_json_say_where_hits_came_from(run):
 
 def test_a_disk_of_so_many_blocks_has_so_many(run):
     for disk_blocks in (1, 900, 3000):
-        assert run(disk_blocks=disk_blocks).stats.tiers[0].blocks_most == disk_blocks
+        assert run(disk_blocks=disk_blocks).stats.tiers[0].blocks_capacity == disk_blocks
 
 
 @pytest.mark.parametrize(

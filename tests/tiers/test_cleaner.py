@@ -425,3 +425,180 @@ def test_what_counts_against_a_tier(statuses, is_bad):
     for _ in range(3):
         breaker.saw(np.array(statuses, np.uint8), 0.0)
     assert breaker.allows(0.5) != is_bad
+
+
+# ---- what happens between two steps ----------------------------------------------------------------------------------
+
+
+class Meanwhile:
+    """Something with one verb after, or before, which something happens once."""
+
+    def __init__(self, inner, verb, happens, *, before=False):
+        self._inner, self._verb, self._happens, self._before = inner, verb, [happens], before
+
+    def __getattr__(self, name):
+        run = getattr(self._inner, name)
+        if name != self._verb or not self._happens:
+            return run
+
+        def with_it(*args, **settings):
+            happens = self._happens.pop() if self._happens else lambda: None
+            if self._before:
+                happens()
+            answer = run(*args, **settings)
+            if not self._before:
+                happens()
+            return answer
+
+        return with_it
+
+
+def test_what_is_discarded_before_the_tier_knows_it_is_not_kept(make_rig):
+    rig = make_rig()
+    rig.cleaner.index = Meanwhile(rig.index, "coldest", lambda: rig.engine.discard_blocks(keys_of([1])))
+    rig.save([0, 1, 2])
+    rig.wait_for(lambda: rig.on_disk([0, 2]) == [0, 2])
+    rig.wait_for(rig.is_at_rest)
+    assert rig.on_disk([1]) == []
+    rig.engine.shutdown()
+    assert make_rig().on_disk([0, 1, 2]) == [0, 2], "nor by the next process"
+
+
+def test_a_clear_that_is_interrupted_writes_no_old_block_under_a_new_name(make_rig):
+    rig = make_rig()
+    rig.store.hold("put")
+    rig.save([0, 1])
+    rig.wait_for(lambda: rig.cleaner.num_pinned == 2)
+    rig.engine.clear(weights="new")
+    rig.store.let_go()
+    rig.wait_for(rig.is_at_rest)
+    rig.save([0, 1], generation=1)
+    rig.engine.shutdown()
+    again = make_rig(engine_weights="new")
+    assert again.load([0, 1], generation=1, promote_timeout_ms=SECONDS) == 2
+
+
+def test_what_is_saved_while_headers_are_read_is_written_when_there_is_room(make_rig, tmp_path):
+    rig = make_rig()
+    rig.put_away(range(8))
+    rig.engine.shutdown()
+    for left in tmp_path.rglob("manifest.sqlite"):
+        left.unlink()
+    rig = make_rig()
+    full = [3] * 4
+    reserve = rig.tier.catalogue.reserve
+
+    class Catalogue:
+        def __getattr__(self, name):
+            return getattr(catalogue, name)
+
+        def reserve(self, keys, lengths):
+            slots, statuses = reserve(keys, lengths)
+            if full:
+                full.pop()
+                catalogue.abort(slots[statuses == 0])
+                return np.full(len(keys), 0xFFFFFFFF, np.uint32), np.full(len(keys), 3, np.uint8)
+            return slots, statuses
+
+    class Scanning:
+        is_over = False
+
+        def __getattr__(self, name):
+            return getattr(adoption, name)
+
+    catalogue, adoption = rig.tier.catalogue, rig.tier.adoption
+    rig.tier.catalogue, rig.tier.adoption = Catalogue(), Scanning()
+    rig.save([100, 101])
+    rig.wait_for(lambda: catalogue.lookup(keys_of([100, 101]))[1] == 2)
+    rig.tier.catalogue, rig.tier.adoption = catalogue, adoption
+
+
+def test_at_the_end_a_put_that_failed_is_tried_again(make_rig):
+    rig = make_rig()
+    put, failures = rig.store._store.put, []
+
+    class Failed:
+        def __init__(self, batch):
+            self.statuses = np.full(len(batch.wait()), BlockStatus.IO_ERROR, np.uint8)
+
+        def done(self):
+            return True
+
+    class Store:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def put(self, *args, **settings):
+            failures.append(1)
+            batch = put(*args, **settings)
+            return Failed(batch) if len(failures) == 1 else batch
+
+    inner, rig.store._store = rig.store._store, Store()
+    rig.save(range(6))
+    rig.engine.shutdown()
+    assert make_rig().on_disk(range(6)) == [*range(6)]
+
+
+# ---- flush -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_flush_ends_where_every_put_fails(make_rig):
+    rig = make_rig()
+    put = rig.store._store.put
+
+    class Failed:
+        def __init__(self, batch):
+            self.statuses = np.full(len(batch.wait()), BlockStatus.IO_ERROR, np.uint8)
+
+        def done(self):
+            return True
+
+    class Store:
+        def __getattr__(self, name):
+            return getattr(inner, name)
+
+        def put(self, *args, **settings):
+            return Failed(put(*args, **settings))
+
+    inner, rig.store._store = rig.store._store, Store()
+    rig.save(range(4))
+    assert rig.engine.flush() == 4 and rig.stats().is_suspended
+
+
+def test_a_flush_does_not_wait_for_reads_that_hang(make_rig):
+    rig = make_rig()
+    rig.put_away(range(2))
+    rig.store.hold("get")
+    prefetch = rig.prefetch(range(2))
+    rig.wait_for(lambda: rig.gets() > 0)
+    rig.save([7])
+    assert rig.engine.flush(SECONDS) == 0
+    prefetch.close()
+
+
+def test_a_flush_waits_for_blocks_that_somebody_holds(make_rig):
+    rig = make_rig()
+    rig.engine.tiering._breaker._until_s = float("inf")
+    rig.save(range(4))
+    held = rig.index.acquire(keys_of(range(4)))
+    rig.engine.tiering._breaker._until_s = 0.0
+    threading.Timer(0.1, rig.index.release, [held]).start()
+    assert rig.engine.flush(SECONDS) == 0 and rig.on_disk(range(4)) == [*range(4)]
+
+
+def test_a_flush_says_what_a_smaller_disk_has_no_room_for(make_rig):
+    rig = make_rig(disk_blocks=8)
+    rig.save(range(16))
+    assert rig.engine.flush(2000) == 8
+
+
+@pytest.mark.parametrize("wrong", [-1, 0.5, "5", True])
+def test_a_flush_takes_whole_milliseconds(make_rig, wrong):
+    with pytest.raises(ValueError, match="timeout_ms must be a whole number"):
+        make_rig().engine.flush(wrong)
+
+
+def test_a_tier_of_more_segments_than_its_queue_holds_is_made_durable(make_rig):
+    rig = make_rig(queue_blocks=2, disk_blocks=64)
+    rig.save([1])
+    assert rig.engine.flush(SECONDS) == 0

@@ -10,7 +10,7 @@ import pytest
 from engine_rig import EngineRig
 from tier_rig import SECONDS, block, keys_of
 
-from kvortex import ConfigError, DriverError, EngineClosed, KVLayout, Prefetch
+from kvortex import ConfigError, DriverError, EngineClosed, KVLayout, Prefetch, Stream
 from kvortex.index import NO_SLOT
 
 
@@ -24,8 +24,9 @@ def rig(tmp_path):
 def held_get(rig, ids, **settings):
     """A prefetch whose reads hang."""
     rig.store.hold("get")
+    before = rig.gets()
     prefetch = rig.prefetch(ids, **settings)
-    rig.wait_for(lambda: rig.gets() > 0)
+    rig.wait_for(lambda: rig.gets() > before)
     return prefetch
 
 
@@ -50,7 +51,7 @@ def test_a_lookup_says_which_level_has_each_block(rig):
         assert rig.engine.check_blocks(keys_of([])).leading_anywhere == 0
         rig.engine.tiering._breaker._until_s = float("inf")
         hits = rig.engine.check_blocks(keys_of([1, 0, 4]))
-        assert (hits.where.tolist(), hits.leading_anywhere) == ([1, 0, 1], 1), "what a resting tier has cannot be had"
+        assert (hits.where.tolist(), hits.leading_anywhere) == ([1, 0, 1], 1), "what a suspended tier has cannot be had"
 
 
 def test_one_call_brings_and_loads(rig):
@@ -424,3 +425,115 @@ def test_a_forked_child_leaves_all_of_it_to_its_parent(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert rig.load(range(4), prefetched=prefetch) == 4
     rig.close()
+
+
+def test_what_the_tier_forgets_before_ram_has_a_slot_is_not_shown(rig):
+    rig.put_away(range(4))
+    before, happened = rig.index, []
+
+    class Index:
+        def __getattr__(self, name):
+            return getattr(before, name)
+
+        def reserve(self, *args, **settings):
+            if not happened:
+                happened.append(rig.tier.discard(keys_of([2])))
+            return before.reserve(*args, **settings)
+
+    rig.promoter.index = Index()
+    prefetch = rig.fetch(range(4))
+    assert prefetch.num_blocks == 2 and happened == [1] and rig.in_ram(range(4)) == [0, 1, 3]
+
+
+def test_clear_in_the_middle_of_a_load_ends_it(tmp_path, monkeypatch):
+    """Blocks of old and of new weights never come together."""
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    wait, calls = Prefetch.wait_for_more, []
+
+    def and_clear(self, num_blocks):
+        calls.append(num_blocks)
+        if len(calls) == 2:
+            self.wait()
+            rig.engine.clear()
+            rig.save(range(20), generation=1)
+        return (2 * len(calls), False) if len(calls) < 4 else wait(self, num_blocks)
+
+    monkeypatch.setattr(Prefetch, "wait_for_more", and_clear)
+    memory = [np.zeros(20_000, np.uint8) for _ in range(20)]
+    job = rig.engine.load_blocks(keys_of(range(20)), data_ptrs=memory, promote_timeout_ms=SECONDS)
+    job.wait(SECONDS)
+    found = [target.tobytes() for target in memory[: job.num_blocks]]
+    assert found == [block(i) for i in range(job.num_blocks)] or found == [block(i, 1) for i in range(job.num_blocks)]
+    rig.close()
+
+
+def test_wait_on_tells_of_a_piece_that_failed_on_the_way(tmp_path, monkeypatch, host):
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    monkeypatch.setattr(Prefetch, "wait_for_more", lambda self, first: (self.wait(), (first, first >= 20))[1])
+    memory = [np.zeros(20_000, np.uint8) for _ in range(20)]
+    host.fail_call(3, 1, field="event_record")
+    stream = Stream.create(rig.engine.device)
+    with pytest.raises(DriverError):
+        job = rig.engine.load_blocks(
+            keys_of(range(20)), data_ptrs=memory, promote_timeout_ms=SECONDS, deferred=True, stream=stream
+        )
+        job.wait_on(stream)
+        job.num_blocks  # noqa: B018
+    stream.close()
+    rig.close()
+
+
+def test_a_patient_joiner_waits_for_itself(rig):
+    rig.put_away(range(4))
+    first = held_get(rig, range(4), timeout_ms=30)
+    second = rig.prefetch(range(4))
+    first.wait(SECONDS)
+    assert first.num_blocks == 0 and not second.done()
+    rig.store.let_go()
+    second.wait(SECONDS)
+    assert second.num_blocks == 4
+
+
+def test_a_load_that_pinned_nothing_leaves_the_prefetch(rig):
+    rig.put_away(range(2))
+    prefetch = rig.fetch(range(2))
+    assert rig.load([77], prefetched=prefetch) == 0 and rig.pins_of(0) == 1
+    prefetch.close()
+    with pytest.raises(TypeError, match="prefetched must be a Prefetch"):
+        rig.load([1], prefetched=4)
+
+
+def test_a_long_run_comes_through_a_short_queue(tmp_path):
+    rig = EngineRig(tmp_path / "disk", pool_blocks=64, queue_blocks=4)
+    rig.put_away(range(20), batch=2)
+    assert rig.fetch(range(20)).num_blocks == 20
+    rig.close()
+
+
+def test_a_disk_that_hangs_is_suspended_though_readers_leave_early(rig, monkeypatch):
+    monkeypatch.setattr("kvortex.engine.promoter.LATE_S", 0.05)
+    rig.engine.tiering._breaker._pause_s = 60
+    rig.put_away(range(4))
+    rig.store.hold("get")
+    for i in range(3):
+        rig.fetch([i], timeout_ms=5)
+    rig.wait_for(lambda: rig.stats().suspensions == 1)
+    assert rig.engine.check_blocks(keys_of([3])).leading_anywhere == 0
+    rig.store.let_go()
+
+
+def test_a_signal_handler_may_shut_the_engine_down_while_it_is_asked(tmp_path):
+    """It runs between any two steps of a call, with whatever that call holds."""
+    rig = EngineRig(tmp_path / "disk", engine_shutdown_timeout_ms=1000)
+    rig.put_away(range(4))
+    signal.signal(signal.SIGALRM, lambda *_: rig.engine.shutdown())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        with pytest.raises(EngineClosed):
+            while True:
+                rig.engine.prefetch(keys_of(range(4)), 1000, 1000).close()
+                rig.engine.discard_blocks(keys_of([9]))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    rig.store.let_go()
