@@ -19,11 +19,12 @@ cdef struct Counters:
     uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
     uint64_t blocks_present, blocks_pending, blocks_refused
     uint64_t bytes_saved, bytes_loaded, jobs_failed
+    uint64_t blocks_admitted, blocks_not_admitted  # NEW blocks that a tier was to have, and not
     kv_histogram lookup_ns, save_ns, load_ns
 
 
 cdef class Admission:
-    cdef readonly size_t num_blocks, granted, num_new
+    cdef readonly size_t num_blocks, granted, num_used
     cdef public bint is_over             # the save was called, well or badly
 
 

@@ -443,7 +443,8 @@ cdef class EngineCore:
                 device_pool_bytes=limit, device_pool_bytes_used=used, device_pool_bytes_reserved=reserved,
                 strided=any([(<KVLayout>layout).strided for layout in self.layouts]),
                 planner=tuple([row for layout in self.layouts for row in (<KVLayout>layout).planner]),
-                tiers=() if self.tiering is None else (self.tiering.stats(),),
+                tiers=() if self.tiering is None else (
+                    self.tiering.stats(count.blocks_admitted, count.blocks_not_admitted),),
                 device=self.device.name,
                 failed=self.failure != 0,
                 **latencies("lookup", &count.lookup_ns), **latencies("save", &count.save_ns),
@@ -608,7 +609,7 @@ cdef class EngineCore:
                                         &source.after[0, 0] if num_before else NULL, num_before, NULL, num_admitted)
                 queue.keep_slots(record, n)
                 if admission is not None:
-                    admission.num_new = record_of_job.num_slots
+                    admission.num_used = min(admission.granted, <size_t>record_of_job.num_slots)
             else:
                 moved = self.index.acquire_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                                 record_of_job.slots)
@@ -635,6 +636,9 @@ cdef class EngineCore:
                 queue.unclaim(record)
             _c.kv_monitor_lock(&self.counting)
             self.count.jobs_failed += code != 0 and not has_turn
+            if admission is not None:
+                self.count.blocks_admitted += admission.num_used
+                self.count.blocks_not_admitted += record_of_job.num_slots - admission.num_used
             if direction == D2H:
                 for index in range(n):
                     self.count.blocks_present += source.statuses[index] == _c.KV_RESERVE_PRESENT
@@ -670,7 +674,7 @@ cdef class EngineCore:
         """Promote the run and load it piece by piece on one queue, each piece when it has landed.
 
         The last job speaks for all: its event comes after theirs. All pieces are of what one promotion holds, so that
-        `clear` in between cannot mix two sets of weights; what it does not hold is loaded only if there is no piece yet.
+        `clear` in between cannot mix two sets of weights; what it does not hold is loaded only if nothing was before.
         """
         cdef Py_ssize_t n = keys.shape[0], first = 0, end = 0, window
         cdef Job job = None, last = None

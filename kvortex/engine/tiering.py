@@ -60,7 +60,6 @@ class Tiering:
         self.budget = WriteBudget(bytes_per_s)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
         self._admissions = deque()  # of saves, until what they did not need is given back
-        self.num_admitted = self.num_not_admitted = 0
         self._messages = deque()  # (what to do, with what); append and popleft are one step each
         self._left = deque()  # promotions whose blocks a load has pinned itself
         self.let_go = self._left.append  # one step without Python code, and without a wake-up
@@ -162,8 +161,8 @@ class Tiering:
     def _is_in_trouble(self):
         return self.has_failed or self._is_closing or not self._breaker.allows(time.monotonic())
 
-    def stats(self):
-        """A `TierStats`."""
+    def stats(self, blocks_admitted, blocks_not_admitted):
+        """A `TierStats`; what was admitted the engine counts."""
         store, catalogue = self.tier.store.stats(), self.tier.catalogue.counters()
         cleaner, promoter = self._cleaner, self._promoter
         return TierStats(
@@ -173,8 +172,8 @@ class Tiering:
             blocks_scanned=self.tier.adoption.num_scanned,
             blocks_adopted=self.tier.adoption.num_adopted,
             is_adopting=not self.tier.adoption.is_over,
-            blocks_admitted=self.num_admitted,
-            blocks_not_admitted=self.num_not_admitted,
+            blocks_admitted=blocks_admitted,
+            blocks_not_admitted=blocks_not_admitted,
             blocks_written=cleaner.num_written,
             blocks_written_beyond=cleaner.num_written_beyond,
             blocks_not_written=cleaner.num_failed,
@@ -253,10 +252,7 @@ class Tiering:
             if not admission.is_over:
                 self._admissions.append(admission)
                 continue
-            used = min(admission.granted, admission.num_new)
-            self.num_admitted += used
-            self.num_not_admitted += admission.num_new - used
-            self.budget.give_back((admission.granted - used) * self._stride_bytes)
+            self.budget.give_back((admission.granted - admission.num_used) * self._stride_bytes)
 
     # ---- end --------------------------------------------------------------------------------------------------------
 

@@ -632,8 +632,8 @@ cdef class BlockIndex:
 
     def __repr__(self):
         counts = self.counters()
-        return (f"BlockIndex({self.num_slots} slots: {counts['num_ready']} with a block, {counts['num_pinned']} of them "
-                f"pinned, {counts['num_writing']} being written, {counts['num_free']} free)")
+        return (f"BlockIndex({self.num_slots} slots: {counts['num_ready']} with a block, {counts['num_pinned']} of "
+                f"them pinned, {counts['num_writing']} being written, {counts['num_free']} free)")
 
     # ---- numbers ----------------------------------------------------------------------------------------------------
 

@@ -123,8 +123,8 @@ def _disk_rows(fields):
         ("disk", f"{fields['disk_blocks']:,} blocks, I/O {fields['disk_io']}"),
         (
             "written",
-            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_beyond']:,} beyond the budget (idle, flush); "
-            f"{fields['disk_blocks_not_admitted']:,} beyond the budget",
+            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_beyond']:,} by an idle engine or flush; "
+            f"{fields['disk_blocks_not_admitted']:,} not, for the budget",
         ),
         ("dropped dirty", f"{fields['blocks_dropped_dirty']:,} evicted before the disk had them"),
         ("promoted", f"{fields['disk_blocks_promoted']:,}; not brought: {', '.join(causes) or 'none'}"),

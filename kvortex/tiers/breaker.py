@@ -42,6 +42,7 @@ class Breaker:
             return
         self._failures += 1
         if self._failures >= FAILURES and self.allows(now_s):
+            self._until_s = now_s + self._pause_s
             self.suspensions += 1
             log(
                 logging.WARNING,
@@ -50,5 +51,4 @@ class Breaker:
                 tier=self.name,
                 seconds=self._pause_s,
             )
-            self._until_s = now_s + self._pause_s
             self._pause_s = min(2 * self._pause_s, LONGEST_S)

@@ -225,16 +225,17 @@ cdef class KVLayout:
         TypeError
             A tensor speaks none of these; or `tensors` is a tensor itself.
         ValueError
-            There are not `num_blocks` blocks. A tensor is not block-contiguous: the elements of one block that lie within its stride leave gaps, or blocks
-            interleave. Moving it would move foreign bytes. Or two of them share bytes and are not the same one.
+            There are not `num_blocks` blocks. A tensor is not block-contiguous: the elements of one block that lie
+            within its stride leave gaps, or blocks interleave. Moving it would move foreign bytes. Or two of them share
+            bytes and are not the same one.
         """
         runs, borrowed, pieces = [], [], []
         expected = None if num_blocks is None else whole_number(num_blocks, "num_blocks")
         num_blocks = None
         block_dim = whole_number(block_dim, "block_dim")
         if hasattr(tensors, "shape"):
-            raise TypeError(f"from_tensors takes a list of tensors, one a layer, got one {type(tensors).__name__}; write "
-                            f"from_tensors([tensor]), or list(tensor) where its first dimension counts layers")
+            raise TypeError(f"from_tensors takes a list of tensors, one a layer, got one {type(tensors).__name__}; "
+                            f"write from_tensors([tensor]), or list(tensor) where its first dimension counts layers")
         for number, tensor in enumerate(as_list(tensors, "tensors")):
             memory = borrow_memory(tensor)
             tensor_runs, count, piece = runs_of_tensor(memory, block_dim, f"tensor {number}")

@@ -71,9 +71,8 @@ cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint de
 
 cdef Source part_of(Source whole, Py_ssize_t first, Py_ssize_t count):
     cdef Source part = Source.__new__(Source)
-    part.by_block, part.layout, part.length_step, part.memory = (whole.by_block, whole.layout, whole.length_step,
-                                                                whole.memory)
-    part.lengths, part.ordered, part.stream = whole.lengths, whole.ordered, whole.stream
+    part.by_block, part.layout, part.length_step = whole.by_block, whole.layout, whole.length_step
+    part.memory, part.lengths, part.ordered, part.stream = whole.memory, whole.lengths, whole.ordered, whole.stream
     if whole.by_block:
         part.block_ids = whole.block_ids[first:first + count]
     else:
