@@ -109,6 +109,9 @@ class Cleaner:
         if not len(blocks.slots):
             self._end_pass()
             return False
+        if self.tier.tag != tag:  # cleared meanwhile, so these blocks may be newer than the tag
+            self.index.release(blocks.slots, offered=False)
+            return True
         is_clean = (blocks.facts & BlockFact.CLEAN) != 0
         is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
         is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]

@@ -18,6 +18,7 @@ from kvortex.tiers.base import BlockStatus
 WINDOW_BYTES = 16 << 20  # read as one batch
 MOST_WINDOWS = 4
 GET_TIMEOUT_MS = 60_000  # of the store; readers have deadlines of their own
+NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.PENDING)  # says nothing of what lies there
 LATE_S = 1  # a batch that takes longer counts against the tier
 
 
@@ -222,7 +223,7 @@ class Promoter:
         for i in np.flatnonzero(~has_landed):
             late = statuses[i] == BlockStatus.PENDING
             self.misses["DISCARDED" if is_ok[i] else "LATE" if late else BlockStatus(statuses[i]).name] += 1
-        is_wrong = ~is_ok & (statuses < BlockStatus.LATE) & is_known  # its record is damaged, or another's
+        is_wrong = ~is_ok & ~np.isin(statuses, NOT_READ) & is_known  # damaged, another's, or it cannot be read
         if is_wrong.any():
             self.tier.discard(keys[is_wrong])
         self._num_reading -= len(slots)

@@ -103,7 +103,10 @@ class Store(Protocol):
         """
 
     def flush(self, timeout_ms, *, durable=True):
-        """Wait for all that was given, then make it durable; return how many blocks are left at the end."""
+        """Wait for all that was given, then make it durable; return how many blocks are left at the end.
+
+        At least 1 where the time was over before all was durable.
+        """
 
     def notify(self, event_fd):
         """Write to an eventfd (`os.eventfd`) whenever a batch is over, from any thread; None ends that."""

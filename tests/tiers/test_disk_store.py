@@ -1,6 +1,7 @@
 """What the disk store does when the system fails it: every call, at every count, in every way."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -127,6 +128,24 @@ def test_a_disk_that_does_not_sync_is_told(faulty_rig, faulty):
     faulty.plan("sync", "EIO", count=1)
     with pytest.raises(TierError, match="could not be made durable: IO_ERROR .Input/output error."):
         faulty_rig.store.flush(SECONDS)
+    assert faulty_rig.store.flush(SECONDS) == 0
+
+
+def test_a_batch_that_the_collector_finds_is_freed_like_any_other(faulty_rig, monkeypatch):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    cycle = [faulty_rig.put([0], [100], wait=False)]
+    cycle.append(cycle)
+    del cycle
+    gc.collect()
+    assert not complaints
+
+
+def test_a_flush_whose_time_is_over_during_the_sync_says_that_something_is_left(faulty_rig, faulty):
+    assert faulty_rig.put([0], [100]) == [OK]
+    faulty.plan("sync", "hang", count=1)
+    assert faulty_rig.store.flush(50) == 1
+    faulty.mend()
     assert faulty_rig.store.flush(SECONDS) == 0
 
 

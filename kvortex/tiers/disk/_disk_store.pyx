@@ -193,10 +193,10 @@ cdef class DiskStore:
         left_ms = None if timeout_ms is None else max(0, (<int64_t>deadline - <int64_t>_c.kv_now_ns()) // 1_000_000)
         statuses = self.submit(self.new_batch(_c.KV_IO_SYNC, firsts, left_ms)).wait()
         for number, status in enumerate(statuses):
-            if status:
+            if status and status != _c.KV_BLOCK_LATE:
                 raise TierError(f"segment {number} of {self.segments.folders} could not be made durable: "
                                 f"{BlockStatus(status).name}{self.error_text()}")
-        return 0
+        return int((statuses == _c.KV_BLOCK_LATE).any())  # written, and nobody knows whether durable
 
     def notify(self, event_fd):
         """Write to an eventfd whenever a batch is over; see `Store.notify`."""
@@ -348,6 +348,7 @@ cdef class DiskStore:
             self.free_core()
 
 
+@cython.no_gc_clear  # as above
 cdef class DiskBatch:
     """Blocks that a store was given in one call; see `kvortex.tiers.base.Batch`."""
 

@@ -150,6 +150,13 @@ class Segments:
         """The folders, for messages."""
         return tuple(folder.path for folder in self._folders)
 
+    def are_in_place(self):
+        """Whether the files still lie in the folders: else those are deleted, or another process's by now."""
+        try:
+            return os.path.samestat(os.stat(self._name(0)), os.fstat(self.files[0]))
+        except OSError:
+            return False
+
     def facts(self):
         """What stats tell of the segments."""
         return {

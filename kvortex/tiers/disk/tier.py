@@ -167,7 +167,8 @@ class OpenDiskTier:
         folder, self._folder = self._folder, None
         deadline = time.monotonic() + timeout_ms / 1000
         with contextlib.suppress(EngineClosed):
-            if folder and self.store.flush(timeout_ms, durable=False) == 0:  # while the folder is still ours
+            is_written = folder and self.store.flush(timeout_ms, durable=False) == 0
+            if is_written and self.store.segments.are_in_place():  # and as long as the folder is locked
                 blocks = self.catalogue.coldest(self.catalogue.num_slots)
                 write_manifest(folder, self.tag, blocks.slots[::-1], blocks.keys[::-1], blocks.lengths[::-1])
         self.store.close(max(0, int(1000 * (deadline - time.monotonic()))))

@@ -1,0 +1,142 @@
+"""An engine over a disk tier, and blocks whose content follows from their key and from the weights."""
+
+import hashlib
+import time
+
+import numpy as np
+from tier_rig import PAYLOAD_BYTES, SECONDS, SEGMENT_BYTES, STRIDE_BYTES, DiskRig, keys_of, quota_of
+
+from kvortex import DiskTier, KVLayout, KVortexConfig, KVortexEngine
+from kvortex.tiers.base import HIT, look_up
+
+POOL_SLOTS, TIER_SLOTS = 24, 48
+NAMESPACE = "model"
+POISON = 0xDB
+NOISE = np.frombuffer(np.random.default_rng(7).bytes(1 << 20), np.uint8)
+
+
+def content(key_id, weights):
+    """What the model computes: a block that is stale, of another key or torn differs from it."""
+    digest = hashlib.sha256(b"%d of %s" % (key_id, weights.encode())).digest()
+    start = int.from_bytes(digest[:4]) % (len(NOISE) - PAYLOAD_BYTES)
+    data = NOISE[start : start + PAYLOAD_BYTES].copy()
+    data[:32] = np.frombuffer(digest, np.uint8)
+    return data
+
+
+class EngineRig(DiskRig):
+    """An engine, and memory of a caller who saves from it and loads into it.
+
+    Parameters
+    ----------
+    path : path
+    weights : str, optional
+        As the config says them; blocks of unnamed weights have the content of "the checkpoint".
+    by_layout : bool, default False
+        Name blocks by their number in a layout; else by address.
+    """
+
+    def __init__(self, path, *, pool_slots=POOL_SLOTS, tier_slots=TIER_SLOTS, weights=None, num_blocks=16,
+                 by_layout=False, disk=None, **settings):  # fmt: skip
+        self.weights = weights or "the checkpoint"
+        self.memory = np.zeros((num_blocks, PAYLOAD_BYTES), np.uint8)
+        start = self.memory.ctypes.data
+        self.addresses = start + np.arange(num_blocks) * PAYLOAD_BYTES
+        layout = KVLayout([(start, PAYLOAD_BYTES, PAYLOAD_BYTES)], num_blocks) if by_layout else None
+        self.by_layout, self.is_closed = by_layout, False
+        disk = {"disk_bytes": quota_of(tier_slots), "segment_bytes": SEGMENT_BYTES, "write_bytes_per_s": 0} | (
+            disk or {}
+        )
+        config = KVortexConfig(
+            cpu_pool_size_bytes=pool_slots * STRIDE_BYTES, block_bytes=PAYLOAD_BYTES, device="host",
+            tiers=(DiskTier(path, **disk),), namespace=NAMESPACE, weights=weights, **settings,
+        )  # fmt: skip
+        self.engine = KVortexEngine.create(config, layout=layout)
+        self.engine.wait_ready(SECONDS)
+        self.tier = self.engine.tiering.tier
+        self.segments, self.store, self.pool = self.tier.store.segments, self.tier.store, self.engine.pool
+
+    def adopted(self):
+        """Wait until all is known that the folder has; return this rig."""
+        assert self.tier.adoption.wait(SECONDS)
+        return self
+
+    def places(self, blocks):
+        if self.by_layout:
+            return {"block_ids": np.asarray(blocks)}
+        return {"data_ptrs": self.addresses[np.asarray(blocks, int)], "sizes": PAYLOAD_BYTES}
+
+    def begin_save(self, key_ids, weights=None, blocks=None, **settings):
+        """Compute blocks and save them; the job."""
+        blocks = range(len(key_ids)) if blocks is None else blocks
+        for key_id, block in zip(key_ids, blocks, strict=True):
+            self.memory[block] = content(key_id, weights or self.weights)
+        return self.engine.save_blocks(keys_of(key_ids), **self.places(blocks), **settings)
+
+    def save(self, key_ids, weights=None):
+        """Save blocks, as many at once as the caller has memory for; return how many were new."""
+        num_new, most = 0, len(self.memory)
+        for first in range(0, len(key_ids), most):
+            job = self.begin_save(key_ids[first : first + most], weights)
+            job.wait(SECONDS)
+            num_new += job.num_blocks
+        return num_new
+
+    def load(self, key_ids, *, among=None, blocks=None, **settings):
+        """Load a run of blocks; return how many came. A wrong one, or a touched target behind the run, fails the test.
+
+        `among` are the weights that a block may be of.
+        """
+        blocks = range(len(key_ids)) if blocks is None else blocks
+        for block in blocks:
+            self.memory[block] = POISON
+        job = self.engine.load_blocks(keys_of(key_ids), **self.places(blocks), **settings)
+        job.wait(SECONDS)
+        among = [self.weights] if among is None else among() if callable(among) else among
+        for i, (key_id, block) in enumerate(zip(key_ids, blocks, strict=True)):
+            if i < job.num_blocks:
+                rights = [np.array_equal(self.memory[block], content(key_id, weights)) for weights in among]
+                assert any(rights), f"a wrong block for key {key_id}: {bytes(self.memory[block][:40]).hex()}"
+            else:
+                assert (self.memory[block] == POISON).all(), f"the target of key {key_id} was touched"
+        return job.num_blocks
+
+    def found(self, key_ids, timeout_ms=SECONDS):
+        """Which blocks it has, on any level: each is loaded by itself and compared."""
+        return [key_id for key_id in key_ids if self.load([key_id], promote_timeout_ms=timeout_ms)]
+
+    def known(self, key_ids):
+        """Which blocks the tier says that it has."""
+        return [key_id for key_id in key_ids if look_up(self.tier.catalogue, keys_of([key_id]))[0] == HIT]
+
+    def forget_ram(self):
+        """Nothing is left in RAM; the tier keeps what it has."""
+        self.engine.index.clear()
+
+    def require_quiet(self):
+        """Nothing is on its way any more, and nobody holds anything."""
+        tiering, index = self.engine.tiering, self.engine.index
+        wait_until(lambda: not tiering._cleaner.num_pinned and not tiering._promoter.num_pinned)
+        wait_until(lambda: not index.num_writing and not index.num_pinned)
+        wait_until(lambda: not self.tier.catalogue.num_writing and not self.tier.catalogue.num_pinned)
+        wait_until(lambda: not tiering._promoter._landings and not tiering._promoter._promotions)
+        for each in (index, self.tier.catalogue):
+            assert each.num_ready + each.num_free == each.slots_added, "a slot leaked"
+
+    def close(self):
+        self.is_closed = True
+        self.engine.shutdown()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+def wait_until(condition, seconds=30):
+    """Wait for what has to happen soon."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.002)
