@@ -230,11 +230,11 @@ class Tiering:
 
     def _step(self):
         """Do what can be done now; return for how long there may be nothing, or None at the end."""
+        self._close_left()
         while self._messages:
             do, subject = self._messages.popleft()
+            self._close_left()  # what was loaded before this message makes room for it
             do(subject)
-        while self._left:
-            self._promoter.close(self._left.popleft())
         self._settle_admissions()
         now_s = time.monotonic()
         while self._promoter.step(now_s) | self._cleaner.step(now_s):
@@ -244,6 +244,10 @@ class Tiering:
         is_busy = self._cleaner.is_busy or self._promoter.is_busy or self._admissions or self.index.num_writing
         wake_s = min(now_s + (WATCHED_S if is_busy else UNWATCHED_S), self._promoter.next_s())
         return max(0.0, wake_s - time.monotonic())
+
+    def _close_left(self):
+        while self._left:
+            self._promoter.close(self._left.popleft())
 
     def _settle_admissions(self):
         """Give back what saves were granted and did not need."""

@@ -503,6 +503,15 @@ def test_a_load_that_pinned_nothing_leaves_the_prefetch(rig):
         rig.load([1], prefetched=4)
 
 
+def test_what_was_loaded_makes_room_for_the_next_run_at_once(rig):
+    rig.put_away(range(16))
+    for _ in range(20):
+        for first in (0, 8):
+            assert rig.load(range(first, first + 8), promote_timeout_ms=SECONDS) == 8
+        for first in (0, 8):
+            assert rig.load(range(first, first + 8), prefetched=rig.fetch(range(first, first + 8))) == 8
+
+
 def test_a_long_run_comes_through_a_short_queue(tmp_path):
     rig = EngineRig(tmp_path / "disk", pool_blocks=64, queue_blocks=4)
     rig.put_away(range(20), batch=2)
