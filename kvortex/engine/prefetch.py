@@ -42,15 +42,19 @@ class Promotion:
         self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block
 
     def count(self):
-        """Count what has come of the run, and tell who waits for it."""
+        """Count what has come of the run."""
         self.num_landed = int(np.argmax(np.append(self.slots[: self.end], NO_SLOT) == NO_SLOT))
-        self.progress.put((self.num_landed, self.is_over))
         return self.num_landed
+
+    def tell(self):
+        """Tell who waits for it how far it has come."""
+        self.progress.put((self.num_landed, self.is_over))
 
     def finish(self):
         """No more blocks will come. Once is enough, and more do no harm."""
         self.is_over = True
         self.count()
+        self.tell()
         with contextlib.suppress(concurrent.futures.InvalidStateError):
             self.future.set_result(None)
 

@@ -262,6 +262,8 @@ class Promoter:
         for reader in readers.values():
             if reader.count() >= reader.end and not reader.is_over:
                 self._end(reader, now_s, reader.end)
+            else:
+                reader.tell()
 
     def _give_back_slots(self, slots, tier_slots):
         self.index.abort(slots)
