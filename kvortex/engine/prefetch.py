@@ -36,7 +36,7 @@ class Promotion:
         self.end = self.held = 0  # where the run ends, as far as is known; blocks that count as pinned for it
         self.num_landed = 0
         self.landings = []
-        self.is_over = self.is_closed = False
+        self.is_begun = self.is_over = self.is_closed = False
         self.future = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # nobody else can cancel it
         self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block

@@ -98,7 +98,10 @@ class Promoter:
             self._give_back(promotion)
 
     def begin(self, promotion):
-        """Begin to bring the leading run of a promotion's keys into RAM."""
+        """Begin to bring the leading run of a promotion's keys into RAM, unless its reader has left already."""
+        if promotion.is_closed:
+            return
+        promotion.is_begun = True
         keys, now_s = promotion.keys, time.monotonic()
         is_there, leading = self.index.lookup(keys)
         if leading < len(keys) and self.breaker.allows(now_s):
@@ -129,6 +132,10 @@ class Promoter:
 
     def close(self, promotion):
         """Give back what a reader holds, and wait for nothing more."""
+        if not promotion.is_begun:
+            promotion.is_closed = True
+            promotion.finish()
+            return
         if not promotion.is_over:
             self._end(promotion, time.monotonic(), 0)
         self._give_back(promotion)

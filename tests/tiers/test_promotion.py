@@ -503,6 +503,14 @@ def test_a_load_that_pinned_nothing_leaves_the_prefetch(rig):
         rig.load([1], prefetched=4)
 
 
+def test_a_load_that_is_faster_than_the_prefetch_leaves_nothing_pinned(rig):
+    rig.save(range(4))
+    for _ in range(200):
+        assert rig.load(range(4), prefetched=rig.prefetch(range(4))) == 4
+    rig.wait_for(rig.is_at_rest)
+    assert not rig.engine.tiering.has_failed
+
+
 def test_what_was_loaded_makes_room_for_the_next_run_at_once(rig):
     rig.put_away(range(16))
     for _ in range(20):
