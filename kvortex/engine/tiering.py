@@ -65,7 +65,8 @@ class Tiering:
         self.let_go = self._left.append  # one step without Python code, and without a wake-up
         self._waking = threading.RLock()  # the collector may wake the thread from within a call that does
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._is_closing = self._gives_up = self._is_closed = self._has_ended = self.has_failed = False
+        self._is_closing = self._closes_itself = self._gives_up = self._is_closed = False
+        self._has_ended = self.has_failed = False
         self._cleaner = Cleaner(index, pool, tier, self.budget, self._breaker)
         self._promoter = Promoter(index, pool, tier, self._breaker, self._break_even)
         tier.store.notify(self._event)
@@ -227,6 +228,8 @@ class Tiering:
                     subject.finish()
                 else:
                     subject.set()
+            if self._closes_itself:
+                self._close_tier(1000)
 
     def _step(self):
         """Do what can be done now; return for how long there may be nothing, or None at the end."""
@@ -263,7 +266,8 @@ class Tiering:
     def abandon(self):
         """Let the thread come to its end by itself and close the tier: the engine was dropped. Waits for nothing."""
         if os.getpid() == self._pid and not self._is_closing:
-            threading.Thread(target=self.close, args=(1000,), name="kvortex-tiering-end", daemon=True).start()
+            self._is_closing = self._closes_itself = True
+            self.wake()
 
     def close(self, timeout_ms):
         """Write what was admitted, end the thread, close the tier: within about `timeout_ms`. Idempotent."""
@@ -279,7 +283,10 @@ class Tiering:
         if self._thread.is_alive():
             log(logging.WARNING, "tiering_hangs", "the tiering thread does not come to its end; the tier stays open")
             return
-        self.tier.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
+        self._close_tier(max(0, int(1000 * (deadline_s - time.monotonic()))))
+
+    def _close_tier(self, timeout_ms):
+        self.tier.close(timeout_ms)
         self.tier.store.notify(None)
         with self._waking:
             if not self._is_closed:
