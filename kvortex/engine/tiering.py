@@ -29,7 +29,7 @@ from kvortex.tiers.plan import BreakEven, WriteBudget
 
 WATCHED_S = 0.05  # how long something may go unnoticed while anything is under way
 UNWATCHED_S = 0.5
-PATIENCE_S = 1.0  # for the thread to come to its end, beyond the deadline
+PATIENCE_S = 1.0  # for the thread to come to its end: beyond the deadline, or when the engine was dropped
 
 
 def tag_of(weights):
@@ -229,7 +229,7 @@ class Tiering:
                 else:
                     subject.set()
             if self._closes_itself:
-                self._close_tier(1000)
+                self._close_tier(int(1000 * PATIENCE_S))
 
     def _step(self):
         """Do what can be done now; return for how long there may be nothing, or None at the end."""
@@ -242,6 +242,7 @@ class Tiering:
         now_s = time.monotonic()
         while self._promoter.step(now_s) | self._cleaner.step(now_s):
             now_s = time.monotonic()
+        self._gives_up |= self._closes_itself and now_s >= self._ends_at_s
         if self._gives_up or (self._is_closing and not (self._cleaner.is_busy or self._num_saving())):
             return None
         is_busy = self._cleaner.is_busy or self._promoter.is_busy or self._admissions or self.index.num_writing
@@ -266,6 +267,7 @@ class Tiering:
     def abandon(self):
         """Let the thread come to its end by itself and close the tier: the engine was dropped. Waits for nothing."""
         if os.getpid() == self._pid and not self._is_closing:
+            self._ends_at_s = time.monotonic() + PATIENCE_S
             self._is_closing = self._closes_itself = True
             self.wake()
 
