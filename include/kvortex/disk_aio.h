@@ -11,6 +11,8 @@
 #ifndef KVORTEX_DISK_AIO_H
 #define KVORTEX_DISK_AIO_H
 
+#include <stdatomic.h>
+
 #include "disk_io.h"
 
 typedef struct kv_disk_request {
