@@ -139,10 +139,10 @@ static int faulty_aio_submit(aio_context_t context, struct iocb *call)
     how = draw(call->aio_lio_opcode == IOCB_CMD_PREAD ? READ : WRITE);
     pthread_mutex_unlock(&lock);
     *made = (request){call, call->aio_data, how, NULL};
-    struct iocb changed = *call;
-    changed.aio_data = (uintptr_t)made;
-    changed.aio_nbytes = how == HOW_SHORT ? call->aio_nbytes / 2 : how && how != HOW_HANG ? 0 : call->aio_nbytes;
-    const int answer = kv_io_aio_submit(context, &changed);
+    struct iocb altered = *call;
+    altered.aio_data = (uintptr_t)made;
+    altered.aio_nbytes = how == HOW_SHORT ? call->aio_nbytes / 2 : how && how != HOW_HANG ? 0 : call->aio_nbytes;
+    const int answer = kv_io_aio_submit(context, &altered);
     if (answer != 1)
         free(made);
     return answer;
