@@ -174,7 +174,7 @@ class KVortexEngine(EngineCore):
         """Begin to bring blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
 
         The leading run of keys that RAM and the tier have together is brought, as far as half of the pool allows. All
-        of it is pinned for the caller: what RAM has at once, the rest as it comes.
+        of it is pinned for the caller: what RAM has first, by a thread of the engine, and the rest as it comes.
 
         Parameters
         ----------
