@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from engine_rig import EngineRig
+from faulty_store import FaultyBatch
 from tier_rig import PAYLOAD_BYTES, SECONDS, STRIDE_BYTES, block, keys_of
 
 from kvortex import ConfigError, DiskTier, KVLayout, KVortexConfig, TierError
@@ -219,30 +220,28 @@ def test_a_put_of_old_weights_that_comes_late_is_not_found_again(make_rig):
     assert make_rig(engine_weights="new").on_disk([0, 1]) == []
 
 
-def test_a_put_that_fails_is_tried_again(make_rig, monkeypatch):
+class FailingStore:
+    """A store whose first puts fail, though they write."""
+
+    def __init__(self, rig, count):
+        self._store, rig.store._store = rig.store._store, self
+        self.count, self.num_puts = count, 0
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, *args, **settings):
+        batch = self._store.put(*args, **settings)
+        self.num_puts += 1
+        return FaultyBatch(batch, range(len(batch.wait()))) if self.num_puts <= self.count else batch
+
+
+def test_a_put_that_fails_is_tried_again(make_rig):
     rig = make_rig()
-    put, failures = rig.store._store.put, []
-
-    class Failing:
-        def __init__(self, batch):
-            self.statuses = np.full(len(batch.wait()), BlockStatus.IO_ERROR, np.uint8)
-
-        def done(self):
-            return True
-
-    class Store:
-        def __getattr__(self, name):
-            return getattr(inner, name)
-
-        def put(self, *args, **settings):
-            batch = put(*args, **settings)
-            failures.append(1)
-            return Failing(batch) if len(failures) <= 2 else batch
-
-    inner, rig.store._store = rig.store._store, Store()
+    failing = FailingStore(rig, 2)
     rig.save([0, 1])
     rig.wait_for(lambda: rig.on_disk([0, 1]) == [0, 1])
-    assert rig.stats().blocks_not_written == 4 and len(failures) == 3
+    assert rig.stats().blocks_not_written == 4 and failing.num_puts == 3
     rig.wait_for(rig.is_at_rest)
     assert rig.stats().suspensions == 0
 
@@ -504,25 +503,7 @@ def test_what_is_saved_while_headers_are_read_is_written_when_there_is_room(make
 
 def test_at_the_end_a_put_that_failed_is_tried_again(make_rig):
     rig = make_rig()
-    put, failures = rig.store._store.put, []
-
-    class Failed:
-        def __init__(self, batch):
-            self.statuses = np.full(len(batch.wait()), BlockStatus.IO_ERROR, np.uint8)
-
-        def done(self):
-            return True
-
-    class Store:
-        def __getattr__(self, name):
-            return getattr(inner, name)
-
-        def put(self, *args, **settings):
-            failures.append(1)
-            batch = put(*args, **settings)
-            return Failed(batch) if len(failures) == 1 else batch
-
-    inner, rig.store._store = rig.store._store, Store()
+    FailingStore(rig, 1)
     rig.save(range(6))
     rig.engine.shutdown()
     assert make_rig().on_disk(range(6)) == [*range(6)]
@@ -533,23 +514,7 @@ def test_at_the_end_a_put_that_failed_is_tried_again(make_rig):
 
 def test_a_flush_ends_where_every_put_fails(make_rig):
     rig = make_rig()
-    put = rig.store._store.put
-
-    class Failed:
-        def __init__(self, batch):
-            self.statuses = np.full(len(batch.wait()), BlockStatus.IO_ERROR, np.uint8)
-
-        def done(self):
-            return True
-
-    class Store:
-        def __getattr__(self, name):
-            return getattr(inner, name)
-
-        def put(self, *args, **settings):
-            return Failed(put(*args, **settings))
-
-    inner, rig.store._store = rig.store._store, Store()
+    FailingStore(rig, 1000)
     rig.save(range(4))
     assert rig.engine.flush() == 4 and rig.stats().is_suspended
 
