@@ -165,10 +165,6 @@ class Cleaner:
         passed[written] = is_ok | np.isin(statuses, REFUSED)
         passed[cleaning.refused] = self.tier.adoption.is_over  # else there will be room when the scan has got there
         clean[cleaning.has] = True
-        is_beyond = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
-        self.num_written += int(is_ok.sum())
-        self.num_written_beyond += int((is_ok & is_beyond).sum())
-        self.num_failed += int((~is_ok).sum())
         is_kept = is_ok & (self.index.slots_of(blocks.keys[written]) == blocks.slots[written])
         self._erase(cleaning.tier_slots[~is_kept])
         self.tier.catalogue.abort(cleaning.tier_slots[~is_kept])
@@ -178,6 +174,10 @@ class Cleaner:
         clean[written[is_kept]] = is_there
         self.index.release(blocks.slots, offered=passed, clean=clean)
         self.num_pinned -= len(blocks.slots)
+        is_beyond = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
+        self.num_written += int(is_ok.sum())
+        self.num_written_beyond += int((is_ok & is_beyond).sum())
+        self.num_failed += int((~is_ok).sum())
         if batch is not None and not cleaning.is_late:
             self.breaker.saw(statuses, now_s)
         if not passed.all():

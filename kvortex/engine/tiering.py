@@ -134,7 +134,7 @@ class Tiering:
             if self._is_closing:
                 raise EngineClosed("the engine is shut down; create another one")
             over = threading.Event()
-            any_saves = self._num_saving() > 0  # in flight: this pass may come too early for them
+            is_held = self._num_held() > 0  # being saved, or pinned: this pass may come too early for these
             self._messages.append((self._cleaner.begin_flush, over))
             self.wake()
             while not over.wait(min(WATCHED_S, max(0, deadline_s - time.monotonic()))):
@@ -143,10 +143,10 @@ class Tiering:
                     break
             counts = self.index.counters()
             left = max(0, counts["num_ready"] - counts["num_clean"]) + self._num_saving()
-            any_saves |= self._num_saving() > 0 or counts["num_pinned"] > 0
-            if not left or not any_saves or time.monotonic() >= deadline_s or self._is_in_trouble():
+            is_held |= self._num_held() > 0
+            if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble():
                 break
-            time.sleep(0.005)  # what is being saved or read is to be written too
+            time.sleep(0.005)
         rest_s = deadline_s - time.monotonic()
         if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):
             left += 1  # a discarded block may still be found by the next process
@@ -155,6 +155,9 @@ class Tiering:
             return max(1, left)
         rest_ms = None if timeout_ms is None else max(0, int(1000 * (deadline_s - time.monotonic())))
         return max(left, self.tier.store.flush(rest_ms))
+
+    def _num_held(self):
+        return self._num_saving() + self.index.num_pinned
 
     def _num_saving(self):
         return max(0, self.index.num_writing - self._promoter.num_writing)
