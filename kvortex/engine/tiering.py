@@ -29,6 +29,7 @@ from kvortex.tiers.plan import BreakEven, WriteBudget
 
 WATCHED_S = 0.05  # how long something may go unnoticed while anything is under way
 UNWATCHED_S = 0.5
+STALLED_S = 10.0  # for a flush that gets no further: longer than readers hold what they prefetched, as a rule
 PATIENCE_S = 1.0  # for the thread to come to its end: beyond the deadline, or when the engine was dropped
 
 
@@ -130,6 +131,7 @@ class Tiering:
         """Write all that is in RAM, and make it durable; return how many blocks are left at the end."""
         limit_s = float("inf") if timeout_ms is None else require_ms("timeout_ms", timeout_ms) / 1000
         deadline_s = time.monotonic() + limit_s
+        least, least_at_s = float("inf"), 0.0
         while True:
             if self._is_closing:
                 raise EngineClosed("the engine is shut down; create another one")
@@ -144,8 +146,12 @@ class Tiering:
             counts = self.index.counters()
             left = max(0, counts["num_ready"] - counts["num_clean"]) + self._num_saving()
             is_held |= self._num_held() > 0
+            if left < least:
+                least, least_at_s = left, time.monotonic()
             if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble():
                 break
+            if not self._num_saving() and time.monotonic() >= least_at_s + STALLED_S:
+                break  # what is left cannot be written, whoever else uses the engine
             time.sleep(0.005)
         rest_s = deadline_s - time.monotonic()
         if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):

@@ -543,6 +543,17 @@ def test_a_flush_waits_for_blocks_that_somebody_holds(make_rig):
     assert rig.engine.flush(SECONDS) == 0 and rig.on_disk(range(4)) == [*range(4)]
 
 
+def test_a_flush_ends_where_nothing_more_can_be_written_though_others_hold_blocks(make_rig, monkeypatch):
+    monkeypatch.setattr("kvortex.engine.tiering.STALLED_S", 0.1)
+    rig = make_rig()
+    rig.engine.tiering._breaker._until_s = float("inf")
+    rig.save(range(4))
+    held = rig.index.acquire(keys_of(range(4)))
+    rig.engine.tiering._breaker._until_s = 0.0
+    assert rig.engine.flush() == 4
+    rig.index.release(held)
+
+
 def test_a_flush_says_what_a_smaller_disk_has_no_room_for(make_rig):
     rig = make_rig(disk_blocks=8)
     rig.save(range(16))
