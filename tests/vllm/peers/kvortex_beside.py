@@ -94,19 +94,22 @@ def tell_kvortex(create):
 
 
 def with_tensors(config):
-    """`config` with the allocation that vLLM makes for a model whose layers are alike."""
-    if config.kv_cache_tensors or len(config.kv_cache_groups) != 1:
+    """`config` with a tensor for the layers of each group, as vLLM makes it where layers are alike."""
+    if config.kv_cache_tensors:
         return config
-    (group,) = config.kv_cache_groups
-    page_bytes = group.kv_cache_spec.page_size_bytes
-    layer_bytes = page_bytes * config.num_blocks
-    tensor = KVCacheTensor(
-        size=layer_bytes * len(group.layer_names),
-        layers=group.layer_names,
-        layer_stride=layer_bytes,
-        block_stride=page_bytes,
-    )
-    return replace(config, kv_cache_tensors=[tensor])
+    tensors = []
+    for group in config.kv_cache_groups:
+        page_bytes = group.kv_cache_spec.page_size_bytes
+        layer_bytes = page_bytes * config.num_blocks
+        tensors.append(
+            KVCacheTensor(
+                size=layer_bytes * len(group.layer_names),
+                layers=group.layer_names,
+                layer_stride=layer_bytes,
+                block_stride=page_bytes,
+            )
+        )
+    return replace(config, kv_cache_tensors=tensors)
 
 
 def pytest_configure(config):
