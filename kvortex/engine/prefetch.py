@@ -2,16 +2,11 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import os
-import queue
 import weakref
 from operator import index
 
-import numpy as np
-
 from kvortex.errors import EngineClosed
-from kvortex.index import NO_SLOT
 
 LONGEST_MS = 1 << 40
 
@@ -25,38 +20,6 @@ def require_ms(name, value):
     if not 0 <= number <= LONGEST_MS:
         raise ValueError(f"{name} must be a whole number of milliseconds from 0 to 2^40, got {value!r}")
     return number
-
-
-class Promotion:
-    """What one reader waits for and holds. Only the tiering thread changes it."""
-
-    def __init__(self, keys, deadline_s, hold_s):
-        self.keys, self.deadline_s, self.hold_s, self.expires_s = keys, deadline_s, hold_s, float("inf")
-        self.slots = np.full(len(keys), NO_SLOT, np.uint32)  # pinned by us, where they are there
-        self.end = self.held = 0  # where the run ends, as far as is known; blocks that count as pinned for it
-        self.num_landed = 0
-        self.landings = []
-        self.is_begun = self.is_over = self.is_closed = False
-        self.future = concurrent.futures.Future()
-        self.future.set_running_or_notify_cancel()  # nobody else can cancel it
-        self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block
-
-    def count(self):
-        """Count what has come of the run."""
-        self.num_landed = int(np.argmax(np.append(self.slots[: self.end], NO_SLOT) == NO_SLOT))
-        return self.num_landed
-
-    def tell(self):
-        """Tell who waits for it how far it has come."""
-        self.progress.put((self.num_landed, self.is_over))
-
-    def finish(self):
-        """No more blocks will come. Once is enough, and more do no harm."""
-        self.is_over = True
-        self.count()
-        self.tell()
-        with contextlib.suppress(concurrent.futures.InvalidStateError):
-            self.future.set_result(None)
 
 
 class Prefetch:

@@ -16,16 +16,16 @@ from collections import deque
 
 import numpy as np
 
-from kvortex.engine.cleaner import Cleaner
-from kvortex.engine.prefetch import Prefetch, Promotion, require_ms
-from kvortex.engine.promoter import Promoter
+from kvortex.engine.prefetch import Prefetch, require_ms
 from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.log import log
 from kvortex.stats import TierStats
 from kvortex.tiers.breaker import Breaker
+from kvortex.tiers.cleaner import Cleaner
 from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
+from kvortex.tiers.promoter import Promoter, Promotion
 
 WATCHED_S = 0.05  # how long something may go unnoticed while anything is under way
 UNWATCHED_S = 0.5

@@ -326,7 +326,7 @@ def test_two_ways_to_promote_exclude_each_other(rig):
 
 
 def test_a_long_run_comes_in_windows(tmp_path, monkeypatch):
-    monkeypatch.setattr("kvortex.engine.promoter.WINDOW_BYTES", 60_000)
+    monkeypatch.setattr("kvortex.tiers.promoter.WINDOW_BYTES", 60_000)
     rig = EngineRig(tmp_path / "disk", pool_blocks=64)
     rig.put_away(range(30), batch=5)
     assert rig.fetch(range(30)).num_blocks == 30
@@ -335,7 +335,7 @@ def test_a_long_run_comes_in_windows(tmp_path, monkeypatch):
 
 
 def in_windows_of_two(tmp_path, monkeypatch, **settings):
-    monkeypatch.setattr("kvortex.engine.promoter.WINDOW_BYTES", 60_000)
+    monkeypatch.setattr("kvortex.tiers.promoter.WINDOW_BYTES", 60_000)
     rig = EngineRig(tmp_path / "disk", pool_blocks=64, **settings)
     rig.put_away(range(20), batch=5)
     return rig
@@ -528,7 +528,7 @@ def test_a_long_run_comes_through_a_short_queue(tmp_path):
 
 
 def test_a_disk_that_hangs_is_suspended_though_readers_leave_early(rig, monkeypatch):
-    monkeypatch.setattr("kvortex.engine.promoter.LATE_S", 0.05)
+    monkeypatch.setattr("kvortex.tiers.promoter.LATE_S", 0.05)
     rig.engine.tiering._breaker._pause_s = 60
     rig.put_away(range(4))
     rig.store.hold("get")

@@ -3,10 +3,13 @@
 What RAM has of the prefix is pinned first: no block of it is evicted for a later one. A block that several readers wait
 for is read once; each of them has a pin of its own from the moment it is there.
 
-Only the tiering thread comes here. Other threads clear and discard meanwhile, RAM first and then the tier (`clear` RAM
+One thread comes here. Others clear and discard meanwhile, RAM first and then the tier (`clear` RAM
 once more): so a block is shown only if the tier still has it, with the tag that was asked for, when it has come.
 """
 
+import concurrent.futures
+import contextlib
+import queue
 import time
 from collections import Counter, deque
 
@@ -20,6 +23,38 @@ MOST_WINDOWS = 4
 GET_TIMEOUT_MS = 60_000  # of the store; readers have deadlines of their own
 NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.PENDING)  # says nothing of what lies there
 LATE_S = 1  # a batch that takes longer counts against the tier
+
+
+class Promotion:
+    """What one reader waits for and holds. Only the tiering thread changes it."""
+
+    def __init__(self, keys, deadline_s, hold_s):
+        self.keys, self.deadline_s, self.hold_s, self.expires_s = keys, deadline_s, hold_s, float("inf")
+        self.slots = np.full(len(keys), NO_SLOT, np.uint32)  # pinned by us, where they are there
+        self.end = self.held = 0  # where the run ends, as far as is known; blocks that count as pinned for it
+        self.num_landed = 0
+        self.landings = []
+        self.is_begun = self.is_over = self.is_closed = False
+        self.future = concurrent.futures.Future()
+        self.future.set_running_or_notify_cancel()  # nobody else can cancel it
+        self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block
+
+    def count(self):
+        """Count what has come of the run."""
+        self.num_landed = int(np.argmax(np.append(self.slots[: self.end], NO_SLOT) == NO_SLOT))
+        return self.num_landed
+
+    def tell(self):
+        """Tell who waits for it how far it has come."""
+        self.progress.put((self.num_landed, self.is_over))
+
+    def finish(self):
+        """No more blocks will come. Once is enough, and more do no harm."""
+        self.is_over = True
+        self.count()
+        self.tell()
+        with contextlib.suppress(concurrent.futures.InvalidStateError):
+            self.future.set_result(None)
 
 
 class Landing:

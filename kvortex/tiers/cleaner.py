@@ -4,7 +4,7 @@ It goes over the whole order of eviction. Blocks that a save was admitted for ar
 touched there, the rest is passed over. What it has passed stays, in its order, colder than what it has not: so the
 order of eviction is that of an engine without a cleaner, and the tier's is the order in which blocks left RAM.
 
-Only the tiering thread comes here. Other threads clear and discard meanwhile, RAM first and then the tier: so a block
+One thread comes here. Others clear and discard meanwhile, RAM first and then the tier: so a block
 counts as written only if RAM still has it where it was taken from.
 """
 
