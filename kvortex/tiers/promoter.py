@@ -26,7 +26,7 @@ LATE_S = 1  # a batch that takes longer counts against the tier
 
 
 class Promotion:
-    """What one reader waits for and holds. Only the tiering thread changes it."""
+    """What one reader waits for and holds. Only the thread of the `Promoter` changes it."""
 
     def __init__(self, keys, deadline_s, hold_s):
         self.keys, self.deadline_s, self.hold_s, self.expires_s = keys, deadline_s, hold_s, float("inf")
