@@ -493,6 +493,7 @@ def test_a_transfer_queue_takes_a_part(device, stream):
     cache.close()
 
 
+@pytest.mark.host  # a GPU's copies have other limits
 def test_a_part_moves_by_strided_copies_where_its_layout_does(bench):
     from kvortex.transfer._layout import plan_copies
 

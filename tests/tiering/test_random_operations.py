@@ -145,6 +145,7 @@ class Worker(threading.Thread):
     "by_layout, io", [(False, "threads"), (True, "aio")], ids=["addresses, threads", "layout, aio"]
 )
 def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed, by_layout, io):
+    gc.collect()  # of earlier tests
     num_threads, num_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with EngineRig(tmp_path, by_layout=by_layout, num_blocks=NUM_THREADS * CHAIN_BLOCKS, disk={"io": io}) as rig:
         faulty = rig.tier.store = FaultyStore(rig, seed, rate=0.2, faults=FAULTS)
@@ -176,4 +177,4 @@ def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed
         assert rig.found(ALL[:20]) == [*ALL[:20]]
     gc.collect()
     assert threading.active_count() == num_threads
-    assert len(os.listdir("/proc/self/fd")) == num_files
+    assert len(os.listdir("/proc/self/fd")) <= num_files
