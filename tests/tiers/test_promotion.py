@@ -437,7 +437,7 @@ def test_what_the_tier_forgets_before_ram_has_a_slot_is_not_shown(rig):
 
         def reserve(self, *args, **settings):
             if not happened:
-                happened.append(rig.tier.discard(keys_of([2])))
+                happened.append(rig.tier.catalogue.discard(keys_of([2])))  # and erases it when it has been read
             return before.reserve(*args, **settings)
 
     rig.promoter.index = Index()
