@@ -369,7 +369,13 @@ def test_runs_over_each_other_become_one_that_names_no_byte_twice(seed):
         runs = [(base, stride, min(piece, stride - base % far)) for base, stride, piece in runs]
         named = [base + at for base, _, piece in runs for at in range(piece)]
         merged = [base + at for base, _, piece in union_of(runs) for at in range(piece)]
-        assert merged == sorted(set(named))
+        assert sorted(merged) == sorted(set(named))
+        there = [base + at for base, _, piece in runs for at in range(piece)]
+        firsts = [
+            min(there.index(base + at) for at in range(piece) if base + at in there)
+            for base, _, piece in union_of(runs)
+        ]
+        assert firsts == sorted(firsts), "whatever the addresses, the layers' order is that of the bytes"
 
 
 def test_runs_of_other_strides_stay_apart():

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from kvortex.keys import digest_of, ram_keys
 
 KEY_BYTES = 32
 NO_DIGEST = digest_of()
+OF_THIS_PROCESS = os.urandom(16).hex()
 
 
 def keys_of(request, group, first, end):
@@ -31,10 +33,13 @@ def digest_for(request, group):
     """What a block's hash does not say.
 
     The group; and vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is
-    loaded anew under its name has another id.
+    loaded anew under its name has another id. What lies at a path may be another LoRA when the next server finds blocks
+    of this one on disk: so their keys are this process's own.
     """
     lora = request.lora_request
-    return digest_of_name(group.index, None if lora is None else f"{lora.lora_int_id} {lora.lora_path}")
+    return digest_of_name(
+        group.index, None if lora is None else f"{lora.lora_int_id} {lora.lora_path} {OF_THIS_PROCESS}"
+    )
 
 
 @functools.lru_cache(1024)

@@ -44,16 +44,38 @@ def layout_of(tensors, num_blocks, block_dims, overlap=False):
 
 
 def union_of(runs):
-    """Runs of the same bytes that name none twice, in the order of addresses."""
+    """Runs of the same bytes that name none twice, in the order in which the first run of each stands.
+
+    It is the order of a block's bytes in its slot and on disk. That of addresses is another one in the next process.
+    """
     merged = []
-    for base, stride, piece in sorted(runs):
+    for place, (base, stride, piece) in sorted(enumerate(runs), key=lambda numbered: numbered[1]):
         if merged:
-            last, last_stride, last_piece = merged[-1]
+            first, last, last_stride, last_piece = merged[-1]
             if stride == last_stride and base <= last + last_piece and base + piece - last <= stride:
-                merged[-1] = (last, stride, max(last_piece, base + piece - last))
+                merged[-1] = (min(first, place), last, stride, max(last_piece, base + piece - last))
                 continue
-        merged.append((base, stride, piece))
-    return merged
+        merged.append((place, base, stride, piece))
+    return [tuple(run) for _, *run in sorted(merged)]
+
+
+def text_of(layout, tensors, block_dims, names):
+    """What a block's bytes are, in a text that differs where a block of one server means nothing to another.
+
+    Parameters
+    ----------
+    layout : KVLayout
+    tensors, block_dims
+        As for `layout_of`.
+    names : iterable of str
+        Of attention backends and of vLLM's layout: what tensors do not show.
+    """
+    lines = [layout.fingerprint.hex(), *sorted(names)]
+    for tensor, dim in zip(tensors, block_dims, strict=True):
+        sizes = ["blocks" if at == dim else size for at, size in enumerate(tensor.shape)]
+        order = sorted(range(tensor.dim()), key=lambda at: -tensor.stride(at))
+        lines.append(f"{tensor.dtype} {sizes} {order}")
+    return "\n".join(lines)
 
 
 def runs_of(tensor, num_blocks, block_dim):
