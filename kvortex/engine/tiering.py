@@ -181,7 +181,7 @@ class Tiering:
             blocks_capacity=self.tier.catalogue.num_slots,
             blocks_scanned=self.tier.adoption.num_scanned,
             blocks_adopted=self.tier.adoption.num_adopted,
-            is_adopting=not self.tier.adoption.is_over,
+            is_adopting=self.tier.is_adopting,
             blocks_admitted=blocks_admitted,
             blocks_not_admitted=blocks_not_admitted,
             blocks_written=cleaner.num_written,

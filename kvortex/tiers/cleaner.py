@@ -163,7 +163,7 @@ class Cleaner:
         is_ok = statuses == BlockStatus.OK
         passed, clean = np.ones(len(blocks.slots), bool), np.zeros(len(blocks.slots), bool)
         passed[written] = is_ok | np.isin(statuses, REFUSED)
-        passed[cleaning.refused] = self.tier.adoption.is_over  # else there will be room when the scan has got there
+        passed[cleaning.refused] = not self.tier.is_adopting  # else there will be room when the scan has got there
         clean[cleaning.has] = True
         is_kept = is_ok & (self.index.slots_of(blocks.keys[written]) == blocks.slots[written])
         self._erase(cleaning.tier_slots[~is_kept])

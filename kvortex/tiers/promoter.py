@@ -77,10 +77,13 @@ class Window:
 
 
 class Promoter:
-    """Parameters: the engine's index and pool, the open tier, its breaker, and the break-even."""
+    """Parameters: the index and the pool, the open tier, its breaker, the break-even, and who is told the slots whose
+    blocks are evicted for what comes.
+    """
 
-    def __init__(self, index, pool, tier, breaker, break_even):
+    def __init__(self, index, pool, tier, breaker, break_even, *, evicted=None):
         self.index, self.tier, self.breaker, self.break_even = index, tier, breaker, break_even
+        self.evicted = evicted
         self._stride_bytes = pool.stride_bytes
         self.window_blocks = max(1, min(WINDOW_BYTES // pool.stride_bytes, tier.queue_blocks // MOST_WINDOWS))
         self.most_pinned = pool.num_slots // 2
@@ -183,7 +186,11 @@ class Promoter:
         tier_slots = tier.acquire(keys, gaps=True)
         count = int(np.argmax(np.append(tier_slots, NO_SLOT) == NO_SLOT))
         lengths = tier.lengths_of(tier_slots[:count])
-        slots, statuses = self.index.reserve(keys[:count], lengths, admit=count)  # the tier is to go on having them
+        slots, statuses, *victims = self.index.reserve(  # admitted: the tier is to go on having them
+            keys[:count], lengths, admit=count, victims=self.evicted is not None
+        )
+        for blocks in victims:
+            self.evicted(blocks.slots)
         window, windows, cause = None, [], "GONE"
         for i in range(count):
             key, position = keys[i].tobytes(), int(missing[i])

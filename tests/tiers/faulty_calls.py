@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvortex.tiers.disk import segments
+from kvortex.tiers.disk._io_calls import IoCalls
+
 ROOT = Path(__file__).resolve().parents[2]
 CALLS = ("open", "allocate", "resize", "direct_align", "set_direct", "read", "write", "sync", "close", "aio_setup",
          "aio_submit", "aio_wait")  # fmt: skip
@@ -61,3 +64,10 @@ def faulty(faulty_library):
     calls.mend()
     yield calls
     calls.mend()
+
+
+@pytest.fixture
+def faulty_disk(faulty, monkeypatch):
+    """The controls of the system calls of every disk tier that this test opens."""
+    monkeypatch.setattr(segments, "IoCalls", lambda: IoCalls(faulty.address))
+    return faulty

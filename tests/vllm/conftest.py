@@ -5,6 +5,7 @@ import random
 
 import pytest
 import vllm
+from faulty_calls import faulty, faulty_disk, faulty_library  # noqa: F401
 
 # For whoever calls pytest by hand; the Makefile sets the same.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

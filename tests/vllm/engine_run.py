@@ -14,6 +14,7 @@ numbers worthless, which is asserted.
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -423,6 +424,7 @@ JUDGED = (
     engine_scenarios.overflow,
     engine_scenarios.again,
     engine_scenarios.leave,
+    engine_scenarios.serve,
 )
 SCENARIOS = {scenario.__name__: scenario for scenario in (*NUMBERS, *JUDGED)}
 
@@ -459,6 +461,9 @@ def arguments(command=None):
     engine.add_argument("--block-size", type=int, default=0, help="tokens a block; vLLM's choice without")
     engine.add_argument("--batched", type=int, default=8192, help="max_num_batched_tokens")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--end", default="", choices=["", "shutdown", "kill"], help="what vLLM's core does when it is told to end; or 9"
+    )
     parser.add_argument(
         "--requests", type=int, default=0, help="stress: so many instead of --seconds; throughput: of 64"
     )
@@ -524,6 +529,10 @@ def main():
     if len(args.scenarios) == 1:  # one flat line, for tables
         report |= report.pop(name)
     print(json.dumps(report), flush=True)
+    if args.end == "shutdown":
+        engine.core.shutdown()
+    elif args.end == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -187,3 +187,12 @@ def leave(engine, args):
     engine.llm.llm_engine.step()
     running = engine.worker_half.running.values()
     return {"in_flight": sorted(each.transfer.kind for each in running)}
+
+
+def serve(engine, args):
+    """A dozen prompts one after the other, as another engine over the same disk has served them, or will."""
+    rng = random.Random(f"{args.seed}/serve")
+    prompts = [[rng.randrange(3, engine.vocabulary) for _ in range(rng.randint(60, 300))] for _ in range(12)]
+    outputs = [engine.generate([prompt], 8) for prompt in prompts]
+    result = {what: [output[what][0] for output in outputs] for what in outputs[0]}
+    return {"lengths": [len(prompt) for prompt in prompts], **result}

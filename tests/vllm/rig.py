@@ -60,7 +60,7 @@ from kvortex.integrations.vllm import KVortexConnector
 from kvortex.integrations.vllm.messages import LOAD, StepMetadata
 
 TINY = Path(__file__).parent / "tiny"
-SLOT_BYTES = 4096  # a block has 256 bytes unless there are more heads, and a slot whole pages
+SLOT_BYTES = 4096  # a block has 256 bytes unless there are more heads, and a slot whole pages; a header one more
 HAS_WORKER_METADATA = hasattr(KVConnectorBase_V1, "build_connector_worker_meta")
 HAS_TRANSFER_RESULTS = hasattr(KVConnectorBase_V1, "get_transfer_results")  # 0.32: empty steps too wait for saves
 
@@ -133,7 +133,8 @@ class Rig(Model):
                 enable_prefix_caching=True,
             )
         )  # fmt: skip
-        options = {"cpu_pool_size_bytes": num_slots * num_ranks * SLOT_BYTES, "load_async": load_async, **(extra or {})}
+        slot_bytes = SLOT_BYTES * (1 + ("disk_path" in (extra or {})))
+        options = {"cpu_pool_size_bytes": num_slots * num_ranks * slot_bytes, "load_async": load_async, **(extra or {})}
         named = {
             "kv_connector": "KVortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm",
             "kv_connector_extra_config": options,
@@ -193,7 +194,8 @@ class Rig(Model):
             )  # fmt: skip
             self.connector = self.scheduler.connector
             self.workers, self.caches = [], []
-            for cache_config in cache_configs:
+            for rank, cache_config in enumerate(cache_configs):
+                config.parallel_config.rank = rank
                 self.caches.append(make_tensors(cache_config, layout) if groups else self.make_cache())
                 if connector:
                     worker = KVConnectorFactory.create_connector(config, KVConnectorRole.WORKER, cache_config)
@@ -277,7 +279,7 @@ class Rig(Model):
             if not self.scheduler.requests:
                 while self.pending:
                     self.update()
-                if not (self.half and self.half.in_flight):
+                if not (self.half and (self.half.in_flight or (self.half.tier and self.half.tier.is_busy))):
                     return
             self.step()
         raise AssertionError(f"not done after {most_s} s: {list(self.scheduler.requests)}")
@@ -485,6 +487,9 @@ class Rig(Model):
         assert not half.landed and not half.loading and not half.waits_for
         assert not half.room.num_taken and not half.room.holders.any()
         assert self.index.num_pinned == 0 and self.index.num_writing == 0
+        if half.tier is not None:
+            assert not half.tier.asked and not half.tier.behind and not half.tier.promoter.is_busy
+            assert half.tier.catalogue.num_pinned == 0 and half.tier.catalogue.num_writing == 0
         for part in self.halves:
             assert not part.running and not part.aborted and not part.received
             assert not part.load_errors

@@ -93,3 +93,62 @@ def test_no_schedule_reads_a_wrong_token(make_rig, host, seed, load_async, pipel
         num_preempted += sum(request.num_preemptions for request in rig.requests.values())
     # Otherwise these schedules show little.
     assert num_matched > 2 * SCHEDULES and num_preempted > SCHEDULES
+
+
+def trouble(rig, draw, faulty_disk):
+    """Before each step, perhaps, something happens to the disk."""
+    step = rig.step
+
+    def step_in_trouble():
+        if draw.random() < 0.1:
+            faulty_disk.mend()
+            if draw.random() < 0.6:
+                call, how = draw.choice(["read", "write", "any"]), draw.choice(["EIO", "short", "lie", "hang"])
+                faulty_disk.plan(call, how, nth=draw.randrange(1, 20), count=draw.choice([1, 5, 1 << 40]))
+        step()
+
+    rig.step = step_in_trouble
+
+
+@pytest.mark.timeout(7200 if SCHEDULES > 6 else 120)
+@pytest.mark.parametrize("pipelined", [False, True], ids=["in_turn", "pipelined"])
+def test_no_schedule_over_a_disk_reads_a_wrong_token(
+    make_rig, host, faulty_disk, tmp_path, seed, load_async, pipelined
+):
+    """Engine after engine over one disk, which fails, lies and hangs."""
+    num_promoted = num_written = 0
+    for number in range(SCHEDULES):
+        draw = random.Random(f"{seed} {number} {load_async} {pipelined} disk")
+        groups = draw.choice([("full",), ("full",), ("full", "window:64")]) if HAS_WORKER_METADATA else ("full",)
+        rig = make_rig(
+            load_async=load_async,
+            pipelined=pipelined,
+            num_blocks=draw.choice([41, 67]),
+            num_slots=draw.choice([24, 48]),
+            num_ranks=draw.choice([1, 1, 2]),
+            groups=groups if len(groups) > 1 else None,
+            extra={
+                "max_jobs": draw.choice([2, 64]),
+                "disk_path": str(tmp_path),
+                "namespace": "the rig",
+                "disk_bytes": draw.choice(["2MiB", "8MiB"]),
+                "promote_timeout_ms": draw.choice([0, 5, 200]),
+                "flush_timeout_ms": 500,
+                "prefill_tokens_per_s": 0,
+            },
+        )
+        host.set_delay_us(0, draw.choice([100, 3000]), seed)
+        rig.half.tier.breaker.allows = lambda now_s: True  # a tier that rests shows nothing
+        if draw.random() < 0.3:
+            refuse_some(host, rig, draw, ["D2H"])
+        trouble(rig, draw, faulty_disk)
+        try:
+            live(rig, draw, resets=draw.random() < 0.5 and (HAS_WORKER_METADATA or not pipelined))
+        except BaseException as error:
+            error.add_note(f"schedule {number} of KVORTEX_SEED={seed}, {load_async=}, {pipelined=}")
+            raise
+        faulty_disk.mend()
+        num_promoted += rig.half.tier.promoter.num_promoted
+        num_written += rig.half.tier.num_put_behind + rig.half.tier.cleaner.num_written
+        rig.close()
+    assert num_promoted > SCHEDULES and num_written > 10 * SCHEDULES

@@ -1,12 +1,13 @@
 """`KVortexConnector`: what vLLM calls, handed on to the half that runs in this process."""
 
+import hashlib
 import importlib.util
 import inspect
 import time
 import traceback
 from dataclasses import replace
 
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.logger import init_logger
@@ -15,7 +16,8 @@ from vllm.platforms import current_platform
 from kvortex import ConfigError
 from kvortex.integrations.vllm.events import BlockEvents
 from kvortex.integrations.vllm.groups import RUN, STATE, groups_of
-from kvortex.integrations.vllm.layouts import block_dimension, layout_of
+from kvortex.integrations.vllm.identity import namespace_of, require_stable_hashes
+from kvortex.integrations.vllm.layouts import block_dimension, layout_of, text_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
 from kvortex.integrations.vllm.metrics import KVortexPromMetrics, KVortexStats
 from kvortex.integrations.vllm.options import (
@@ -55,6 +57,16 @@ def saves_after_drafting():
     from vllm.v1.worker.kv_connector_model_runner_mixin import KVConnectorModelRunnerMixin
 
     return "defer_finalize" in inspect.signature(KVConnectorModelRunnerMixin.maybe_get_kv_connector_output).parameters
+
+
+def layout_name(vllm_config, kv_cache_config):
+    """What vLLM calls the order of the dimensions of its KV cache."""
+    if HAS_LAYOUT_NAMES:
+        return str(getattr(kv_cache_config, "kv_cache_layout", None))
+    from vllm.v1.attention.backends.utils import get_kv_cache_layout
+
+    with set_current_vllm_config(vllm_config):
+        return str(get_kv_cache_layout())
 
 
 def is_one_of_several():
@@ -191,6 +203,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 f"{shape.align_tokens} tokens; set it to such a multiple"
             )
         if role == base.KVConnectorRole.SCHEDULER:
+            if options.tier:
+                require_stable_hashes(vllm_config)
             # Else an executor has asked before (`ask_early`), and its workers have their pools.
             if not has_pools():
                 require_host_memory(self._kv_transfer_config, parallel)
@@ -215,6 +229,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 step_tokens=scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1),
                 holds_all=holds_all,
                 save_on_evict=on_evict,
+                tier=options.tier
+                and {
+                    "bytes_per_s": options.tier.write_bytes_per_s,
+                    "promote_timeout_ms": options.promote_timeout_ms,
+                    "prefill_tokens_per_s": options.prefill_tokens_per_s,
+                },
                 save_after_hits=options.save_after_hits,
             )
             self.counted = {}
@@ -227,8 +247,34 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             if self.has_several_groups or groups[0].kind != RUN:
                 failed_loads = REQUESTS if HAS_TRANSFER_RESULTS and options.load_async else NOTHING
             self.worker = WorkerHalf(
-                shape, options, reports_aborted_loads=keeps_blocks_of_aborted_loads(), failed_loads=failed_loads
+                shape,
+                options,
+                reports_aborted_loads=keeps_blocks_of_aborted_loads(),
+                failed_loads=failed_loads,
+                open_store=options.tier and self._store_opener(vllm_config, options),
             )
+
+    def _store_opener(self, vllm_config, options):
+        """What opens this rank's store, when the layout of its KV cache is known; it keeps nothing of vLLM alive."""
+        began = time.perf_counter()
+        self._layout_name = layout_name(vllm_config, self._kv_cache_config)
+        parallel, namespace = vllm_config.parallel_config, namespace_of(vllm_config, name=options.namespace)
+        logger.info("KVortexConnector: it took %.2f s to tell the model from others", time.perf_counter() - began)
+        whose = {
+            "rank": parallel.rank,
+            "num_ranks": num_ranks_of(parallel),
+            "replica": parallel.data_parallel_index,
+            "num_replicas": parallel.data_parallel_size,
+        }
+
+        def open_store(pool):
+            of_layout = hashlib.sha256(namespace + self._layout_text.encode()).digest()
+            store = options.tier.open_store(pool, namespace=of_layout, **whose)
+            folders = ", ".join(store.segments.folders)
+            logger.info("KVortexConnector: %d blocks on disk at the most, in %s", store.num_slots, folders)
+            return store
+
+        return open_store
 
     def _load_as_this_vllm_can(self, options, groups):
         """The options, loading inside steps where this vLLM cannot wait for several groups' loads between them."""
@@ -334,12 +380,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return self.request_finished(request, block_ids)
 
     def has_pending_push_work(self):
-        """Whether steps must go on without requests: blocks are held until a report comes."""
-        return bool(self.scheduler and self.scheduler.holds.count)
+        """Whether steps must go on without requests: blocks are held until a report comes, or are written to disk."""
+        return self.has_pending_block_frees() or bool(
+            self.scheduler and self.scheduler.tier and self.scheduler.tier.is_busy
+        )
 
     def has_pending_block_frees(self):
-        """The same: vLLM waits for them before it preempts."""
-        return self.has_pending_push_work()
+        """Whether blocks are held: vLLM waits for them before it preempts."""
+        return bool(self.scheduler and self.scheduler.holds.count)
 
     def reset_cache(self):
         if self.scheduler:
@@ -360,31 +408,34 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             kv_caches = {name: tensor for name, tensor in kv_caches.items() if name in kept}
             names = {id(tensor): name for name, tensor in reversed(kv_caches.items())}  # layers may share a tensor
             tensors = [tensor for name, tensor in kv_caches.items() if names[id(tensor)] == name]
-            self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor))
+            backends = {str(self._backend_of(name)) for name in kept}
+            self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor), backends)
 
     def register_cross_layers_kv_cache(self, kv_cache, attn_backend):
         if self.worker:  # in physical order: whatever vLLM calls the dimensions, blocks are the outermost
-            self._register([kv_cache], lambda tensor: 0)
+            self._register([kv_cache], lambda tensor: 0, {str(attn_backend)})
 
     def _block_dimension(self, layer_name, tensor):
         """Which dimension of a layer's tensor counts blocks."""
         group = next(one for one in self._kv_cache_config.kv_cache_groups if layer_name in one.layer_names)
         spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)
-        config, backend = get_current_vllm_config_or_none() or self._vllm_config, None
-        if config is not None and layer_name in config.compilation_config.static_forward_context:
-            backend = config.compilation_config.static_forward_context[layer_name].get_attn_backend()
-        return block_dimension(backend, spec, tensor, self.worker.shape.num_device_blocks)
+        return block_dimension(self._backend_of(layer_name), spec, tensor, self.worker.shape.num_device_blocks)
 
-    def _register(self, tensors, block_dim_of):
+    def _backend_of(self, layer_name):
+        """The attention backend of a layer, where there is one."""
+        config = get_current_vllm_config_or_none() or self._vllm_config
+        if config is not None and layer_name in config.compilation_config.static_forward_context:
+            return config.compilation_config.static_forward_context[layer_name].get_attn_backend()
+        return None
+
+    def _register(self, tensors, block_dim_of, backends):
         again = self.worker.layout is not None
         if again and not self._starts_anew(tensors):
             return
         try:
+            block_dims = [block_dim_of(tensor) for tensor in tensors]
             layout = layout_of(
-                tensors,
-                self.worker.shape.num_device_blocks,
-                [block_dim_of(tensor) for tensor in tensors],
-                overlap=self.has_several_groups,
+                tensors, self.worker.shape.num_device_blocks, block_dims, overlap=self.has_several_groups
             )
             if layout.block_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(
@@ -394,6 +445,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         except ConfigError as error:
             raise ConfigError(ANOTHER_ENGINE) if again else error from None
         began = time.perf_counter()
+        if self.worker.open_store is not None:
+            self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name})
         self.worker.register(layout)
         self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end
         logger.info(
@@ -415,7 +468,11 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             raise ConfigError(ANOTHER_ENGINE)
         old.close()
         self.worker = WorkerHalf(
-            old.shape, old.options, reports_aborted_loads=old.reports_aborted_loads, failed_loads=old.failed_loads
+            old.shape,
+            old.options,
+            reports_aborted_loads=old.reports_aborted_loads,
+            failed_loads=old.failed_loads,
+            open_store=old.open_store,
         )
         return True
 
@@ -499,9 +556,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             "blocks_evicted": index["evictions"],
             "saves_not_held": self.scheduler.holds.blocks_refused,
             "pins_refused": self.scheduler.pins.blocks_refused,
+            **(self.scheduler.tier.counters() if self.scheduler.tier else {}),
         }
         counters = {name: value - self.counted.get(name, 0) for name, value in now.items()}
         levels = {"pool_blocks_used": index["num_ready"], "pool_blocks": index["slots_added"]}
+        if self.scheduler.tier:
+            levels |= self.scheduler.tier.levels()
         changed = any(counters.values()) or levels != self.counted.get("levels")
         self.counted = {**now, "levels": levels}
         return {**counters, **levels} if changed else {}

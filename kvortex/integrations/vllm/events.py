@@ -101,9 +101,16 @@ class BlockEvents:
         self.events += self.runs(slots)
         self.is_told[slots] = True
 
+    def came_back(self, request, group, first, slots):
+        """The blocks from the number `first` on are in these slots, some of which a lower tier has brought."""
+        new = np.flatnonzero(~self.is_told[slots])
+        if new.size:
+            self.reserved(request, group, first + new, slots[new])
+            self.store(slots[new])
+
     def remove(self, slots):
-        """They cannot any more."""
-        hashes = {}
+        """They cannot any more; of what nobody was told, nobody is."""
+        slots, hashes = slots[self.is_told[slots]], {}
         for source, name in zip(self.blocks["source"][slots].tolist(), self.names("hash", slots), strict=True):
             hashes.setdefault(self.sources[source][0].index, []).append(name)
         for index, names in hashes.items():

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
+RANGE_SLOTS = 512  # of a tier, told at once of an earlier process's
+
 # What a message is about.
 SAVE, LOAD = "save", "load"  # a `Transfer`
 CHUNK = "chunk"  # slots that are registered together, see `Slots.chunk`
+PUT, GET, ERASE = "put", "get", "erase"  # a `TierTransfer`
 
 
 class Transfer(NamedTuple):
@@ -19,6 +22,32 @@ class Transfer(NamedTuple):
     slots: np.ndarray  # uint32
     block_ids: np.ndarray  # int64
     request_id: str | None  # whose blocks a LOAD brings; a SAVE is of several requests
+
+
+class TierTransfer(NamedTuple):
+    """Blocks to move between slots of the pool and slots of a lower tier, one to one, in every rank."""
+
+    kind: str  # PUT, GET, or ERASE, which is of slots of the tier alone
+    number: int  # ascending, of these alone; names it in reports
+    tier_slots: np.ndarray  # uint32
+    slots: np.ndarray  # uint32
+    keys: np.ndarray  # (n, 32) uint8
+    tag: bytes  # of the weights
+    timeout_ms: int
+    save: int = 0  # of a PUT, the SAVE that brings these blocks into the pool; 0: they are there
+
+
+class Found(NamedTuple):
+    """What a rank's store has in a range of tier slots, by the headers there."""
+
+    slots: np.ndarray  # uint32, ascending: those of the range that hold a block
+    keys: np.ndarray  # (n, 32) uint8
+
+    def and_(self, other):
+        """What both have: the same block in the same slot."""
+        _, here, there = np.intersect1d(self.slots, other.slots, assume_unique=True, return_indices=True)
+        same = (self.keys[here] == other.keys[there]).all(axis=1)
+        return Found(self.slots[here[same]], self.keys[here[same]])
 
 
 @dataclass
@@ -42,6 +71,8 @@ class StepMetadata(base.KVConnectorMetadata):
         The step computes nothing.
     shape : PoolShape or None
         What the scheduler's half takes the pool for: in its first step, before anything can be in a slot.
+    tier : list of TierTransfer
+        What begins on the lower tier, in this order.
     """
 
     fences: list = field(default_factory=list)
@@ -50,6 +81,7 @@ class StepMetadata(base.KVConnectorMetadata):
     is_idle: bool = False
     shape: object = None
     evictions: list = field(default_factory=list)
+    tier: list = field(default_factory=list)
 
     def of(self, kind):
         """The transfers of one kind."""
@@ -74,11 +106,20 @@ class WorkerReport(WorkerMetadata):
         no entry.
     is_refusal : bool
         The rank has another pool than the scheduler counts on, and keeps nothing.
+    tier_slots : tuple of int
+        How many ranks have opened their store, and the fewest slots that one has.
+    statuses : dict
+        Number of a `TierTransfer` that is over -> ranks, and the worst `BlockStatus` of each block.
+    found : dict
+        First of a range of `RANGE_SLOTS` tier slots that was read -> ranks, and what all of these have, a `Found`.
     """
 
     ended: dict = field(default_factory=dict)
     bad: dict = field(default_factory=dict)
     is_refusal: bool = False
+    tier_slots: tuple = (0, 0)
+    statuses: dict = field(default_factory=dict)
+    found: dict = field(default_factory=dict)
 
     def add(self, kind, number, bad=()):
         """This ended in one rank, all of it but the blocks in the slots `bad`."""
@@ -91,4 +132,20 @@ class WorkerReport(WorkerMetadata):
         for name, slots in other.bad.items():
             self.bad[name] = self.bad.get(name, set()) | slots
         self.is_refusal |= other.is_refusal
+        ranks, fewest = other.tier_slots
+        if ranks:
+            self.tier_slots = self.tier_slots[0] + ranks, min(fewest, self.tier_slots[1] or fewest)
+        for number, told in other.statuses.items():
+            self.statuses[number] = merged(self.statuses.get(number), told, np.maximum)
+        for first, told in other.found.items():
+            self.found[first] = merged(self.found.get(first), told, Found.and_)
         return self
+
+    def is_empty(self):
+        """Whether it tells nothing."""
+        return self == WorkerReport()
+
+
+def merged(one, other, join):
+    """Two of (ranks, what they say), where the first may be missing."""
+    return other if one is None else (one[0] + other[0], join(one[1], other[1]))

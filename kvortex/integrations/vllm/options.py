@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from kvortex import ConfigError, KVortexConfig, PoolExhausted
+from kvortex import ConfigError, DiskTier, KVortexConfig, PoolExhausted
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import align_tokens
 from kvortex.integrations.vllm.sights import MOST_COUNTED
@@ -20,8 +20,15 @@ ENGINE_OPTIONS = (
     "gather_ctas",
     "enable_numa",
 )
+TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
-NUMBERS = {"window_interval_tokens": "tokens", "save_after_hits": "requests"}
+NUMBERS = {
+    "window_interval_tokens": "tokens",
+    "save_after_hits": "requests",
+    "promote_timeout_ms": "milliseconds",
+    "flush_timeout_ms": "milliseconds",
+    "prefill_tokens_per_s": "tokens a second",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +50,21 @@ class ConnectorOptions:
         When a block is saved: as soon as its KV is written, or when vLLM gives its device block to somebody else.
     save_after_hits : int, default 0
         Save a block only for a request before which so many others, this server's most recent ones, had it. 0: at once.
+    disk_path : str or list of str, optional
+        Folders, one a disk, where blocks go that the pool cannot hold, and where they outlive the server.
+    disk_bytes : int or str
+        With `disk_path`: what all ranks and replicas together may take there.
+    write_bytes_per_s : int or str, default 256 MiB
+        What each rank may write there a second, up to ten seconds of it at once; 0: no limit.
+    namespace : str, optional
+        Names the weights on disk. Without it they are known by samples of their files.
+    promote_timeout_ms : int, default 2000
+        How long a request may wait for blocks from the disk; then it takes what the pool has.
+    flush_timeout_ms : int, default 10000
+        How long the end of the server may wait for what is still to be written.
+    prefill_tokens_per_s : int, optional
+        What the model computes: blocks stay on disk where reading them would take longer than computing them. 0: they
+        never do. Learnt from the server's own steps where it is not given.
     verify : bool, default False
         Compare every block saved and loaded with what the GPU held, and count the differences. For tests: costs device
         memory, and bandwidth of the link.
@@ -53,7 +75,16 @@ class ConnectorOptions:
     window_interval_tokens: int | None = None
     save: str = AT_ONCE
     save_after_hits: int = 0
+    namespace: str | None = None
+    promote_timeout_ms: int = 2000
+    flush_timeout_ms: int = 10_000
+    prefill_tokens_per_s: int | None = None
     verify: bool = False
+
+    @property
+    def tier(self):
+        """The `DiskTier`, or None."""
+        return self.engine.tiers[0] if self.engine.tiers else None
 
     @classmethod
     def parse(cls, extra):
@@ -66,7 +97,7 @@ class ConnectorOptions:
         """
         extra = dict(extra or {})
         own = {field.name for field in fields(cls)} - {"engine"}
-        known = sorted({*own, *ENGINE_OPTIONS})
+        known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES})
         for name in extra:
             if name not in known:
                 near = nearest(name, known)
@@ -85,17 +116,36 @@ class ConnectorOptions:
             raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")
         if extra.get("save", AT_ONCE) not in (AT_ONCE, ON_EVICT):
             raise ConfigError(f"save must be {AT_ONCE!r} or {ON_EVICT!r}, got {extra['save']!r}")
-        for name in own & extra.keys() - NUMBERS.keys() - {"save"}:
+        for name in own & extra.keys() - NUMBERS.keys() - {"save", "namespace"}:
             if not isinstance(extra[name], bool):
                 raise ConfigError(f"{name} must be true or false, got {extra[name]!r}")
-        for name in ENGINE_OPTIONS:
-            if name.endswith("_bytes") and isinstance(extra.get(name), str):
+        for name in (*ENGINE_OPTIONS, *TIER_SIZES):
+            if "_bytes" in name and isinstance(extra.get(name), str):
                 try:
                     extra[name] = parse_bytes(extra[name])
                 except ConfigError as error:
                     raise ConfigError(f"{name} of kv_connector_extra_config: {error}") from None
-        engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra})
+        engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra}, **tier_of(extra))
         return cls(engine=engine, **{name: extra[name] for name in own & extra.keys()})
+
+
+def tier_of(extra):
+    """The settings of `KVortexConfig` for a tier that these options ask for."""
+    if "disk_path" not in extra:
+        alone = sorted(
+            {*TIER_SIZES, "namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s"} & {*extra}
+        )
+        if alone:
+            raise ConfigError(f"{alone[0]} is of a disk tier; name a folder for it, disk_path, or leave it out")
+        return {}
+    if "disk_bytes" not in extra:
+        raise ConfigError('disk_path needs disk_bytes: what all ranks may take there together, e.g. "500GiB"')
+    namespace = extra.get("namespace", "as loaded")
+    sizes = {name: extra[name] for name in TIER_SIZES if name in extra}
+    try:
+        return {"tiers": (DiskTier(extra["disk_path"], **sizes),), "namespace": namespace}
+    except TypeError as error:
+        raise ConfigError(f"disk_path must be a folder or a list of them, and sizes whole numbers: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ index in one call.
 """
 
 import math
+import os
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from kvortex.integrations.vllm.per_request import Pins, wishes_of
 from kvortex.integrations.vllm.room import Room, flat
 from kvortex.integrations.vllm.sights import KEYS_PER_SLOT, Sights
 from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
+from kvortex.integrations.vllm.tier import Tier
 
 NO_KEY = bytes(KEY_BYTES)
 
@@ -54,6 +56,8 @@ class SchedulerHalf:
         Requests that must have had a block before it is saved.
     save_on_evict : bool, default False
         Save a block when vLLM gives it to somebody else, not when it is complete. Not with `holds_all`.
+    tier : dict, optional
+        Of a tier below the pool, what `Tier` is to be told beyond the pool and the model.
 
     Notes
     -----
@@ -64,7 +68,7 @@ class SchedulerHalf:
     def __init__(
         self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
         events=None, interval=None, step_tokens=0, holds_all=False, save_after_hits=0,
-        save_on_evict=False,
+        save_on_evict=False, tier=None,
     ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
@@ -107,6 +111,13 @@ class SchedulerHalf:
         self.not_ours = {}
         self.events = events
         self.blocks_matched = 0
+        self.tier = None
+        if tier is not None:
+            blocks_per_token = sum(1 / group.block_tokens for group in shape.groups if group.kind == RUN)
+            self.tier = Tier(
+                self.index, shape.slots, num_ranks=shape.num_ranks, evicted=events and events.remove,
+                blocks_per_token=blocks_per_token or 1 / shape.groups[0].block_tokens, **tier,
+            )  # fmt: skip
 
     # ---- a request's way in ------------------------------------------------------------------------------------------
 
@@ -125,6 +136,7 @@ class SchedulerHalf:
         * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
           load of its own would end no earlier, because loads are done one after the other. Once that has landed, vLLM
           goes on with it before it asks, but for one with less priority (before 0.32), which may have to wait long;
+        * a lower tier has more of it, which is on its way into host memory;
         * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
           request that finds no free blocks;
         * it would load, and admitting it would leave too few free blocks: a request that loads could not go on, or one
@@ -160,6 +172,8 @@ class SchedulerHalf:
         self.runs_found[request.request_id] = hit.run
         if hit.is_growing and hit.length < least:
             return None, False
+        if self.tier is not None and hit.length < least and self.waits_for_tier(request, first, most, hit):
+            return None, False
         blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
         if not blocks:  # with chunks alone nothing is needed at the end of one, of a prompt never seen neither
             return 0, False
@@ -178,6 +192,26 @@ class SchedulerHalf:
             self.no_room = True
             return None, False
         return hit.length - first, load_async
+
+    def waits_for_tier(self, request, first, most, hit):
+        """Whether more than this hit is on its way into the pool, or is to be as soon as others have made room."""
+        name = request.request_id
+        if self.tier.is_answered(name):
+            return False
+        if self.tier.is_silent:
+            self.tier.expect(name)
+            return True
+        if not self.tier.answers():
+            return False
+        if self.tier.wants(name):
+            wider = longest_hit(self.tier, self.groups, request, first, most, self.writing)
+            if wider.length <= hit.length:
+                return False
+            keys, _ = self.used(request, wider.length, first)
+            if self.forgetful and len(keys) > self.tier.promoter.most_pinned:
+                return False  # a part would be of no use
+            self.tier.wish(name, keys)
+        return True
 
     def wishes_of(self, request):
         """The wishes of a request, looked at once."""
@@ -227,6 +261,8 @@ class SchedulerHalf:
         if not num_external_tokens:
             if first is not None:
                 self.not_ours[request.request_id] = first
+            if self.tier is not None:
+                self.tier.let_go(request.request_id)
             return
         targets = flat(tables[index][begin:end] for index, begin, end in spans)
         assert len(targets) == len(keys) and 0 not in targets, "vLLM has blocks for all that it was promised"
@@ -238,6 +274,12 @@ class SchedulerHalf:
         self.blocks_matched += len(keys)
         self.fence(targets)
         self.loads.append(self.start(LOAD, slots, targets, keys, request.request_id))
+        if self.tier is not None:
+            self.tier.let_go(request.request_id)
+            begin = 0
+            for group, (_, first, end) in zip(self.groups, spans, strict=True) if self.events is not None else ():
+                self.events.came_back(request, group, first, slots[begin : begin + end - first])
+                begin += end - first
 
     def begin(self, request):
         """The state of a request that has device blocks for the first time."""
@@ -322,6 +364,8 @@ class SchedulerHalf:
             (step.evictions if self.save_late and self.forgetful else step.transfers).append(save)
         for load in step.of(LOAD) if step.evictions else ():  # which come after these
             self.last_transfer[load.block_ids] = load.number
+        if self.tier is not None:
+            step.tier = self.tier.build(output.total_num_scheduled_tokens)
         return step
 
     def replace_blocks(self, request_id, tables, num_computed_tokens):
@@ -418,11 +462,7 @@ class SchedulerHalf:
         if not kept:
             return None
         keys, groups = np.concatenate(keys), np.array(groups)
-        slots, statuses, *victims = self.index.reserve(
-            keys, self.shape.block_bytes, stops=stops, victims=self.events is not None
-        )
-        for blocks in victims:
-            self.events.remove(blocks.slots)
+        slots, statuses, num_admitted = self.reserve(keys, stops=stops)
         is_full = (statuses == ReserveStatus.FULL).any()
         for offer, rows in kept:
             state, found = offer.state, statuses[rows]
@@ -439,12 +479,12 @@ class SchedulerHalf:
                     new = np.flatnonzero(statuses[begin:end] == ReserveStatus.NEW)
                     self.events.reserved(state.request, group, first + new, slots[begin:end][new])
         new = np.flatnonzero(statuses == ReserveStatus.NEW)
-        if not new.size:
-            return None
-        keys = keys[new]
-        self.writing.update(as_bytes(keys))
         block_ids = np.asarray(block_ids, dtype=np.int64)[new]
-        save = self.start(SAVE, slots[new], block_ids, keys)
+        save = self.start_save(slots[new], block_ids, keys[new], num_admitted)
+        if save is None:
+            return None
+        for offer, _ in kept:
+            offer.state.last_save = save.number
         held = self.in_flight[save.number].held = self.holds.take(block_ids, groups[new])
         self.room.count(held, 1)
         return save
@@ -468,17 +508,33 @@ class SchedulerHalf:
         block_ids, keys = self.evictions.take()
         if not len(block_ids):
             return []
-        slots, statuses, *victims = self.index.reserve(keys, self.shape.block_bytes, victims=self.events is not None)
-        for blocks in victims:
-            self.events.remove(blocks.slots)
+        slots, statuses, num_admitted = self.reserve(keys)
         new = np.flatnonzero(statuses == ReserveStatus.NEW)
-        if not new.size:
-            return []
         slots, block_ids, keys = slots[new], block_ids[new], keys[new]
         if self.events is not None:
             self.events.move(self.events.row_of(block_ids), slots)
-        self.writing.update(as_bytes(keys))
-        return [self.start(SAVE, slots, block_ids, keys)]
+        save = self.start_save(slots, block_ids, keys, num_admitted)
+        return [] if save is None else [save]
+
+    def reserve(self, keys, **options):
+        """Slots for these blocks: what the index answers, and how many of the new ones the tier may have."""
+        num_admitted = 0 if self.tier is None else self.tier.admit(len(keys))
+        slots, statuses, *victims = self.index.reserve(
+            keys, self.shape.block_bytes, admit=num_admitted, victims=self.events is not None, **options
+        )
+        for blocks in victims:
+            self.events.remove(blocks.slots)
+        return slots, statuses, num_admitted
+
+    def start_save(self, slots, block_ids, keys, num_admitted):
+        """Save these blocks, for which there are slots now; None where there are none."""
+        save = None
+        if len(slots):
+            self.writing.update(as_bytes(keys))
+            save = self.start(SAVE, slots, block_ids, keys)
+        if self.tier is not None:
+            self.tier.put_behind(save, keys, num_admitted)
+        return save
 
     def lacks_one_of(self, request, num_tokens):
         """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""
@@ -531,6 +587,8 @@ class SchedulerHalf:
             if moving.ranks == self.shape.num_ranks:
                 del self.in_flight[number]
                 self.finish(moving)
+        if self.tier is not None:
+            self.tier.reported(report)
 
     def failed(self, moving, bad):
         """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
@@ -553,6 +611,8 @@ class SchedulerHalf:
             there = keys[self.index.lookup(keys)[0]]
             self.events.remove(self.index.slots_of(there))
         self.index.discard(keys)
+        if self.tier is not None:
+            self.tier.discard(keys)
 
     def finish(self, moving):
         """Every rank has reported it."""
@@ -566,10 +626,14 @@ class SchedulerHalf:
             return
         self.writing.difference_update(as_bytes(moving.keys))
         bad = is_in(slots, moving.bad)
-        self.index.abort(slots[bad])
-        ready = self.index.commit(slots[~bad]) == CommitStatus.READY
+        if self.tier is not None:
+            is_ready = self.tier.saved(moving, bad)
+        else:
+            is_ready = ~bad
+            self.index.abort(slots[bad])
+            is_ready[is_ready] = self.index.commit(slots[~bad]) == CommitStatus.READY
         if self.events is not None:
-            self.events.store(slots[~bad][ready])
+            self.events.store(slots[is_ready])
         if self.pins.waiting:
             self.pins.pin_what_is_written(self.writing)
 
@@ -581,6 +645,8 @@ class SchedulerHalf:
         self.waits_for.pop(request.request_id, None)
         self.wishes.pop(request.request_id, None)
         self.runs_found.pop(request.request_id, None)
+        if self.tier is not None:
+            self.tier.let_go(request.request_id)
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.room.take(state, ())
@@ -596,6 +662,8 @@ class SchedulerHalf:
             if spans:
                 keys = keys_of_all(request, spans)
                 self.index.touch(keys)
+                if self.tier is not None:
+                    self.tier.touch_later(state.last_save, keys)
                 if state.wishes.pin_s and not state.outdated:
                     self.pins.want(keys, state.wishes.pin_s, self.writing)
 
@@ -614,6 +682,8 @@ class SchedulerHalf:
         if self.events is not None:
             self.tell_all_removed()
         self.index.clear()
+        if self.tier is not None:
+            self.tier.clear(os.urandom(32))
         if self.evictions is not None:
             self.evictions.forget()
         self.matches.clear()

@@ -21,6 +21,7 @@ class RequestState:
     loaded_tokens: int = 0  # of the leading blocks that were in the index when it loaded the last of them
     wishes: Wishes = EVERYTHING
     most_saved_tokens: int = 1 << 60
+    last_save: int = 0  # the last transfer that saves blocks of it
     num_seen: int | None = None  # of its hashes, those that count as seen; None: they are not counted
     boundaries: tuple = ()  # lengths of hits to be expected
     stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there

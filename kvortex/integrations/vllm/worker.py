@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from kvortex import Device, DriverError, KVLayout, PinnedPool
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, Transfer, WorkerReport
+from kvortex.integrations.vllm.worker_tier import WorkerTier
 from kvortex.log import Guarded
 from kvortex.transfer import Carrier, Job, Submitter
 
@@ -90,6 +91,8 @@ class WorkerHalf:
         must not.
     failed_loads : {BLOCKS, REQUESTS, NOTHING}, default BLOCKS
         What vLLM can be told of a load that failed. Blocks it can make out in one group of full attention only.
+    open_store : callable, optional
+        Opens the store of a lower tier for a pool.
 
     Notes
     -----
@@ -100,11 +103,12 @@ class WorkerHalf:
     steps, because it is of what the last wrote.
     """
 
-    def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS):
+    def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS, open_store=None):
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
         self.failed_loads, self.failed_requests = failed_loads, set()
         self.device = self.pool = self.compute = self.layout = self.verifier = None
-        self.carrier = self.saver = self.loader = self.submitter = None
+        self.carrier = self.saver = self.loader = self.submitter = self.tier = None
+        self.open_store = open_store
         self.running = {}  # by number, ascending
         self.is_idle = False  # this step computes nothing
         # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it. It
@@ -147,6 +151,8 @@ class WorkerHalf:
             from kvortex.integrations.vllm.verify import Verifier
 
             self.verifier = Verifier(layout, self.pool, tensor.device)
+        if self.open_store is not None:
+            self.tier = WorkerTier(self.open_store(self.pool), self.layout.block_bytes)
 
     def live_addresses(self):
         """Where the KV cache is that was registered, or what is left of it once no copy of ours uses it."""
@@ -173,6 +179,9 @@ class WorkerHalf:
             running = self.running.get(number)
             if running is not None and not self.give_up(running):
                 self.finish(running)  # the wait before another connector writes
+        if self.tier is not None:
+            saves = {number for number, running in self.running.items() if not running.is_load}
+            self.tier.begin(step.tier, saves.union(save.number for save in step.of(SAVE)))
 
     def start_loads(self, step):
         """After `begin`: loads need not wait for the forward. What finds no job is offered again in the next step."""
@@ -229,9 +238,11 @@ class WorkerHalf:
         if self.is_idle:
             self.wait_for_a_load()
         self.retire()
+        if self.tier is not None:
+            self.tier.collect()
 
     def wait_for_a_load(self):
-        """Wait until the oldest load is over, `IDLE_WAIT_MS` at the most.
+        """Wait until the oldest load is over, or something of a lower tier, `IDLE_WAIT_MS` at the most.
 
         The step has nothing else to do, and the next would ask again at once: it would take the core from the threads
         that submit and copy where there are few, and the GIL from others.
@@ -241,6 +252,8 @@ class WorkerHalf:
                 with contextlib.suppress(TimeoutError, DriverError):
                     running.job.wait(IDLE_WAIT_MS)
                 return
+        if self.tier is not None:
+            self.tier.wait_a_moment(IDLE_WAIT_MS)
 
     def give_up(self, running):
         """Load no more; True if nothing was copied. Who fences a load has its blocks: it was aborted (vLLM 0.15)."""
@@ -327,6 +340,8 @@ class WorkerHalf:
         if not self.running:
             self.tensors_in_use = ()
         self.report.add(kind, number, bad)
+        if kind == SAVE and self.tier is not None:
+            self.tier.saved(number, is_good=not len(bad))
         if kind != LOAD or not self.options.load_async:
             return
         if request_id in self.aborted:
@@ -386,7 +401,9 @@ class WorkerHalf:
                 break
             self.report.add(CHUNK, self.next_chunk, bad=range(end, first + count))
             self.next_chunk += 1
-        if not self.report.ended:
+        if self.tier is not None:
+            self.tier.tell(self.report)
+        if self.report.is_empty():
             return None
         report, self.report = self.report, WorkerReport()
         return report
@@ -410,9 +427,19 @@ class WorkerHalf:
         for part in (self.submitter, self.carrier):
             if part is not None:
                 part.close(max(0, int(1000 * (deadline - time.monotonic()))))
+        if self.tier is not None:
+            self.end_saves()
+            self.tier.close(self.options.flush_timeout_ms)
         parts = [self.verifier, self.pool, self.device]
         if self.carrier is not None and any(queue.jobs_in_flight for queue in self.carrier.queues):
             parts = [self.verifier]
         for part in parts:
             if part is not None:
                 part.close()
+
+    def end_saves(self):
+        """What was saved last may go to the tier now; what could not be is not written there."""
+        for number, running in self.running.items():
+            if not running.is_load:
+                with contextlib.suppress(DriverError, MemoryError):
+                    self.tier.saved(number, is_good=bool(running.num_blocks()))

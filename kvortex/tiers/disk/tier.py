@@ -70,21 +70,37 @@ class DiskTier:
         if index(self.write_bytes_per_s) < 0:
             raise ConfigError(f"write_bytes_per_s must be 0 (no limit) or more, got {self.write_bytes_per_s}")
 
-    def open(self, pool, *, namespace, tag=NO_TAG, rank=0, num_ranks=1, replica=0, num_replicas=1):
-        """Open the part of one rank: lock its folders, lay out segments, begin to adopt what is there.
+    def open(self, pool, *, namespace, tag=NO_TAG, **whose):
+        """Open the part of one rank, and begin to adopt what is there; see `open_store`.
+
+        Parameters
+        ----------
+        tag : bytes
+            32 bytes that name the weights.
+
+        Returns
+        -------
+        tier : OpenDiskTier
+        """
+        store = self.open_store(pool, namespace=namespace, **whose)
+        segments = store.segments
+        return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0], self.queue_blocks)
+
+    def open_store(self, pool, *, namespace, rank=0, num_ranks=1, replica=0, num_replicas=1):
+        """Open the store of one rank: lock its folders, lay out segments.
 
         Parameters
         ----------
         pool : PinnedPool
             With a header page before each payload.
-        namespace, tag : bytes
-            32 bytes that name the model as loaded, and its weights.
+        namespace : bytes
+            32 bytes that name the model as loaded.
         rank, num_ranks, replica, num_replicas : int
             Whose part of `disk_bytes` it is.
 
         Returns
         -------
-        tier : OpenDiskTier
+        store : DiskStore
 
         Raises
         ------
@@ -103,7 +119,7 @@ class DiskTier:
         )
         try:
             warn_of_file_systems(self.paths)
-            store = DiskStore(
+            return DiskStore(
                 pool,
                 segments,
                 namespace=namespace,
@@ -115,7 +131,6 @@ class DiskTier:
         except BaseException:
             segments.close()
             raise
-        return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0], self.queue_blocks)
 
 
 class OpenDiskTier:
@@ -139,6 +154,11 @@ class OpenDiskTier:
         self.catalogue = BlockIndex(store.num_slots)
         known = take_manifest(folder, tag, store.num_slots, store.payload_bytes) if folder else None
         self.adoption = Adoption(store, self.catalogue, tag, new_slots, known)
+
+    @property
+    def is_adopting(self):
+        """Whether some slots have not been read yet, in which an earlier process may have left blocks."""
+        return not self.adoption.is_over
 
     def look_up(self, keys):
         """HIT, MISS or BUSY for each key, without I/O."""

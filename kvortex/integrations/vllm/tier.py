@@ -1,0 +1,429 @@
+"""The lower tier as the scheduler's half sees it: which blocks it has, and what is to move there and back.
+
+The stores are the workers', one a rank, equal in their slot numbers. What a step asks of them travels in its metadata;
+what came of it is in a later step's report, and counts when every rank has told. So a block is on the tier only if all
+ranks have written it, and back in the pool only if all have read it.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvortex.index import NO_SLOT, BlockIndex, CommitStatus, ReserveStatus
+from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, TierTransfer, merged
+from kvortex.integrations.vllm.metrics import CAUSES
+from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.breaker import Breaker
+from kvortex.tiers.cleaner import PUT_TIMEOUT_MS, Cleaner
+from kvortex.tiers.disk.tier import NO_TAG
+from kvortex.tiers.plan import BreakEven, WriteBudget
+from kvortex.tiers.promoter import Promoter, Promotion
+
+NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
+QUEUE_BLOCKS = 4096  # that the store of a rank lets wait
+CAUSE_OF = {  # of `Promoter.misses`, those that are no `BlockStatus` of a record
+    "LATE": "late", "PENDING": "late", "DROPPED": "late", "FULL": "full", "SUSPENDED": "suspended",
+    "SLOWER_THAN_COMPUTING": "slower_than_computing", "GONE": "gone", "BEING_SAVED": "gone", "DISCARDED": "gone",
+}  # fmt: skip
+TOUCHED_LATER = 64  # requests that ended while their blocks were being written
+
+
+class RemoteBatch:
+    """What every rank's store was asked for; see `kvortex.tiers.base.Batch`."""
+
+    def __init__(self, num_blocks, clock, timeout_ms):
+        self._statuses, self._is_over = np.full(num_blocks, BlockStatus.PENDING, np.uint8), False
+        self._clock, self._deadline_s = clock, clock() + timeout_ms / 1000
+
+    def done(self):
+        """Whether every rank has told of it."""
+        return self._is_over
+
+    @property
+    def statuses(self):
+        if not self._is_over and self._clock() >= self._deadline_s:
+            return np.full(len(self._statuses), BlockStatus.LATE, np.uint8)
+        return self._statuses
+
+    def end(self, statuses):
+        self._statuses, self._is_over = statuses, True
+
+
+class RemoteStore:
+    """The stores of all ranks as one; see `kvortex.tiers.base.Store`, of which cleaner and promoter need this much."""
+
+    def __init__(self, num_ranks, clock):
+        self.num_ranks, self.clock = num_ranks, clock
+        self.unsent, self._last_number = [], 0
+        self._batches, self._told = {}, {}  # by number
+
+    def put(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms, save=0):
+        """`save`: the number of the SAVE that brings these blocks into the pool, see `TierTransfer`."""
+        return self._send(PUT, slots, pool_slots, keys, tag, timeout_ms, save)
+
+    def get(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms):
+        return self._send(GET, slots, pool_slots, keys, tag, timeout_ms)
+
+    def erase(self, slots, *, timeout_ms):
+        self.unsent.append(TierTransfer(ERASE, 0, np.array(slots, np.uint32), NO_SLOTS, NO_KEYS, NO_TAG, 0))
+
+    def _send(self, kind, tier_slots, slots, keys, tag, timeout_ms, save=0):
+        self._last_number += 1
+        self.unsent.append(TierTransfer(kind, self._last_number, tier_slots, slots, keys, tag, timeout_ms, save))
+        batch = self._batches[self._last_number] = RemoteBatch(len(slots), self.clock, timeout_ms)
+        return batch
+
+    def take(self):
+        """What the next step is to ask for."""
+        unsent, self.unsent = self.unsent, []
+        return unsent
+
+    def reported(self, statuses):
+        """Note what became of batches, `WorkerReport.statuses`."""
+        for number, told in statuses.items():
+            ranks, worst = self._told[number] = merged(self._told.get(number), told, np.maximum)
+            if ranks == self.num_ranks:
+                del self._told[number]
+                self._batches.pop(number).end(worst)
+
+    @property
+    def num_blocks(self):
+        """Blocks that the stores have been asked for, and have not told of."""
+        return sum(len(batch.statuses) for batch in self._batches.values())
+
+    @property
+    def is_busy(self):
+        """Whether the stores work on something that is not late, or are to be asked for something."""
+        return bool(self.unsent) or any((batch.statuses != BlockStatus.LATE).any() for batch in self._batches.values())
+
+
+@dataclass
+class Asked:
+    """A request that waits for blocks of the tier, or holds some."""
+
+    deadline_s: float
+    promotion: Promotion | None = None  # None: not begun yet
+
+
+@dataclass
+class Behind:
+    """Blocks that are written to the tier as soon as their SAVE is over."""
+
+    rows: np.ndarray  # of these, among the blocks of the SAVE
+    tier_slots: np.ndarray
+    batch: RemoteBatch
+    keys: np.ndarray
+    slots: np.ndarray
+    is_pinned: np.ndarray | None = None  # by us; None: not every rank has reported the SAVE
+    to_touch: list = field(default_factory=list)  # keys of requests that ended meanwhile
+
+
+class Tier:
+    """One tier below the pool.
+
+    Parameters
+    ----------
+    index : BlockIndex
+        Of the pool.
+    slots : Slots
+        Of the pool.
+    num_ranks : int
+    bytes_per_s : int
+        What may be written, in each rank; 0: no limit.
+    promote_timeout_ms : int
+        How long a request waits for what the tier has, from its first question on.
+    blocks_per_token : float
+        How many blocks a token fills.
+    prefill_tokens_per_s : float or None
+        What the model computes; 0: blocks come back whatever that takes. None: it is learnt.
+    evicted : callable, optional
+        Is told the slots whose blocks are evicted for what comes back.
+    clock : callable, default time.monotonic
+
+    Attributes
+    ----------
+    catalogue : BlockIndex
+        Over the slots of the tier; without one until every rank has opened its store.
+    is_adopting : bool
+        Whether some slots have not been read yet, in which an earlier process may have left blocks.
+    """
+
+    name, queue_blocks = "disk", QUEUE_BLOCKS
+
+    def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
+                 prefill_tokens_per_s=None, evicted=None, clock=time.monotonic):  # fmt: skip
+        self.index, self.slots, self.num_ranks, self.clock = index, slots, num_ranks, clock
+        self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
+        self.store = RemoteStore(num_ranks, clock)
+        self.budget = WriteBudget(bytes_per_s, clock)
+        self.breaker = Breaker(self.name)
+        self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, clock)
+        self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
+        self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
+        self.promote_timeout_s = promote_timeout_ms / 1000
+        self.asked, self.wishes = {}, []  # by request id; (request id, keys) of this step, in vLLM's order
+        self.behind, self.num_behind = {}, 0  # by number of the SAVE; blocks
+        self.num_put_behind = self.num_not_put = 0
+        self._ranks, self._fewest = 0, 0
+        self._found, self._num_ranges = {}, 0  # ranges that some ranks have told of; those that all have
+
+    # ---- what an earlier process left -------------------------------------------------------------------------------
+
+    def reported(self, report):
+        """Note what the workers tell of their stores."""
+        ranks, fewest = report.tier_slots
+        if ranks:
+            self._ranks, self._fewest = self._ranks + ranks, min(fewest, self._fewest or fewest)
+            if self._ranks == self.num_ranks:
+                self.catalogue = BlockIndex(self._fewest)
+        for first, told in report.found.items():
+            ranks, found = self._found[first] = merged(self._found.get(first), told, type(told[1]).and_)
+            if ranks == self.num_ranks:
+                del self._found[first]
+                self._adopt(first, found)
+        self.store.reported(report.statuses)
+        self._end_behind()
+        self.step()
+
+    def _adopt(self, first, found):
+        """Let these slots be used; what all ranks have there is known from now on, unless the weights changed."""
+        end = min(first + RANGE_SLOTS, self._fewest)
+        self._num_ranges += 1
+        self.is_adopting = self._num_ranges < -(-self._fewest // RANGE_SLOTS)
+        if first >= end:
+            return
+        keys, lengths = np.zeros((end - first, 32), np.uint8), np.zeros(end - first, np.uint32)
+        if self.tag == NO_TAG:
+            there = found.slots < end
+            keys[found.slots[there] - first] = found.keys[there]
+            lengths[found.slots[there] - first] = self.slots.payload_bytes
+        self.catalogue.adopt(np.arange(first, end), keys, lengths)
+
+    # ---- a request's way in -----------------------------------------------------------------------------------------
+
+    def answers(self):
+        """Whether it has blocks, and gives them."""
+        return self.catalogue.num_ready > 0 and self.breaker.allows(self.clock())
+
+    def lookup(self, keys):
+        """As `BlockIndex.lookup`, of what is in the pool or on the tier."""
+        is_there = self.index.lookup(keys)[0] | self.catalogue.lookup(keys)[0]
+        return is_there, int(np.argmin(np.append(is_there, False)))
+
+    def is_answered(self, request_id):
+        """Whether nothing more will come for this request: what the pool has now is what it gets."""
+        asked = self.asked.get(request_id)
+        if asked is None:
+            return False
+        return asked.promotion.is_over if asked.promotion is not None else self.clock() >= asked.deadline_s
+
+    def wants(self, request_id):
+        """Whether it is not known yet what this request would have from the tier."""
+        asked = self.asked.get(request_id)
+        return asked is None or asked.promotion is None
+
+    @property
+    def is_silent(self):
+        """Whether no step has brought news of all stores yet, which were opened before the first."""
+        return self._ranks < self.num_ranks
+
+    def expect(self, request_id):
+        """The request waits, `promote_timeout_ms` at the most."""
+        self.asked.setdefault(request_id, Asked(self.clock() + self.promote_timeout_s))
+
+    def wish(self, request_id, keys):
+        """The request would have these blocks; `build` begins to bring them as soon as there is room."""
+        self.expect(request_id)
+        self.wishes.append((request_id, keys))
+
+    def let_go(self, request_id):
+        """The request has pinned what it found, or is gone."""
+        asked = self.asked.pop(request_id, None)
+        if asked is not None and asked.promotion is not None:
+            self.promoter.close(asked.promotion)
+
+    # ---- once a step ------------------------------------------------------------------------------------------------
+
+    def build(self, num_tokens):
+        """What the step, which computes so many tokens, asks of the stores."""
+        self.rate.step(num_tokens)
+        for request_id, keys in self.wishes:
+            if not self._has_room(len(keys)):
+                break  # who asked later waits, too: otherwise small ones could overtake a large one for ever
+            if request_id in self.asked:
+                asked = self.asked[request_id]
+                asked.promotion = Promotion(keys, asked.deadline_s, float("inf"))
+                self.promoter.begin(asked.promotion)
+        self.wishes = []
+        self.step()
+        return self.store.take()
+
+    def _has_room(self, num_blocks):
+        """Whether so many blocks may come, or the pool is at rest, and they will not have more room later."""
+        num_held = self.index.num_pinned + self.index.num_writing
+        if not num_held:
+            return True
+        return (
+            self.promoter.num_pinned + num_blocks <= self.promoter.most_pinned
+            and num_held + num_blocks <= self.index.slots_added
+        )
+
+    def step(self):
+        """Show what has come, and give the stores more to do."""
+        now_s = self.clock()
+        while self.promoter.step(now_s) | self.cleaner.step(now_s):
+            now_s = self.clock()
+
+    # ---- a block's way out ------------------------------------------------------------------------------------------
+
+    def admit(self, num_blocks):
+        """How many of these, which are about to be saved, may be written; see `WriteBudget`."""
+        return self.budget.admit(num_blocks, self.slots.stride_bytes)
+
+    def put_behind(self, save, keys, num_admitted):
+        """Write the first `num_admitted` blocks of a SAVE as soon as it is over, as far as an eighth of the pool goes.
+
+        The cleaner writes the others that were admitted. Of those that were, but are not in this SAVE, the budget is
+        given back.
+        """
+        num_used = min(num_admitted, len(keys))
+        self.budget.give_back((num_admitted - num_used) * self.slots.stride_bytes)
+        count = min(num_used, max(0, self.slots.num_slots // 8 - self.num_behind - self.cleaner.num_pinned))
+        tier_slots, statuses = self.catalogue.reserve(keys[:count], self.slots.payload_bytes)
+        rows = np.flatnonzero(statuses == ReserveStatus.NEW)
+        if not len(rows):  # what the tier has the cleaner touches there, and gives back what was spent for it
+            return
+        batch = self.store.put(
+            tier_slots[rows], save.slots[rows], keys[rows], None, tag=self.tag, timeout_ms=PUT_TIMEOUT_MS,
+            save=save.number,
+        )  # fmt: skip
+        self.behind[save.number] = Behind(rows, tier_slots[rows], batch, keys[rows], save.slots[rows])
+        self.num_behind += len(rows)
+
+    def saved(self, moving, bad):
+        """Every rank has reported a SAVE: show its blocks, pinned while they are being written.
+
+        A slot that a rank could not fill, or whose block was discarded meanwhile, is kept until that is over, too:
+        others read it.
+
+        Returns
+        -------
+        is_ready : (n,) bool array
+        """
+        slots = moving.transfer.slots
+        is_behind, is_ready = np.zeros(len(slots), bool), np.zeros(len(slots), bool)
+        behind = self.behind.get(moving.transfer.number)
+        if behind is not None:
+            is_behind[behind.rows] = True
+        is_known = self.index.slots_of(moving.keys) == slots
+        is_shown = ~bad & (is_known | ~is_behind)
+        pins = (is_behind & is_shown).astype(np.uint32)
+        self.index.abort(slots[bad & ~is_behind])
+        is_ready[is_shown] = self.index.commit(slots[is_shown], pins=pins[is_shown]) == CommitStatus.READY
+        if behind is not None:
+            behind.is_pinned = is_shown[behind.rows]
+        return is_ready
+
+    def _end_behind(self):
+        """Note what was written behind SAVEs; a block that the pool has lost meanwhile is not kept."""
+        for number, behind in list(self.behind.items()):
+            if behind.is_pinned is None or not behind.batch.done():
+                continue
+            del self.behind[number]
+            self.num_behind -= len(behind.slots)
+            is_kept = (behind.batch.statuses == BlockStatus.OK) & behind.is_pinned
+            is_kept &= self.index.slots_of(behind.keys) == behind.slots
+            self.erase(behind.tier_slots[~is_kept])
+            self.catalogue.abort(behind.tier_slots[~is_kept])
+            kept = behind.tier_slots[is_kept]
+            is_there = self.catalogue.commit(kept) == CommitStatus.READY
+            self.erase(kept[~is_there])
+            is_kept[is_kept] = is_there
+            self.breaker.saw(behind.batch.statuses, self.clock())
+            self.num_put_behind += int(is_kept.sum())
+            self.num_not_put += int((~is_kept).sum())
+            pinned = behind.is_pinned
+            self.index.release(behind.slots[pinned][::-1], offered=True, clean=is_kept[pinned][::-1])
+            self.index.abort(behind.slots[~pinned])
+            for keys in behind.to_touch:
+                self.index.touch(keys)
+
+    def touch_later(self, number, keys):
+        """A request has ended whose last blocks were part of this SAVE: they are to become most recent once more."""
+        behind = self.behind.get(number)
+        if behind is not None and len(behind.to_touch) < TOUCHED_LATER:
+            behind.to_touch.append(keys)
+
+    def erase(self, tier_slots):
+        if len(tier_slots):
+            self.store.erase(tier_slots, timeout_ms=None)
+
+    # ---- forgetting -------------------------------------------------------------------------------------------------
+
+    def discard(self, keys):
+        """Forget blocks at once, and erase them."""
+        slots = self.catalogue.slots_of(keys)
+        self.erase(slots[slots != NO_SLOT])
+        return self.catalogue.discard(keys)
+
+    def clear(self, tag):
+        """Forget everything at once: what is on the disk has another tag from now on."""
+        self.tag = tag
+        self.catalogue.clear()
+
+    def counters(self):
+        """What has come to pass so far, by the names of `metrics.SUMS`."""
+        misses = dict.fromkeys(CAUSES, 0)
+        for cause, count in self.promoter.misses.items():
+            misses[CAUSE_OF.get(cause, "unreadable")] += count
+        return {
+            "disk_blocks_written": self.num_put_behind + self.cleaner.num_written,
+            "disk_blocks_not_written": self.num_not_put + self.cleaner.num_failed,
+            "disk_blocks_read": self.promoter.num_promoted,
+            "disk_read_seconds": self.promoter.spent_s,
+            "disk_saved_seconds": self.rate.break_even.saved_s(self.promoter.num_promoted),
+            **{f"disk_misses_{cause}": count for cause, count in misses.items()},
+        }
+
+    def levels(self):
+        """How things are, by the names of `metrics.LEVELS`."""
+        return {
+            "disk_blocks": self.catalogue.num_ready,
+            "disk_blocks_capacity": self.catalogue.slots_added,
+            "disk_queue_blocks": self.store.num_blocks,
+        }
+
+    @property
+    def is_busy(self):
+        """Whether steps must go on for it, although vLLM has nothing to compute."""
+        return self.store.is_busy
+
+
+class PrefillRate:
+    """What the model computes a second, as far as steps that compute much tell: it learns, or is told.
+
+    Parameters
+    ----------
+    tokens_per_s : float or None
+        0: nothing is to be learnt. None: learn.
+    blocks_per_token : float
+    clock : callable
+    """
+
+    LEAST_TOKENS, SHARE, MOST_STEPS = 256, 0.25, 8
+
+    def __init__(self, tokens_per_s, blocks_per_token, clock):
+        self.learns, self._blocks_per_token, self._clock = tokens_per_s is None, blocks_per_token, clock
+        self.break_even = BreakEven((tokens_per_s or 0) * blocks_per_token)
+        self._num_tokens, self._began_s = 0, 0.0
+        self._recent = deque(maxlen=self.MOST_STEPS)
+
+    def step(self, num_tokens):
+        """A step begins that computes so many tokens; the one before is over, or about to be."""
+        now_s = self._clock()
+        if self.learns and self._num_tokens >= self.LEAST_TOKENS and now_s > self._began_s:
+            self._recent.append(self._num_tokens / (now_s - self._began_s))
+            self.break_even.blocks_per_s = float(np.median(self._recent)) * self._blocks_per_token
+        self._num_tokens, self._began_s = num_tokens, now_s

@@ -1,0 +1,153 @@
+"""The lower tier's half in each vLLM worker: the store of one rank, which does what the scheduler's half asks for."""
+
+import contextlib
+import os
+import select
+import threading
+import time
+
+import numpy as np
+
+from kvortex.errors import EngineClosed
+from kvortex.index import NO_SLOT
+from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, Found
+from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.disk.adoption import Adoption
+from kvortex.tiers.disk.tier import NO_TAG
+
+MOST_ROWS = 16_384  # found blocks told in one report
+
+
+class WorkerTier:
+    """The store of one rank.
+
+    Parameters
+    ----------
+    store : DiskStore
+    block_bytes : int
+        Of every block in this rank.
+
+    Notes
+    -----
+    Called by the thread that runs the model; no call waits for the disk but `wait_a_moment` and `close`. A PUT behind a
+    SAVE begins when that is over, so that what was saved last needs no further step to reach the disk.
+    """
+
+    def __init__(self, store, block_bytes):
+        self.store, self.block_bytes = store, block_bytes
+        self.waiting = {}  # number of a SAVE -> the PUTs behind it
+        self.running = {}  # number -> batch
+        self.statuses = {}  # of those that are over, to be told
+        self.is_told = False  # that the store is open
+        self.ranges = Ranges(store.num_slots)
+        self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
+        self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        store.notify(self.event)
+
+    def begin(self, transfers, saves):
+        """Do what a step asks for; `saves` are the numbers of those that are not over."""
+        for transfer in transfers:
+            if transfer.save in saves:
+                self.waiting.setdefault(transfer.save, []).append(transfer)
+            else:
+                self.start(transfer)
+
+    def saved(self, number, *, is_good):
+        """A SAVE is over: the PUTs behind it begin, or are not worth anything."""
+        for transfer in self.waiting.pop(number, ()):
+            if is_good:
+                self.start(transfer)
+            else:
+                self.statuses[transfer.number] = np.full(len(transfer.slots), BlockStatus.DROPPED, np.uint8)
+
+    def start(self, transfer):
+        kind, number, tier_slots, slots, keys, tag, timeout_ms, _ = transfer
+        if kind == ERASE:
+            self.store.erase(tier_slots, timeout_ms=None)
+            return
+        move = {PUT: self.store.put, GET: self.store.get}[kind]
+        self.running[number] = move(tier_slots, slots, keys, self.block_bytes, tag=tag, timeout_ms=timeout_ms)
+
+    def collect(self):
+        """Note what is over."""
+        for number, batch in list(self.running.items()):
+            if batch.done():  # until then its slots are the disk's
+                self.statuses[number] = batch.statuses
+                del self.running[number]
+
+    def wait_a_moment(self, timeout_ms):
+        """Wait until something is over, as the step has nothing else to do."""
+        if self.running:
+            select.select([self.event], [], [], timeout_ms / 1000)
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self.event)
+
+    def tell(self, report):
+        """Add to a `WorkerReport` what is new."""
+        if not self.is_told:
+            self.is_told, report.tier_slots = True, (1, self.store.num_slots)
+        report.statuses.update({number: (1, statuses) for number, statuses in self.statuses.items()})
+        self.statuses = {}
+        report.found.update(self.ranges.take(MOST_ROWS))
+
+    def close(self, timeout_ms):
+        """Write what was asked for and close the store; within `timeout_ms`. All saves are over."""
+        deadline_s = time.monotonic() + timeout_ms / 1000
+        self.adoption.stop()
+        with contextlib.suppress(EngineClosed):
+            self.store.flush(timeout_ms, durable=False)
+        self.store.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
+        if self.event is not None:
+            os.close(self.event)
+            self.event = None
+
+
+class Ranges:
+    """What `Adoption` finds, by ranges of slots that have been read whole; it takes the place of a catalogue there.
+
+    Which block is where the scheduler decides, when it has heard of all ranks.
+    """
+
+    def __init__(self, num_slots):
+        self._num_left = np.full(-(-num_slots // RANGE_SLOTS), RANGE_SLOTS)
+        self._num_left[-1] = num_slots - RANGE_SLOTS * (len(self._num_left) - 1)
+        self._parts = {}  # range -> [(slots, keys)]
+        self._lock = threading.Lock()
+        self._whole = []  # ranges that were read, and not taken yet
+
+    def add_slots(self, first, count):
+        """These slots hold nothing."""
+        self.adopt(np.arange(first, first + count), None, np.zeros(count, np.uint32))
+
+    def slots_of(self, keys):
+        """Nothing is known of any key."""
+        return np.full(len(keys), NO_SLOT, np.uint32)
+
+    def adopt(self, slots, keys, lengths):
+        """These slots hold blocks with these keys where the length is not 0; none was told of before."""
+        numbers = slots // RANGE_SLOTS
+        is_block = lengths != 0
+        with self._lock:
+            for number in np.unique(numbers).tolist():
+                rows = numbers == number
+                self._num_left[number] -= rows.sum()
+                if (rows & is_block).any():
+                    self._parts.setdefault(number, []).append((slots[rows & is_block], keys[rows & is_block]))
+                if self._num_left[number] == 0:
+                    self._whole.append(number)
+        return is_block
+
+    def take(self, most_rows):
+        """Ranges that were read since, about so many blocks at the most, as `WorkerReport.found` has them."""
+        found = {}
+        with self._lock:
+            while self._whole and most_rows > 0:
+                number = self._whole.pop()
+                parts = self._parts.pop(number, None)
+                slots, keys = (np.concatenate(rows) for rows in zip(*parts, strict=True)) if parts else (
+                    np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
+                )  # fmt: skip
+                order = np.argsort(slots)
+                found[number * RANGE_SLOTS] = 1, Found(slots[order].astype(np.uint32), keys[order])
+                most_rows -= max(1, len(slots))
+        return found

@@ -1,0 +1,386 @@
+"""A disk below the pool: what it keeps comes back, over restarts, and is never wrong."""
+
+import time
+
+import numpy as np
+import pytest
+from rig import HAS_TRANSFER_RESULTS
+
+from kvortex.index import BlockIndex, ReserveStatus
+from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, WorkerReport
+from kvortex.integrations.vllm.tier import Tier
+from kvortex.slots import Slots
+
+LONG_MS = 20_000
+NUM_BLOCKS = 10  # of a prompt, of 16 tokens each
+
+
+@pytest.fixture
+def disk(tmp_path):
+    return {
+        "disk_path": str(tmp_path),
+        "disk_bytes": "64MiB",
+        "namespace": "the rig",
+        "prefill_tokens_per_s": 0,
+        "promote_timeout_ms": LONG_MS,
+    }
+
+
+@pytest.fixture
+def prompts(prompt):
+    return [prompt(number, NUM_BLOCKS * 16 + 1) for number in range(6)]
+
+
+@pytest.fixture
+def start(make_rig, disk):
+    """Starts an engine on that disk, as if vLLM had taken its time to load the model."""
+
+    def start(**options):
+        extra = {**disk, **options.pop("extra", {})}
+        rig = make_rig(extra=extra, **options)
+        assert all(half.tier.adoption.wait(LONG_MS) for half in rig.halves)
+        return rig
+
+    return start
+
+
+def serve(rig, prompts, name):
+    """Blocks that each prompt finds."""
+    found = [rig.serve(f"{name}{number}", prompt) // 16 for number, prompt in enumerate(prompts)]
+    rig.require_clean()
+    return found
+
+
+def segments(tmp_path):
+    return sorted(path for path in tmp_path.rglob("*.segment"))
+
+
+def test_blocks_on_disk_are_there_after_a_restart(start, prompts):
+    first = start()
+    assert serve(first, prompts, "a") == [0] * 6
+    first.close()
+    assert serve(start(), prompts, "b") == [NUM_BLOCKS] * 6
+
+
+def test_what_was_saved_last_reaches_the_disk_although_no_step_follows(start, prompts):
+    rig = start(num_slots=100)
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    rig.close()
+    assert serve(start(), prompts[:1], "b") == [NUM_BLOCKS]
+
+
+def test_blocks_that_the_pool_cannot_hold_come_back_from_the_disk(start, prompts):
+    rig = start(num_slots=24)
+    serve(rig, prompts, "a")
+    assert rig.index.num_ready == 24
+    rig.forget_device()
+    assert serve(rig, prompts, "b") == [NUM_BLOCKS] * 6
+    assert rig.half.tier.promoter.num_promoted >= 6 * NUM_BLOCKS - 24
+
+
+def test_a_promoted_block_counts_for_the_request_that_waited_in_the_next_step(start, prompts):
+    rig = start(num_slots=24)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    rig.add("b", prompts[0])
+    while not rig.half.tier.promoter.num_promoted:
+        rig.step()
+        assert "b" not in rig.computed_at_first
+    rig.step()
+    assert "b" in rig.half.loading
+    rig.run()
+    rig.require_clean()
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_block_that_is_damaged_in_one_rank_is_a_miss_for_all(start, prompts, tmp_path, num_ranks):
+    rig = start(num_ranks=num_ranks)
+    serve(rig, prompts, "a")
+    rig.close()
+    path = segments(tmp_path)[-1]
+    content = bytearray(path.read_bytes())
+    for at in range(4096 + 4096 + 100, len(content), 8192):  # the payload of every slot
+        content[at] ^= 1
+    path.write_bytes(content)
+    again = start(num_ranks=num_ranks)
+    assert serve(again, prompts, "b") == [0] * 6, "and a request waits once, not for ever"
+    assert again.half.tier.promoter.misses["PAYLOAD_DAMAGED"] >= 6
+    again.forget_device()
+    again.reset()
+    assert again.half.tier.catalogue.num_ready == 0
+
+
+def test_what_one_rank_has_lost_is_a_miss(start, prompts, tmp_path):
+    rig = start(num_ranks=2)
+    serve(rig, prompts, "a")
+    rig.close()
+    segments(tmp_path)[-1].unlink()
+    assert serve(start(num_ranks=2), prompts, "b") == [0] * 6
+
+
+@pytest.mark.parametrize("groups", [("full", "window:64"), ("window:48", "window:80"), ("full", "chunk:64")])
+def test_groups_that_forget_come_back_whole(start, prompts, groups):
+    options = {"groups": groups, "num_slots": 40, "num_blocks": 131}
+    rig = start(**options)
+    serve(rig, prompts, "a")
+    rig.close()
+    again = start(**options)
+    assert serve(again, prompts, "b") == [NUM_BLOCKS] * 6
+    assert again.half.tier.promoter.num_promoted
+
+
+@pytest.mark.skipif(not HAS_TRANSFER_RESULTS, reason="this vLLM keeps no states with a connector")
+def test_states_come_back(start, prompt):
+    options = {"groups": ("full", "state"), "block_tokens": 64, "num_slots": 60, "num_blocks": 131}
+    prompts = [prompt(number, 64 * 5 + 1) for number in range(4)]
+    rig = start(**options)
+    serve(rig, prompts, "a")
+    rig.close()
+    again = start(**options)
+    assert [again.serve(f"b{number}", prompt) // 64 for number, prompt in enumerate(prompts)] == [5] * 4
+    again.require_clean()
+    assert again.half.tier.promoter.num_promoted
+
+
+def test_nothing_that_was_saved_between_a_reset_and_the_end_is_served_after_a_restart(start, prompts):
+    rig = start()
+    serve(rig, prompts[:3], "a")
+    assert rig.reset()  # new weights, which nobody names
+    assert serve(rig, prompts, "b") == [0] * 6
+    rig.forget_device()
+    assert serve(rig, prompts, "c") == [NUM_BLOCKS] * 6
+    rig.close()
+    again = start()  # with the weights that the first had at its start: what is left of its blocks may be served
+    assert serve(again, prompts, "d")[3:] == [0] * 3
+
+
+def test_a_reset_in_the_middle_of_writing_and_reading_serves_nothing_old(start, prompts, faulty_disk):
+    rig = start(num_slots=24)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    faulty_disk.plan("any", "hang")
+    rig.add("b", prompts[0])
+    rig.add("c", [*prompts[5], 7, 8, 9] * 2)
+    for _ in range(20):
+        rig.step()
+    faulty_disk.wait_hanging()
+    assert rig.reset()
+    faulty_disk.mend()
+    rig.run()
+    serve(rig, prompts, "d")
+
+
+def test_fifty_requests_over_half_of_a_pool_read_each_block_once_and_refuse_no_save(start, prompt):
+    prompts = [prompt(number, NUM_BLOCKS * 16 + 1) for number in range(50)]
+    rig = start(num_slots=100, num_blocks=67, extra={"disk_bytes": "64MiB"})
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    tier, index = rig.half.tier, rig.index
+    reserve, refused = index.reserve, []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(index, name)
+
+        def reserve(self, *args, **settings):
+            answer = reserve(*args, **settings)
+            refused.append(int((answer[1] == ReserveStatus.FULL).sum()))
+            return answer
+
+    rig.half.index = Watched()
+    ready_before, before = index.num_ready, tier.promoter.num_promoted
+    for number, tokens in enumerate(prompts):
+        rig.add(f"b{number}", tokens)
+    most = 0
+    while rig.scheduler.requests:
+        rig.step()
+        most = max(most, tier.promoter.num_pinned)
+    rig.run()
+    rig.half.index = index
+    rig.require_clean()
+    assert sum(refused) == 0, "a save was refused"
+    assert most <= 50
+    found = [rig.computed_at_first[f"b{number}"] // 16 for number in range(50)]
+    assert found == [NUM_BLOCKS] * 50
+    promoted = tier.promoter.num_promoted - before
+    assert 500 - ready_before <= promoted <= 500, "a block that had come was evicted before it was read"
+
+
+def test_a_request_that_is_aborted_leaves_no_pin(start, prompts, faulty_disk):
+    rig = start(num_slots=24)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    faulty_disk.plan("read", "hang")
+    rig.add("b", prompts[0])
+    for _ in range(5):
+        rig.step()
+    faulty_disk.wait_hanging()
+    rig.abort("b")
+    rig.step()
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+    assert serve(rig, prompts, "c") == [NUM_BLOCKS] * 6
+
+
+def wait_until_clean(rig):
+    """Step until the stores have told of all that they were asked for."""
+    deadline = time.monotonic() + LONG_MS / 1000
+    while rig.half.tier.store._batches:
+        assert time.monotonic() < deadline
+        rig.step()
+    rig.require_clean()
+
+
+@pytest.mark.parametrize("call", ["read", "write", "any"])
+def test_no_request_waits_longer_for_a_hung_disk_than_it_may(start, prompts, faulty_disk, call):
+    rig = start(num_slots=24, extra={"promote_timeout_ms": 100})
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    faulty_disk.plan(call, "hang")
+    began = time.monotonic()
+    for number, tokens in enumerate(prompts):
+        rig.add(f"b{number}", tokens)
+    rig.step_until_served()
+    assert time.monotonic() - began < LONG_MS / 1000
+    assert rig.wrong_tokens == 0
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+
+
+@pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short", "lie"])
+@pytest.mark.parametrize("call", ["read", "write"])
+def test_a_failing_or_lying_disk_serves_no_wrong_block(start, prompts, faulty_disk, call, how):
+    rig = start(num_slots=24)
+    if call == "write":
+        faulty_disk.plan(call, how)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    faulty_disk.plan(call, how)
+    serve(rig, prompts, "b")
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+
+
+def test_a_slot_that_a_rank_still_writes_from_is_not_given_to_others(start, prompts, faulty_disk):
+    """One rank could not save a block, the other has saved it and writes it to its disk."""
+    rig = start(num_ranks=2, num_slots=24)
+    faulty_disk.plan("write", "hang")
+    rig.halves[1].submit = lambda *args, **settings: None  # no job is free in this rank
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    for _ in range(10):
+        rig.step()
+    faulty_disk.wait_hanging()
+    behind = [slot for one in rig.half.tier.behind.values() for slot in one.slots.tolist()]
+    assert behind and rig.index.num_writing == len(behind), "none of these may be used for another block"
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+    assert rig.half.tier.catalogue.num_ready == 0
+
+
+def test_a_tier_slot_is_there_for_others_only_when_every_rank_is_done_with_it(start, prompts):
+    rig = start(num_ranks=2, num_slots=24)
+    serve(rig, prompts[:2], "a")
+    told, tier = [], rig.half.tier
+    end = type(tier.store).reported
+
+    def reported(statuses):
+        told.extend((number, ranks) for number, (ranks, _) in statuses.items())
+        end(tier.store, statuses)
+
+    tier.store.reported = reported
+    held = rig.halves[1].tier
+    collect, held.collect = held.collect, lambda: None  # this rank says nothing yet
+    rig.add("b", prompts[2])
+    rig.step_until_served()
+    for _ in range(20):
+        rig.step()
+    assert told and tier.catalogue.num_writing > 0, "one rank of two has written them"
+    held.collect = collect
+    rig.run()
+    rig.require_clean()
+    assert tier.catalogue.num_writing == 0
+
+
+def test_messages_name_each_batch_once(start, prompts):
+    rig = start(num_slots=24)
+    seen, half = [], rig.half
+    build = half.build
+
+    def watched(output):
+        step = build(output)
+        seen.extend((transfer.kind, transfer.number) for transfer in step.tier if transfer.kind in (PUT, GET))
+        return step
+
+    half.build = watched
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    serve(rig, prompts, "b")
+    assert len(set(seen)) == len(seen) and {kind for kind, _ in seen} == {PUT, GET}
+    del half.build
+
+
+def test_another_namespace_finds_nothing(start, prompts):
+    first = start(extra={"namespace": "one"})
+    serve(first, prompts, "a")
+    first.close()
+    assert serve(start(extra={"namespace": "other"}), prompts, "b") == [0] * 6
+
+
+def test_blocks_that_come_back_and_go_again_are_told_to_routers(start, prompts):
+    rig = start(num_slots=24, events=True)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    serve(rig, prompts, "b")
+    there = set()
+    for event in rig.events:
+        if getattr(event, "medium", None) != "CPU":
+            continue
+        names = set(event.block_hashes)
+        if type(event).__name__ == "BlockStored":
+            there |= names
+        else:
+            there -= names
+    assert len(there) == rig.index.num_ready == 24
+
+
+# ---- what ranks tell ------------------------------------------------------------------------------------------------
+
+
+def told(first, slots, keys, num_slots=0):
+    """A rank's report of one range, the first with the size of its store."""
+    slots, keys = np.array(slots, np.uint32), np.repeat(np.array(keys, np.uint8)[:, None], 32, axis=1)
+    return WorkerReport(tier_slots=(int(num_slots > 0), num_slots), found={first: (1, Found(slots, keys))})
+
+
+def make_tier(num_ranks):
+    slots = Slots.of(64 << 12, 4096)
+    index = BlockIndex(slots.num_slots)
+    return Tier(index, slots, num_ranks=num_ranks, bytes_per_s=0, promote_timeout_ms=0, blocks_per_token=1)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_only_what_all_ranks_have_in_the_same_slot_is_known(together):
+    tier = make_tier(2)
+    reports = told(0, [1, 3, 5], [1, 3, 5], num_slots=RANGE_SLOTS + 9), told(0, [1, 4, 5, 7], [1, 4, 6, 7], num_slots=8)
+    if together:
+        tier.reported(reports[0].aggregate(reports[1]))
+    else:
+        tier.reported(reports[0])
+        assert tier.is_silent and tier.catalogue.num_ready == 0
+        tier.reported(reports[1])
+    assert tier.catalogue.num_slots == 8 and tier.catalogue.slots_added == 8 and not tier.is_adopting
+    there = np.repeat(np.arange(9, dtype=np.uint8)[:, None], 32, axis=1)
+    assert np.flatnonzero(tier.catalogue.lookup(there)[0]).tolist() == [1]
+
+
+def test_nothing_found_is_known_when_the_weights_have_changed():
+    tier = make_tier(1)
+    tier.clear(b"1" * 32)
+    tier.reported(told(0, [1], [1], num_slots=8))
+    assert tier.catalogue.num_ready == 0 and tier.catalogue.slots_added == 8
