@@ -8,8 +8,9 @@ from rig import HAS_TRANSFER_RESULTS
 
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, WorkerReport
-from kvortex.integrations.vllm.tier import Tier
+from kvortex.integrations.vllm.tier import RemoteStore, Tier
 from kvortex.slots import Slots
+from kvortex.tiers.base import BlockStatus
 
 LONG_MS = 20_000
 NUM_BLOCKS = 10  # of a prompt, of 16 tokens each
@@ -70,6 +71,18 @@ def test_what_was_saved_last_reaches_the_disk_although_no_step_follows(start, pr
     assert serve(start(), prompts[:1], "b") == [NUM_BLOCKS]
 
 
+def test_a_block_is_written_to_disk_when_its_copy_is_over_and_not_before(start, prompts, host):
+    rig = start(num_slots=100)
+    host.hold()
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    tier = rig.halves[0].tier
+    assert tier.waiting and not tier.running and not tier.statuses
+    host.release()
+    rig.close()
+    assert serve(start(), prompts[:1], "b") == [NUM_BLOCKS]
+
+
 def test_blocks_that_the_pool_cannot_hold_come_back_from_the_disk(start, prompts):
     rig = start(num_slots=24)
     serve(rig, prompts, "a")
@@ -87,6 +100,7 @@ def test_a_promoted_block_counts_for_the_request_that_waited_in_the_next_step(st
     while not rig.half.tier.promoter.num_promoted:
         rig.step()
         assert "b" not in rig.computed_at_first
+    rig.index.evict(24)  # what others may do meanwhile
     rig.step()
     assert "b" in rig.half.loading
     rig.run()
@@ -377,6 +391,24 @@ def test_only_what_all_ranks_have_in_the_same_slot_is_known(together):
     assert tier.catalogue.num_slots == 8 and tier.catalogue.slots_added == 8 and not tier.is_adopting
     there = np.repeat(np.arange(9, dtype=np.uint8)[:, None], 32, axis=1)
     assert np.flatnonzero(tier.catalogue.lookup(there)[0]).tolist() == [1]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_block_has_come_only_if_every_rank_says_so(together):
+    store = RemoteStore(2, time.monotonic)
+    slots, keys = np.arange(3, dtype=np.uint32), np.zeros((3, 32), np.uint8)
+    batch = store.get(slots, slots, keys, 4096, tag=bytes(32), timeout_ms=LONG_MS)
+    damaged, late = BlockStatus.PAYLOAD_DAMAGED, BlockStatus.LATE
+    reports = [
+        WorkerReport(statuses={1: (1, np.array(statuses, np.uint8))}) for statuses in ([0, damaged, 0], [0, 0, late])
+    ]
+    if together:
+        store.reported(reports[0].aggregate(reports[1]).statuses)
+    else:
+        store.reported(reports[0].statuses)
+        assert not batch.done() and (batch.statuses == BlockStatus.PENDING).all()
+        store.reported(reports[1].statuses)
+    assert batch.done() and batch.statuses.tolist() == [0, damaged, late]
 
 
 def test_nothing_found_is_known_when_the_weights_have_changed():
