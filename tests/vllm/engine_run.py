@@ -334,15 +334,29 @@ class Engine:
 
     def settle(self):
         """Let every save land and be known: what ended is only told in a later step."""
-        for attempt in range(100):
+        for attempt in range(100 if self.tier is None else 2000):
             self.generate([[5, 6, 7]], 4)
             if self.scheduler_half is None:  # not in reach: a few steps are enough, and a little time
                 if attempt == 3:
                     return
-            elif not self.scheduler_half.in_flight:
+            elif not self.scheduler_half.in_flight and self.is_on_disk():
                 return
             time.sleep(0.02)
         raise AssertionError(f"transfers that do not end: {self.scheduler_half.in_flight}")
+
+    @property
+    def tier(self):
+        """The scheduler's view of a disk, or None."""
+        return self.scheduler_half and self.scheduler_half.tier
+
+    def is_on_disk(self):
+        """Whether all of the pool that is to go to disk is there; where everything may be written, all of it is."""
+        if self.tier is None:
+            return True
+        index = self.scheduler_half.index
+        counts = index.counters()
+        is_all = counts["num_clean"] == counts["num_ready"] or self.tier.budget.bytes_per_s
+        return is_all and not self.tier.is_busy
 
     def fingerprint(self):
         """What this process computes before a block was moved: its weights, and the odds of a few tokens. Two engines
@@ -412,6 +426,9 @@ class Engine:
                 "verify_mismatches": self.counted.get("verify_mismatches", 0),
                 "verify_skipped": self.counted.get("verify_skipped", 0),
             }
+            if self.tier is not None:
+                sums |= self.tier.counters()
+                sums["dirty_evictions"] = self.scheduler_half.index.counters()["dirty_evictions"]
         if "engine_other" in sys.modules:
             sums["blocks_of_other"] = sys.modules["engine_other"].NUM_LOADED
         return sums
