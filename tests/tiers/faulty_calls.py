@@ -48,13 +48,18 @@ class FaultyCalls:
         self.library.faulty_open_gate()
 
 
-@pytest.fixture(scope="session")
-def faulty_library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("faulty_io") / "faulty_io.so"
+def build(folder):
+    """Compile the library of these calls into a folder, and load it."""
+    target = Path(folder) / "faulty_io.so"
     source = ROOT / "tests/c/faulty_io.c"
     flags = ["-shared", "-fPIC", "-std=gnu11", "-O1", "-pthread", "-I", ROOT / "include"]
     subprocess.run(["gcc", *flags, source, "-o", target], check=True)
     return ctypes.CDLL(str(target))
+
+
+@pytest.fixture(scope="session")
+def faulty_library(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("faulty_io"))
 
 
 @pytest.fixture

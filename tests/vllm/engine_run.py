@@ -250,6 +250,7 @@ class Engine:
         model = args.model or self.folder.name
         if not args.model:
             write_model(model, args.size, with_weights=not self.on_gpu)
+        self.faulty_disk = self.make_faulty_disk() if args.disk_fault else None
         self.connector_seconds = 0.0
         if args.mode == "custom":
             self.time_connector()
@@ -263,6 +264,19 @@ class Engine:
             self.count_preemptions()
             if args.mode == "custom":
                 self.find_halves()
+
+    def make_faulty_disk(self):
+        """System calls of which some will misbehave; every disk tier gets them."""
+        sys.path.append(str(HERE.parent / "tiers"))
+        from faulty_calls import FaultyCalls, build
+
+        from kvortex.tiers.disk import segments
+        from kvortex.tiers.disk._io_calls import IoCalls
+
+        faulty = FaultyCalls(build(self.folder.name))
+        faulty.mend()
+        segments.IoCalls = lambda: IoCalls(faulty.address)
+        return faulty
 
     def time_connector(self):
         """Add up what the connector's constructors and its `register_kv_caches` take of the start."""
@@ -469,6 +483,11 @@ def arguments(command=None):
     engine.add_argument("--verify", action="store_true")
     engine.add_argument("--mutant", default="", help="a fault to plant, see faults.py")
     engine.add_argument(
+        "--disk-fault",
+        default="",
+        help="what each call to the disk does from the start on: hang, lie, short, EIO, ENOSPC",
+    )
+    engine.add_argument(
         "--late-us", type=int, default=0, help="on a CPU: copies start up to so much later, as behind others on a GPU"
     )
     engine.add_argument("--graphs", action="store_true", help="CUDA graphs for decode steps")
@@ -535,6 +554,8 @@ def main():
     if engine.worker_half is not None:
         rows = engine.worker_half.layout.planner
         report["planner"] = [f"{row.direction} {row.rows} x {row.piece_bytes} {row.backend}" for row in rows]
+    if engine.faulty_disk is not None:
+        engine.faulty_disk.plan("any", args.disk_fault)
     for name in args.scenarios:
         before = engine.counters()
         result = SCENARIOS[name](engine, args)
@@ -546,6 +567,8 @@ def main():
     if len(args.scenarios) == 1:  # one flat line, for tables
         report |= report.pop(name)
     print(json.dumps(report), flush=True)
+    if engine.faulty_disk is not None:
+        engine.faulty_disk.mend()
     if args.end == "shutdown":
         engine.core.shutdown()
     elif args.end == "kill":

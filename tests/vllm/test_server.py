@@ -37,9 +37,9 @@ class Server:
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             return answer.read().decode()
 
-    def cached_tokens(self):
+    def cached_tokens(self, prompt=PROMPT):
         """Of the prompt, when it is served once more."""
-        body = {"model": "m", "prompt": PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        body = {"model": "m", "prompt": prompt, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
         usage = json.loads(self.ask("/v1/completions", body))["usage"]
         return (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
 
@@ -63,15 +63,27 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, "tiny", with_weights=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    with serve(model) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def serve(folder, **extra):
+    """A server with the connector and these options more; told to end by SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     transfer = {
         "kv_connector": "KVortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm",
-        "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_pool_size_bytes": "64MiB"},
+        "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_pool_size_bytes": "64MiB", **extra},
     }  # fmt: skip
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
@@ -115,3 +127,14 @@ def test_a_reset_over_http_forgets_what_the_connector_has_if_it_says_external(se
     assert server.cached_tokens() == 192 and server.metric("external_prefix_cache_hits") == 2 * 192
     server.reset("?reset_external=true")
     assert server.cached_tokens() == 0 and server.metric("external_prefix_cache_hits") == 2 * 192
+
+
+def test_a_server_that_was_told_to_end_finds_its_blocks_on_disk_when_it_is_started_again(model, tmp_path):
+    prompts = [[7 + (number * 131 + at * 17) % 900 for at in range(200)] for number in range(8)]
+    disk = {"disk_path": str(tmp_path), "disk_bytes": "256MiB", "prefill_tokens_per_s": 0, "promote_timeout_ms": 20_000}
+    with serve(model, **disk) as first:
+        assert [first.cached_tokens(prompt) for prompt in prompts] == [0] * 8
+    with serve(model, **disk) as again:
+        found = [again.cached_tokens(prompt) for prompt in prompts]
+        assert sum(found) >= 0.95 * 192 * 8, found
+        again.wait_for("kvortex_disk_blocks_read", 40)
