@@ -9,12 +9,14 @@ import re
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+from kvortex.arguments import shown, whole_number
 from kvortex.errors import ConfigError
 from kvortex.log import warn_once
 from kvortex.slots import CHUNK_BYTES, FIRST_CHUNK_BYTES, PAGE_BYTES
 
 PREFIX = "KVORTEX_"
 CONFIG_VARIABLE = "KVORTEX_CONFIG"
+MOST_FILE_BYTES = 1 << 20
 # Variables of KVortex's own build and tests; they may be set while an engine runs, and mean nothing to it.
 OTHER_VARIABLES = {
     "KVORTEX_ANNOTATE",
@@ -243,20 +245,22 @@ class KVortexConfig:
             low, high = cls._LIMITS[name]
             if value is None and name == "block_bytes":
                 return value
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise ConfigError(f"{name} must be an int, got {value!r}")
+            try:
+                value = whole_number(value, name)
+            except TypeError as error:
+                raise ConfigError(str(error)) from None
             if not low <= value <= high:
-                raise ConfigError(f"{name} must be {low} to {high}, got {value}")
+                raise ConfigError(f"{name} must be {low} to {high}, got {shown(value)}")
         elif name == "device":
             if not isinstance(value, str):
-                raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {value!r}")
+                raise ConfigError(f"device must be a str such as 'auto', 'cuda:0' or 'host', got {shown(value)}")
             parse_device(value)
         elif name in ("namespace", "weights"):
             if value is not None and (not isinstance(value, str) or not value):
-                raise ConfigError(f"{name} must be a text that is not empty, got {value!r}")
+                raise ConfigError(f"{name} must be a text that is not empty, got {shown(value)}")
         elif name == "tiers":
             if not isinstance(value, tuple | list):
-                raise ConfigError(f"tiers must be a tuple such as (DiskTier(...),), got {value!r}")
+                raise ConfigError(f"tiers must be a tuple such as (DiskTier(...),), got {shown(value)}")
             for tier in value:
                 if not callable(getattr(tier, "open", None)):
                     raise ConfigError(f"tiers must be such as DiskTier(paths, disk_bytes), got {tier!r}")
@@ -265,9 +269,9 @@ class KVortexConfig:
             return tuple(value)
         elif name == "deferred":
             if not isinstance(value, bool) and value != "auto":
-                raise ConfigError(f"deferred must be True, False or 'auto', got {value!r}")
+                raise ConfigError(f"deferred must be True, False or 'auto', got {shown(value)}")
         elif not isinstance(value, bool):
-            raise ConfigError(f"{name} must be True or False, got {value!r}")
+            raise ConfigError(f"{name} must be True or False, got {shown(value)}")
         return value
 
     @classmethod
@@ -276,14 +280,19 @@ class KVortexConfig:
 
         try:
             with open(path, "rb") as file:
-                table = tomllib.load(file)
+                text = file.read(MOST_FILE_BYTES + 1)
+            if len(text) > MOST_FILE_BYTES:
+                raise ValueError(f"it is longer than {bytes_text(MOST_FILE_BYTES)}")
+            table = tomllib.loads(text.decode())
         except OSError as error:
             raise ConfigError(f"the configuration file {path} cannot be read: {error.strerror or error}") from error
-        except ValueError as error:  # no TOML, or no UTF-8
+        except RecursionError:
+            raise ConfigError(f"the configuration file {path} is nested too deeply") from None
+        except ValueError as error:  # no TOML, no UTF-8, or too long
             raise ConfigError(f"the configuration file {path} is not TOML: {error}") from error
         known = cls.names()
         for name, value in table.items():
-            where = f"key {name!r} of the configuration file {path}"
+            where = f"key {shown(name)} of the configuration file {path}"
             if name in cls._KEYWORDS_ONLY:
                 raise ConfigError(f"{where} is taken as a keyword only")
             if name not in known:
@@ -328,7 +337,7 @@ class KVortexConfig:
             return text
         if text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
-        raise ConfigError(f"{name} must be one of {', '.join((*_TRUE, *_FALSE))}, got {text!r}")
+        raise ConfigError(f"{name} must be one of {', '.join((*_TRUE, *_FALSE))}, got {shown(text)}")
 
 
 def parse_bytes(text):
@@ -343,7 +352,7 @@ def parse_bytes(text):
     """
     match = _SIZE.fullmatch(text)
     if not match:
-        raise ConfigError(f"bytes are expected, like 65536, 64KiB, 2Mi, 32GiB or 500GB, got {text!r}")
+        raise ConfigError(f"bytes are expected, like 65536, 64KiB, 2Mi, 32GiB or 500GB, got {shown(text)}")
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
 
 
@@ -359,7 +368,7 @@ def bytes_text(nbytes):
 def parse_device(text):
     """Return `text` if it names a device that there could be; raise `ConfigError` otherwise."""
     if not _DEVICE.fullmatch(text):
-        raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {text!r}")
+        raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {shown(text)}")
     return text
 
 

@@ -4,9 +4,9 @@ Everybody who has to know asks here: the pool, whoever counts on one in another 
 GIL, `include/kvortex/slots.h` finds the address and the chunk of a slot, from the numbers of a `Slots`.
 """
 
-import operator
 from dataclasses import dataclass
 
+from kvortex.arguments import whole_number
 from kvortex.errors import ConfigError
 
 PAGE_BYTES = 4096  # slots are aligned to it; a header is one page
@@ -66,8 +66,11 @@ class Slots:
         ConfigError
             A size that gives no slot, or more than a slot number can name; another header.
         """
-        pool_bytes, payload_bytes = operator.index(pool_bytes), operator.index(payload_bytes)
-        first_chunk_bytes, chunk_bytes = operator.index(first_chunk_bytes), operator.index(chunk_bytes)
+        pool_bytes = whole_number(pool_bytes, "pool_bytes")
+        payload_bytes = whole_number(payload_bytes, "payload_bytes")
+        header_bytes = whole_number(header_bytes, "header_bytes")
+        first_chunk_bytes = whole_number(first_chunk_bytes, "first_chunk_bytes")
+        chunk_bytes = whole_number(chunk_bytes, "chunk_bytes")
         if not 0 < payload_bytes < 1 << 32:
             raise ConfigError(f"payload_bytes must be 1 to 2^32 - 1, got {payload_bytes}")
         if header_bytes not in (0, PAGE_BYTES):

@@ -26,7 +26,7 @@ cdef class DeviceBuffer(Lender):
     cdef void *stream_for(self, object stream) except? NULL
     cdef int copy(self, object other, size_t offset, object stream, bint inward) except -1
     cdef int copy_held(self, object other, size_t offset, object stream, bint inward) except -1
-    cdef int fill_held(self, int byte, size_t offset, object nbytes, object stream) except -1
+    cdef int fill_held(self, size_t byte, size_t offset, object nbytes, object stream) except -1
     cdef int follow(self, void *handle) except -1
     cdef void release(self) noexcept
     cdef void give_back(self) noexcept

@@ -1,7 +1,5 @@
 """DeviceBuffer: memory of a device, for callers without a framework."""
 
-import operator
-
 from cpython.buffer cimport PyBuffer_FillInfo
 from cython cimport auto_pickle, no_gc_clear
 from libc.stdint cimport uint64_t
@@ -19,9 +17,10 @@ from kvortex._c cimport (
     memset_d8_async,
 )
 from kvortex.driver._device cimport Device, check
-from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer
+from kvortex.driver._memory cimport BorrowedMemory, Lender, borrow_memory, is_integer, whole_number
 from kvortex.driver._stream cimport Stream, order_streams, wait_a_while
 
+from kvortex.arguments import shown
 from kvortex.driver._memory import require_shareable
 from kvortex.errors import ConfigError, DriverError, EngineClosed
 
@@ -67,7 +66,7 @@ cdef class DeviceBuffer(Lender):
     def __init__(self, nbytes, device="auto"):
         if self.device is not None:
             raise TypeError("a DeviceBuffer cannot be initialised twice")
-        nbytes = operator.index(nbytes)
+        nbytes = whole_number(nbytes, "nbytes")
         if not 0 < nbytes < 1 << 48:
             raise ConfigError(f"nbytes must be in 1..2**48-1, got {nbytes}")
         from_name = not isinstance(device, Device)
@@ -101,7 +100,7 @@ cdef class DeviceBuffer(Lender):
     def __len__(self):
         return self.nbytes
 
-    def copy_from(self, source, size_t offset=0, stream=None):
+    def copy_from(self, source, offset=0, stream=None):
         """Copy all bytes of a source to `offset`.
 
         Parameters
@@ -123,9 +122,9 @@ cdef class DeviceBuffer(Lender):
             It has gaps or does not fit, the host device cannot reach it, or the stream is refused.
         DriverError, EngineClosed
         """
-        self.copy(source, offset, stream, True)
+        self.copy(source, whole_size(offset, "offset"), stream, True)
 
-    def copy_to(self, target, size_t offset=0, stream=None):
+    def copy_to(self, target, offset=0, stream=None):
         """Fill all bytes of a target from `offset`.
 
         Parameters
@@ -144,7 +143,7 @@ cdef class DeviceBuffer(Lender):
         TypeError, ValueError, DriverError, EngineClosed
             As for `copy_from`.
         """
-        self.copy(target, offset, stream, False)
+        self.copy(target, whole_size(offset, "offset"), stream, False)
 
     cdef int copy(self, object other, size_t offset, object stream, bint inward) except -1:
         self.require_open()
@@ -204,7 +203,7 @@ cdef class DeviceBuffer(Lender):
             self.lent = None
         return 0
 
-    def fill(self, int byte, size_t offset=0, nbytes=None, stream=None):
+    def fill(self, byte, offset=0, nbytes=None, stream=None):
         """Set bytes to one value: `nbytes` of them from `offset`, or all that follow it.
 
         Raises
@@ -213,6 +212,7 @@ cdef class DeviceBuffer(Lender):
             `byte` is not in 0..255, the range is outside of the buffer, or the stream is refused.
         DriverError, EngineClosed
         """
+        byte, offset = whole_size(byte, "byte", 255), whole_size(offset, "offset")
         self.require_open()
         self.exports += 1  # ours, as in `copy`
         try:
@@ -220,12 +220,10 @@ cdef class DeviceBuffer(Lender):
         finally:
             self.take_back()
 
-    cdef int fill_held(self, int byte, size_t offset, object nbytes, object stream) except -1:
+    cdef int fill_held(self, size_t byte, size_t offset, object nbytes, object stream) except -1:
         cdef int code, mode = 0
-        if not 0 <= byte <= 255:
-            raise ValueError(f"byte must be in 0..255, got {byte}")
         self.require_inside(offset, 0)
-        cdef size_t size = self.nbytes - offset if nbytes is None else nbytes
+        cdef size_t size = self.nbytes - offset if nbytes is None else whole_size(nbytes, "nbytes")
         self.require_inside(offset, size)
         cdef void *handle = self.stream_for(stream)
         self.require_open()  # other people's code may have closed it
@@ -397,6 +395,13 @@ cdef class DeviceBuffer(Lender):
     cdef void *stream_for(self, object stream) except? NULL:
         self.require_open()
         return self.stream.stream if stream is None else self.device.borrow_stream(stream)
+
+
+cdef size_t whole_size(object number, str name, size_t most=<size_t>-1) except? <size_t>-1:
+    number = whole_number(number, name)
+    if not 0 <= number <= most:
+        raise ValueError(f"{name} must be in 0..{most}, got {shown(number)}")
+    return number
 
 
 cdef int wait_for_producer(Device device, void *handle, BorrowedMemory memory) except -1:

@@ -26,6 +26,8 @@ from kvortex._c cimport (
     kv_dlpack_versioned,
 )
 
+from kvortex import arguments
+
 
 cdef extern from "Python.h" nogil:
     int Py_IsInitialized()
@@ -336,20 +338,15 @@ cdef object whole_address(object number, str what):
 
 
 cdef bint is_integer(object thing):
-    """An int of Python or numpy; a bool is none, and numpy's integers are no buffers here."""
-    return type(thing) is int or (isinstance(thing, numbers.Integral) and not isinstance(thing, bool))
+    """An int of Python or numpy; a bool or a timedelta is none, and numpy's integers are no buffers here."""
+    return type(thing) is int or (
+        isinstance(thing, numbers.Integral) and not isinstance(thing, bool) and hasattr(thing, "__index__")
+    )
 
 
 cdef object whole_number(object number, str what, str field=""):
-    """The int that `number` is; a TypeError that names it, `what` and `field` joined, for a float, a text, a bool."""
-    if type(number) is int:
-        return number
-    try:
-        if not isinstance(number, bool):
-            return operator.index(number)
-    except TypeError:
-        pass
-    raise TypeError(f"{what}{field} must be a whole number, got {number!r}")
+    """`kvortex.arguments.whole_number` of `what` and `field` joined."""
+    return number if type(number) is int else arguments.whole_number(number, what + field)
 
 
 cdef tuple whole_numbers(object items, str what, str field=""):

@@ -4,7 +4,6 @@
 The C headers know buckets, links and fields; here is what they mean: when a slot may be given, shown, taken back.
 """
 
-import operator
 import os
 from enum import IntEnum, IntFlag
 from typing import NamedTuple
@@ -19,6 +18,8 @@ from posix.stdlib cimport posix_memalign
 
 from kvortex cimport _c
 from kvortex.keys._arrays cimport as_keys
+
+from kvortex.arguments import whole_number
 
 cdef extern from "<sys/mman.h>" nogil:
     const int MADV_HUGEPAGE
@@ -104,7 +105,7 @@ cdef class BlockIndex:
 
     def __cinit__(self, object num_slots):
         cdef object limit = 0xFFFFFFFF - 3
-        num_slots = operator.index(num_slots)
+        num_slots = whole_number(num_slots, "num_slots")
         if not 1 <= num_slots <= limit:
             raise ValueError(f"num_slots must be in 1 .. {limit}, got {num_slots}")
         cdef bytes seed = os.urandom(KEY_BYTES)
@@ -144,7 +145,7 @@ cdef class BlockIndex:
         ValueError
             If the range is not within the capacity, or one of its slots was added before.
         """
-        first, count = operator.index(first), operator.index(count)
+        first, count = whole_number(first, "first"), whole_number(count, "count")
         if first < 0 or count < 0 or first + count > self.num_slots:
             raise ValueError(f"slots {first} .. {first + count - 1} are not within the {self.num_slots} of this index")
         cdef uint32_t slot, begin = first, end = first + count, taken = _c.KV_NO_SLOT
@@ -687,6 +688,7 @@ cdef class BlockIndex:
             ``state`` (``"absent"``, ``"free"``, ``"writing"`` or ``"ready"``), ``discarded``, ``generation`` (tenants
             so far), ``length``, ``pins``, ``facts`` (a `BlockFact`) and ``key`` of the present or last tenant.
         """
+        slot = whole_number(slot, "slot")
         if not 0 <= slot < self.num_slots:
             raise ValueError(f"slot must be in 0 .. {self.num_slots - 1}, got {slot}")
         cdef _c.kv_entry *entry = &self.entries[<uint32_t>slot]
@@ -1241,9 +1243,11 @@ cdef object blocks_so_far(object blocks, size_t count):
 
 
 cdef object as_count(object n, str name):
-    if operator.index(n) < 0:
+    if type(n) is not int:
+        n = whole_number(n, name)
+    if n < 0:
         raise ValueError(f"{name} must be at least 0, got {n}")
-    return min(operator.index(n), 0xFFFFFFFF)
+    return min(n, 0xFFFFFFFF)
 
 
 cdef object as_flags(object flags, size_t n, str name):

@@ -1,7 +1,5 @@
 """Token ids -> block keys: SHA-256 chained over the prefix, so that a key names exactly one content."""
 
-from operator import index
-
 import numpy as np
 
 cimport cython
@@ -10,6 +8,8 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
 
 from kvortex cimport _c
+
+from kvortex.arguments import whole_number
 
 cdef enum:
     KEY_BYTES = 32
@@ -74,7 +74,7 @@ def block_keys(token_ids, block_size, salt=b""):
     -----
     Runs without the GIL, and with the processor's SHA instructions where it has them.
     """
-    block_size = index(block_size)
+    block_size = whole_number(block_size, "block_size")
     root = hash_root(block_size, salt)
     tokens = as_tokens(token_ids, "token_ids")
     encoded = np.empty(tokens.shape[0], np.uint32)
@@ -109,7 +109,7 @@ def block_keys_many(prompts, block_size, salt=b""):
     -----
     Runs without the GIL but for a look at each prompt of a sequence; the rows of an array need none.
     """
-    block_size = index(block_size)
+    block_size = whole_number(block_size, "block_size")
     root = hash_root(block_size, salt)
     if isinstance(prompts, np.ndarray) and prompts.ndim == 2 and prompts.dtype in TOKEN_DTYPES:
         rows = np.ascontiguousarray(prompts)

@@ -1,7 +1,5 @@
 """Key of a block -> its name outside RAM, which says whose block it is: model, rank and weights."""
 
-from operator import index
-
 import numpy as np
 
 from libc.stdint cimport uint8_t, uint32_t
@@ -9,6 +7,8 @@ from libc.string cimport memcpy
 
 from kvortex cimport _c
 from kvortex.keys._arrays cimport as_keys
+
+from kvortex.arguments import whole_number
 
 cdef enum:
     DIGEST_BYTES = 32
@@ -58,7 +58,7 @@ def persistent_names(keys, namespace, rank, tag):
     """
     cdef const uint8_t[:, ::1] key_view = as_keys(keys)
     cdef size_t n = key_view.shape[0]
-    rank = index(rank)
+    rank = whole_number(rank, "rank")
     if not 0 <= rank < 1 << 32:
         raise ValueError(f"rank must be in 0 .. {(1 << 32) - 1}, got {rank}")
     cdef bytes space = as_digest(namespace, "namespace"), weights = as_digest(tag, "tag")

@@ -1,7 +1,5 @@
 """Hash of a block -> its key in RAM, and back: what the hash does not say of the block's bytes is in a digest."""
 
-from operator import index
-
 import numpy as np
 
 from libc.stdint cimport uint8_t, uint64_t
@@ -9,6 +7,7 @@ from libc.string cimport memcpy
 
 from kvortex.keys._arrays cimport as_keys
 
+from kvortex.arguments import whole_number
 from kvortex.keys._block_keys import sha256
 
 cdef enum:
@@ -47,7 +46,7 @@ def digest_of(group=0, codec=None, tag=None):
     TypeError
         `group` is no whole number; `codec` or `tag` is not bytes-like.
     """
-    group = index(group)
+    group = whole_number(group, "group")
     if not 0 <= group < 1 << 32:
         raise ValueError(f"group must be in 0 .. {(1 << 32) - 1}, got {group}")
     parts = []

@@ -1,6 +1,5 @@
 """How many bytes of a device may be handed out: what the pool and its arenas count together."""
 
-import operator
 
 from cython cimport auto_pickle, no_gc_clear
 from posix.unistd cimport getpid
@@ -9,6 +8,7 @@ cimport kvortex._c as _c
 from kvortex._c cimport kv_devptr
 from kvortex.driver._device cimport Device, try_again
 
+from kvortex.arguments import whole_number
 from kvortex.errors import ConfigError, EngineClosed, PoolExhausted
 
 
@@ -40,7 +40,7 @@ cdef class DeviceLimit:
 
 
 cdef int require_size(str name, object nbytes, int least) except -1:
-    operator.index(nbytes)  # 1.5 is no size
+    nbytes = whole_number(nbytes, name)
     if not least <= nbytes < 1 << 48:
         raise ConfigError(f"{name} must be in {least}..2**48-1, got {nbytes}")
     return 0

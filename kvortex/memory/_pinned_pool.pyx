@@ -9,7 +9,7 @@ from posix.unistd cimport getpid
 cimport kvortex._c as _c
 from kvortex._c cimport pthread_t
 from kvortex.driver._device cimport Device, check, require_timeout
-from kvortex.driver._memory cimport Lender
+from kvortex.driver._memory cimport Lender, whole_number
 from kvortex.memory._pool_slot cimport PoolSlot
 
 from kvortex.config import bytes_text
@@ -337,24 +337,25 @@ cdef class PinnedPool(Lender):
             raise EngineClosed("the pool is closed; create another one")
 
     def _require_slot(self, slot):
+        slot = whole_number(slot, "slot")
         if not 0 <= slot < self.slots.num_slots:
             raise ValueError(f"slot must be 0 to {self.slots.num_slots - 1}, got {slot}")
+        return slot
 
     def address(self, slot):
         """The host address of a slot's payload."""
         self._require_open()
-        self._require_slot(slot)
-        return <uintptr_t>_c.kv_slots_payload(&self.slots, slot)
+        return <uintptr_t>_c.kv_slots_payload(&self.slots, self._require_slot(slot))
 
     def view(self, slot):
         """A writable memoryview of a slot's payload; it keeps the mapping alive, not the slot's content."""
-        self._require_registered(slot)
+        slot = self._require_registered(slot)
         start = slot * self.slots.stride_bytes + self.slots.header_bytes
         return memoryview(self)[start:start + self.slots.payload_bytes]
 
     def slot(self, slot):
         """The payload of a slot for numpy, torch, CuPy and the like, as `PoolSlot`; nothing is copied."""
-        self._require_registered(slot)
+        slot = self._require_registered(slot)
         cdef PoolSlot made = PoolSlot.__new__(PoolSlot)
         made.pool, made.slot, made.is_host = self, slot, self.device.is_host
         made.payload, made.payload_bytes = _c.kv_slots_payload(&self.slots, slot), self.slots.payload_bytes
@@ -362,9 +363,10 @@ cdef class PinnedPool(Lender):
 
     def _require_registered(self, slot):
         self._require_open()
-        self._require_slot(slot)
+        slot = self._require_slot(slot)
         if slot >= self.num_ready:
             raise ValueError(f"slot {slot} is not registered yet ({self.num_ready} are); call wait_ready()")
+        return slot
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         self._require_open()

@@ -7,6 +7,7 @@ from libc.string cimport memcpy
 
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device, check, require_timeout
+from kvortex.driver._memory cimport whole_number
 from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, Direction
@@ -79,6 +80,7 @@ cdef class Carrier:
         cdef bint on_device = False
         if self.queues is not None:
             raise RuntimeError("Carrier.__init__ may be called once")
+        num_savers, num_loaders = whole_number(num_savers, "num_savers"), whole_number(num_loaders, "num_loaders")
         if num_savers < 1 or num_loaders < 1 or num_savers + num_loaders > MAX_STREAMS:
             raise ValueError(f"a carrier has a queue or more each way, {MAX_STREAMS} at most; got {num_savers} that "
                              f"save and {num_loaders} that load")

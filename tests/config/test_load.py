@@ -117,11 +117,11 @@ def test_a_missing_pool_says_how_to_set_it():
 @pytest.mark.parametrize(
     "variable, text, complaint",
     [
-        ("KVORTEX_MAX_JOBS", "many", "max_jobs must be an int, got 'many'"),
+        ("KVORTEX_MAX_JOBS", "many", "max_jobs must be a whole number, got 'many'"),
         ("KVORTEX_MAX_JOBS", "-1", "max_jobs must be 1 to 65536, got -1"),
-        ("KVORTEX_MAX_JOBS", "٣", "max_jobs must be an int"),
+        ("KVORTEX_MAX_JOBS", "٣", "max_jobs must be a whole number"),
         ("KVORTEX_MAX_JOBS", "0", "max_jobs must be 1 to 65536, got 0"),
-        ("KVORTEX_MAX_JOBS", "4KiB", "max_jobs must be an int"),
+        ("KVORTEX_MAX_JOBS", "4KiB", "max_jobs must be a whole number"),
         (
             "KVORTEX_CPU_POOL_SIZE_BYTES",
             "16PB",
@@ -175,14 +175,14 @@ def test_a_variable_of_what_is_no_setting_any_more_counts_as_unset_when_it_is_em
 @pytest.mark.parametrize(
     "line, complaint",
     [
-        ('max_jobs = "7"', "max_jobs must be an int, got '7'"),
-        ("max_jobs = 7.0", "max_jobs must be an int, got 7.0"),
-        ("max_jobs = true", "max_jobs must be an int, got True"),
+        ('max_jobs = "7"', "max_jobs must be a whole number, got '7'"),
+        ("max_jobs = 7.0", "max_jobs must be a whole number, got 7.0"),
+        ("max_jobs = true", "max_jobs must be a whole number, got True"),
         ("deferred = 1", "deferred must be True, False or 'auto', got 1"),
         ("enable_numa = 1", "enable_numa must be True or False, got 1"),
         ("device = 0", "device must be a str"),
         ('block_bytes = "1 mB"', "bytes are expected"),
-        ("block_bytes = [1]", "block_bytes must be an int, got [1]"),
+        ("block_bytes = [1]", "block_bytes must be a whole number, got [1]"),
     ],
 )
 def test_a_bad_value_in_a_file_names_file_and_key(toml, line, complaint):

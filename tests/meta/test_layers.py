@@ -14,10 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BASE = {"_c", "errors", "log", "config", "slots", "stats", "version"}
+BASE = {"_c", "arguments", "errors", "log", "config", "slots", "stats", "version"}
 TOP = {"__init__", "__main__", "cli", "info", "metrics", "replay", "integrations"}
 MAY_IMPORT = {  # part of kvortex: the other parts it may name
     "_c": set(),
+    "arguments": set(),
     "errors": BASE,
     "log": BASE,
     "config": BASE | {"keys"},

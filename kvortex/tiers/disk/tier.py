@@ -4,8 +4,8 @@ import contextlib
 import os
 import time
 from dataclasses import dataclass
-from operator import index
 
+from kvortex.arguments import whole_number
 from kvortex.config import parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
@@ -62,12 +62,14 @@ class DiskTier:
         for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, parse_bytes(getattr(self, name)))
+        for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s", "num_threads", "queue_blocks"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.io not in ("threads", "aio"):
             raise ConfigError(f"io must be 'threads' or 'aio', got {self.io!r}")
         for name in ("disk_bytes", "segment_bytes"):
-            if index(getattr(self, name)) <= 0:
+            if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
-        if index(self.write_bytes_per_s) < 0:
+        if self.write_bytes_per_s < 0:
             raise ConfigError(f"write_bytes_per_s must be 0 (no limit) or more, got {self.write_bytes_per_s}")
 
     def open(self, pool, *, namespace, tag=NO_TAG, **whose):
