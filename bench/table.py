@@ -161,6 +161,8 @@ def main():
     parser.add_argument("raw", type=Path, help="what pytest's --benchmark-json wrote")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args()
+    if options.json and options.json.exists() and options.json.samefile(options.raw):
+        parser.error(f"--json {options.json} is what is read, and would be overwritten: give another file")
     raw = json.loads(options.raw.read_text(encoding="utf-8"))
     machine = raw["machine_info"]
     rows = rows_of(raw["benchmarks"])

@@ -166,3 +166,13 @@ def test_the_crossover_is_the_batch_from_which_on_kvortex_is_always_faster(tmp_p
         in printed
     )
     assert sum(line.startswith("| get") for line in printed) == 4
+
+
+def test_the_table_does_not_overwrite_what_it_reads(tmp_path, monkeypatch, capsys):
+    raw, link = tmp_path / "raw.json", tmp_path / "link.json"
+    raw.write_text("{}")
+    link.symlink_to(raw)
+    monkeypatch.setattr(sys, "argv", ["table.py", str(raw), "--json", str(link)])
+    with pytest.raises(SystemExit):
+        tool("table").main()
+    assert "would be overwritten" in capsys.readouterr().err and raw.read_text() == "{}"

@@ -2,6 +2,7 @@
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -115,8 +116,7 @@ def test_text_is_for_people_and_progress_goes_to_stderr(filled, capsys, monkeypa
     text = capsys.readouterr().out
     for words in (str(filled[1]), SPACE.hex(), "40 slots of 24 KiB", "in use      no", "records     20, blocks of"):
         assert words in text
-    monkeypatch.setattr("kvortex.cli.report.Bar.__init__", lambda bar: bar.__dict__.update(
-        _out=sys.stderr, _is_terminal=False, _interval_s=0, _next_s=0))  # fmt: skip
+    monkeypatch.setattr("kvortex.replay.report.time.monotonic", itertools.count(0, 100).__next__)  # always time to show
     assert main(["verify", str(filled[0])]) == 0
     printed = capsys.readouterr()
     assert "100% 20 records" in printed.err and "100%" not in printed.out
@@ -187,6 +187,15 @@ def test_a_page_may_tell_any_stride(filled, run, stride):
         os.pwrite(file.fileno(), segment_page(SPACE, 0, 0, stride), 0)
     status, facts = run("verify", filled[0])
     assert (status, facts["records"], facts["damaged"], facts["unreadable"]) == (1, 4, 1, 0)
+
+
+def test_a_stride_beyond_any_block_is_no_size_though_a_sparse_file_has_it(filled, run):
+    with open(filled[1] / "000000.segment", "r+b") as file:
+        os.pwrite(file.fileno(), segment_page(SPACE, 0, 0, 1 << 40), 0)
+        file.truncate(1 << 41)
+    status, facts = run("verify", filled[0])
+    assert (status, facts["damaged"], facts["unreadable"]) == (1, 1, 0)
+    assert facts["findings"][0]["status"] == "HEADER_DAMAGED"
 
 
 def test_a_record_of_another_slot_s_model_is_found(filled, run, tmp_path, pool):

@@ -28,6 +28,7 @@ MOST_FINDINGS = 1000  # that are listed one by one, for each folder
 LOOKS, PAUSE_S = 4, 0.02  # at a record that somebody may be writing
 PATIENCE = 100  # records of a folder that are waited for so; where more do not verify, each is looked at twice only
 ZEROS = bytes(PAGE_BYTES)
+MOST_STRIDE_BYTES = (1 << 32) + PAGE_BYTES  # a block has less than 4 GiB
 HOLDER = re.compile(r"process \d+ on [\w.-]+")
 SEGMENT_NAME = re.compile(r"(\d{6,})" + re.escape(SUFFIX))
 EMPTY, UNKNOWN_FORMAT, IN_USE, UNREADABLE = "EMPTY", "UNKNOWN_FORMAT", "IN_USE", "UNREADABLE"
@@ -254,11 +255,10 @@ class _Segment:
         fields = struct.unpack_from("<8sIIIIQ32s", page)
         magic, version, _, self.rank, self.number, self.stride, self.namespace = fields
         expected = segment_page(self.namespace, self.rank, self.number, self.stride)
-        if page == expected and self.stride > PAGE_BYTES and self.stride % PAGE_BYTES == 0:
+        # A page may tell any stride, under a sum that is right, and a sparse file be larger than memory.
+        if page == expected and PAGE_BYTES < self.stride <= MOST_STRIDE_BYTES and self.stride % PAGE_BYTES == 0:
             self.num_slots = max(0, self.size - PAGE_BYTES) // self.stride
-            if (
-                self.num_slots and len(self._buffer) < self.stride
-            ):  # a page may tell any stride, under a sum that is right
+            if self.num_slots and len(self._buffer) < self.stride:
                 self._buffer = mmap.mmap(-1, self.stride)
             return "OK", ""
         if page == ZEROS:

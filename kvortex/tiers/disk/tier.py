@@ -67,8 +67,8 @@ class DiskTier:
         if self.io not in ("threads", "aio"):
             raise ConfigError(f"io must be 'threads' or 'aio', got {self.io!r}")
         for name in ("disk_bytes", "segment_bytes"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be larger than 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) <= 1 << 50:  # each segment takes time and memory when a tier is opened
+                raise ConfigError(f"{name} must be larger than 0 and at most 2^50, got {getattr(self, name)}")
         if self.write_bytes_per_s < 0:
             raise ConfigError(f"write_bytes_per_s must be 0 (no limit) or more, got {self.write_bytes_per_s}")
 
