@@ -1,19 +1,27 @@
 """The command line: ``kvortex replay``, ``info``, ``inspect``, ``verify``; ``python -m kvortex`` if not installed."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 
 import kvortex
 from kvortex import info
+from kvortex.arguments import printable, shown
 from kvortex.config import parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
+from kvortex.replay.files import trace_files
+from kvortex.replay.run import MOST_PIECES
+from kvortex.slots import stride_bytes
 from kvortex.tiers.disk import check
 
-OK, WRONG_BLOCKS, DAMAGED, BAD_INPUT, INTERRUPTED = 0, 1, 1, 2, 130
+OK, WRONG_BLOCKS, DAMAGED, BAD_INPUT, UNFORESEEN, INTERRUPTED = 0, 1, 1, 2, 70, 130
+MOST_SIZES = 1000  # of a sweep
+STDOUT = Path("-")
 
 _EXAMPLES = """\
 examples:
@@ -22,7 +30,8 @@ examples:
   kvortex verify /data/kv               read and verify all that a disk tier holds
   kvortex replay --help                 every option, and more examples
 
-exit status: 0 all right, 1 wrong or damaged blocks, 2 bad input or nothing to run on, 130 interrupted
+exit status: 0 all right, 1 wrong or damaged blocks, 2 bad input or nothing to run on, 70 an error in KVortex itself
+(run again with --debug, and report what it prints), 130 interrupted
 """
 
 _REPLAY_DESCRIPTION = """\
@@ -52,6 +61,8 @@ examples:
                                                             RAM, and below it a disk that is written without a limit
   python -m kvortex replay --inject corrupt=3               prove that a wrong byte is seen (exits 1)
   python -m kvortex replay traces/ --sweep 1000,3000,10000 --plot sweep.png   how large should the pool be?
+  python -m kvortex replay traces/ --sweep 8GiB,32GiB --block-bytes 2MiB --json -
+                                                            the same in bytes, as a JSON object on stdout
 
 exit status: 0 all loaded blocks right, 1 wrong blocks, 2 bad input or nothing to run on
 """
@@ -112,15 +123,69 @@ exit status: 0 nothing damaged, 1 damaged records, 2 no such folder, or one that
 
 def main(argv=None):
     """Run the command line and return its exit status."""
-    args = _parser().parse_args(argv)
+    _make_streams_safe()
+    try:
+        args = _parser().parse_args(argv)
+        return _run(args)
+    finally:
+        _flush_streams()
+
+
+def _run(args):
+    """Run one command; whatever ends it is one line on stderr, and a status."""
     try:
         return args.command(args)
-    except (TraceError, kvortex.KVortexError, ImportError, OSError) as error:
-        print(f"kvortex {args.name}: error: {error}", file=sys.stderr)
-        return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"\nkvortex {args.name}: interrupted", file=sys.stderr)
+        _complain(f"\nkvortex {args.name}: interrupted")
         return INTERRUPTED
+    except Exception as error:
+        status, text = _told(error)
+        if args.debug:
+            _complain(traceback.format_exc().rstrip())
+        _complain(f"kvortex {args.name}: error: {printable(text)}")
+        return status
+
+
+def _told(error):
+    """Exit status and message for what ended a command."""
+    if isinstance(error, BrokenPipeError):
+        return BAD_INPUT, "nobody reads what is written"
+    if isinstance(error, TraceError | kvortex.KVortexError | ImportError | OSError):
+        return BAD_INPUT, str(error)
+    if isinstance(error, MemoryError):
+        return BAD_INPUT, f"there is not enough memory{f': {error}' if str(error) else ''}"
+    return UNFORESEEN, f"unforeseen {type(error).__name__}: {error}; --debug shows where, please report it"
+
+
+def _make_streams_safe():
+    """Let no name that is no Unicode, and no stream that was closed before the start, break what is printed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 it stays open
+        with contextlib.suppress(AttributeError):  # what a test put there
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _flush_streams():
+    """Write out what is left; a stream that takes no more goes nowhere from now on, or the interpreter complains."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _print(text):
+    """Print a result. That nobody reads it to the end (`| head`) is no error, and the status stays what it is."""
+    with contextlib.suppress(BrokenPipeError):
+        print(text, flush=True)
+
+
+def _complain(text):
+    """Print a line on stderr, if that takes one: the status says the same."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def run_replay(args):
@@ -128,7 +193,7 @@ def run_replay(args):
     if args.sweep:
         return _run_sweep(args)
     options = ReplayOptions(
-        block_bytes=args.block_bytes,
+        block_bytes=ReplayOptions.block_bytes if args.block_bytes is None else args.block_bytes,
         num_pieces=args.pieces,
         pool_blocks=args.pool_blocks,
         pool_bytes=args.pool_bytes,
@@ -144,20 +209,19 @@ def run_replay(args):
         write_share=args.write_share,
     )
     _require_writable(args)
-    requests, name = _read_trace(args)
-
-    result = replay(requests, options, report.Progress(len(requests)))
+    with report.Bar() as bar:
+        requests, name = _read_trace(args, bar)
+        progress = report.Progress(len(requests), bar)
+        result = replay(requests, options, progress, progress.pinning)
     fields = report.summary(result, options, name)
-    print(report.table(fields))
-    if args.json:
-        report.write_json(args.json, fields)
+    _show(args, fields, report.table)
     if args.plot:
-        plot.write_png(args.plot, result, fields)
+        plot.write_picture(args.plot, result, fields)
 
     if args.inject and not result.corrupted_slots:
         raise TraceError("no request of this trace found a block in the pool, so nothing could be corrupted")
     if result.corrupted_slots and not result.wrong_blocks:
-        print("kvortex replay: error: corrupted blocks were loaded and not noticed", file=sys.stderr)
+        _complain("kvortex replay: error: corrupted blocks were loaded and not noticed")
         return WRONG_BLOCKS
     return WRONG_BLOCKS if result.wrong_blocks else OK
 
@@ -166,35 +230,67 @@ def _run_sweep(args):
     """Show what pools of several sizes would hit."""
     if args.inject or args.inflight != 1 or args.disk:
         raise kvortex.ConfigError("--sweep moves no data: leave --inject, --inflight and --disk out")
+    sizes = [_blocks_of(size, args.block_bytes) for size in args.sweep]
     _require_writable(args)
-    requests, name = _read_trace(args)
-    bar = report.Bar()
-    fields = report.sweep_summary(sweep(requests, args.sweep, lambda share, what: bar.show(share, lambda: what)), name)
-    print(report.sweep_table(fields))
-    if args.json:
-        report.write_json(args.json, fields)
+    with report.Bar() as bar:
+        requests, name = _read_trace(args, bar)
+        result = sweep(requests, sizes, lambda share, what: bar.show(share, lambda: what))
+    fields = report.sweep_summary(result, name, args.block_bytes)
+    _show(args, fields, report.sweep_table)
     if args.plot:
-        plot.write_sweep_png(args.plot, fields)
+        plot.write_sweep_picture(args.plot, fields)
     return OK
 
 
+def _blocks_of(size, block_bytes):
+    """How many blocks a pool has that was given in blocks, or as a text in bytes."""
+    if isinstance(size, int):
+        return size
+    if block_bytes is None:
+        raise kvortex.ConfigError(f"--sweep {size} is a size in bytes: say with --block-bytes how large a block is")
+    num_blocks = parse_bytes(size) // stride_bytes(block_bytes)
+    if num_blocks == 0:
+        raise kvortex.ConfigError(f"--sweep {size} holds no block of {stride_bytes(block_bytes)} bytes")
+    return num_blocks
+
+
+def _show(args, fields, table):
+    """Print the table, or the JSON object in its place, or write that into a file."""
+    _print(report.json_text(fields) if args.json == STDOUT else table(fields))
+    if args.json not in (None, STDOUT):
+        args.json.write_text(report.json_text(fields) + "\n", encoding="utf-8")
+
+
 def _require_writable(args):
-    """Refuse files that cannot be written now, not after minutes of replay."""
-    for path in filter(None, (args.json, args.plot)):
+    """Refuse files that cannot be written, or are a trace, now: not after minutes of replay."""
+    if args.plot:
+        plot.require_suffix(args.plot)
+        plot.require_matplotlib()
+    targets = [path for path in (args.json, args.plot) if path not in (None, STDOUT)]
+    for path in targets:
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
             raise OSError(f"cannot write {path}: give a file in a directory that exists and is writable")
-    if args.plot:
-        plot.require_matplotlib()
+    if len(targets) == 2 and _is_same(*targets):
+        raise OSError(f"--json and --plot would write the same file {args.plot}: give two")
+    traces = [Path(path) for path in trace_files(args.trace or [sample_path()])]
+    for path in targets:
+        if any(_is_same(path, trace) for trace in traces):
+            raise OSError(f"{path} is a trace that is read, and would be overwritten: give another file")
 
 
-def _read_trace(args):
+def _is_same(path, other):
+    """Whether two paths lead to one file, by links of any kind; a device keeps nothing, and is never one."""
+    if path.exists() and other.exists():
+        return path.samefile(other) and path.is_file()
+    return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _read_trace(args, bar):
     """Return the requests of the traces that were named, and a name for them."""
     paths = args.trace or [sample_path()]
-    bar = report.Bar()
-    requests = read_trace(
-        paths, args.limit, lambda done, total: bar.show(done / total, lambda: f"{done:,}/{total:,} files read")
-    )
-    name = Path(paths[0]).resolve().name
+    requests = read_trace(paths, args.limit, bar.show)
+    bar.clear()
+    name = printable(os.path.basename(os.path.realpath(paths[0])))
     return requests, name if len(paths) == 1 else f"{name} and {len(paths) - 1} more"
 
 
@@ -206,19 +302,20 @@ def run_info(args):
     for name in given:
         settings[name] = settings[name]._replace(source="command line")
     facts = info.collect(settings, probe=args.probe, num_pieces=args.pieces, disk_paths=args.disk)
-    print(json.dumps(facts, indent=2) if args.json else info.table(facts))
+    _print(json.dumps(facts, indent=2) if args.json else info.table(facts))
     problems = list(filter(None, (facts[pool]["problem"] for pool in ("pool", "device_pool"))))
     problems += [f"{disk['path']}: {disk['io_reason']}" for disk in facts["disks"] if disk["io"] is None]
     for problem in problems:
-        print(f"kvortex info: error: {problem}", file=sys.stderr)
+        _complain(f"kvortex info: error: {printable(problem)}")
     return BAD_INPUT if problems else OK
 
 
 def run_check(args):
     """Print what lies in a path of a disk tier; verify whole records where that was asked for."""
-    payloads, bar = args.name == "verify", report.Bar()
-    folders = check.check(args.path, payloads=payloads, progress=bar.show)
-    print(json.dumps({"folders": folders}, indent=2) if args.json else check.table(folders))
+    payloads = args.name == "verify"
+    with report.Bar() as bar:
+        folders = check.check(args.path, payloads=payloads, progress=bar.show)
+    _print(json.dumps({"folders": folders}, indent=2) if args.json else check.table(folders))
     if payloads and check.has_damage(folders):
         return DAMAGED
     return BAD_INPUT if check.is_unreadable(folders) else OK
@@ -232,6 +329,10 @@ def _parser():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"kvortex {kvortex.__version__}")
+    help_of_debug = "show the traceback of whatever ends the command"
+    parser.add_argument("--debug", action="store_true", help=help_of_debug)
+    everywhere = argparse.ArgumentParser(add_help=False)  # here too, and then the default is the one above
+    everywhere.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=help_of_debug)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser(
@@ -240,6 +341,7 @@ def _parser():
         description=_REPLAY_DESCRIPTION,
         epilog=_REPLAY_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[everywhere],
     )
     command.set_defaults(command=run_replay, name="replay")
     command.add_argument(
@@ -249,18 +351,20 @@ def _parser():
     size.add_argument("--pool-blocks", type=_count, metavar="N", help="size of the pool in blocks (default 1024)")
     size.add_argument("--pool-bytes", type=_bytes, metavar="B", help="or in bytes; 512MiB, 32GiB")
     size.add_argument(
-        "--sweep", type=_counts, metavar="N,N,...", help="instead of replaying: the hit ratios of pools of N blocks"
+        "--sweep",
+        type=_sizes,
+        metavar="N,N,...",
+        help="instead of replaying: the hit ratios of pools of N blocks; or of sizes such as 32GiB, with --block-bytes",
     )
     command.add_argument(
         "--block-bytes",
         type=_bytes,
-        default=ReplayOptions.block_bytes,
         metavar="B",
         help="bytes of one block (default 256KiB)",
     )
     command.add_argument(
         "--pieces",
-        type=_count,
+        type=_pieces,
         metavar="N",
         help="pieces a block lies in on the device (default: of 64 KiB, at least 8)",
     )
@@ -271,7 +375,7 @@ def _parser():
         type=_count,
         default=1,
         metavar="N",
-        help="let N requests overlap (default 1); rates then include the replay's own work",
+        help="let N requests overlap, 256 at most (default 1); rates then include the replay's own work",
     )
     command.add_argument(
         "--verify",
@@ -284,7 +388,7 @@ def _parser():
         type=_fault,
         default=0,
         metavar="corrupt=N",
-        help="flip a byte in N slots, each just before it is loaded: the replay must exit 1",
+        help="flip a byte in N slots, each just before it is loaded: the replay must exit 1; at most a slot a request",
     )
     command.add_argument(
         "--disk",
@@ -309,12 +413,17 @@ def _parser():
         metavar="F",
         help="or as a share of what is saved, 0 to 1, however fast the trace goes: 0.25",
     )
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the numbers as a JSON object")
+    command.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write the numbers as a JSON object; - prints it instead of the table",
+    )
     command.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
-        help="write a PNG of hit ratio and bandwidth over time; with --sweep of hit ratio against pool size",
+        help="draw hit ratio and bandwidth over time, with --sweep hit ratio against pool size; .png, .svg or .pdf",
     )
 
     command = commands.add_parser(
@@ -323,6 +432,7 @@ def _parser():
         description=_INFO_DESCRIPTION,
         epilog=_INFO_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[everywhere],
     )
     command.set_defaults(command=run_info, name="info")
     command.add_argument(
@@ -346,7 +456,7 @@ def _parser():
         "--probe", action="store_true", help="measure how the pieces of a cache in one allocation move"
     )
     command.add_argument(
-        "--pieces", type=_count, default=64, metavar="N", help="pieces a block of the probe (default 64)"
+        "--pieces", type=_pieces, default=64, metavar="N", help="pieces a block of the probe (default 64)"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
@@ -360,6 +470,7 @@ def _parser():
             description=description,
             epilog=examples,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            parents=[everywhere],
         )
         command.set_defaults(command=run_check, name=name)
         command.add_argument("path", type=Path, metavar="DIR", help="a path of a DiskTier, or one of the folders in it")
@@ -367,14 +478,34 @@ def _parser():
     return parser
 
 
-def _count(text):
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"a whole number, 1 or more, is expected, got {text!r}")
+def _count(text, most=sys.maxsize):
+    if not re.fullmatch(r"\d{1,20}", text, re.ASCII) or not 1 <= int(text) <= most:
+        limits = "1 or more" if most == sys.maxsize else f"1 to {most}"
+        raise argparse.ArgumentTypeError(f"a whole number, {limits}, is expected, got {shown(text)}")
     return int(text)
 
 
-def _counts(text):
-    return [_count(part) for part in text.split(",")]
+def _pieces(text):
+    return _count(text, MOST_PIECES)
+
+
+def _sizes(text):
+    """Numbers of blocks as ints; sizes in bytes as the texts they are, checked."""
+    parts = text.split(",")
+    if len(parts) > MOST_SIZES:
+        raise argparse.ArgumentTypeError(f"{MOST_SIZES} sizes at most are expected, got {len(parts)}")
+    return [_count(part) if part.isdigit() else _size(part) for part in parts]
+
+
+def _size(text):
+    try:
+        if parse_bytes(text):
+            return text
+    except kvortex.ConfigError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"a whole number of blocks, 1 or more, or a size such as 32GiB is expected, got {shown(text)}"
+    )
 
 
 def _bytes(text):
@@ -383,7 +514,7 @@ def _bytes(text):
     except kvortex.ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if nbytes == 0:
-        raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {text!r}")
+        raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {shown(text)}")
     return nbytes
 
 
@@ -397,7 +528,7 @@ def _share(text):
     except ValueError:
         share = -1
     if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, got {text!r}")
+        raise argparse.ArgumentTypeError(f"a number from 0 to 1 is expected, got {shown(text)}")
     return share
 
 
@@ -415,7 +546,7 @@ def _device(text):
 
 
 def _fault(text):
-    match = re.fullmatch(r"corrupt=(\d+)", text, re.ASCII)
-    if not match or int(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"corrupt=N with N 1 or more is expected, got {text!r}")
-    return int(match[1])
+    name, _, number = text.partition("=")
+    if name != "corrupt":
+        raise argparse.ArgumentTypeError(f"corrupt=N is expected, got {shown(text)}")
+    return _count(number)

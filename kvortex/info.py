@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import kvortex
+from kvortex.arguments import printable
 from kvortex.config import KVortexConfig, Setting, bytes_text
 from kvortex.driver import list_devices, why_no_cuda
 from kvortex.keys import uses_sha_instructions
@@ -235,7 +236,7 @@ def table(facts):
             lines.append(
                 f"  {row['direction']:<5}{pieces:>16}{pitch:>14}{row['num_groups']:>8}{rates}  {row['backend']}"
             )
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _io_text(disk):

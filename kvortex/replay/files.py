@@ -4,12 +4,21 @@ import gzip
 import heapq
 import itertools
 import os
+import sys
+import zlib
 from pathlib import Path
 
+from kvortex.arguments import whole_number
+from kvortex.config import bytes_text
+from kvortex.memory.limits import lacking_memory
 from kvortex.replay.conversation import is_conversation, parse_conversation
-from kvortex.replay.trace import TraceError, loads, parse_lines
+from kvortex.replay.trace import TraceError, loads, parse_numbered
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+CHUNK_BYTES = 1 << 20
+MOST_TEXT_BYTES = 128 << 20  # of one JSON text: a megabyte of gzip may hold a gigabyte of it
+REQUEST_BYTES = 512  # a `Request` without its ids
+STEP_BYTES = 64 << 20  # how much more of a trace is kept before the machine is asked for memory again
 
 
 def read_trace(paths, limit=None, progress=None):
@@ -25,7 +34,8 @@ def read_trace(paths, limit=None, progress=None):
     limit : int, optional
         Stop after so many requests; later lines of a Mooncake file are not looked at.
     progress : callable, optional
-        Called with the number of files read and the number of all, after each of several.
+        Called with the share that is read, 0 to 1, and a function that returns words for it; at each file, and each
+        megabyte of a file whose length is known.
 
     Returns
     -------
@@ -34,13 +44,16 @@ def read_trace(paths, limit=None, progress=None):
     Raises
     ------
     TraceError
-        A file cannot be read, holds no request, or is malformed; or the blocks of two files differ in size.
+        A file cannot be read, holds no request, or is malformed; a JSON text in it is longer than 128 MiB, or its
+        requests do not fit into memory; or the blocks of two files differ in size.
     """
-    files = _files([paths] if isinstance(paths, (str, os.PathLike)) else list(paths))
-    traces, block_size = [], None
+    if limit is not None:
+        limit = min(whole_number(limit, "limit"), sys.maxsize)
+    files = trace_files([paths] if isinstance(paths, (str, os.PathLike)) else list(paths))
+    traces, block_size, room = [], None, _Room()
     for number, path in enumerate(files):
         scope = str(number).encode() if len(files) > 1 else b""
-        found = _read_file(path, scope, limit)
+        found = _read_file(path, scope, limit, room, _shares(progress, number, len(files)))
         for trace in found:
             if block_size is None:
                 block_size = trace[0].tokens_per_block, path
@@ -50,13 +63,12 @@ def read_trace(paths, limit=None, progress=None):
                     "replay them apart"
                 )
         traces += found
-        if progress is not None and len(files) > 1:
-            progress(number + 1, len(files))
     merged = traces[0] if len(traces) == 1 else heapq.merge(*traces, key=lambda request: request.timestamp_ms)
     return list(itertools.islice(merged, limit))
 
 
-def _files(paths):
+def trace_files(paths):
+    """Return the files that paths name, folders searched; raise `TraceError` where there is none."""
     files = []
     for path in map(Path, paths):
         if path.is_dir():
@@ -71,14 +83,46 @@ def _files(paths):
     return files
 
 
-def _read_file(path, scope, limit):
+def _shares(progress, number, count):
+    """What tells how far the file `number` of so many is read."""
+
+    def tell(share):
+        if progress is not None:
+            which = f"  file {number + 1:,}/{count:,}" if count > 1 else ""
+            progress(min(0.99, (number + share) / count), lambda: f"reading{which}")
+
+    return tell
+
+
+class _Room:
+    """Whether there is memory for what is kept of a trace."""
+
+    def __init__(self):
+        self._left = STEP_BYTES
+
+    def take(self, request, path):
+        """Return a request that is kept; raise `TraceError` where memory ends."""
+        self._left -= REQUEST_BYTES + request.hash_ids.nbytes
+        if self._left < 0:
+            self._left = STEP_BYTES
+            lacking = lacking_memory(2 * STEP_BYTES)
+            if lacking is not None:
+                what, free = lacking
+                raise TraceError(
+                    f"the requests of {path} do not fit into memory ({what} leaves {bytes_text(free)}); read fewer of "
+                    "them: --limit N"
+                )
+        return request
+
+
+def _read_file(path, scope, limit, room, tell):
     """Return the traces of a file, none of them empty: one, or as many as it has conversations."""
     try:
         with open(path, "rb") as raw:
             packed = path.name.endswith(".gz") or raw.peek(2)[:2] == b"\x1f\x8b"
-            with gzip.open(raw) if packed else raw as lines:
-                found = _parse(lines, path, scope, limit)
-    except (OSError, EOFError) as error:
+            with gzip.open(raw) if packed else raw as file:
+                found = _parse(_numbered_lines(_chunks(file, raw, tell), path), path, scope, limit, room)
+    except (OSError, EOFError, zlib.error) as error:
         raise TraceError(f"cannot read the trace {path}: {error}") from error
     found = [trace for trace in found if trace]
     if not found:
@@ -89,38 +133,70 @@ def _read_file(path, scope, limit):
     return found
 
 
-def _parse(lines, path, scope, limit):
-    head = []  # up to the first line that is not blank, by which the formats are told apart
-    for line in lines:
-        head.append(line)
-        if line.strip():
-            break
-    else:
+def _chunks(file, raw, tell):
+    size = os.fstat(raw.fileno()).st_size  # 0 for a pipe
+    while chunk := file.read1(CHUNK_BYTES):
+        tell(raw.tell() / size if size else 0)
+        yield chunk
+
+
+def _numbered_lines(chunks, path):
+    """Yield number and text of each line that is not blank; blank lines are kept nowhere, and none is too long."""
+    number, rest = 1, bytearray()
+    for chunk in chunks:
+        lines, newline, tail = chunk.rpartition(b"\n")
+        if newline:
+            if not lines.strip() and not rest.strip():  # at once: there may be billions
+                number += lines.count(b"\n") + 1
+            else:
+                for line in (bytes(rest) + lines).split(b"\n"):
+                    if line.strip():
+                        yield number, line
+                    number += 1
+            rest.clear()
+        rest += tail
+        _require_length(rest, f"{path}, line {number}")
+    if rest.strip():
+        yield number, bytes(rest)
+
+
+def _require_length(text, where):
+    if len(text) > MOST_TEXT_BYTES:
+        raise TraceError(
+            f"{where} is longer than {bytes_text(MOST_TEXT_BYTES)}; write one request (Mooncake) or one conversation "
+            "(kv-cache-tester) a line"
+        )
+
+
+def _parse(lines, path, scope, limit, room):
+    head = next(lines, None)  # the first line that is not blank tells the formats apart
+    if head is None:
         return []
+    lines, text = itertools.chain([head], lines), head[1].strip()
     try:
-        first = loads(head[-1])
+        first = loads(text)
     except ValueError:  # one object over many lines, or nothing that we know
-        if head[-1].strip() in (b"{", b"[") or head[-1].rstrip().endswith((b",", b"[", b"{")):
-            return _parse_whole(b"".join([*head, *lines]), path, scope)
+        if text in (b"{", b"[") or text.endswith((b",", b"[", b"{")):
+            return _parse_whole(lines, path, scope, room)
         first = None
-    lines = itertools.chain(head, lines)
     if is_conversation(first):
-        return [
-            _conversation(_loaded(line, f"{path}, line {number}"), f"{path}, line {number}", scope + b".%d" % number)
-            for number, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        places = ((number, line, f"{path}, line {number}") for number, line in lines)
+        return [_conversation(_loaded(line, at), at, scope + b".%d" % number, room) for number, line, at in places]
     if isinstance(first, list) and all(map(is_conversation, first)):
-        return _parse_whole(b"".join(lines), path, scope)
-    requests = itertools.islice(parse_lines(lines, path, scope), limit)
-    return [list(requests)]
+        return _parse_whole(lines, path, scope, room)
+    return [[room.take(request, path) for request in itertools.islice(parse_numbered(lines, path, scope), limit)]]
 
 
-def _parse_whole(text, path, scope):
+def _parse_whole(lines, path, scope, room):
+    text = bytearray()
+    for _, line in lines:
+        text += line
+        text += b"\n"
+        _require_length(text, f"the JSON text in {path}")
     whole = _loaded(text, path)
     if not isinstance(whole, list):
-        return [_conversation(whole, path, scope)]
-    return [_conversation(fields, f"{path}, [{n}]", scope + b".%d" % n) for n, fields in enumerate(whole)]
+        return [_conversation(whole, path, scope, room)]
+    return [_conversation(fields, f"{path}, [{n}]", scope + b".%d" % n, room) for n, fields in enumerate(whole)]
 
 
 def _loaded(text, where):
@@ -130,10 +206,12 @@ def _loaded(text, where):
         raise TraceError(f"{where}: {error}") from None
 
 
-def _conversation(fields, where, scope):
+def _conversation(fields, where, scope, room):
     if not is_conversation(fields):
         raise TraceError(f"{where}: an object with 'requests' is expected (kv-cache-tester), or one request a line")
     try:
-        return parse_conversation(fields, scope)
+        return [room.take(request, where) for request in parse_conversation(fields, scope)]
+    except TraceError:
+        raise
     except ValueError as error:
         raise TraceError(f"{where}: {error}") from None

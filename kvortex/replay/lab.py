@@ -11,10 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 import kvortex
+from kvortex.arguments import whole_number
+from kvortex.config import bytes_text
+from kvortex.memory.limits import lacking_memory
 from kvortex.replay.oracle import key_words
 
 CHUNK = 1 << 16  # touches that are Python numbers at once
 PROGRESS_S = 0.1
+SLOT_BYTES = 128  # more than what an index takes for a slot
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,9 @@ def sweep(requests, sizes, progress=None):
     Raises
     ------
     kvortex.ConfigError
-        A size is below 1, or there is none.
+        A size is below 1, or there is none; the indexes of all sizes do not fit into memory.
     """
-    sizes = sorted(set(sizes))
+    sizes = sorted({whole_number(size, "a pool size") for size in sizes})
     if not sizes or sizes[0] < 1:
         raise kvortex.ConfigError(f"pool sizes must be 1 block or more, got {sizes or 'none'}")
     requests = list(requests)
@@ -114,7 +118,15 @@ class _Index:
 def _replay_lru(requests, sizes, steps):
     """All sizes in one pass -> a word for each block touched, and (blocks, tokens) of each size."""
     touched = sum(len(request.hash_ids) for request in requests)
-    indexes = [_Index(max(1, min(size, touched))) for size in sizes]  # one of billions would only take memory
+    slots = [max(1, min(size, touched)) for size in sizes]  # one of billions would only take memory
+    nbytes = SLOT_BYTES * sum(slots)
+    lacking = lacking_memory(nbytes)
+    if lacking is not None:
+        raise kvortex.ConfigError(
+            f"the indexes of {len(sizes)} pools need {bytes_text(nbytes)}, and {lacking[0]} leaves "
+            f"{bytes_text(lacking[1])}; ask for fewer or smaller pools at once"
+        )
+    indexes = [_Index(num_slots) for num_slots in slots]
     hits = [[0, 0] for _ in sizes]
     words, done = np.empty(touched, np.uint64), 0
     for request in requests:

@@ -4,7 +4,18 @@ import importlib.util
 
 import numpy as np
 
+import kvortex
+from kvortex.config import bytes_text
+from kvortex.slots import stride_bytes
+
 NUM_BINS = 80
+SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def require_suffix(path):
+    """Refuse a file whose suffix names no format that is drawn."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise kvortex.ConfigError(f"a picture is {', '.join(SUFFIXES)}, as its suffix says; got {str(path)!r}")
 
 
 def require_matplotlib():
@@ -39,8 +50,8 @@ def bins(samples, block_bytes, num_bins=NUM_BINS):
     return edges_s, hit_ratio, load_gbps, save_gbps, total_hit_ratio
 
 
-def write_png(path, result, fields):
-    """Draw `result` into a PNG file; `fields` is its `report.summary`."""
+def write_picture(path, result, fields):
+    """Draw `result` into a file of the format that its suffix names; `fields` is its `report.summary`."""
     require_matplotlib()
     from matplotlib.figure import Figure  # no pyplot: no display and no global state
 
@@ -54,6 +65,7 @@ def write_png(path, result, fields):
         f"pool of {fields['pool_blocks']:,} blocks of {fields['block_bytes'] / 1024:,.0f} KiB, "
         f"{fields['policy'].upper()}",
         fontsize=11,
+        parse_math=False,  # the name of a trace may have dollars in it
     )
     middle_s = (edges_s[:-1] + edges_s[1:]) / 2
     top.stairs(100 * hit_ratio, edges_s, fill=True, color="#9ecae1", label="each moment")
@@ -76,11 +88,11 @@ def write_png(path, result, fields):
         axes.grid(True, color="#dddddd")
         axes.set_axisbelow(True)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0.2)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix[1:].lower())
 
 
-def write_sweep_png(path, fields):
-    """Draw a `report.sweep_summary` into a PNG file."""
+def write_sweep_picture(path, fields):
+    """Draw a `report.sweep_summary` into a file of the format that its suffix names."""
     require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import StrMethodFormatter
@@ -93,6 +105,7 @@ def write_sweep_png(path, fields):
         f"{fields['trace']}: {fields['requests']:,} requests, {fields['blocks_touched']:,} blocks touched, "
         f"{fields['distinct_blocks']:,} different ones",
         fontsize=11,
+        parse_math=False,  # the name of a trace may have dollars in it
     )
     axes.axhline(best, color="#999999", linestyle=":", label=f"a pool that never evicts, {best:.1f} %")
     for policy, label, color, above in (("belady", "Belady's bound", "#d95f0e", 6), ("lru", "LRU", "#08519c", -13)):
@@ -106,9 +119,14 @@ def write_sweep_png(path, fields):
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.set_xlabel("pool (blocks)")
+    if fields["block_bytes"] is not None:
+        gib = stride_bytes(fields["block_bytes"]) / (1 << 30)
+        above = axes.secondary_xaxis("top", functions=(lambda blocks: blocks * gib, lambda size: size / gib))
+        above.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        above.set_xlabel(f"pool (GiB, blocks of {bytes_text(fields['block_bytes'])})")
     axes.set_ylabel("prefix hits (% of blocks)")
     axes.set_ylim(0, min(100, 1.2 * best + 1))
     axes.grid(True, color="#dddddd")
     axes.set_axisbelow(True)
     axes.legend(frameon=False)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=path.suffix[1:].lower())

@@ -1,11 +1,16 @@
 """What a replay is shown as: a line while it runs, a table and a JSON object when it is done."""
 
+import contextlib
 import json
+import os
 import shutil
 import sys
 import time
 
+from kvortex.slots import stride_bytes
+
 _LATENCIES = ("lookup", "save", "load")
+_LEAST_BAR = 13  # ten cells, two brackets and a space
 
 
 def summary(result, options, trace_name):
@@ -69,11 +74,9 @@ def _disk_fields(result):
     }
 
 
-def write_json(path, fields):
-    """Write `fields` as an indented JSON object."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(fields, file, indent=2)
-        file.write("\n")
+def json_text(fields):
+    """Return `fields` as an indented JSON object."""
+    return json.dumps(fields, indent=2)
 
 
 def table(fields):
@@ -132,37 +135,84 @@ def _disk_rows(fields):
 
 
 class Bar:
-    """A bar that redraws itself on a terminal; a plain line every ten seconds elsewhere."""
+    """One line that redraws itself on a terminal and never is longer than it; a line every ten seconds elsewhere."""
 
     def __init__(self, out=None):
         self._out = out if out is not None else sys.stderr
         self._is_terminal = self._out.isatty()
         self._interval_s = 0.1 if self._is_terminal else 10.0
         self._next_s = time.monotonic() + self._interval_s
+        self._is_open = False  # whether the terminal's cursor stands in the line
 
     def show(self, share, text):
-        """Show that `share`, 0 to 1, is done, if it is time to; `text` is called for the words behind it."""
+        """Show that `share`, 0 to 1, is done, if it is time to; `text` is called for the words behind it.
+
+        Words that are set apart by two spaces are left out, from the last on, where the terminal is narrow.
+        """
         now = time.monotonic()
         if now < self._next_s and not (self._is_terminal and share == 1):
             return
         self._next_s = now + self._interval_s
-        line = f"{share:4.0%} {text()}"
-        if self._is_terminal:
-            width = max(10, min(40, shutil.get_terminal_size().columns - len(line) - 4))
-            bar = ("#" * round(width * share)).ljust(width, ".")
-            line = f"\r[{bar}] {line}\x1b[K" + ("\n" if share == 1 else "")
-        else:
-            line += "\n"
-        self._out.write(line)
-        self._out.flush()
+        words = [f"{share:4.0%} ", *text().split("  ")]
+        if not self._is_terminal:
+            self._write(words[0] + "  ".join(words[1:]) + "\n")
+            return
+        room = self._columns() - 1  # a terminal wraps when its last column is written
+        while len(words) > 2 and _width(words) + _LEAST_BAR > room:
+            words.pop()
+        line, num_cells = words[0] + "  ".join(words[1:]), min(40, room - _width(words) - 3)
+        if num_cells + 3 >= _LEAST_BAR:
+            line = f"[{('#' * round(num_cells * share)).ljust(num_cells, '.')}] {line}"
+        self._write(f"\r{line[:room]}\x1b[K")
+        self._is_open = True
+
+    def clear(self):
+        """Take the line away: what follows is something else."""
+        if self._is_open:
+            self._write("\r\x1b[K")
+            self._is_open = False
+
+    def end(self):
+        """Leave the line as it is, and go to the next."""
+        if self._is_open:
+            self._write("\n")
+            self._is_open = False
+
+    def _columns(self):
+        """How wide the terminal is now: it may be resized at any time."""
+        try:
+            columns = os.get_terminal_size(self._out.fileno()).columns
+        except (OSError, ValueError):
+            columns = 0
+        return columns or shutil.get_terminal_size().columns
+
+    def _write(self, text):
+        with contextlib.suppress(OSError):  # whoever read it is gone; the work goes on
+            self._out.write(text)
+            self._out.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.end()
+
+
+def _width(words):
+    """Columns of a line without its bar."""
+    return len(words[0]) + len("  ".join(words[1:]))
 
 
 class Progress:
     """The bar of a replay."""
 
-    def __init__(self, num_requests, out=None):
+    def __init__(self, num_requests, bar):
         self._num_requests = num_requests
-        self._bar = Bar(out)
+        self._bar = bar
+
+    def pinning(self, share):
+        """Show how much of the pool is pinned."""
+        self._bar.show(min(0.99, share), lambda: "pinning the pool")
 
     def __call__(self, result):
         """Show `result` if it is time to."""
@@ -177,8 +227,8 @@ class Progress:
         )
 
 
-def sweep_summary(result, trace_name):
-    """Return a `SweepResult` as a dict of plain numbers; ratios are 0 to 1."""
+def sweep_summary(result, trace_name, block_bytes=None):
+    """Return a `SweepResult` as a dict of plain numbers; ratios are 0 to 1, bytes None without `block_bytes`."""
 
     def ratios(prefix, blocks, tokens):
         return {
@@ -192,10 +242,12 @@ def sweep_summary(result, trace_name):
         "blocks_touched": result.blocks_touched,
         "distinct_blocks": result.distinct_blocks,
         "input_tokens": result.tokens,
+        "block_bytes": block_bytes,
         **ratios("unbounded", result.unbounded_blocks, result.unbounded_tokens),
         "points": [
             {
                 "pool_blocks": point.pool_blocks,
+                "pool_bytes": None if block_bytes is None else point.pool_blocks * stride_bytes(block_bytes),
                 **ratios("lru", point.lru_blocks, point.lru_tokens),
                 **ratios("belady", point.belady_blocks, point.belady_tokens),
             }
@@ -206,19 +258,20 @@ def sweep_summary(result, trace_name):
 
 def sweep_table(fields):
     """Return a `sweep_summary` as text."""
+    pool_bytes = "" if fields["block_bytes"] is None else "pool"
     lines = [
         f"  {'trace':<18}{fields['trace']}",
         f"  {'requests':<18}{fields['requests']:,}, {fields['input_tokens']:,} tokens",
         f"  {'blocks touched':<18}{fields['blocks_touched']:,}, {fields['distinct_blocks']:,} different ones",
         "",
-        f"  {'':>12}  {'hits, % of blocks':^19}  {'hits, % of tokens':^19}",
+        f"  {'':>12}  {'hits, % of blocks':^19}  {'hits, % of tokens':^19}  {pool_bytes:>12}".rstrip(),
         f"  {'pool blocks':>12}  {'LRU':>8}  {'Belady':>9}  {'LRU':>8}  {'Belady':>9}",
     ]
     for point in fields["points"]:
         hits = [point[f"{policy}_{unit}_ratio"] for unit in ("block", "token") for policy in ("lru", "belady")]
         lines.append(f"  {point['pool_blocks']:>12,}  " + "  ".join(
             f"{100 * hit:>{width}.2f}" for hit, width in zip(hits, (8, 9, 8, 9), strict=True)
-        ))  # fmt: skip
+        ) + (f"  {_bytes(point['pool_bytes']):>12}" if pool_bytes else ""))  # fmt: skip
     blocks, tokens = (100 * fields[f"unbounded_{unit}_ratio"] for unit in ("block", "token"))
     lines.append(f"  {'unbounded':>12}  {blocks:>8.2f}  {blocks:>9.2f}  {tokens:>8.2f}  {tokens:>9.2f}")
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import sys
 import tempfile
 import time
 from collections import deque
@@ -10,13 +12,30 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import kvortex
+from kvortex.arguments import shown, whole_number
+from kvortex.config import bytes_text
 from kvortex.replay.cache import ModelCache
 from kvortex.replay.oracle import STAMP_BYTES, Oracle, key_words
 from kvortex.slots import PAGE_BYTES, stride_bytes
 from kvortex.tiers.disk.segments import disk_bytes_of
 
 _PROMOTE_TIMEOUT_MS = 60_000  # a replay counts hits; how fast a disk is, stands in its rates
+_PINNING_MS = 100  # how often the share of the pool that is pinned is told
+MOST_PIECES = 1 << 16  # each costs Python objects
 _PACE_BLOCKS = 100  # a second of the write budget where saved blocks are its clock
+
+
+_LIMITS = {  # least and most; where sys.maxsize is the most, something else is in the way first
+    "block_bytes": (1, (1 << 32) - 1),
+    "num_pieces": (2, MOST_PIECES),
+    "inflight": (1, 256),  # the jobs of a queue: with more in flight, calls would move nothing
+    "corrupt_slots": (0, sys.maxsize),
+    "pool_blocks": (1, sys.maxsize),
+    "pool_bytes": (1, sys.maxsize),
+    "disk_blocks": (1, sys.maxsize),
+    "disk_bytes": (1, sys.maxsize),
+    "write_bytes_per_s": (0, sys.maxsize),
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,7 @@ class ReplayOptions:
     Attributes
     ----------
     block_bytes : int
-        Bytes of one block, a multiple of 16 times the number of pieces.
+        Bytes of one block, below 4 GiB, a multiple of 16 times the number of pieces.
     num_pieces : int, optional
         Pieces of a block, an even number (K and V of half as many layers). By default pieces of 64 KiB, at least 8.
     pool_blocks, pool_bytes : int, optional
@@ -34,11 +53,11 @@ class ReplayOptions:
     device : str
         As in `kvortex.KVortexConfig`.
     inflight : int
-        Requests whose transfers may overlap.
+        Requests whose transfers may overlap, 1 to 256.
     verify : bool
         Fill what is saved and compare what is loaded. Without it no byte is written or looked at.
     corrupt_slots : int
-        Flip one byte in so many slots, each just before it is loaded.
+        Flip one byte in so many slots, each just before it is loaded; as many as there are requests at the most.
     disk : path-like, optional
         A folder, for a disk tier below the pool. What the replay writes goes into a folder of its own in there, which
         is deleted at the end.
@@ -68,23 +87,18 @@ class ReplayOptions:
     write_share: float | None = None
 
     def __post_init__(self):
+        for name, (least, most) in _LIMITS.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            object.__setattr__(self, name, value := whole_number(value, name))
+            if not least <= value <= most:
+                limits = f"{least} or more" if most == sys.maxsize else f"{least} to {most}"
+                raise kvortex.ConfigError(f"{name} must be {limits}, got {shown(value)}")
+        if self.write_share is not None and not 0 <= self.write_share <= 1:
+            raise kvortex.ConfigError(f"write_share must be 0 to 1, got {self.write_share}")
         if self.num_pieces is None:
             object.__setattr__(self, "num_pieces", max(8, self.block_bytes // (64 << 10) & ~1))
-        for name, least in (
-            ("block_bytes", 1),
-            ("num_pieces", 2),
-            ("inflight", 1),
-            ("corrupt_slots", 0),
-            ("pool_blocks", 1),
-            ("pool_bytes", 1),
-            ("disk_blocks", 1),
-            ("disk_bytes", 1),
-            ("write_bytes_per_s", 0),
-            ("write_share", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise kvortex.ConfigError(f"{name} must be {least} or more, got {value}")
         if self.num_pieces % 2:
             raise kvortex.ConfigError(f"num_pieces must be even (K and V of each layer), got {self.num_pieces}")
         unit = STAMP_BYTES * self.num_pieces
@@ -121,6 +135,12 @@ class ReplayOptions:
     def disk_tier(self, path):
         """Settings of the tier in a folder."""
         disk_bytes = self.disk_bytes or disk_bytes_of(self.disk_blocks, self.stride_bytes)
+        free_bytes = shutil.disk_usage(path).free
+        if disk_bytes > free_bytes:
+            raise kvortex.ConfigError(
+                f"a disk tier of {bytes_text(disk_bytes)} does not fit into {self.disk}: {bytes_text(free_bytes)} are "
+                "free there; make it smaller"
+            )
         if self.write_share is not None:
             return kvortex.DiskTier(path, disk_bytes, write_bytes_per_s=_PACE_BLOCKS * self.stride_bytes)
         rate = {} if self.write_bytes_per_s is None else {"write_bytes_per_s": self.write_bytes_per_s}
@@ -173,7 +193,7 @@ class ReplayResult:
     samples: list = field(default_factory=list)
 
 
-def replay(requests, options, progress=None):
+def replay(requests, options, progress=None, pinning=None):
     """Replay `requests` through an engine of its own and return a `ReplayResult`.
 
     Parameters
@@ -182,6 +202,8 @@ def replay(requests, options, progress=None):
     options : ReplayOptions
     progress : callable, optional
         Called with the result so far after each request.
+    pinning : callable, optional
+        Called with the share of the pool that is pinned, 0 to 1, until all of it is; requests begin then.
 
     Raises
     ------
@@ -204,7 +226,7 @@ def replay(requests, options, progress=None):
         config = kvortex.KVortexConfig(cpu_pool_size_bytes=options.cpu_pool_size_bytes, device=device.name, **tiers)
         engine = stack.enter_context(kvortex.KVortexEngine.create(config, layout=cache.layout))
         started = time.perf_counter()
-        engine.wait_ready()
+        _wait_ready(engine, pinning)
         result = ReplayResult(
             device.name,
             options.block_bytes,
@@ -213,6 +235,16 @@ def replay(requests, options, progress=None):
         )
         _Replay(engine, cache, options, len(requests), result, progress).run(requests, lanes)
     return result
+
+
+def _wait_ready(engine, pinning):
+    """Wait for the pool, and tell how far it is."""
+    while pinning is not None:
+        try:
+            return engine.wait_ready(_PINNING_MS)
+        except TimeoutError:
+            pinning(engine.pool.bytes_ready / engine.pool.nbytes)
+    return engine.wait_ready()
 
 
 class _Lane:
@@ -259,7 +291,7 @@ class _Replay:
         self._generations = {}
         # How many requests must be done before each corruption is due; the first is due at once, so that any trace
         # with a hit sees at least one.
-        count = options.corrupt_slots
+        count = min(options.corrupt_slots, num_requests)
         self._corruptions_due = deque(index * num_requests // count for index in range(count))
         self._corrupted_stamps = set()
         self._last_byte = options.block_bytes - 1

@@ -57,12 +57,16 @@ def sample_path():
 
 def parse_lines(lines, name="trace", scope=b""):
     """Yield a `Request` per non-blank line; raise `TraceError` with name and number of the first malformed one."""
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield _parse(line, scope)
-            except ValueError as error:
-                raise TraceError(f"{name}, line {number}: {error}") from None
+    return parse_numbered(((number, line) for number, line in enumerate(lines, 1) if line.strip()), name, scope)
+
+
+def parse_numbered(lines, name, scope):
+    """The same for pairs of number and line, none of them blank."""
+    for number, line in lines:
+        try:
+            yield _parse(line, scope)
+        except ValueError as error:
+            raise TraceError(f"{name}, line {number}: {error}") from None
 
 
 def _parse(line, scope):

@@ -7,10 +7,13 @@ import pytest
 
 import kvortex
 from kvortex.keys import digest_of, persistent_names
+from kvortex.replay import ReplayOptions, read_trace, sweep
+from kvortex.replay.trace import Request
 from kvortex.slots import Slots
 from kvortex.transfer import Carrier
 
 KEYS = kvortex.block_keys(np.arange(2), 1)
+REQUESTS = [Request(0, 512, 1, np.array([1]))]
 NO_WHOLE_NUMBERS = [4.0, 4.5, "4", b"4", True, np.True_, np.float64(4), decimal.Decimal(4), np.timedelta64(4, "s"),
                     np.array([4.0]), np.array(True), 4 + 0j]  # fmt: skip
 
@@ -34,6 +37,11 @@ def index():
     return index
 
 
+def options(**changes):
+    """A setting of a replay, which may be a text nowhere: the command line reads texts itself."""
+    return ReplayOptions(**{"block_bytes": 4096} | changes)
+
+
 # Each takes a number and returns what must not depend on its type.
 TAKERS = {
     "payload_bytes": lambda n: Slots.of(1 << 20, n),
@@ -53,6 +61,13 @@ TAKERS = {
     "max_jobs": lambda n: kvortex.KVortexConfig(cpu_pool_size_bytes=1 << 20, max_jobs=n),
     "num_threads": lambda n: kvortex.DiskTier("/", 1 << 30, num_threads=n),
     "queue_blocks": lambda n: kvortex.DiskTier("/", 1 << 30, queue_blocks=n),
+    "num_pieces": lambda n: options(num_pieces=n),
+    "pool_blocks": lambda n: options(pool_blocks=n),
+    "inflight": lambda n: options(inflight=n),
+    "corrupt_slots": lambda n: options(corrupt_slots=n),
+    "disk_blocks": lambda n: options(disk="/", disk_blocks=n),
+    "write_bytes_per_s": lambda n: options(disk="/", disk_blocks=1, write_bytes_per_s=n),
+    "sizes of a sweep": lambda n: sweep(REQUESTS, [n]),
 }
 SIZES = {  # where a text is a size
     "disk_bytes": lambda n: kvortex.DiskTier("/", n),
@@ -103,6 +118,13 @@ def test_what_is_no_whole_number_is_no_size(name):
 def test_what_is_no_whole_number_is_refused_by_memory(name, pool, buffer):
     refused(lambda value: ON_A_DEVICE[name](value, pool, buffer))
     assert ON_A_DEVICE[name](np.int16(4), pool, buffer) == ON_A_DEVICE[name](4, pool, buffer)
+
+
+def test_the_limit_of_a_trace_is_a_whole_number_or_none(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"timestamp": 0, "input_length": 9, "output_length": 1, "hash_ids": [1]}\n' * 6)
+    refused(lambda limit: read_trace(path, limit))
+    assert [len(read_trace(path, limit)) for limit in (np.int16(4), None, 10**30)] == [4, 6, 6]
 
 
 @pytest.mark.parametrize("value", [value for value in NO_WHOLE_NUMBERS if not isinstance(value, np.ndarray)])

@@ -1,12 +1,16 @@
 """Trace files: formats told apart by content, many files as one trace, and what is said about the bad ones."""
 
 import gzip
+import itertools
 import json
+import os
+import random
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from kvortex.replay import ReplayOptions, TraceError, read_trace, replay
+from kvortex.replay import ReplayOptions, TraceError, files, read_trace, replay
 from kvortex.replay.trace import Request
 
 MOONCAKE = {"timestamp": 12, "input_length": 1100, "output_length": 5, "hash_ids": [7, 8, 9]}
@@ -89,8 +93,8 @@ def test_files_and_folders_are_merged_by_time_and_share_no_key(tmp_path):
     (tmp_path / "README.txt").write_text("not a trace")
     expected = [[1, 2, 3], [1, 2], [1, 9], [1, 2, 3, 4], [1, 9, 10]]
     seen = []
-    requests = read_trace(tmp_path, progress=lambda *done: seen.append(done))
-    assert ids(requests) == expected and seen == [(1, 2), (2, 2)]
+    requests = read_trace(tmp_path, progress=lambda share, text: seen.append((share, text())))
+    assert ids(requests) == expected and seen == [(0.5, "reading  file 1/2"), (0.99, "reading  file 2/2")]
     assert ids(read_trace([tmp_path / "a.json", tmp_path / "below"])) == expected
     assert ids(read_trace(tmp_path, limit=2)) == expected[:2]
     assert (requests[0].keys()[:2] != requests[1].keys()).any(axis=1).all()
@@ -174,3 +178,86 @@ def test_a_folder_without_traces_is_refused(tmp_path):
         read_trace(tmp_path)
     with pytest.raises(TraceError, match="no trace was given"):
         read_trace([])
+
+
+# ---- what a file says sizes no memory --------------------------------------------------------------------------------
+
+ENDLESS = {  # what a file begins with, what comes then for ever, and what is said about it
+    "spaces": (b"", b" ", "line 1 is longer than 1 MiB"),
+    "a text": (b"\n\n" + json.dumps(MOONCAKE).encode() + b'\n{"chat": "', b"x", "line 4 is longer than 1 MiB"),
+    "ids": (b'{"hash_ids": [1', b", 1", "line 1 is longer than 1 MiB"),
+    "an object over many lines": (b'{\n"requests": [\n', b'{"requests": []},\n', "JSON text in .* longer than 1 MiB"),
+    "an array over many lines": (b"[\n", b"[\n", "JSON text in .* longer than 1 MiB"),
+    "blank lines": (b"", b"\n", "holds no request"),
+    "blank lines with spaces": (b"\n \t", b" \r\n", "holds no request"),
+    "blank lines in an object": (b"{", b"\n", "not valid JSON|holds no request"),
+    "zeros": (b"", b"\0", "line 1 is longer than 1 MiB"),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_file_without_an_end_is_read_in_little_memory(tmp_path, monkeypatch, name, packed):
+    monkeypatch.setattr(files, "MOST_TEXT_BYTES", 1 << 20)
+    begin, forever, message = ENDLESS[name]
+    path = tmp_path / "t.jsonl"
+    with (gzip.open if packed else open)(path, "wb") as file:
+        file.write(begin + forever * ((40 << 20) // len(forever)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(TraceError, match=message):
+            read_trace(path)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_lines_are_those_of_the_file_however_it_comes():
+    rng = random.Random(5)
+    for _ in range(300):
+        text = b"".join(rng.choice([b"\n", b"\r\n", b" ", b"ab", b"{}", b"\n\n\n"]) for _ in range(rng.randrange(30)))
+        cuts = sorted(rng.choices(range(len(text) + 1), k=rng.randrange(8)))
+        chunks = [text[first:last] for first, last in itertools.pairwise([0, *cuts, len(text)]) if first < last]
+        expected = [(n, line) for n, line in enumerate(text.split(b"\n"), 1) if line.strip()]
+        assert list(files._numbered_lines(iter(chunks), "t")) == expected
+
+
+def test_a_trace_from_a_pipe_is_read_up_to_its_limit():
+    reading, writing = os.pipe()
+    os.write(writing, 3 * (json.dumps(MOONCAKE).encode() + b"\n"))
+    assert len(read_trace(f"/dev/fd/{reading}", limit=2)) == 2  # though whoever writes may go on
+    os.close(writing)
+    os.close(reading)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_requests_beyond_the_memory_are_refused(tmp_path, monkeypatch, whole):
+    path = write(tmp_path / "t.json", *([CONVERSATION] if whole else 4 * [MOONCAKE]), indent=1 if whole else None)
+    monkeypatch.setattr(files, "lacking_memory", lambda nbytes: ("available memory", 1 << 20))
+    assert len(read_trace(path)) == 4  # few are not asked about
+    monkeypatch.setattr(files, "STEP_BYTES", 3 * files.REQUEST_BYTES)
+    message = r"t\.json.* do not fit into memory \(available memory leaves 1 MiB\); read fewer of them: --limit N"
+    with pytest.raises(TraceError, match=message):
+        read_trace(path)
+    if not whole:
+        assert len(read_trace(path, limit=2)) == 2
+
+
+def test_corruptions_are_as_many_as_requests_at_the_most(tmp_path):
+    path = write(tmp_path / "t.jsonl", *3 * [MOONCAKE])
+    options = ReplayOptions(block_bytes=4096, device="host", pool_blocks=16, corrupt_slots=10**12)
+    result = replay(read_trace(path), options)
+    assert 1 <= result.corrupted_slots <= 3 and result.wrong_blocks >= 1
+
+
+def test_a_file_shows_how_far_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "CHUNK_BYTES", 100)
+    path, seen = write(tmp_path / "t.jsonl", *50 * [MOONCAKE]), []
+    for packed in (False, True):
+        if packed:
+            path.write_bytes(gzip.compress(path.read_bytes()))
+        read_trace(path, progress=lambda share, text: seen.append((share, text())))
+        shares = [share for share, _ in seen]
+        assert shares == sorted(shares) and shares[0] >= 0 and shares[-1] == 0.99
+        assert {text for _, text in seen} == {"reading"}
+        seen.clear()

@@ -13,7 +13,7 @@ from lru_model import simulate
 
 import kvortex
 from kvortex.cli import main
-from kvortex.replay import ReplayOptions, Request, read_trace, replay, report, sample_path, sweep
+from kvortex.replay import ReplayOptions, Request, lab, read_trace, replay, report, sample_path, sweep
 from kvortex.replay.lab import belady_hits, next_use
 
 
@@ -169,6 +169,16 @@ def test_the_command_line_reads_folders(tmp_path, capsys):
         (tmp_path / f"{name}.json").write_text(json.dumps({"block_size": 64, "requests": [turn, turn]}))
     assert main(["replay", str(tmp_path), "--sweep", "4"]) == 0
     assert "8, 4 different ones" in capsys.readouterr().out
+
+
+def test_indexes_beyond_the_memory_are_refused(monkeypatch):
+    asked = []
+    monkeypatch.setattr(lab, "lacking_memory", lambda nbytes: asked.append(nbytes) or ("available memory", 1 << 20))
+    with pytest.raises(
+        kvortex.ConfigError, match="of 2 pools need .* and available memory leaves 1 MiB; ask for fewer"
+    ):
+        sweep([request(*range(10))], [3, 10**12])
+    assert asked == [13 * lab.SLOT_BYTES] and kvortex.BlockIndex(13).memory_bytes < asked[0]
 
 
 @pytest.mark.parametrize(

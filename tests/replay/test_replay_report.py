@@ -59,7 +59,8 @@ class Terminal(io.StringIO):
 
 def test_bar_ends_full_and_with_a_line_end():
     out = Terminal()
-    report.Progress(200, out)(result())
+    with report.Bar(out) as bar:
+        report.Progress(200, bar)(result())
     assert out.getvalue().startswith("\r[#") and out.getvalue().endswith("\n")
     assert "100% 200/200 requests" in out.getvalue() and "." not in out.getvalue().split("]")[0]
 
@@ -68,7 +69,7 @@ def test_progress_is_silent_for_ten_seconds_when_nobody_watches(monkeypatch):
     now = 100.0
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     out = io.StringIO()
-    progress = report.Progress(400, out)
+    progress = report.Progress(400, report.Bar(out))
     progress(result())
     assert out.getvalue() == ""
     now = 111.0
@@ -93,7 +94,7 @@ def test_bins_lose_nothing():
 
 def test_picture_is_a_png_of_readable_size(tmp_path):
     for number, replayed in enumerate((result(), result(1))):
-        plot.write_png(tmp_path / f"{number}.png", replayed, report.summary(replayed, ReplayOptions(), "t.jsonl"))
+        plot.write_picture(tmp_path / f"{number}.png", replayed, report.summary(replayed, ReplayOptions(), "t.jsonl"))
         head = (tmp_path / f"{number}.png").read_bytes()[:24]
         assert head.startswith(b"\x89PNG")
         width, height = struct.unpack(">II", head[16:24])
@@ -103,16 +104,16 @@ def test_picture_is_a_png_of_readable_size(tmp_path):
 def test_picture_without_matplotlib_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "kvortex\[plot\]"'):
-        plot.write_png(tmp_path / "x.png", result(), {})
+        plot.write_picture(tmp_path / "x.png", result(), {})
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_bytes": 0}, "block_bytes must be 1 or more"),
+        ({"block_bytes": 0}, "block_bytes must be 1 to 4294967295"),
         ({"block_bytes": 1000}, "multiple of 128 .*got 1000; the nearest are 896 and 1024"),
         ({"num_pieces": 3}, "must be even"),
-        ({"inflight": 0}, "inflight must be 1 or more"),
+        ({"inflight": 0}, "inflight must be 1 to 256"),
         ({"pool_blocks": 0}, "pool_blocks must be 1 or more"),
         ({"pool_blocks": 1, "pool_bytes": 4096}, "not both"),
         ({"corrupt_slots": 1, "verify": False}, "verification on"),
