@@ -68,7 +68,8 @@ def main(argv=None):
     if most > options.device:
         sys.exit(f"a request has {most} blocks, and the device {options.device}: vLLM would not serve it")
     touched = sum(len(request.hash_ids) for request in requests)
-    sizes = [int(size) for size in options.host.split(",")]
+    sizes = [min(int(size), max(1, touched)) for size in options.host.split(",")]  # more slots would only take memory
+    options.device = min(options.device, max(1, touched))
     print(f"{len(requests)} requests, {touched} blocks, {options.device} on the device")
     print("| saved |" + "".join(f" {size} blocks: found | saved |" for size in sizes))
     print("|---|" + "---|---|" * len(sizes))

@@ -284,7 +284,7 @@ def start_exporter(engine, port=9400, *, host="127.0.0.1", labels=None):
             f"the exporter needs prometheus_client ({error}); pip install 'kvortex[metrics]', or serve "
             "kvortex.prometheus_text yourself"
         ) from error
-    if not isinstance(port, int) or not 0 <= port < 1 << 16:
+    if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
         raise ConfigError(f"port must be 0 (any that is free) to 65535, got {port!r}")
     families(engine.get_stats(), labels)  # complains of labels now, and not at the first scrape
     registry = prometheus_client.CollectorRegistry()

@@ -211,12 +211,13 @@ def replay(requests, options, progress=None, pinning=None):
         The device, the pool or the pretended model's cache cannot be had, or a transfer failed.
     """
     most_blocks = max((len(request.hash_ids) for request in requests), default=0) or 1
+    num_lanes = max(1, min(options.inflight, len(requests)))
     oracle = Oracle(options.block_bytes // options.num_pieces)
     with contextlib.ExitStack() as stack:  # unwinds in reverse: the engine ends before the memory it copies to goes
         device = stack.enter_context(kvortex.Device.open(options.device))
-        cache = ModelCache(device, most_blocks * options.inflight, options.num_pieces, oracle, most_blocks)
+        cache = ModelCache(device, most_blocks * num_lanes, options.num_pieces, oracle, most_blocks)
         stack.callback(cache.close)
-        lanes = [_Lane(device, index * most_blocks, most_blocks) for index in range(options.inflight)]
+        lanes = [_Lane(device, index * most_blocks, most_blocks) for index in range(num_lanes)]
         for lane in lanes:
             stack.callback(lane.stream.close)
         tiers = {}

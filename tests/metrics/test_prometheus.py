@@ -156,7 +156,7 @@ def test_an_engine_that_was_shut_down_says_so(engine):
 def test_the_exporter_complains_before_it_serves(engine):
     with pytest.raises(kvortex.ConfigError, match="cannot be a label"):
         metrics.start_exporter(engine, 0, labels={"0": "x"})
-    for port in (-1, 70000, "9400"):
+    for port in (-1, 70000, "9400", True, 9400.0):
         with pytest.raises(kvortex.ConfigError, match="port must be"):
             metrics.start_exporter(engine, port)
     with metrics.start_exporter(engine, 0) as exporter, pytest.raises(OSError):
