@@ -85,7 +85,7 @@ def test_codec_and_tag_may_be_anything_bytes_like(wrap):
     [
         ({"group": -1}, ValueError, "group must be in 0 .. 4294967295, got -1"),
         ({"group": 1 << 32}, ValueError, "group must be in 0 .. 4294967295"),
-        ({"group": 1.0}, TypeError, "float"),
+        ({"group": 1.0}, TypeError, "group must be a whole number, got 1.0"),
         ({"codec": "int8"}, TypeError, "bytes-like"),
         ({"tag": b"step-1200"}, ValueError, "tag must have 32 bytes, got 9"),
         ({"tag": "x" * 32}, TypeError, "bytes-like"),

@@ -211,9 +211,10 @@ def test_headers_that_cannot_be_read_are_free_room(tmp_path, pool, faulty, how):
     "settings, message",
     [
         ({"paths": ["a", "a"]}, "paths must differ, got a, a"),
-        ({"paths": "a", "disk_bytes": 0}, "disk_bytes must be larger than 0, got 0"),
+        ({"paths": "a", "disk_bytes": 0}, r"disk_bytes must be larger than 0 and at most 2\^50, got 0"),
+        ({"paths": "a", "disk_bytes": "9999T"}, r"disk_bytes must be larger than 0 and at most 2\^50, got 9999"),
         ({"paths": "a", "io": "uring"}, "io must be 'threads' or 'aio', got 'uring'"),
-        ({"paths": "a", "segment_bytes": -1}, "segment_bytes must be larger than 0, got -1"),
+        ({"paths": "a", "segment_bytes": -1}, r"segment_bytes must be larger than 0 and at most 2\^50, got -1"),
     ],
 )
 def test_a_tier_that_cannot_be_is_refused(settings, message):
