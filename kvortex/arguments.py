@@ -3,6 +3,7 @@
 import operator
 
 SHOWN_CHARACTERS, SHOWN_BITS = 100, 256
+LONGEST_MS = 1 << 40
 
 
 def whole_number(value, name):
@@ -15,6 +16,17 @@ def whole_number(value, name):
     except TypeError:
         pass
     raise TypeError(f"{name} must be a whole number, got {shown(value)}")
+
+
+def require_ms(name, value):
+    """Return a time in milliseconds as an int, or refuse it."""
+    try:
+        number = whole_number(value, name)
+    except TypeError:
+        number = -1
+    if not 0 <= number <= LONGEST_MS:
+        raise ValueError(f"{name} must be a whole number of milliseconds from 0 to 2^40, got {shown(value)}")
+    return number
 
 
 def shown(value):

@@ -35,6 +35,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvortex.arguments import require_ms
 from kvortex.errors import DriverError, EngineClosed
 from kvortex.keys import digest_of, ram_keys
 from kvortex.log import log
@@ -222,9 +223,11 @@ cdef class EngineCore:
         source = self.source_of(carrier, layout, H2D, rows.shape[0], block_ids, data_ptrs, sizes, stream)
         if not source.by_block:
             require_disjoint(np.asarray(source.addresses), np.asarray(source.lengths))
+        if promote_timeout_ms is not None and prefetched is not None:
+            raise ValueError("prefetched and promote_timeout_ms exclude each other; name one of them")
+        if promote_timeout_ms is not None:
+            require_ms("promote_timeout_ms", promote_timeout_ms)
         if promote_timeout_ms is not None and self.tiering is not None:
-            if prefetched is not None:
-                raise ValueError("prefetched and promote_timeout_ms exclude each other; name one of them")
             return self.load_as_it_comes(carrier, rows, source, promote_timeout_ms, self.deferral(deferred))
         if prefetched is None:
             return self.run(carrier, H2D, rows, source, None, self.deferral(deferred), None, None, -1)

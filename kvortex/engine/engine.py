@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 
+from kvortex.arguments import require_ms
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device
 from kvortex.engine._engine import BlockHits, EngineCore
@@ -235,6 +236,8 @@ class KVortexEngine(EngineCore):
             After `shutdown`, or in a forked child.
         """
         self._require_ours()
+        if timeout_ms is not None:
+            require_ms("timeout_ms", timeout_ms)
         return 0 if self.tiering is None else self.tiering.flush(timeout_ms)
 
     def add_layout(self, layout):

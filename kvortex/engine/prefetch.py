@@ -4,22 +4,9 @@ import asyncio
 import concurrent.futures
 import os
 import weakref
-from operator import index
 
+from kvortex.arguments import require_ms
 from kvortex.errors import EngineClosed
-
-LONGEST_MS = 1 << 40
-
-
-def require_ms(name, value):
-    """Return a time in milliseconds as an int, or refuse it."""
-    try:
-        number = -1 if isinstance(value, bool) else index(value)
-    except TypeError:
-        number = -1
-    if not 0 <= number <= LONGEST_MS:
-        raise ValueError(f"{name} must be a whole number of milliseconds from 0 to 2^40, got {value!r}")
-    return number
 
 
 class Prefetch:

@@ -16,7 +16,8 @@ from collections import deque
 
 import numpy as np
 
-from kvortex.engine.prefetch import Prefetch, require_ms
+from kvortex.arguments import require_ms
+from kvortex.engine.prefetch import Prefetch
 from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.log import log

@@ -94,9 +94,13 @@ class BreakEven:
         known = self._bytes_per_s if self._bytes_per_s and now_s - self._at_s < self.FORGOTTEN_S else rate
         self._bytes_per_s, self._at_s = 0.75 * known + 0.25 * rate, now_s
 
+    def is_known(self, now_s):
+        """Whether both are known, and lately, what the model computes and what the tier brings."""
+        return bool(self.blocks_per_s and self._bytes_per_s) and now_s - self._at_s < self.FORGOTTEN_S
+
     def pays(self, num_blocks, nbytes, now_s):
         """Whether to bring so many blocks, which with what waits before them are so many bytes."""
-        if not self.blocks_per_s or not self._bytes_per_s or now_s - self._at_s >= self.FORGOTTEN_S:
+        if not self.is_known(now_s):
             return True
         return nbytes / self._bytes_per_s <= num_blocks / self.blocks_per_s
 

@@ -90,6 +90,7 @@ class Promoter:
         self.num_pinned = self.num_writing = self._num_reading = 0
         self.num_promoted = self.num_expired = 0
         self.spent_s, self._landed_at_s = 0.0, 0.0
+        self._num_landed, self._since_s = 0, float("inf")  # blocks that land now, and when reading them began
         self.misses = Counter()  # blocks that a reader waited for in vain, by cause
         self._landings = {}  # by key
         self._promotions = []  # those that are not over, or hold blocks
@@ -107,6 +108,8 @@ class Promoter:
             self._reading.remove(window)
             self._land(window, now_s)
             changed = True
+        if changed:
+            self._measure(now_s)
         for promotion in list(self._promotions):
             if not promotion.is_over and now_s >= promotion.deadline_s:
                 self.misses["LATE"] += promotion.end - promotion.count()
@@ -122,6 +125,11 @@ class Promoter:
                 window.is_late = True
                 self.breaker.saw([BlockStatus.LATE], now_s)
         return self._begin_windows(now_s) or changed
+
+    @property
+    def num_ahead(self):
+        """Blocks that are being read, or are to be."""
+        return self._num_reading + sum(len(window.slots) for window in self._waiting)
 
     def next_s(self):
         """When `step` has to be called at the latest."""
@@ -153,7 +161,7 @@ class Promoter:
             run = most
         promotion.slots[:run] = self.index.acquire(keys[:run], gaps=True)
         missing = np.flatnonzero(promotion.slots[:run] == NO_SLOT)
-        ahead = self._num_reading + sum(len(window.slots) for window in self._waiting)
+        ahead = self.num_ahead
         if len(missing) and not self.break_even.pays(
             run - missing[0], (ahead + len(missing)) * self._stride_bytes, now_s
         ):
@@ -277,11 +285,8 @@ class Promoter:
             self.tier.discard(keys[is_wrong])
         self._num_reading -= len(slots)
         self.num_promoted += int(has_landed.sum())
-        begun_s = max(window.begun_s, self._landed_at_s)
-        self.spent_s += now_s - begun_s
-        if len(ok):
-            self._landed_at_s = now_s
-            self.break_even.measured(len(ok) * self._stride_bytes, now_s - begun_s, now_s)
+        self._num_landed += len(ok)
+        self._since_s = min(self._since_s, max(window.begun_s, self._landed_at_s))
         if is_done and not window.is_late:
             self.breaker.saw(statuses, now_s)
         rest = np.ones(len(slots), bool)
@@ -295,6 +300,15 @@ class Promoter:
             self._late.append(window)
         self.num_writing -= len(ok)
         self._settle(window, has_landed, now_s, slots)
+
+    def _measure(self, now_s):
+        """How long it took; windows that are seen to be over together count as one."""
+        seconds = now_s - self._since_s
+        self.spent_s += seconds
+        if self._num_landed:
+            self._landed_at_s = now_s
+            self.break_even.measured(self._num_landed * self._stride_bytes, seconds, now_s)
+        self._num_landed, self._since_s = 0, float("inf")
 
     def _settle(self, window, has_landed, now_s, slots=None):
         """Give each reader its blocks, or end its run at those that did not come."""

@@ -144,3 +144,13 @@ def test_a_huge_number_is_shown_by_its_size():
         kvortex.KVortexConfig(cpu_pool_size_bytes=1 << 20, max_jobs=1 << 100_000)
     with pytest.raises(kvortex.ConfigError, match=r"got '9{90,}\.\.\.$"):
         kvortex.KVortexConfig(cpu_pool_size_bytes="9" * 10_000)
+
+
+@pytest.mark.parametrize("value", [-1, 1 << 41, *NO_WHOLE_NUMBERS[:5]])
+def test_an_engine_without_a_tier_checks_its_times_too(value):
+    config = kvortex.KVortexConfig(cpu_pool_size_bytes=1 << 20, block_bytes=2048, device="host")
+    with kvortex.KVortexEngine.create(config) as engine:
+        with pytest.raises(ValueError, match="timeout_ms must be a whole number of milliseconds"):
+            engine.flush(value)
+        with pytest.raises(ValueError, match="promote_timeout_ms must be a whole number of milliseconds"):
+            engine.load_blocks(KEYS[:1], data_ptrs=[np.zeros(2048, np.uint8)], promote_timeout_ms=value)

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -443,6 +444,20 @@ def test_what_the_tier_forgets_before_ram_has_a_slot_is_not_shown(rig):
     rig.promoter.index = Index()
     prefetch = rig.fetch(range(4))
     assert prefetch.num_blocks == 2 and happened == [1] and rig.in_ram(range(4)) == [0, 1, 3]
+
+
+def test_windows_that_are_over_together_were_read_together(tmp_path, monkeypatch):
+    rig = in_windows_of_two(tmp_path, monkeypatch)
+    measured = []
+    rig.promoter.break_even.measured = lambda nbytes, seconds, now_s: measured.append((nbytes, seconds))
+    rig.store.hold("get")
+    prefetch = rig.prefetch(range(8))
+    rig.wait_for(lambda: len(rig.store.calls) and rig.promoter.num_ahead == 8)
+    time.sleep(0.05)
+    rig.store.let_go()
+    prefetch.wait()
+    assert sum(nbytes for nbytes, _ in measured) == 8 * rig.engine.pool.stride_bytes
+    assert measured[0][1] >= 0.05 and all(nbytes / seconds < 1e12 for nbytes, seconds in measured)
 
 
 def test_clear_in_the_middle_of_a_load_ends_it(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from rig import HAS_TRANSFER_RESULTS
 
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, WorkerReport
-from kvortex.integrations.vllm.tier import RemoteStore, Tier
+from kvortex.integrations.vllm.tier import PrefillRate, RemoteStore, Tier
 from kvortex.slots import Slots
 from kvortex.tiers.base import BlockStatus
 
@@ -375,7 +375,7 @@ def told(first, slots, keys, num_slots=0):
 def make_tier(num_ranks):
     slots = Slots.of(64 << 12, 4096)
     index = BlockIndex(slots.num_slots)
-    return Tier(index, slots, num_ranks=num_ranks, bytes_per_s=0, promote_timeout_ms=0, blocks_per_token=1)
+    return Tier(index, slots, num_ranks=num_ranks, bytes_per_s=0, promote_timeout_ms=LONG_MS, blocks_per_token=1)
 
 
 @pytest.mark.parametrize("together", [False, True])
@@ -416,3 +416,39 @@ def test_nothing_found_is_known_when_the_weights_have_changed():
     tier.clear(b"1" * 32)
     tier.reported(told(0, [1], [1], num_slots=8))
     assert tier.catalogue.num_ready == 0 and tier.catalogue.slots_added == 8
+
+
+# ---- what pays ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks_per_s, waits", [(0, [True, True]), (100, [True, False])])
+def test_one_request_finds_out_what_the_disk_brings_and_nobody_waits_for_it(blocks_per_s, waits):
+    tier = make_tier(1)
+    tier.rate.break_even.blocks_per_s = blocks_per_s
+    assert [tier.wish(name, keys_of_four(number)) for number, name in enumerate("ab")] == waits
+    assert tier.is_answered("b") != waits[1], "it takes what the pool has"
+
+
+@pytest.mark.parametrize(
+    "disk_blocks_per_s, waits", [(10, [False] * 3), (120, [True, False, False]), (1e9, [True] * 3)]
+)
+def test_a_request_waits_only_if_what_is_ahead_leaves_it_a_gain(disk_blocks_per_s, waits):
+    tier = make_tier(1)
+    tier.rate.break_even.blocks_per_s = 100
+    tier.rate.break_even.measured(disk_blocks_per_s * tier.slots.stride_bytes, 1, tier.clock())
+    assert [tier.wish(name, keys_of_four(number)) for number, name in enumerate("abc")] == waits
+    assert tier.counters()["disk_misses_slower_than_computing"] == 4 * waits.count(False)
+
+
+def keys_of_four(number):
+    return np.repeat(np.arange(4 * number, 4 * number + 4, dtype=np.uint8)[:, None], 32, axis=1)
+
+
+def test_what_the_model_computes_is_learnt_from_steps_that_compute_much():
+    now = [0.0]
+    rate = PrefillRate(None, 1 / 16, lambda: now[0])
+    for seconds, num_tokens in [(1, 1600), (1, 8), (5, 8), (9, 1600), (2, 8)]:
+        now[0] += seconds
+        rate.step(num_tokens)
+    assert rate.break_even.blocks_per_s == (1600 / 1 + 1600 / 2) / 2 / 16
+    assert PrefillRate(320, 1 / 16, time.monotonic).break_even.blocks_per_s == 20

@@ -210,7 +210,7 @@ class SchedulerHalf:
             keys, _ = self.used(request, wider.length, first)
             if self.forgetful and len(keys) > self.tier.promoter.most_pinned:
                 return False  # a part would be of no use
-            self.tier.wish(name, keys)
+            return self.tier.wish(name, keys)
         return True
 
     def wishes_of(self, request):

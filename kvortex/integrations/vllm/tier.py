@@ -163,7 +163,8 @@ class Tier:
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
         self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
         self.promote_timeout_s = promote_timeout_ms / 1000
-        self.asked, self.wishes = {}, []  # by request id; (request id, keys) of this step, in vLLM's order
+        # By request id; (request id, keys) of this step, in vLLM's order, and how many blocks the pool lacks of these.
+        self.asked, self.wishes, self._num_wished = {}, [], 0
         self.behind, self.num_behind = {}, 0  # by number of the SAVE; blocks
         self.num_put_behind = self.num_not_put = 0
         self._ranks, self._fewest = 0, 0
@@ -234,9 +235,32 @@ class Tier:
         self.asked.setdefault(request_id, Asked(self.clock() + self.promote_timeout_s))
 
     def wish(self, request_id, keys):
-        """The request would have these blocks; `build` begins to bring them as soon as there is room."""
+        """The request would have these blocks; `build` begins to bring them as soon as there is room.
+
+        Returns
+        -------
+        waits : bool
+            False where computing them takes less time, with what is ahead of them. As long as it is not known what the
+            tier brings in a second, one request finds out, and nobody waits for that.
+        """
+        even, now_s = self.rate.break_even, self.clock()
+        is_missing = ~self.index.lookup(keys)[0]
+        ahead = self.promoter.num_ahead + self._num_wished
+        if even.blocks_per_s and not even.is_known(now_s):
+            pays = ahead == 0
+        else:
+            num_missing = int(is_missing.sum())
+            pays = even.pays(
+                len(keys) - int(is_missing.argmax()), (ahead + num_missing) * self.slots.stride_bytes, now_s
+            )
+        if not pays:
+            self.promoter.misses["SLOWER_THAN_COMPUTING"] += int(is_missing.sum())
+            self.asked[request_id] = Asked(0.0)
+            return False
         self.expect(request_id)
         self.wishes.append((request_id, keys))
+        self._num_wished += int(is_missing.sum())
+        return True
 
     def let_go(self, request_id):
         """The request has pinned what it found, or is gone."""
@@ -256,7 +280,7 @@ class Tier:
                 asked = self.asked[request_id]
                 asked.promotion = Promotion(keys, asked.deadline_s, float("inf"))
                 self.promoter.begin(asked.promotion)
-        self.wishes = []
+        self.wishes, self._num_wished = [], 0
         self.step()
         return self.store.take()
 
