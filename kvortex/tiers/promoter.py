@@ -126,6 +126,10 @@ class Promoter:
                 self.breaker.saw([BlockStatus.LATE], now_s)
         return self._begin_windows(now_s) or changed
 
+    def is_bringing(self, keys):
+        """Per key whether it is being read, or is to be."""
+        return np.array([key.tobytes() in self._landings for key in keys], bool)
+
     @property
     def num_ahead(self):
         """Blocks that are being read, or are to be."""

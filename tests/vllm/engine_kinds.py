@@ -9,6 +9,7 @@ stress are run in the last of the modes.
 """
 
 import argparse
+import functools
 import gc
 import json
 import os
@@ -36,7 +37,7 @@ CHUNK_TOKENS = 192  # a step: longer than every unit, shorter than prompts
 class KindEngine(engine_run.Engine):
     """An engine that counts what connectors bring, knows the bytes of every block, and can spoil what arrives."""
 
-    def __init__(self, kind, mode, model, *, num_blocks, host_gib=0.25, late_us=0, mutant=""):
+    def __init__(self, kind, mode, model, *, num_blocks, host_gib=0.25, late_us=0, mutant="", disk=None):
         self.kind, self.mode = kind, mode
         options = {"load_format": "dummy", **kind.options}
         command = ["stress", "--mode", mode, "--model", str(model), "--batched", str(CHUNK_TOKENS), "--verify"]
@@ -55,6 +56,9 @@ class KindEngine(engine_run.Engine):
             "--tokens",
         ]
         command += ["--mutant", mutant] if mutant else []
+        if disk is not None:
+            extra = {"disk_path": str(disk), "disk_bytes": "1GiB", "write_bytes_per_s": 0, "prefill_tokens_per_s": 0}
+            command += ["--extra", json.dumps({**extra, "promote_timeout_ms": 60_000})]
         self.args = engine_run.arguments(command)
         super().__init__(self.args, max_model_len=MAX_MODEL_LEN, max_num_seqs=12)
         runner = self.core.model_executor.driver_worker.worker.model_runner
@@ -235,6 +239,19 @@ def with_connector(engine):
     return result | parts(engine)
 
 
+def over_a_disk(make_engine):
+    """Prompts of one engine, and the same of the next one over the same disk, whose pool is empty."""
+    result = {}
+    for name in ("cold", "back"):
+        engine = make_engine()
+        assert engine.worker_half.tier.adoption.wait(60_000)
+        result[name] = engine.one_by_one(whole_prompts(engine.kind))
+        engine.settle()
+        result[name + "_blocks"] = engine.counters()
+        engine.close()
+    return result
+
+
 def parts(engine):
     """Hits on a part of a prompt, each of them after the device has forgotten all."""
     result = {"partial": engine.one_by_one(partial_prompts(engine.kind), forget=True)}
@@ -281,7 +298,7 @@ def compare(engine, computed, restored):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", required=True, choices=KINDS)
-    parser.add_argument("--mode", nargs="+", default=["none"], choices=["none", "native", "custom"])
+    parser.add_argument("--mode", nargs="+", default=["none"], choices=["none", "native", "disk", "custom"])
     parser.add_argument("--mutant", default="", help="a fault to plant for the stress, see faults.py")
     args = parser.parse_args()
     modes = ["none", *(mode for mode in args.mode if mode != "none")]
@@ -296,7 +313,13 @@ def main():
         write_config(model, kind)
         for mode in modes:
             began = time.monotonic()
-            engine = KindEngine(kind, mode, model, num_blocks=8 + len(kind.groups) * DEVICE_TOKENS // kind.unit)
+            many = 8 + len(kind.groups) * DEVICE_TOKENS // kind.unit
+            if mode == "disk":
+                with tempfile.TemporaryDirectory(prefix="kvortex-disk-") as disk:
+                    make = functools.partial(KindEngine, kind, "custom", model, num_blocks=many, disk=disk)
+                    report[mode] = over_a_disk(make)
+                continue
+            engine = KindEngine(kind, mode, model, num_blocks=many)
             if mode == "none":
                 block_bytes, groups = engine.block_bytes(), engine.config.kv_cache_groups
                 report |= {"groups": engine.groups(), "block_bytes": block_bytes}

@@ -33,7 +33,7 @@ pytestmark = [
 def run(name, folder):
     """What the run printed; it must end with 0."""
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(folder), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--kind", name, "--mode", "none", *MODES]
+    command = [sys.executable, str(SCRIPT), "--kind", name, "--mode", "none", "disk", *MODES]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     tail = "\n".join(process.stderr.splitlines()[-40:])
     assert process.returncode == 0, f"{name} ended with {process.returncode}:\n{tail}"
@@ -117,6 +117,13 @@ def test_restored_kv_gives_the_tokens_of_an_engine_without_connector(name, repor
     assert run["cold"] == {"tokens": truth, "cached": [0, 0, 0], "external": [0, 0, 0]}
     hits = expected_hits(name)
     assert run["back"] == {"tokens": truth, "cached": hits, "external": hits}
+
+
+def test_blocks_of_an_earlier_engine_come_from_disk_with_the_same_tokens(name, report):
+    truth, run, hits = report["none"]["cold"]["tokens"], report["disk"], expected_hits(name)
+    assert run["cold"] == {"tokens": truth, "cached": [0, 0, 0], "external": [0, 0, 0]}
+    assert run["back"] == {"tokens": truth, "cached": hits, "external": hits}
+    assert run["back_blocks"]["disk_blocks_read"] >= run["back_blocks"]["blocks_loaded"] > 0
 
 
 @pytest.mark.parametrize("mode", MODES)

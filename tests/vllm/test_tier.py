@@ -7,6 +7,7 @@ import pytest
 from rig import HAS_TRANSFER_RESULTS
 
 from kvortex.index import BlockIndex, ReserveStatus
+from kvortex.integrations.vllm.keys import keys_of
 from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, WorkerReport
 from kvortex.integrations.vllm.tier import PrefillRate, RemoteStore, Tier
 from kvortex.slots import Slots
@@ -361,6 +362,29 @@ def test_blocks_that_come_back_and_go_again_are_told_to_routers(start, prompts):
         else:
             there -= names
     assert len(there) == rig.index.num_ready == 24
+
+
+def test_a_save_that_met_a_promotion_which_came_to_nothing_is_offered_again(start, prompts, faulty_disk):
+    rig = start(num_slots=24)
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    faulty_disk.plan("read", "hang")
+    rig.add("b", prompts[0])
+    for _ in range(5):
+        rig.step()
+    faulty_disk.wait_hanging()
+    wishes = {"kvortex": {"load": False}}
+    rig.add("c", prompts[0], 60, sampling={"extra_args": {"kv_transfer_params": wishes}})
+    for _ in range(20):
+        rig.step()
+    request = rig.requests["c"]
+    keys = keys_of(request, rig.half.groups[0], 0, NUM_BLOCKS)
+    assert request.num_computed_tokens > NUM_BLOCKS * 16 and not rig.index.lookup(keys)[0].any()
+    rig.half.tier.discard(keys)
+    faulty_disk.mend()
+    rig.run()
+    assert rig.index.lookup(keys)[1] == NUM_BLOCKS
+    rig.require_clean()
 
 
 # ---- what ranks tell ------------------------------------------------------------------------------------------------

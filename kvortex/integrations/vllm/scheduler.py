@@ -464,8 +464,11 @@ class SchedulerHalf:
         keys, groups = np.concatenate(keys), np.array(groups)
         slots, statuses, num_admitted = self.reserve(keys, stops=stops)
         is_full = (statuses == ReserveStatus.FULL).any()
+        is_coming = self.is_coming(keys, statuses)
         for offer, rows in kept:
             state, found = offer.state, statuses[rows]
+            if is_coming[rows].any():  # or not: it is offered again in the next step
+                state.offered_tokens = offer.offered_tokens
             if is_full:
                 state.is_cut = bool((found == ReserveStatus.FULL)[np.isin(groups[rows], self.runs)].any())
             if state.stop is None:  # the tail of what was there was used first; what is new will be used later
@@ -525,6 +528,13 @@ class SchedulerHalf:
         for blocks in victims:
             self.events.remove(blocks.slots)
         return slots, statuses, num_admitted
+
+    def is_coming(self, keys, statuses):
+        """Per block whether it could not be reserved because the tier is just bringing it."""
+        is_coming = statuses == ReserveStatus.PENDING
+        if is_coming.any():
+            is_coming[is_coming] = self.tier is not None and self.tier.promoter.is_bringing(keys[is_coming])
+        return is_coming
 
     def start_save(self, slots, block_ids, keys, num_admitted):
         """Save these blocks, for which there are slots now; None where there are none."""
