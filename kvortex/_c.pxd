@@ -439,6 +439,7 @@ cdef extern from "kvortex/io_queue.h" nogil:
     const int KV_BLOCK_SHORT, KV_BLOCK_PENDING, KV_BLOCK_NUM_STATUSES, KV_IO_MAX_THREADS
 
     ctypedef struct kv_io_batch:
+        uint64_t begun_ns, over_ns
         uint32_t num_blocks
         uint8_t *tag
         uint32_t *slots

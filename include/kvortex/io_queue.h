@@ -44,7 +44,7 @@ enum { KV_IO_KEY_BYTES = 32, KV_IO_MAX_THREADS = 64 };
 
 typedef struct kv_io_batch {
     struct kv_io_batch *next; /* in the queue, while blocks wait */
-    uint64_t deadline_ns;
+    uint64_t deadline_ns, begun_ns, over_ns; /* over: 0 until all I/O has returned */
     uint32_t num_blocks, num_waiting, num_over, first_waiting;
     uint32_t references;
     uint8_t verb;
@@ -92,6 +92,7 @@ static inline kv_io_batch *kv_io_batch_new(uint8_t verb, uint32_t num_blocks, ui
     batch->verb = verb;
     batch->num_blocks = num_blocks;
     batch->deadline_ns = deadline_ns;
+    batch->begun_ns = kv_now_ns();
     batch->references = 1;
     batch->slots = (uint32_t *)(batch + 1);
     batch->memory = batch->slots + num_blocks;
@@ -127,6 +128,8 @@ static inline void kv_io_end_block(kv_io_queue *queue, kv_io_batch *batch, uint3
     const uint64_t one = 1;
     batch->stages[block] = KV_IO_OVER;
     batch->num_over++;
+    if (kv_io_batch_is_over(batch))
+        batch->over_ns = kv_now_ns();
     if (kv_io_batch_is_over(batch) && queue->event_fd >= 0 && write(queue->event_fd, &one, sizeof one) < 0) {
         /* full: whoever sleeps has been woken already */
     }

@@ -51,6 +51,9 @@ class Batch(Protocol):
     statuses: np.ndarray
     """(n,) uint8 array, a `BlockStatus` each, as they are now."""
 
+    seconds: float | None
+    """From the call to the end of its I/O, of which somebody may hear later; None until `done()`."""
+
     def wait(self, timeout_ms=None):
         """Block (GIL released) until each block has its status, or for `timeout_ms`; return `statuses`.
 

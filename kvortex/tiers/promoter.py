@@ -90,7 +90,11 @@ class Promoter:
         self.num_pinned = self.num_writing = self._num_reading = 0
         self.num_promoted = self.num_expired = 0
         self.spent_s, self._landed_at_s = 0.0, 0.0
-        self._num_landed, self._since_s = 0, float("inf")  # blocks that land now, and when reading them began
+        self._num_landed, self._since_s, self._until_s = (
+            0,
+            float("inf"),
+            0.0,
+        )  # blocks that land now, read from when to when
         self.misses = Counter()  # blocks that a reader waited for in vain, by cause
         self._landings = {}  # by key
         self._promotions = []  # those that are not over, or hold blocks
@@ -131,6 +135,11 @@ class Promoter:
         return np.array([key.tobytes() in self._landings for key in keys], bool)
 
     @property
+    def num_late(self):
+        """Slots of the pool that a disk which is late may still write to; no reader holds them."""
+        return sum(len(window.slots) for window in self._late)
+
+    @property
     def num_ahead(self):
         """Blocks that are being read, or are to be."""
         return self._num_reading + sum(len(window.slots) for window in self._waiting)
@@ -159,7 +168,7 @@ class Promoter:
         elif leading < len(keys):
             self.misses["SUSPENDED"] += 1
         run = int(np.argmin(np.append(is_there, False)))
-        most = max(0, self.most_pinned - self.num_pinned)
+        most = max(0, self.most_pinned - self.num_pinned - self.num_late)
         if run > most:
             self.misses["FULL"] += run - most
             run = most
@@ -291,6 +300,8 @@ class Promoter:
         self.num_promoted += int(has_landed.sum())
         self._num_landed += len(ok)
         self._since_s = min(self._since_s, max(window.begun_s, self._landed_at_s))
+        took_s = batch.seconds  # of which we may hear late
+        self._until_s = max(self._until_s, now_s if took_s is None else min(now_s, window.begun_s + took_s))
         if is_done and not window.is_late:
             self.breaker.saw(statuses, now_s)
         rest = np.ones(len(slots), bool)
@@ -307,12 +318,12 @@ class Promoter:
 
     def _measure(self, now_s):
         """How long it took; windows that are seen to be over together count as one."""
-        seconds = now_s - self._since_s
+        seconds = max(0.0, self._until_s - self._since_s)
         self.spent_s += seconds
         if self._num_landed:
-            self._landed_at_s = now_s
+            self._landed_at_s = max(self._landed_at_s, self._until_s)
             self.break_even.measured(self._num_landed * self._stride_bytes, seconds, now_s)
-        self._num_landed, self._since_s = 0, float("inf")
+        self._num_landed, self._since_s, self._until_s = 0, float("inf"), 0.0
 
     def _settle(self, window, has_landed, now_s, slots=None):
         """Give each reader its blocks, or end its run at those that did not come."""

@@ -1,14 +1,20 @@
 """A disk below the pool: what it keeps comes back, over restarts, and is never wrong."""
 
+import gc
+import os
 import time
 
 import numpy as np
 import pytest
-from rig import HAS_TRANSFER_RESULTS
+from rig import HAS_TRANSFER_RESULTS, HAS_WORKER_METADATA
+from test_faults import refused
 
+from kvortex import ConfigError
 from kvortex.index import BlockIndex, ReserveStatus
+from kvortex.integrations.vllm import worker_tier
 from kvortex.integrations.vllm.keys import keys_of
-from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, WorkerReport
+from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, Moved, WorkerReport
+from kvortex.integrations.vllm.options import ConnectorOptions
 from kvortex.integrations.vllm.tier import PrefillRate, RemoteStore, Tier
 from kvortex.slots import Slots
 from kvortex.tiers.base import BlockStatus
@@ -64,10 +70,11 @@ def test_blocks_on_disk_are_there_after_a_restart(start, prompts):
     assert serve(start(), prompts, "b") == [NUM_BLOCKS] * 6
 
 
-def test_what_was_saved_last_reaches_the_disk_although_no_step_follows(start, prompts):
+def test_what_was_saved_last_reaches_the_disk_although_no_request_follows(start, prompts):
     rig = start(num_slots=100)
     rig.add("a", prompts[0])
     rig.step_until_served()
+    rig.step()  # in which vLLM tells that the request is over
     rig.close()
     assert serve(start(), prompts[:1], "b") == [NUM_BLOCKS]
 
@@ -77,8 +84,9 @@ def test_a_block_is_written_to_disk_when_its_copy_is_over_and_not_before(start, 
     host.hold()
     rig.add("a", prompts[0])
     rig.step_until_served()
+    rig.step()
     tier = rig.halves[0].tier
-    assert tier.waiting and not tier.running and not tier.statuses
+    assert tier.waiting and not tier.running and not tier.moved
     host.release()
     rig.close()
     assert serve(start(), prompts[:1], "b") == [NUM_BLOCKS]
@@ -239,6 +247,28 @@ def test_a_request_that_is_aborted_leaves_no_pin(start, prompts, faulty_disk):
     assert serve(rig, prompts, "c") == [NUM_BLOCKS] * 6
 
 
+@pytest.mark.parametrize("paths", ["", [], ["/tmp", ""], "a\0b", ["/tmp/x", "/tmp/x/."], [["/tmp"]], 5, None, True])
+def test_folders_that_are_none_are_refused_before_anything_is_loaded(paths):
+    with pytest.raises(ConfigError, match="path"):
+        ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", "disk_path": paths, "disk_bytes": "1GiB"})
+
+
+@pytest.mark.parametrize("more", [
+    {"promote_timeout_ms": 10**400}, {"promote_timeout_ms": "5"}, {"flush_timeout_ms": 1 << 70}, {"disk_bytes": True},
+    {"disk_bytes": 0}, {"disk_bytes": "many"}, {"write_bytes_per_s": -1}, {"prefill_tokens_per_s": 1.5},
+    {"namespace": ""}, {"namespace": 7},
+])  # fmt: skip
+def test_values_that_are_none_are_refused_by_name(more):
+    with pytest.raises(ConfigError, match=next(iter(more))):
+        ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", "disk_path": "/tmp/x", "disk_bytes": "1GiB", **more})
+
+
+@pytest.mark.parametrize("name", ["disk_bytes", "namespace", "promote_timeout_ms", "write_bytes_per_s"])
+def test_a_setting_of_a_disk_without_one_is_refused(name):
+    with pytest.raises(ConfigError, match=f"{name} is of a disk tier"):
+        ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", name: 5})
+
+
 def wait_until_clean(rig):
     """Step until the stores have told of all that they were asked for."""
     deadline = time.monotonic() + LONG_MS / 1000
@@ -304,9 +334,9 @@ def test_a_tier_slot_is_there_for_others_only_when_every_rank_is_done_with_it(st
     told, tier = [], rig.half.tier
     end = type(tier.store).reported
 
-    def reported(statuses):
-        told.extend((number, ranks) for number, (ranks, _) in statuses.items())
-        end(tier.store, statuses)
+    def reported(moved):
+        told.extend((number, ranks) for number, (ranks, _) in moved.items())
+        end(tier.store, moved)
 
     tier.store.reported = reported
     held = rig.halves[1].tier
@@ -387,6 +417,184 @@ def test_a_save_that_met_a_promotion_which_came_to_nothing_is_offered_again(star
     rig.require_clean()
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_what_was_computed_from_a_failed_load_never_reaches_the_disk(start, prompts, host, pipelined):
+    rig = start(num_slots=200, load_async=False, pipelined=pipelined)
+    serve(rig, prompts[:1], "a")
+    rig.forget_device()
+    longer = [*prompts[0][:-1], *prompts[1]]
+    with refused(host, rig, "H2D"):
+        rig.add("b", longer)
+        while not any(half.has_failed for half in rig.halves):
+            rig.step()
+    rig.close()  # before the scheduler could say what it thinks of it
+    serve(start(num_slots=200), [longer], "c")
+
+
+def test_what_is_to_be_erased_is_not_written_afterwards(start, prompts, host):
+    rig = start(num_slots=200)
+    host.hold()
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    behind, *_ = rig.half.tier.behind.values()
+    rig.half.discard(behind.keys[:3])
+    rig.step()
+    host.release()
+    rig.close()
+    assert serve(start(num_slots=200), prompts[:1], "b") == [0]
+
+
+@pytest.mark.skipif(not HAS_WORKER_METADATA, reason="this vLLM shows no evictions")
+def test_with_on_evict_a_save_that_finds_no_job_is_not_written(start, prompts):
+    rig = start(num_slots=200, num_blocks=29, max_tokens=512, extra={"save": "on_evict"})
+    half, seen = rig.halves[0], []
+    submit = half.submit
+
+    def refuse(queue, transfer, stream):
+        if queue is not half.saver:
+            return submit(queue, transfer, stream)
+        seen.append(transfer)
+        return None
+
+    half.submit = refuse
+    rig.add("a0", prompts[0])
+    rig.step_until_served()
+    rig.add("a1", [*prompts[1], *prompts[2], *prompts[3]][: 27 * 16 + 8])
+    while rig.scheduler.requests and not seen:
+        rig.step()
+    rig.step()
+    assert seen
+    rig.close()
+    serve(start(num_slots=200, num_blocks=131), prompts, "b")
+
+
+def test_the_next_engine_of_a_process_does_not_get_the_disk_of_the_one_before(start, prompts):
+    first = start()
+    kept = first.workers[0]
+    first.caches.clear()
+    gc.collect()
+    second = start(extra={"namespace": "another model"})
+    with pytest.raises(ConfigError, match="another engine of this process"):
+        kept.register_kv_caches(second.caches[0])
+
+
+def pin(rig, prompt):
+    """A user's request keeps its blocks in the pool."""
+    request = rig.add("pin", prompt)
+    request.kv_transfer_params = {"kvortex": {"pin_s": 3600}}
+    rig.run()
+    assert rig.index.num_pinned
+
+
+def blocks_found(rig, name, prompt, most_s=2):
+    """Of a request, from its arrival to its first step, which comes soon."""
+    began = time.monotonic()
+    rig.add(name, prompt)
+    while name not in rig.computed_at_first:
+        rig.step()
+    assert time.monotonic() - began < most_s
+    return rig.computed_at_first[name] // 16
+
+
+def test_half_of_a_long_prompt_comes_although_others_hold_something(start, prompts):
+    rig = start(num_slots=24, num_blocks=131)
+    long = [*prompts[0][:-1], *prompts[1]]  # of 20 blocks
+    serve(rig, [long, prompts[2]], "a")
+    pin(rig, prompts[3][:33])
+    for number, prompt in enumerate(prompts[4:]):
+        rig.serve(f"x{number}", prompt)
+    rig.scheduler.reset_prefix_cache()
+    assert blocks_found(rig, "b", long) >= 12
+    rig.run()
+
+
+def test_half_of_a_long_prompt_comes_while_a_disk_hangs_at_a_write(start, prompts, faulty_disk):
+    rig = start(num_slots=24, num_blocks=131)
+    long = [*prompts[0][:-1], *prompts[1]]
+    serve(rig, [long, *prompts[2:4]], "a")
+    rig.forget_device()
+    faulty_disk.plan("write", "hang", nth=1, count=1)
+    rig.add("w", prompts[4])
+    rig.step_until_served()
+    for _ in range(3):
+        rig.step()
+    faulty_disk.wait_hanging()
+    assert blocks_found(rig, "b", long) >= 10
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+
+
+def test_a_hung_disk_has_half_of_the_pool_at_the_most(start, prompts, faulty_disk):
+    rig = start(num_slots=24, num_blocks=131, extra={"promote_timeout_ms": 50})
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    rig.half.tier.breaker.allows = lambda now_s: True
+    faulty_disk.plan("read", "hang")
+    most = 0
+    for round_ in range(4):
+        for number, tokens in enumerate(prompts):
+            rig.add(f"b{round_}-{number}", tokens)
+        while rig.scheduler.requests:
+            rig.step()
+            most = max(most, rig.half.tier.promoter.num_writing)
+        rig.scheduler.reset_prefix_cache()
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
+    assert 0 < most <= 12
+
+
+def test_a_hung_disk_writes_to_no_descriptor_of_others(start, prompts, faulty_disk, tmp_path):
+    rig = start(num_slots=24, extra={"flush_timeout_ms": 100})
+    faulty_disk.plan("write", "hang")
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    for _ in range(10):
+        rig.step()
+    faulty_disk.wait_hanging()
+    event = rig.halves[0].tier.event
+    rig.close()
+    path = tmp_path / "of others"
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+    if file != event:
+        os.dup2(file, event)
+    faulty_disk.mend()
+    time.sleep(0.3)
+    assert path.read_bytes() == b""
+
+
+def test_the_first_request_knows_all_that_was_found(start, prompt, monkeypatch):
+    monkeypatch.setattr(worker_tier, "MOST_ROWS", 256)
+    prompts = [prompt(f"many{number}", NUM_BLOCKS * 16 + 1) for number in range(80)]
+    first = start(num_slots=400)
+    serve(first, prompts, "a")
+    first.close()
+    again = start(num_slots=400)
+    assert serve(again, prompts[::-1], "b") == [NUM_BLOCKS] * 80
+
+
+def test_a_small_promotion_beside_a_long_forward_does_not_make_the_disk_look_slow(start, prompts, prompt):
+    rig = start(num_slots=24, extra={"prefill_tokens_per_s": 8000})  # 500 blocks a second; the disk reads thousands
+    serve(rig, prompts, "a")
+    rig.forget_device()
+    forward = rig.forward
+
+    def slow(runs):
+        time.sleep(0.05 if runs else 0)
+        return forward(runs)
+
+    rig.forward = slow
+    rig.add("runs", prompt("other", 20), 400)
+    rig.step()
+    assert [blocks_found(rig, name, tokens, 10) for name, tokens in (("b", prompts[0][:33]), ("c", prompts[1]))] == [
+        2,
+        10,
+    ]
+    rig.forward = forward
+    rig.run()
+
+
 # ---- what ranks tell ------------------------------------------------------------------------------------------------
 
 
@@ -424,15 +632,16 @@ def test_a_block_has_come_only_if_every_rank_says_so(together):
     batch = store.get(slots, slots, keys, 4096, tag=bytes(32), timeout_ms=LONG_MS)
     damaged, late = BlockStatus.PAYLOAD_DAMAGED, BlockStatus.LATE
     reports = [
-        WorkerReport(statuses={1: (1, np.array(statuses, np.uint8))}) for statuses in ([0, damaged, 0], [0, 0, late])
+        WorkerReport(moved={1: (1, Moved(np.array(statuses, np.uint8), seconds))})
+        for statuses, seconds in (([0, damaged, 0], 2), ([0, 0, late], 1))
     ]
     if together:
-        store.reported(reports[0].aggregate(reports[1]).statuses)
+        store.reported(reports[0].aggregate(reports[1]).moved)
     else:
-        store.reported(reports[0].statuses)
+        store.reported(reports[0].moved)
         assert not batch.done() and (batch.statuses == BlockStatus.PENDING).all()
-        store.reported(reports[1].statuses)
-    assert batch.done() and batch.statuses.tolist() == [0, damaged, late]
+        store.reported(reports[1].moved)
+    assert batch.done() and batch.statuses.tolist() == [0, damaged, late] and batch.seconds == 2
 
 
 def test_nothing_found_is_known_when_the_weights_have_changed():
@@ -471,8 +680,36 @@ def keys_of_four(number):
 def test_what_the_model_computes_is_learnt_from_steps_that_compute_much():
     now = [0.0]
     rate = PrefillRate(None, 1 / 16, lambda: now[0])
-    for seconds, num_tokens in [(1, 1600), (1, 8), (5, 8), (9, 1600), (2, 8)]:
+    for seconds, num_tokens in [(1, 1600), (1, 1600), (1, 8), (5, 8), (9, 1600), (2, 1600), (1, 8)]:
         now[0] += seconds
         rate.step(num_tokens)
     assert rate.break_even.blocks_per_s == (1600 / 1 + 1600 / 2) / 2 / 16
     assert PrefillRate(320, 1 / 16, time.monotonic).break_even.blocks_per_s == 20
+
+
+def test_where_steps_overlap_the_tokens_of_those_under_way_do_not_count():
+    now = [0.0]
+    rate = PrefillRate(None, 1 / 16, lambda: now[0], 2)
+    for seconds in (0, 0.002, 0.4, 0.4, 0.4):  # the second is scheduled at once
+        now[0] += seconds
+        rate.step(8000)
+    assert 8000 / 0.41 < 16 * rate.break_even.blocks_per_s < 8000 / 0.39
+    for _ in range(20):  # a prompt that comes alone: its first decode is scheduled at once
+        for seconds, num_tokens in [(0, 8000), (0.002, 1), (0.4, 1), (3600, 1)]:
+            now[0] += seconds
+            rate.step(num_tokens)
+    now[0] += 3600
+    rate.step(8000)
+    assert 8000 / 0.41 < 16 * rate.break_even.blocks_per_s < 8000 / 0.39
+
+
+def test_what_was_saved_never_falls_when_the_rate_changes():
+    tier, before = make_tier(1), 0
+    for rate in (10, 1000, 5):
+        tier.rate.break_even.blocks_per_s = rate
+        step, tier.promoter.step = tier.promoter.step, lambda now_s: setattr(tier.promoter, "num_promoted", 7) or False
+        tier.promoter.num_promoted = 0
+        tier.step()
+        tier.promoter.step = step
+        assert tier.counters()["disk_saved_seconds"] == pytest.approx(before + 7 / rate)
+        before += 7 / rate

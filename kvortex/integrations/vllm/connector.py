@@ -59,6 +59,12 @@ def saves_after_drafting():
     return "defer_finalize" in inspect.signature(KVConnectorModelRunnerMixin.maybe_get_kv_connector_output).parameters
 
 
+def steps_at_once(vllm_config):
+    """Steps of which the scheduler has not heard, one of them just begun."""
+    is_async = vllm_config.scheduler_config.async_scheduling
+    return max(2 if is_async else 1, vllm_config.parallel_config.pipeline_parallel_size)
+
+
 def layout_name(vllm_config, kv_cache_config):
     """What vLLM calls the order of the dimensions of its KV cache."""
     if HAS_LAYOUT_NAMES:
@@ -234,6 +240,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     "bytes_per_s": options.tier.write_bytes_per_s,
                     "promote_timeout_ms": options.promote_timeout_ms,
                     "prefill_tokens_per_s": options.prefill_tokens_per_s,
+                    "steps_at_once": steps_at_once(vllm_config),
                 },
                 save_after_hits=options.save_after_hits,
             )
@@ -252,6 +259,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 reports_aborted_loads=keeps_blocks_of_aborted_loads(),
                 failed_loads=failed_loads,
                 open_store=options.tier and self._store_opener(vllm_config, options),
+                put_lag=steps_at_once(vllm_config),
             )
 
     def _store_opener(self, vllm_config, options):
@@ -466,13 +474,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             if addresses == {tensor.data_ptr() for tensor in tensors}:
                 return False
             raise ConfigError(ANOTHER_ENGINE)
+        if old.open_store is not None:  # of the other engine's model
+            raise ConfigError(ANOTHER_ENGINE)
         old.close()
         self.worker = WorkerHalf(
             old.shape,
             old.options,
             reports_aborted_loads=old.reports_aborted_loads,
             failed_loads=old.failed_loads,
-            open_store=old.open_store,
         )
         return True
 

@@ -37,6 +37,17 @@ class TierTransfer(NamedTuple):
     save: int = 0  # of a PUT, the SAVE that brings these blocks into the pool; 0: they are there
 
 
+class Moved(NamedTuple):
+    """What became of a `TierTransfer`."""
+
+    statuses: np.ndarray  # uint8, a `BlockStatus` of each block
+    seconds: float  # that its I/O took
+
+    def and_(self, other):
+        """In both ranks: the worse."""
+        return Moved(np.maximum(self.statuses, other.statuses), max(self.seconds, other.seconds))
+
+
 class Found(NamedTuple):
     """What a rank's store has in a range of tier slots, by the headers there."""
 
@@ -72,7 +83,8 @@ class StepMetadata(base.KVConnectorMetadata):
     shape : PoolShape or None
         What the scheduler's half takes the pool for: in its first step, before anything can be in a slot.
     tier : list of TierTransfer
-        What begins on the lower tier, in this order.
+        What begins on the lower tier, in this order. A PUT behind a SAVE begins when that is over and `put_lag` more
+        steps have begun: by then an ERASE is there of what turned out to be wrong.
     """
 
     fences: list = field(default_factory=list)
@@ -108,18 +120,21 @@ class WorkerReport(WorkerMetadata):
         The rank has another pool than the scheduler counts on, and keeps nothing.
     tier_slots : tuple of int
         How many ranks have opened their store, and the fewest slots that one has.
-    statuses : dict
-        Number of a `TierTransfer` that is over -> ranks, and the worst `BlockStatus` of each block.
+    moved : dict
+        Number of a `TierTransfer` that is over -> ranks, and a `Moved`.
     found : dict
         First of a range of `RANGE_SLOTS` tier slots that was read -> ranks, and what all of these have, a `Found`.
+    has_more : bool
+        Some rank has read more of them than it told.
     """
 
     ended: dict = field(default_factory=dict)
     bad: dict = field(default_factory=dict)
     is_refusal: bool = False
     tier_slots: tuple = (0, 0)
-    statuses: dict = field(default_factory=dict)
+    moved: dict = field(default_factory=dict)
     found: dict = field(default_factory=dict)
+    has_more: bool = False
 
     def add(self, kind, number, bad=()):
         """This ended in one rank, all of it but the blocks in the slots `bad`."""
@@ -135,10 +150,11 @@ class WorkerReport(WorkerMetadata):
         ranks, fewest = other.tier_slots
         if ranks:
             self.tier_slots = self.tier_slots[0] + ranks, min(fewest, self.tier_slots[1] or fewest)
-        for number, told in other.statuses.items():
-            self.statuses[number] = merged(self.statuses.get(number), told, np.maximum)
+        for number, told in other.moved.items():
+            self.moved[number] = merged(self.moved.get(number), told)
         for first, told in other.found.items():
-            self.found[first] = merged(self.found.get(first), told, Found.and_)
+            self.found[first] = merged(self.found.get(first), told)
+        self.has_more |= other.has_more
         return self
 
     def is_empty(self):
@@ -146,6 +162,6 @@ class WorkerReport(WorkerMetadata):
         return self == WorkerReport()
 
 
-def merged(one, other, join):
+def merged(one, other):
     """Two of (ranks, what they say), where the first may be missing."""
-    return other if one is None else (one[0] + other[0], join(one[1], other[1]))
+    return other if one is None else (one[0] + other[0], one[1].and_(other[1]))

@@ -89,4 +89,4 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data, engine_idx=0):
         for name, value in transfer_stats_data.items():
             metric = self.metrics[name][engine_idx]
-            metric.set(value) if name in LEVELS else metric.inc(value)
+            metric.set(value) if name in LEVELS else metric.inc(max(0, value))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from kvortex import ConfigError, DiskTier, KVortexConfig, PoolExhausted
+from kvortex.arguments import LONGEST_MS, shown
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import align_tokens
 from kvortex.integrations.vllm.sights import MOST_COUNTED
@@ -110,8 +111,8 @@ class ConnectorOptions:
             )
         for name, what in NUMBERS.items():
             number = extra.get(name, 0)
-            if isinstance(number, bool) or not isinstance(number, int) or number < 0:
-                raise ConfigError(f"{name} must be a whole number of {what}, 0 or more, got {number!r}")
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LONGEST_MS:
+                raise ConfigError(f"{name} must be a whole number of {what}, 0 to 2^40, got {shown(number)}")
         if extra.get("save_after_hits", 0) > MOST_COUNTED:
             raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")
         if extra.get("save", AT_ONCE) not in (AT_ONCE, ON_EVICT):
@@ -145,7 +146,10 @@ def tier_of(extra):
     try:
         return {"tiers": (DiskTier(extra["disk_path"], **sizes),), "namespace": namespace}
     except TypeError as error:
-        raise ConfigError(f"disk_path must be a folder or a list of them, and sizes whole numbers: {error}") from None
+        raise ConfigError(
+            f"kv_connector_extra_config: {error}; disk_path must be a folder or a list of them, and is "
+            f"{shown(extra['disk_path'])}"
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,8 @@ class SchedulerHalf:
             return True
         if not self.tier.answers():
             return False
+        if self.tier.is_behind_others(name):
+            return True
         if self.tier.wants(name):
             wider = longest_hit(self.tier, self.groups, request, first, most, self.writing)
             if wider.length <= hit.length:
@@ -602,7 +604,7 @@ class SchedulerHalf:
 
     def failed(self, moving, bad):
         """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
-        self.discard(moving.keys[is_in(moving.transfer.slots, bad)])
+        self.discard(moving.keys[is_in(moving.transfer.slots, bad)], on_tier=False)  # what is there was verified
 
     def distrust_saves(self):
         """A load failed, ours or another connector's: what steps computed from garbage is being saved.
@@ -615,13 +617,13 @@ class SchedulerHalf:
         if self.evictions is not None:
             self.evictions.forget()
 
-    def discard(self, keys):
-        """Forget these blocks."""
+    def discard(self, keys, *, on_tier=True):
+        """Forget these blocks, in the pool and on a lower tier."""
         if self.events is not None:
             there = keys[self.index.lookup(keys)[0]]
             self.events.remove(self.index.slots_of(there))
         self.index.discard(keys)
-        if self.tier is not None:
+        if self.tier is not None and on_tier:
             self.tier.discard(keys)
 
     def finish(self, moving):

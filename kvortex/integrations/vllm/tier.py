@@ -35,6 +35,7 @@ class RemoteBatch:
 
     def __init__(self, num_blocks, clock, timeout_ms):
         self._statuses, self._is_over = np.full(num_blocks, BlockStatus.PENDING, np.uint8), False
+        self.seconds = None
         self._clock, self._deadline_s = clock, clock() + timeout_ms / 1000
 
     def done(self):
@@ -47,8 +48,8 @@ class RemoteBatch:
             return np.full(len(self._statuses), BlockStatus.LATE, np.uint8)
         return self._statuses
 
-    def end(self, statuses):
-        self._statuses, self._is_over = statuses, True
+    def end(self, moved):
+        self._statuses, self.seconds, self._is_over = moved.statuses, moved.seconds, True
 
 
 class RemoteStore:
@@ -80,10 +81,10 @@ class RemoteStore:
         unsent, self.unsent = self.unsent, []
         return unsent
 
-    def reported(self, statuses):
-        """Note what became of batches, `WorkerReport.statuses`."""
-        for number, told in statuses.items():
-            ranks, worst = self._told[number] = merged(self._told.get(number), told, np.maximum)
+    def reported(self, moved):
+        """Note what became of batches, `WorkerReport.moved`."""
+        for number, told in moved.items():
+            ranks, worst = self._told[number] = merged(self._told.get(number), told)
             if ranks == self.num_ranks:
                 del self._told[number]
                 self._batches.pop(number).end(worst)
@@ -138,6 +139,8 @@ class Tier:
         How many blocks a token fills.
     prefill_tokens_per_s : float or None
         What the model computes; 0: blocks come back whatever that takes. None: it is learnt.
+    steps_at_once : int, default 1
+        Steps that are under way at the same time.
     evicted : callable, optional
         Is told the slots whose blocks are evicted for what comes back.
     clock : callable, default time.monotonic
@@ -153,21 +156,22 @@ class Tier:
     name, queue_blocks = "disk", QUEUE_BLOCKS
 
     def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
-                 prefill_tokens_per_s=None, evicted=None, clock=time.monotonic):  # fmt: skip
+                 prefill_tokens_per_s=None, steps_at_once=1, evicted=None, clock=time.monotonic):  # fmt: skip
         self.index, self.slots, self.num_ranks, self.clock = index, slots, num_ranks, clock
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
         self.store = RemoteStore(num_ranks, clock)
         self.budget = WriteBudget(bytes_per_s, clock)
         self.breaker = Breaker(self.name)
-        self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, clock)
+        self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, clock, steps_at_once)
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
         self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
         self.promote_timeout_s = promote_timeout_ms / 1000
-        # By request id; (request id, keys) of this step, in vLLM's order, and how many blocks the pool lacks of these.
-        self.asked, self.wishes, self._num_wished = {}, [], 0
+        # By request id; (request id, keys) of this step, in vLLM's order, their blocks, and whether there is no room.
+        self.asked, self.wishes, self._num_wished, self._is_full = {}, [], 0, False
         self.behind, self.num_behind = {}, 0  # by number of the SAVE; blocks
         self.num_put_behind = self.num_not_put = 0
-        self._ranks, self._fewest = 0, 0
+        self._saved_s = 0.0  # that computing what came back would have taken, by the rates of then
+        self._ranks, self._fewest, self._has_more = 0, 0, False
         self._found, self._num_ranges = {}, 0  # ranges that some ranks have told of; those that all have
 
     # ---- what an earlier process left -------------------------------------------------------------------------------
@@ -180,11 +184,12 @@ class Tier:
             if self._ranks == self.num_ranks:
                 self.catalogue = BlockIndex(self._fewest)
         for first, told in report.found.items():
-            ranks, found = self._found[first] = merged(self._found.get(first), told, type(told[1]).and_)
+            ranks, found = self._found[first] = merged(self._found.get(first), told)
             if ranks == self.num_ranks:
                 del self._found[first]
                 self._adopt(first, found)
-        self.store.reported(report.statuses)
+        self._has_more = report.has_more
+        self.store.reported(report.moved)
         self._end_behind()
         self.step()
 
@@ -227,15 +232,21 @@ class Tier:
 
     @property
     def is_silent(self):
-        """Whether no step has brought news of all stores yet, which were opened before the first."""
-        return self._ranks < self.num_ranks
+        """Whether stores know blocks of which no step has brought news yet."""
+        return self._ranks < self.num_ranks or self._has_more
 
     def expect(self, request_id):
         """The request waits, `promote_timeout_ms` at the most."""
         self.asked.setdefault(request_id, Asked(self.clock() + self.promote_timeout_s))
 
+    def is_behind_others(self, request_id):
+        """Whether it waits, and in this step there is no room even for one that was asked before it."""
+        return self._is_full and request_id in self.asked
+
     def wish(self, request_id, keys):
-        """The request would have these blocks; `build` begins to bring them as soon as there is room.
+        """The request would have these blocks; `build` begins to bring them, where there is room for all or for half of
+        the pool. Where there is not, it waits, and who is asked later waits, too: otherwise small ones could overtake a
+        large one for ever.
 
         Returns
         -------
@@ -243,24 +254,38 @@ class Tier:
             False where computing them takes less time, with what is ahead of them. As long as it is not known what the
             tier brings in a second, one request finds out, and nobody waits for that.
         """
-        even, now_s = self.rate.break_even, self.clock()
         is_missing = ~self.index.lookup(keys)[0]
-        ahead = self.promoter.num_ahead + self._num_wished
-        if even.blocks_per_s and not even.is_known(now_s):
-            pays = ahead == 0
-        else:
-            num_missing = int(is_missing.sum())
-            pays = even.pays(
-                len(keys) - int(is_missing.argmax()), (ahead + num_missing) * self.slots.stride_bytes, now_s
-            )
-        if not pays:
-            self.promoter.misses["SLOWER_THAN_COMPUTING"] += int(is_missing.sum())
+        num_missing = int(is_missing.sum())
+        if not self._pays(len(keys) - int(is_missing.argmax()), num_missing):
+            self.promoter.misses["SLOWER_THAN_COMPUTING"] += num_missing
             self.asked[request_id] = Asked(0.0)
             return False
         self.expect(request_id)
-        self.wishes.append((request_id, keys))
-        self._num_wished += int(is_missing.sum())
+        self._is_full |= not self._has_room(len(keys))
+        if not self._is_full:
+            self.wishes.append((request_id, keys))
+            self._num_wished += len(keys)
         return True
+
+    def _pays(self, num_blocks, num_missing):
+        """Whether bringing so many takes less time than computing a run of blocks."""
+        even, now_s = self.rate.break_even, self.clock()
+        ahead = self.promoter.num_ahead + self._num_wished
+        if even.blocks_per_s and not even.is_known(now_s):
+            return ahead == 0
+        return even.pays(num_blocks, (ahead + num_missing) * self.slots.stride_bytes, now_s)
+
+    def _has_room(self, num_blocks):
+        """Whether so many more blocks may be held in half of the pool, and have slots."""
+        num_held = self.index.num_pinned + self.index.num_writing + self._num_wished
+        if not num_held:
+            return True
+        num_blocks = min(num_blocks, self.promoter.most_pinned, self.index.slots_added // 2)
+        return (
+            self.promoter.num_pinned + self.promoter.num_late + self._num_wished + num_blocks
+            <= self.promoter.most_pinned
+            and num_held + num_blocks <= self.index.slots_added
+        )
 
     def let_go(self, request_id):
         """The request has pinned what it found, or is gone."""
@@ -273,32 +298,24 @@ class Tier:
     def build(self, num_tokens):
         """What the step, which computes so many tokens, asks of the stores."""
         self.rate.step(num_tokens)
+        self._num_wished = 0
         for request_id, keys in self.wishes:
-            if not self._has_room(len(keys)):
-                break  # who asked later waits, too: otherwise small ones could overtake a large one for ever
-            if request_id in self.asked:
-                asked = self.asked[request_id]
+            if not self._has_room(len(keys)):  # any more: loads have pinned what they found
+                break
+            asked = self.asked.get(request_id)
+            if asked is not None and asked.promotion is None:
                 asked.promotion = Promotion(keys, asked.deadline_s, float("inf"))
                 self.promoter.begin(asked.promotion)
-        self.wishes, self._num_wished = [], 0
+        self.wishes, self._is_full = [], False
         self.step()
         return self.store.take()
 
-    def _has_room(self, num_blocks):
-        """Whether so many blocks may come, or the pool is at rest, and they will not have more room later."""
-        num_held = self.index.num_pinned + self.index.num_writing
-        if not num_held:
-            return True
-        return (
-            self.promoter.num_pinned + num_blocks <= self.promoter.most_pinned
-            and num_held + num_blocks <= self.index.slots_added
-        )
-
     def step(self):
         """Show what has come, and give the stores more to do."""
-        now_s = self.clock()
+        now_s, num_promoted = self.clock(), self.promoter.num_promoted
         while self.promoter.step(now_s) | self.cleaner.step(now_s):
             now_s = self.clock()
+        self._saved_s += self.rate.break_even.saved_s(self.promoter.num_promoted - num_promoted)
 
     # ---- a block's way out ------------------------------------------------------------------------------------------
 
@@ -407,7 +424,7 @@ class Tier:
             "disk_blocks_not_written": self.num_not_put + self.cleaner.num_failed,
             "disk_blocks_read": self.promoter.num_promoted,
             "disk_read_seconds": self.promoter.spent_s,
-            "disk_saved_seconds": self.rate.break_even.saved_s(self.promoter.num_promoted),
+            "disk_saved_seconds": self._saved_s,
             **{f"disk_misses_{cause}": count for cause, count in misses.items()},
         }
 
@@ -434,20 +451,33 @@ class PrefillRate:
         0: nothing is to be learnt. None: learn.
     blocks_per_token : float
     clock : callable
+    steps_at_once : int
+        How many a step has before it, itself included, when it begins: the others' tokens are not computed yet.
     """
 
-    LEAST_TOKENS, SHARE, MOST_STEPS = 256, 0.25, 8
+    LEAST_TOKENS, MOST_STEPS, LONGEST_S = 256, 8, 10
 
-    def __init__(self, tokens_per_s, blocks_per_token, clock):
+    def __init__(self, tokens_per_s, blocks_per_token, clock, steps_at_once=1):
         self.learns, self._blocks_per_token, self._clock = tokens_per_s is None, blocks_per_token, clock
         self.break_even = BreakEven((tokens_per_s or 0) * blocks_per_token)
-        self._num_tokens, self._began_s = 0, 0.0
-        self._recent = deque(maxlen=self.MOST_STEPS)
+        self._steps_at_once = steps_at_once
+        self._run = deque(maxlen=self.MOST_STEPS + steps_at_once)  # of steps that compute much: when they begin, tokens
+        self._rates = deque(maxlen=self.MOST_STEPS)
 
     def step(self, num_tokens):
-        """A step begins that computes so many tokens; the one before is over, or about to be."""
+        """A step begins that computes so many tokens."""
+        if not self.learns:
+            return
+        if num_tokens < self.LEAST_TOKENS:  # nothing says how long it and a pause behind it take
+            self._run.clear()
+            return
         now_s = self._clock()
-        if self.learns and self._num_tokens >= self.LEAST_TOKENS and now_s > self._began_s:
-            self._recent.append(self._num_tokens / (now_s - self._began_s))
-            self.break_even.blocks_per_s = float(np.median(self._recent)) * self._blocks_per_token
-        self._num_tokens, self._began_s = num_tokens, now_s
+        if self._run and now_s - self._run[-1][0] > self.LONGEST_S:  # there was nothing to do
+            self._run.clear()
+        self._run.append((now_s, num_tokens))
+        if len(self._run) > self._steps_at_once:
+            seconds = self._run[-1][0] - self._run[0][0]
+            computed = sum(tokens for _, tokens in list(self._run)[: -self._steps_at_once])
+            if seconds > 0:
+                self._rates.append(computed / seconds)
+                self.break_even.blocks_per_s = float(np.median(self._rates)) * self._blocks_per_token

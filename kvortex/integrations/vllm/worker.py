@@ -93,6 +93,8 @@ class WorkerHalf:
         What vLLM can be told of a load that failed. Blocks it can make out in one group of full attention only.
     open_store : callable, optional
         Opens the store of a lower tier for a pool.
+    put_lag : int, default 1
+        Steps that begin before the scheduler's half has said what it thinks of one.
 
     Notes
     -----
@@ -103,12 +105,13 @@ class WorkerHalf:
     steps, because it is of what the last wrote.
     """
 
-    def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS, open_store=None):
+    def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS, open_store=None,
+                 put_lag=1):  # fmt: skip
         self.shape, self.options, self.reports_aborted_loads = shape, options, reports_aborted_loads
         self.failed_loads, self.failed_requests = failed_loads, set()
         self.device = self.pool = self.compute = self.layout = self.verifier = None
         self.carrier = self.saver = self.loader = self.submitter = self.tier = None
-        self.open_store = open_store
+        self.open_store, self.put_lag = open_store, put_lag
         self.running = {}  # by number, ascending
         self.is_idle = False  # this step computes nothing
         # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it. It
@@ -152,7 +155,7 @@ class WorkerHalf:
 
             self.verifier = Verifier(layout, self.pool, tensor.device)
         if self.open_store is not None:
-            self.tier = WorkerTier(self.open_store(self.pool), self.layout.block_bytes)
+            self.tier = WorkerTier(self.open_store(self.pool), self.layout.block_bytes, self.put_lag)
 
     def live_addresses(self):
         """Where the KV cache is that was registered, or what is left of it once no copy of ours uses it."""
@@ -167,6 +170,8 @@ class WorkerHalf:
         self.is_idle = step.is_idle
         if step.shape is not None:
             self.counted = step.shape.slots
+        if self.tier is not None:
+            self.tier.begin(step.tier)
         for save in step.evictions:
             self.order(self.save(save))  # the wait after a save of what the step overwrites
         for number in step.fences:
@@ -179,9 +184,6 @@ class WorkerHalf:
             running = self.running.get(number)
             if running is not None and not self.give_up(running):
                 self.finish(running)  # the wait before another connector writes
-        if self.tier is not None:
-            saves = {number for number, running in self.running.items() if not running.is_load}
-            self.tier.begin(step.tier, saves.union(save.number for save in step.of(SAVE)))
 
     def start_loads(self, step):
         """After `begin`: loads need not wait for the forward. What finds no job is offered again in the next step."""

@@ -5,17 +5,27 @@ import os
 import select
 import threading
 import time
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
-from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, Found
+from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, Found, Moved, TierTransfer
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.disk.adoption import Adoption
 from kvortex.tiers.disk.tier import NO_TAG
 
 MOST_ROWS = 16_384  # found blocks told in one report
+
+
+@dataclass
+class Waiting:
+    """A PUT behind a SAVE."""
+
+    transfer: TierTransfer
+    steps: int  # that have yet to begin before it may
+    is_saved: bool = False
 
 
 class WorkerTier:
@@ -26,45 +36,67 @@ class WorkerTier:
     store : DiskStore
     block_bytes : int
         Of every block in this rank.
+    put_lag : int
+        Steps that begin before the scheduler's half has said what it thinks of one.
 
     Notes
     -----
-    Called by the thread that runs the model; no call waits for the disk but `wait_a_moment` and `close`. A PUT behind a
-    SAVE begins when that is over, so that what was saved last needs no further step to reach the disk.
+    Called by the thread that runs the model; no call waits for the disk but `wait_a_moment` and `close`. What a step
+    saves may have been computed from a load that failed, which the scheduler hears of when the step is over. So a PUT
+    behind a SAVE begins some steps later, unless its slots are to be erased by then; what waits when the server ends is
+    not kept.
     """
 
-    def __init__(self, store, block_bytes):
-        self.store, self.block_bytes = store, block_bytes
-        self.waiting = {}  # number of a SAVE -> the PUTs behind it
+    def __init__(self, store, block_bytes, put_lag=1):
+        self.store, self.block_bytes, self.put_lag = store, block_bytes, put_lag
+        self.waiting = {}  # number of a SAVE -> the PUT behind it, a `Waiting`
         self.running = {}  # number -> batch
-        self.statuses = {}  # of those that are over, to be told
+        self.moved = {}  # of those that are over, to be told
         self.is_told = False  # that the store is open
         self.ranges = Ranges(store.num_slots)
         self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
         self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         store.notify(self.event)
 
-    def begin(self, transfers, saves):
-        """Do what a step asks for; `saves` are the numbers of those that are not over."""
+    def begin(self, transfers):
+        """Do what a step asks for, before it saves anything."""
+        for waiting in self.waiting.values():
+            waiting.steps -= 1
         for transfer in transfers:
-            if transfer.save in saves:
-                self.waiting.setdefault(transfer.save, []).append(transfer)
+            if transfer.kind == ERASE:
+                self.drop_waiting(transfer.tier_slots)
+                self.store.erase(transfer.tier_slots, timeout_ms=None)
+            elif transfer.save:
+                self.waiting[transfer.save] = Waiting(transfer, self.put_lag)
             else:
                 self.start(transfer)
+        self.start_waiting()
 
-    def saved(self, number, *, is_good):
-        """A SAVE is over: the PUTs behind it begin, or are not worth anything."""
-        for transfer in self.waiting.pop(number, ()):
-            if is_good:
-                self.start(transfer)
-            else:
-                self.statuses[transfer.number] = np.full(len(transfer.slots), BlockStatus.DROPPED, np.uint8)
+    def drop_waiting(self, tier_slots):
+        """What waits to be written there is wrong, or not wanted; all of that PUT may be."""
+        for save, waiting in list(self.waiting.items()):
+            if np.isin(waiting.transfer.tier_slots, tier_slots).any():
+                self.drop(save)
+
+    def drop(self, save):
+        transfer = self.waiting.pop(save).transfer
+        self.moved[transfer.number] = Moved(np.full(len(transfer.slots), BlockStatus.DROPPED, np.uint8), 0.0)
+
+    def saved(self, save, *, is_good):
+        """A SAVE is over: the PUT behind it may begin in time, or is not worth anything."""
+        if save in self.waiting and not is_good:
+            self.drop(save)
+        elif save in self.waiting:
+            self.waiting[save].is_saved = True
+            self.start_waiting()
+
+    def start_waiting(self):
+        for save, waiting in list(self.waiting.items()):
+            if waiting.is_saved and waiting.steps <= 0:
+                self.start(self.waiting.pop(save).transfer)
 
     def start(self, transfer):
         kind, number, tier_slots, slots, keys, tag, timeout_ms, _ = transfer
-        if kind == ERASE:
-            self.store.erase(tier_slots, timeout_ms=None)
-            return
         move = {PUT: self.store.put, GET: self.store.get}[kind]
         self.running[number] = move(tier_slots, slots, keys, self.block_bytes, tag=tag, timeout_ms=timeout_ms)
 
@@ -72,7 +104,7 @@ class WorkerTier:
         """Note what is over."""
         for number, batch in list(self.running.items()):
             if batch.done():  # until then its slots are the disk's
-                self.statuses[number] = batch.statuses
+                self.moved[number] = Moved(batch.statuses, batch.seconds)
                 del self.running[number]
 
     def wait_a_moment(self, timeout_ms):
@@ -86,20 +118,23 @@ class WorkerTier:
         """Add to a `WorkerReport` what is new."""
         if not self.is_told:
             self.is_told, report.tier_slots = True, (1, self.store.num_slots)
-        report.statuses.update({number: (1, statuses) for number, statuses in self.statuses.items()})
-        self.statuses = {}
-        report.found.update(self.ranges.take(MOST_ROWS))
+        report.moved.update({number: (1, moved) for number, moved in self.moved.items()})
+        self.moved = {}
+        found, report.has_more = self.ranges.take(MOST_ROWS)
+        report.found.update(found)
 
     def close(self, timeout_ms):
-        """Write what was asked for and close the store; within `timeout_ms`. All saves are over."""
+        """Write what may be written and close the store; within `timeout_ms`. All saves are over."""
+        if self.event is None:
+            return
         deadline_s = time.monotonic() + timeout_ms / 1000
         self.adoption.stop()
         with contextlib.suppress(EngineClosed):
             self.store.flush(timeout_ms, durable=False)
+        self.store.notify(None)  # I/O that hangs may return when the descriptor is another's
         self.store.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
-        if self.event is not None:
-            os.close(self.event)
-            self.event = None
+        os.close(self.event)
+        self.event = None
 
 
 class Ranges:
@@ -138,7 +173,9 @@ class Ranges:
         return is_block
 
     def take(self, most_rows):
-        """Ranges that were read since, about so many blocks at the most, as `WorkerReport.found` has them."""
+        """Ranges that were read since, about so many blocks at the most, as `WorkerReport.found` has them; and whether
+        there are more.
+        """
         found = {}
         with self._lock:
             while self._whole and most_rows > 0:
@@ -150,4 +187,4 @@ class Ranges:
                 order = np.argsort(slots)
                 found[number * RANGE_SLOTS] = 1, Found(slots[order].astype(np.uint32), keys[order])
                 most_rows -= max(1, len(slots))
-        return found
+            return found, bool(self._whole)

@@ -383,6 +383,11 @@ cdef class DiskBatch:
         return self.wait_until(0)
 
     @property
+    def seconds(self):
+        """From the call to the end of its I/O, of which somebody may hear later; None until `done`."""
+        return (self.batch.over_ns - self.batch.begun_ns) / 1e9 if self.done() else None
+
+    @property
     def statuses(self):
         """(n,) uint8 array, a `BlockStatus` each, as they are now."""
         self.done()

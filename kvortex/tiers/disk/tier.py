@@ -5,7 +5,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from kvortex.arguments import whole_number
+from kvortex.arguments import shown, whole_number
 from kvortex.config import parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
@@ -57,7 +57,9 @@ class DiskTier:
         paths = self.paths
         alone = isinstance(paths, str | bytes | os.PathLike)
         object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in ([paths] if alone else paths)))
-        if len(set(self.paths)) != len(self.paths):
+        if not self.paths or not all(path and "\0" not in path for path in self.paths):
+            raise ConfigError(f"paths must name a folder, or several, got {shown(paths)}")
+        if len({os.path.abspath(path) for path in self.paths}) != len(self.paths):
             raise ConfigError(f"paths must differ, got {', '.join(self.paths)}")
         for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s"):
             if isinstance(getattr(self, name), str):
