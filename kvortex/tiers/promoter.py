@@ -136,8 +136,9 @@ class Promoter:
 
     @property
     def num_late(self):
-        """Slots of the pool that a disk which is late may still write to; no reader holds them."""
-        return sum(len(window.slots) for window in self._late)
+        """Slots of the pool that a disk which is late may still write to, or is to: no reader holds them."""
+        left = (landing for window in (*self._reading, *self._waiting) for landing in window.landings)
+        return sum(len(window.slots) for window in self._late) + sum(not landing.readers for landing in left)
 
     @property
     def num_ahead(self):

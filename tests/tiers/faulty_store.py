@@ -25,6 +25,10 @@ class FaultyBatch:
     def statuses(self):
         return self.wait(0)
 
+    @property
+    def seconds(self):
+        return None if self._gate is not None else self._batch.seconds
+
     def wait(self, timeout_ms=None):
         if self._gate is not None and not self._is_late:
             left_s = self._deadline - time.monotonic()

@@ -10,6 +10,8 @@ from kvortex.tiers.base import BlockStatus
 
 
 class MemoryBatch:
+    seconds = 0.0
+
     def __init__(self, n):
         self.statuses = np.full(n, BlockStatus.PENDING, np.uint8)
         self.keys = np.zeros((n, 32), np.uint8)

@@ -17,6 +17,14 @@ def test_what_is_put_comes_back(rig):
     assert rig.get(slots, range(5)) == [block(i) for i in range(5)]
 
 
+def test_a_batch_says_how_long_its_io_took_when_that_is_over(rig):
+    batch = rig.store.scan(range(8), tag=bytes(32), timeout_ms=60_000)
+    batch.wait()
+    while not batch.done():
+        pass
+    assert 0 <= batch.seconds < 60
+
+
 @pytest.mark.parametrize("length", [1, 4095, 4096, 4097, PAYLOAD_BYTES])
 def test_a_shorter_block_comes_back_whole(rig, length):
     rig.put([3], [1], generation=1)
