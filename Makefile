@@ -84,7 +84,7 @@ RUN_VLLM = \
 	OMP_NUM_THREADS=2 $(VLLM_VENVS)/$(1)/bin/python -m pytest tests/vllm $(2) $(PYTEST_ARGS)
 
 # The tests that start a whole vLLM, where that is not asked for.
-WHOLE_ENGINES := tests/vllm/test_engine.py tests/vllm/test_kinds.py tests/vllm/test_server.py
+WHOLE_ENGINES := $(addprefix tests/vllm/test_,engine.py kinds.py server.py tier_engine.py)
 LEFT_OUT = $(if $(filter $(1),$(VLLM_ENGINES)),,$(WHOLE_ENGINES:%=--ignore=%))
 
 test-vllm: build  ## the connector in vLLM 0.15 and 0.32, on the CPU; makes an environment for each

@@ -89,10 +89,8 @@ class BreakEven:
         self._bytes_per_s, self._at_s = None, 0
 
     def measured(self, nbytes, seconds, now_s):
-        """So many bytes came in so long. Of none at all nothing is learnt."""
-        if seconds <= 0:
-            return
-        rate = nbytes / seconds
+        """So many bytes came in so long."""
+        rate = nbytes / max(seconds, 1e-9)
         known = self._bytes_per_s if self._bytes_per_s and now_s - self._at_s < self.FORGOTTEN_S else rate
         self._bytes_per_s, self._at_s = 0.75 * known + 0.25 * rate, now_s
 

@@ -90,11 +90,8 @@ class Promoter:
         self.num_pinned = self.num_writing = self._num_reading = 0
         self.num_promoted = self.num_expired = 0
         self.spent_s, self._landed_at_s = 0.0, 0.0
-        self._num_landed, self._since_s, self._until_s = (
-            0,
-            float("inf"),
-            0.0,
-        )  # blocks that land now, read from when to when
+        # Of the windows that ended in this step: blocks, when reading the first began, when the last was over.
+        self._num_landed, self._since_s, self._until_s = 0, float("inf"), 0.0
         self.misses = Counter()  # blocks that a reader waited for in vain, by cause
         self._landings = {}  # by key
         self._promotions = []  # those that are not over, or hold blocks
@@ -318,13 +315,14 @@ class Promoter:
         self._settle(window, has_landed, now_s, slots)
 
     def _measure(self, now_s):
-        """How long it took; windows that are seen to be over together count as one."""
+        """Learn the tier's rate; windows that ended in one step count as one."""
         seconds = max(0.0, self._until_s - self._since_s)
         self.spent_s += seconds
-        if self._num_landed:
-            self._landed_at_s = max(self._landed_at_s, self._until_s)
+        if self._num_landed and seconds:  # else they were read beside others, and count with the next
+            self._landed_at_s = self._until_s
             self.break_even.measured(self._num_landed * self._stride_bytes, seconds, now_s)
-        self._num_landed, self._since_s, self._until_s = 0, float("inf"), 0.0
+            self._num_landed = 0
+        self._since_s, self._until_s = float("inf"), 0.0
 
     def _settle(self, window, has_landed, now_s, slots=None):
         """Give each reader its blocks, or end its run at those that did not come."""

@@ -410,7 +410,7 @@ def test_a_slot_has_room_for_all_bytes_of_a_block_in_every_form(make_rig, name):
 
 @pytest.mark.parametrize("interval", [-1, 1.5, True, "64", None])
 def test_an_interval_that_is_no_number_of_tokens_is_refused(interval):
-    with pytest.raises(ConfigError, match="window_interval_tokens must be a whole number of tokens, 0 or more, got"):
+    with pytest.raises(ConfigError, match="window_interval_tokens must be a whole number of tokens, 0 to 2.40, got"):
         ConnectorOptions.parse({"cpu_pool_size_bytes": 1 << 20, "window_interval_tokens": interval})
 
 

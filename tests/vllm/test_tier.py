@@ -71,7 +71,7 @@ def test_blocks_on_disk_are_there_after_a_restart(start, prompts):
 
 
 def test_what_was_saved_last_reaches_the_disk_although_no_request_follows(start, prompts):
-    rig = start(num_slots=100)
+    rig = start(num_slots=200)
     rig.add("a", prompts[0])
     rig.step_until_served()
     rig.step()  # in which vLLM tells that the request is over
@@ -80,7 +80,7 @@ def test_what_was_saved_last_reaches_the_disk_although_no_request_follows(start,
 
 
 def test_a_block_is_written_to_disk_when_its_copy_is_over_and_not_before(start, prompts, host):
-    rig = start(num_slots=100)
+    rig = start(num_slots=200)
     host.hold()
     rig.add("a", prompts[0])
     rig.step_until_served()
@@ -627,7 +627,7 @@ def test_only_what_all_ranks_have_in_the_same_slot_is_known(together):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_block_has_come_only_if_every_rank_says_so(together):
-    store = RemoteStore(2, time.monotonic)
+    store = RemoteStore(2)
     slots, keys = np.arange(3, dtype=np.uint32), np.zeros((3, 32), np.uint8)
     batch = store.get(slots, slots, keys, 4096, tag=bytes(32), timeout_ms=LONG_MS)
     damaged, late = BlockStatus.PAYLOAD_DAMAGED, BlockStatus.LATE
@@ -668,7 +668,7 @@ def test_one_request_finds_out_what_the_disk_brings_and_nobody_waits_for_it(bloc
 def test_a_request_waits_only_if_what_is_ahead_leaves_it_a_gain(disk_blocks_per_s, waits):
     tier = make_tier(1)
     tier.rate.break_even.blocks_per_s = 100
-    tier.rate.break_even.measured(disk_blocks_per_s * tier.slots.stride_bytes, 1, tier.clock())
+    tier.rate.break_even.measured(disk_blocks_per_s * tier.slots.stride_bytes, 1, time.monotonic())
     assert [tier.wish(name, keys_of_four(number)) for number, name in enumerate("abc")] == waits
     assert tier.counters()["disk_misses_slower_than_computing"] == 4 * waits.count(False)
 
@@ -690,7 +690,7 @@ def test_what_the_model_computes_is_learnt_from_steps_that_compute_much():
 def test_where_steps_overlap_the_tokens_of_those_under_way_do_not_count():
     now = [0.0]
     rate = PrefillRate(None, 1 / 16, lambda: now[0], 2)
-    for seconds in (0, 0.002, 0.4, 0.4, 0.4):  # the second is scheduled at once
+    for seconds in (0, 0.002, *[0.4] * 30):  # the second is scheduled at once
         now[0] += seconds
         rate.step(8000)
     assert 8000 / 0.41 < 16 * rate.break_even.blocks_per_s < 8000 / 0.39

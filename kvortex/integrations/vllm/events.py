@@ -109,7 +109,7 @@ class BlockEvents:
             self.store(slots[new])
 
     def remove(self, slots):
-        """They cannot any more; of what nobody was told, nobody is."""
+        """The blocks in these slots are gone. Those that were never announced are passed over."""
         slots, hashes = slots[self.is_told[slots]], {}
         for source, name in zip(self.blocks["source"][slots].tolist(), self.names("hash", slots), strict=True):
             hashes.setdefault(self.sources[source][0].index, []).append(name)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 
-RANGE_SLOTS = 512  # of a tier, told at once of an earlier process's
+RANGE_SLOTS = 512  # tier slots that one entry of `WorkerReport.found` covers
 
 # What a message is about.
 SAVE, LOAD = "save", "load"  # a `Transfer`
@@ -43,7 +43,7 @@ class Moved(NamedTuple):
     statuses: np.ndarray  # uint8, a `BlockStatus` of each block
     seconds: float  # that its I/O took
 
-    def and_(self, other):
+    def merge(self, other):
         """In both ranks: the worse."""
         return Moved(np.maximum(self.statuses, other.statuses), max(self.seconds, other.seconds))
 
@@ -54,7 +54,7 @@ class Found(NamedTuple):
     slots: np.ndarray  # uint32, ascending: those of the range that hold a block
     keys: np.ndarray  # (n, 32) uint8
 
-    def and_(self, other):
+    def merge(self, other):
         """What both have: the same block in the same slot."""
         _, here, there = np.intersect1d(self.slots, other.slots, assume_unique=True, return_indices=True)
         same = (self.keys[here] == other.keys[there]).all(axis=1)
@@ -164,4 +164,4 @@ class WorkerReport(WorkerMetadata):
 
 def merged(one, other):
     """Two of (ranks, what they say), where the first may be missing."""
-    return other if one is None else (one[0] + other[0], one[1].and_(other[1]))
+    return other if one is None else (one[0] + other[0], one[1].merge(other[1]))

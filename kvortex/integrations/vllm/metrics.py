@@ -7,7 +7,6 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorProm
 CAUSES = {  # why a block that was on disk did not come back
     "late": "they did not come in time",
     "full": "host memory had no room for them",
-    "suspended": "the disk was left alone after failures",
     "slower_than_computing": "reading them would have taken longer than computing them",
     "gone": "they left the disk, or were being saved anew, meanwhile",
     "unreadable": "what lies there is damaged, or is not the block",
@@ -30,7 +29,7 @@ SUMS = {
     "disk_blocks_read": "KV blocks that came back from disk into host memory",
     "disk_read_seconds": "Seconds in which blocks came back from disk",
     "disk_saved_seconds": "Seconds that computing these blocks would have taken, as far as that is known",
-    **{f"disk_misses_{cause}": f"KV blocks that requests waited for in vain: {why}" for cause, why in CAUSES.items()},
+    **{f"disk_misses_{cause}": f"KV blocks on disk that a request did not get: {why}" for cause, why in CAUSES.items()},
     "verify_blocks": "KV blocks compared by verify",
     "verify_mismatches": "KV blocks that verify found to differ",
     "verify_skipped": "Transfers that verify had no room for",
@@ -89,4 +88,4 @@ class KVortexPromMetrics(KVConnectorPromMetrics):
     def observe(self, transfer_stats_data, engine_idx=0):
         for name, value in transfer_stats_data.items():
             metric = self.metrics[name][engine_idx]
-            metric.set(value) if name in LEVELS else metric.inc(max(0, value))
+            metric.set(value) if name in LEVELS else metric.inc(value)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields, replace
 
 from kvortex import ConfigError, DiskTier, KVortexConfig, PoolExhausted
-from kvortex.arguments import LONGEST_MS, shown
+from kvortex.arguments import shown
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import align_tokens
 from kvortex.integrations.vllm.sights import MOST_COUNTED
@@ -23,6 +23,7 @@ ENGINE_OPTIONS = (
 )
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
+MOST = 1 << 40
 NUMBERS = {
     "window_interval_tokens": "tokens",
     "save_after_hits": "requests",
@@ -111,7 +112,7 @@ class ConnectorOptions:
             )
         for name, what in NUMBERS.items():
             number = extra.get(name, 0)
-            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= LONGEST_MS:
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MOST:
                 raise ConfigError(f"{name} must be a whole number of {what}, 0 to 2^40, got {shown(number)}")
         if extra.get("save_after_hits", 0) > MOST_COUNTED:
             raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")

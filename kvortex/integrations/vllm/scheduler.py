@@ -203,14 +203,14 @@ class SchedulerHalf:
             return True
         if not self.tier.answers():
             return False
-        if self.tier.is_behind_others(name):
+        if self.tier.must_queue(name):
             return True
         if self.tier.wants(name):
             wider = longest_hit(self.tier, self.groups, request, first, most, self.writing)
             if wider.length <= hit.length:
                 return False
             keys, _ = self.used(request, wider.length, first)
-            if self.forgetful and len(keys) > self.tier.promoter.most_pinned:
+            if self.forgetful and len(keys) > self.tier.most_promoted:
                 return False  # a part would be of no use
             return self.tier.wish(name, keys)
         return True
@@ -469,7 +469,7 @@ class SchedulerHalf:
         is_coming = self.is_coming(keys, statuses)
         for offer, rows in kept:
             state, found = offer.state, statuses[rows]
-            if is_coming[rows].any():  # or not: it is offered again in the next step
+            if is_coming[rows].any():  # the promotion may fail: in the next step these blocks are offered again
                 state.offered_tokens = offer.offered_tokens
             if is_full:
                 state.is_cut = bool((found == ReserveStatus.FULL)[np.isin(groups[rows], self.runs)].any())
@@ -604,7 +604,7 @@ class SchedulerHalf:
 
     def failed(self, moving, bad):
         """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
-        self.discard(moving.keys[is_in(moving.transfer.slots, bad)], on_tier=False)  # what is there was verified
+        self.discard(moving.keys[is_in(moving.transfer.slots, bad)], on_tier=False)  # on the tier it was verified
 
     def distrust_saves(self):
         """A load failed, ours or another connector's: what steps computed from garbage is being saved.
@@ -704,14 +704,8 @@ class SchedulerHalf:
             state.outdated = True
 
     def tell_all_removed(self):
-        """Every block that is there is about to be forgotten: those that nothing pins, and those that loads do."""
-        self.index.offer_again()
-        blocks = self.index.coldest(self.shape.slots.num_slots)
-        self.index.release(blocks.slots)
-        self.events.remove(blocks.slots)
-        loads = [moving.keys for moving in self.in_flight.values() if moving.transfer.kind == LOAD]
-        if loads:
-            self.discard(np.unique(np.concatenate(loads), axis=0))
+        """Tell that every block is gone: all are about to be forgotten, whoever pins them."""
+        self.events.remove(np.flatnonzero(self.events.is_told))
 
 
 def is_in(slots, some):

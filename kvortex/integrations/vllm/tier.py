@@ -22,21 +22,21 @@ from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
 
 NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
-QUEUE_BLOCKS = 4096  # that the store of a rank lets wait
+QUEUE_BLOCKS = 4096  # most blocks that a rank's store queues, the default of `DiskTier`
 CAUSE_OF = {  # of `Promoter.misses`, those that are no `BlockStatus` of a record
-    "LATE": "late", "PENDING": "late", "DROPPED": "late", "FULL": "full", "SUSPENDED": "suspended",
+    "LATE": "late", "DROPPED": "late", "FULL": "full", "SUSPENDED": "late",
     "SLOWER_THAN_COMPUTING": "slower_than_computing", "GONE": "gone", "BEING_SAVED": "gone", "DISCARDED": "gone",
 }  # fmt: skip
-TOUCHED_LATER = 64  # requests that ended while their blocks were being written
+TOUCHED_LATER = 64  # most requests whose touch is repeated when a PUT is over
 
 
 class RemoteBatch:
     """What every rank's store was asked for; see `kvortex.tiers.base.Batch`."""
 
-    def __init__(self, num_blocks, clock, timeout_ms):
+    def __init__(self, num_blocks, timeout_ms):
         self._statuses, self._is_over = np.full(num_blocks, BlockStatus.PENDING, np.uint8), False
         self.seconds = None
-        self._clock, self._deadline_s = clock, clock() + timeout_ms / 1000
+        self._deadline_s = time.monotonic() + timeout_ms / 1000
 
     def done(self):
         """Whether every rank has told of it."""
@@ -44,7 +44,7 @@ class RemoteBatch:
 
     @property
     def statuses(self):
-        if not self._is_over and self._clock() >= self._deadline_s:
+        if not self._is_over and time.monotonic() >= self._deadline_s:
             return np.full(len(self._statuses), BlockStatus.LATE, np.uint8)
         return self._statuses
 
@@ -55,8 +55,8 @@ class RemoteBatch:
 class RemoteStore:
     """The stores of all ranks as one; see `kvortex.tiers.base.Store`, of which cleaner and promoter need this much."""
 
-    def __init__(self, num_ranks, clock):
-        self.num_ranks, self.clock = num_ranks, clock
+    def __init__(self, num_ranks):
+        self.num_ranks = num_ranks
         self.unsent, self._last_number = [], 0
         self._batches, self._told = {}, {}  # by number
 
@@ -73,7 +73,7 @@ class RemoteStore:
     def _send(self, kind, tier_slots, slots, keys, tag, timeout_ms, save=0):
         self._last_number += 1
         self.unsent.append(TierTransfer(kind, self._last_number, tier_slots, slots, keys, tag, timeout_ms, save))
-        batch = self._batches[self._last_number] = RemoteBatch(len(slots), self.clock, timeout_ms)
+        batch = self._batches[self._last_number] = RemoteBatch(len(slots), timeout_ms)
         return batch
 
     def take(self):
@@ -118,6 +118,7 @@ class Behind:
     keys: np.ndarray
     slots: np.ndarray
     is_pinned: np.ndarray | None = None  # by us; None: not every rank has reported the SAVE
+    is_late: bool = False
     to_touch: list = field(default_factory=list)  # keys of requests that ended meanwhile
 
 
@@ -143,7 +144,6 @@ class Tier:
         Steps that are under way at the same time.
     evicted : callable, optional
         Is told the slots whose blocks are evicted for what comes back.
-    clock : callable, default time.monotonic
 
     Attributes
     ----------
@@ -156,18 +156,21 @@ class Tier:
     name, queue_blocks = "disk", QUEUE_BLOCKS
 
     def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
-                 prefill_tokens_per_s=None, steps_at_once=1, evicted=None, clock=time.monotonic):  # fmt: skip
-        self.index, self.slots, self.num_ranks, self.clock = index, slots, num_ranks, clock
+                 prefill_tokens_per_s=None, steps_at_once=1, evicted=None):  # fmt: skip
+        self.index, self.slots, self.num_ranks = index, slots, num_ranks
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
-        self.store = RemoteStore(num_ranks, clock)
-        self.budget = WriteBudget(bytes_per_s, clock)
+        self.store = RemoteStore(num_ranks)
+        self.budget = WriteBudget(bytes_per_s)
         self.breaker = Breaker(self.name)
-        self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, clock, steps_at_once)
+        self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, time.monotonic, steps_at_once)
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
         self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
+        self.cleaner.most_pinned = max(1, min(self.cleaner.most_pinned, slots.num_slots // 16))
+        self.most_behind = max(1, slots.num_slots // 8 - self.cleaner.most_pinned)
         self.promote_timeout_s = promote_timeout_ms / 1000
-        # By request id; (request id, keys) of this step, in vLLM's order, their blocks, and whether there is no room.
-        self.asked, self.wishes, self._num_wished, self._is_full = {}, [], 0, False
+        # Request id -> `Asked`; (request id, keys) that this step wishes, in vLLM's order; the sum of their blocks, and
+        # of those that the pool lacks; whether one found no room.
+        self.asked, self.wishes, self._num_wished, self._num_to_read, self._is_full = {}, [], 0, 0, False
         self.behind, self.num_behind = {}, 0  # by number of the SAVE; blocks
         self.num_put_behind = self.num_not_put = 0
         self._saved_s = 0.0  # that computing what came back would have taken, by the rates of then
@@ -198,8 +201,6 @@ class Tier:
         end = min(first + RANGE_SLOTS, self._fewest)
         self._num_ranges += 1
         self.is_adopting = self._num_ranges < -(-self._fewest // RANGE_SLOTS)
-        if first >= end:
-            return
         keys, lengths = np.zeros((end - first, 32), np.uint8), np.zeros(end - first, np.uint32)
         if self.tag == NO_TAG:
             there = found.slots < end
@@ -211,7 +212,11 @@ class Tier:
 
     def answers(self):
         """Whether it has blocks, and gives them."""
-        return self.catalogue.num_ready > 0 and self.breaker.allows(self.clock())
+        return (
+            self.catalogue.num_ready > 0
+            and self.breaker.allows(time.monotonic())
+            and self.promoter.num_late < self.promoter.most_pinned
+        )
 
     def lookup(self, keys):
         """As `BlockIndex.lookup`, of what is in the pool or on the tier."""
@@ -223,7 +228,7 @@ class Tier:
         asked = self.asked.get(request_id)
         if asked is None:
             return False
-        return asked.promotion.is_over if asked.promotion is not None else self.clock() >= asked.deadline_s
+        return asked.promotion.is_over if asked.promotion is not None else time.monotonic() >= asked.deadline_s
 
     def wants(self, request_id):
         """Whether it is not known yet what this request would have from the tier."""
@@ -237,9 +242,9 @@ class Tier:
 
     def expect(self, request_id):
         """The request waits, `promote_timeout_ms` at the most."""
-        self.asked.setdefault(request_id, Asked(self.clock() + self.promote_timeout_s))
+        self.asked.setdefault(request_id, Asked(time.monotonic() + self.promote_timeout_s))
 
-    def is_behind_others(self, request_id):
+    def must_queue(self, request_id):
         """Whether it waits, and in this step there is no room even for one that was asked before it."""
         return self._is_full and request_id in self.asked
 
@@ -251,8 +256,8 @@ class Tier:
         Returns
         -------
         waits : bool
-            False where computing them takes less time, with what is ahead of them. As long as it is not known what the
-            tier brings in a second, one request finds out, and nobody waits for that.
+            False where computing them is faster than waiting for them and for what is read before. While the disk's
+            rate is unknown, one request is promoted to measure it; the others compute.
         """
         is_missing = ~self.index.lookup(keys)[0]
         num_missing = int(is_missing.sum())
@@ -265,12 +270,18 @@ class Tier:
         if not self._is_full:
             self.wishes.append((request_id, keys))
             self._num_wished += len(keys)
+            self._num_to_read += num_missing
         return True
+
+    @property
+    def most_promoted(self):
+        """Blocks that may come for one request."""
+        return self.promoter.most_pinned - self.promoter.num_late
 
     def _pays(self, num_blocks, num_missing):
         """Whether bringing so many takes less time than computing a run of blocks."""
-        even, now_s = self.rate.break_even, self.clock()
-        ahead = self.promoter.num_ahead + self._num_wished
+        even, now_s = self.rate.break_even, time.monotonic()
+        ahead = self.promoter.num_ahead + self._num_to_read
         if even.blocks_per_s and not even.is_known(now_s):
             return ahead == 0
         return even.pays(num_blocks, (ahead + num_missing) * self.slots.stride_bytes, now_s)
@@ -280,7 +291,7 @@ class Tier:
         num_held = self.index.num_pinned + self.index.num_writing + self._num_wished
         if not num_held:
             return True
-        num_blocks = min(num_blocks, self.promoter.most_pinned, self.index.slots_added // 2)
+        num_blocks = min(num_blocks, self.most_promoted, self.index.slots_added // 2)
         return (
             self.promoter.num_pinned + self.promoter.num_late + self._num_wished + num_blocks
             <= self.promoter.most_pinned
@@ -298,7 +309,7 @@ class Tier:
     def build(self, num_tokens):
         """What the step, which computes so many tokens, asks of the stores."""
         self.rate.step(num_tokens)
-        self._num_wished = 0
+        self._num_wished = self._num_to_read = 0
         for request_id, keys in self.wishes:
             if not self._has_room(len(keys)):  # any more: loads have pinned what they found
                 break
@@ -312,9 +323,9 @@ class Tier:
 
     def step(self):
         """Show what has come, and give the stores more to do."""
-        now_s, num_promoted = self.clock(), self.promoter.num_promoted
+        now_s, num_promoted = time.monotonic(), self.promoter.num_promoted
         while self.promoter.step(now_s) | self.cleaner.step(now_s):
-            now_s = self.clock()
+            now_s = time.monotonic()
         self._saved_s += self.rate.break_even.saved_s(self.promoter.num_promoted - num_promoted)
 
     # ---- a block's way out ------------------------------------------------------------------------------------------
@@ -331,7 +342,9 @@ class Tier:
         """
         num_used = min(num_admitted, len(keys))
         self.budget.give_back((num_admitted - num_used) * self.slots.stride_bytes)
-        count = min(num_used, max(0, self.slots.num_slots // 8 - self.num_behind - self.cleaner.num_pinned))
+        if not self.breaker.allows(time.monotonic()):
+            return  # the cleaner writes them later
+        count = min(num_used, max(0, self.most_behind - self.num_behind))
         tier_slots, statuses = self.catalogue.reserve(keys[:count], self.slots.payload_bytes)
         rows = np.flatnonzero(statuses == ReserveStatus.NEW)
         if not len(rows):  # what the tier has the cleaner touches there, and gives back what was spent for it
@@ -346,8 +359,8 @@ class Tier:
     def saved(self, moving, bad):
         """Every rank has reported a SAVE: show its blocks, pinned while they are being written.
 
-        A slot that a rank could not fill, or whose block was discarded meanwhile, is kept until that is over, too:
-        others read it.
+        A slot that a rank could not fill, or whose block was discarded, is not used again until its PUT is over: other
+        ranks' disks still read it.
 
         Returns
         -------
@@ -361,6 +374,7 @@ class Tier:
         is_known = self.index.slots_of(moving.keys) == slots
         is_shown = ~bad & (is_known | ~is_behind)
         pins = (is_behind & is_shown).astype(np.uint32)
+        self.index.discard(moving.keys[bad & is_behind & is_known])  # who saves or promotes it anew gets another slot
         self.index.abort(slots[bad & ~is_behind])
         is_ready[is_shown] = self.index.commit(slots[is_shown], pins=pins[is_shown]) == CommitStatus.READY
         if behind is not None:
@@ -370,6 +384,9 @@ class Tier:
     def _end_behind(self):
         """Note what was written behind SAVEs; a block that the pool has lost meanwhile is not kept."""
         for number, behind in list(self.behind.items()):
+            if not behind.is_late and not behind.batch.done() and (behind.batch.statuses == BlockStatus.LATE).all():
+                behind.is_late = True  # its slots are the disk's until it is over
+                self.breaker.saw(behind.batch.statuses, time.monotonic())
             if behind.is_pinned is None or not behind.batch.done():
                 continue
             del self.behind[number]
@@ -382,10 +399,12 @@ class Tier:
             is_there = self.catalogue.commit(kept) == CommitStatus.READY
             self.erase(kept[~is_there])
             is_kept[is_kept] = is_there
-            self.breaker.saw(behind.batch.statuses, self.clock())
+            if not behind.is_late:
+                self.breaker.saw(behind.batch.statuses, time.monotonic())
             self.num_put_behind += int(is_kept.sum())
             self.num_not_put += int((~is_kept).sum())
             pinned = behind.is_pinned
+            # Never offered, so most recent now; what was not written the cleaner takes.
             self.index.release(behind.slots[pinned][::-1], offered=True, clean=is_kept[pinned][::-1])
             self.index.abort(behind.slots[~pinned])
             for keys in behind.to_touch:
@@ -412,6 +431,8 @@ class Tier:
     def clear(self, tag):
         """Forget everything at once: what is on the disk has another tag from now on."""
         self.tag = tag
+        for behind in self.behind.values():
+            self.erase(behind.tier_slots)  # what waits is not written
         self.catalogue.clear()
 
     def counters(self):
@@ -476,7 +497,7 @@ class PrefillRate:
             self._run.clear()
         self._run.append((now_s, num_tokens))
         if len(self._run) > self._steps_at_once:
-            seconds = self._run[-1][0] - self._run[0][0]
+            seconds = self._run[-1][0] - self._run[self._steps_at_once - 1][0]
             computed = sum(tokens for _, tokens in list(self._run)[: -self._steps_at_once])
             if seconds > 0:
                 self._rates.append(computed / seconds)

@@ -94,7 +94,7 @@ class WorkerHalf:
     open_store : callable, optional
         Opens the store of a lower tier for a pool.
     put_lag : int, default 1
-        Steps that begin before the scheduler's half has said what it thinks of one.
+        Steps that begin between a SAVE and the scheduler's verdict on it.
 
     Notes
     -----
@@ -440,7 +440,7 @@ class WorkerHalf:
                 part.close()
 
     def end_saves(self):
-        """What was saved last may go to the tier now; what could not be is not written there."""
+        """Start PUTs whose steps have begun and whose SAVE is over now; drop the others."""
         for number, running in self.running.items():
             if not running.is_load:
                 with contextlib.suppress(DriverError, MemoryError):

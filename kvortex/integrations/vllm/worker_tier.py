@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvortex.errors import EngineClosed
 from kvortex.index import NO_SLOT
 from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, Found, Moved, TierTransfer
 from kvortex.tiers.base import BlockStatus
@@ -24,7 +23,7 @@ class Waiting:
     """A PUT behind a SAVE."""
 
     transfer: TierTransfer
-    steps: int  # that have yet to begin before it may
+    steps: int  # that must begin before it may
     is_saved: bool = False
 
 
@@ -37,7 +36,7 @@ class WorkerTier:
     block_bytes : int
         Of every block in this rank.
     put_lag : int
-        Steps that begin before the scheduler's half has said what it thinks of one.
+        Steps that begin between a SAVE and the scheduler's verdict on it.
 
     Notes
     -----
@@ -73,7 +72,7 @@ class WorkerTier:
         self.start_waiting()
 
     def drop_waiting(self, tier_slots):
-        """What waits to be written there is wrong, or not wanted; all of that PUT may be."""
+        """Drop the PUTs that wait for one of these slots, whole: their other blocks may be wrong, too."""
         for save, waiting in list(self.waiting.items()):
             if np.isin(waiting.transfer.tier_slots, tier_slots).any():
                 self.drop(save)
@@ -124,13 +123,12 @@ class WorkerTier:
         report.found.update(found)
 
     def close(self, timeout_ms):
-        """Write what may be written and close the store; within `timeout_ms`. All saves are over."""
+        """Write what was given to the store and close it; within `timeout_ms`. What waits is dropped."""
         if self.event is None:
             return
         deadline_s = time.monotonic() + timeout_ms / 1000
         self.adoption.stop()
-        with contextlib.suppress(EngineClosed):
-            self.store.flush(timeout_ms, durable=False)
+        self.store.flush(timeout_ms, durable=False)
         self.store.notify(None)  # I/O that hangs may return when the descriptor is another's
         self.store.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
         os.close(self.event)
@@ -179,7 +177,7 @@ class Ranges:
         found = {}
         with self._lock:
             while self._whole and most_rows > 0:
-                number = self._whole.pop()
+                number = self._whole.pop(0)
                 parts = self._parts.pop(number, None)
                 slots, keys = (np.concatenate(rows) for rows in zip(*parts, strict=True)) if parts else (
                     np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
