@@ -46,6 +46,7 @@ class Cleaner:
         self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
         self.most_pinned = max(1, min(pool.num_slots // 8, MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
         self._stride_bytes = pool.stride_bytes
+        self.blocks_a_step, self.num_taken = float("inf"), 0  # to be looked at; those that were
         self.num_pinned = 0
         self.num_written = self.num_written_beyond = self.num_failed = 0
         self._out = deque()  # batches, as they were begun and as they end
@@ -82,11 +83,12 @@ class Cleaner:
             self._begin_pass(False)
         elif self._admits_all and not self._for_a_flush and not self.budget.is_idle():
             self._admits_all = False
-        begun = False
+        begun, num_taken = False, self.num_taken
         while now_s >= self._not_before_s and self.num_pinned < self.most_pinned and self.breaker.allows(now_s):
-            if not self._begin_batch(now_s):
+            if self.num_taken - num_taken >= self.blocks_a_step or not self._begin_batch(now_s):
                 break
             begun = True
+            self._end_batches(now_s)  # nothing of it may have to be written
         return ended or begun
 
     def _begin_pass(self, for_a_flush):
@@ -137,6 +139,7 @@ class Cleaner:
         # The tier has evicted some that it had, and has some that were paid for.
         self.budget.spend(int(is_clean[written].sum()) * self._stride_bytes)
         self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._stride_bytes)
+        self.num_taken += len(blocks.slots)
         self._num_passed += int((~is_wanted).sum())
         self.num_pinned += len(blocks.slots)
         has, refused = wanted[statuses == ReserveStatus.PRESENT], wanted[statuses > ReserveStatus.PRESENT]

@@ -52,6 +52,7 @@ def test_the_reader_in_python_takes_what_was_written():
     assert len(SEGMENT) == HEADER_BYTES + 3 * len(RECORD)
 
 
+@pytest.mark.host
 @pytest.mark.skipif(not SOAK, reason="downloads atheris, which has wheels for few Pythons, and runs for minutes")
 @pytest.mark.parametrize("target", ["record", "folder"])
 def test_atheris_finds_nothing(tmp_path, target):

@@ -370,6 +370,19 @@ def test_messages_name_each_batch_once(start, prompts):
     del half.build
 
 
+def test_a_step_does_not_go_over_the_whole_pool_for_the_disks_sake(start, prompt):
+    rig = start(num_slots=400)
+    serve(rig, [prompt(number, NUM_BLOCKS * 16 + 1) for number in range(30)], "a")
+    tier = rig.half.tier
+    rig.index.offer_again()
+    taken = []
+    for _ in range(12):
+        before = tier.cleaner.num_taken
+        rig.step()
+        taken.append(tier.cleaner.num_taken - before)
+    assert sum(taken) == 300 and max(taken) <= 200
+
+
 def test_another_namespace_finds_nothing(start, prompts):
     first = start(extra={"namespace": "one"})
     serve(first, prompts, "a")

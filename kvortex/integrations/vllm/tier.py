@@ -27,6 +27,7 @@ CAUSE_OF = {  # of `Promoter.misses`, those that are no `BlockStatus` of a recor
     "LATE": "late", "DROPPED": "late", "FULL": "full", "SUSPENDED": "late",
     "SLOWER_THAN_COMPUTING": "slower_than_computing", "GONE": "gone", "BEING_SAVED": "gone", "DISCARDED": "gone",
 }  # fmt: skip
+CLEANED_A_STEP = 64  # blocks that the cleaner looks at: a whole pool would take longer than a step may
 TOUCHED_LATER = 64  # most requests whose touch is repeated when a PUT is over
 
 
@@ -165,6 +166,7 @@ class Tier:
         self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, time.monotonic, steps_at_once)
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
         self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
+        self.cleaner.blocks_a_step = CLEANED_A_STEP
         self.cleaner.most_pinned = max(1, min(self.cleaner.most_pinned, slots.num_slots // 16))
         self.most_behind = max(1, slots.num_slots // 8 - self.cleaner.most_pinned)
         self.promote_timeout_s = promote_timeout_ms / 1000
@@ -324,8 +326,8 @@ class Tier:
     def step(self):
         """Show what has come, and give the stores more to do."""
         now_s, num_promoted = time.monotonic(), self.promoter.num_promoted
-        while self.promoter.step(now_s) | self.cleaner.step(now_s):
-            now_s = time.monotonic()
+        self.promoter.step(now_s)
+        self.cleaner.step(now_s)
         self._saved_s += self.rate.break_even.saved_s(self.promoter.num_promoted - num_promoted)
 
     # ---- a block's way out ------------------------------------------------------------------------------------------
