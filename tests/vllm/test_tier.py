@@ -230,7 +230,8 @@ def test_fifty_requests_over_half_of_a_pool_read_each_block_once_and_refuse_no_s
     assert 500 - ready_before <= promoted <= 500, "a block that had come was evicted before it was read"
 
 
-def test_a_request_that_is_aborted_leaves_no_pin(start, prompts, faulty_disk):
+def one_waits_for_a_hung_read(start, prompts, faulty_disk):
+    """An engine whose request "b" waits for blocks from a disk that does not answer."""
     rig = start(num_slots=24)
     serve(rig, prompts, "a")
     rig.forget_device()
@@ -239,6 +240,11 @@ def test_a_request_that_is_aborted_leaves_no_pin(start, prompts, faulty_disk):
     for _ in range(5):
         rig.step()
     faulty_disk.wait_hanging()
+    return rig
+
+
+def test_a_request_that_is_aborted_leaves_no_pin(start, prompts, faulty_disk):
+    rig = one_waits_for_a_hung_read(start, prompts, faulty_disk)
     rig.abort("b")
     rig.step()
     faulty_disk.mend()
@@ -408,14 +414,7 @@ def test_blocks_that_come_back_and_go_again_are_told_to_routers(start, prompts):
 
 
 def test_a_save_that_met_a_promotion_which_came_to_nothing_is_offered_again(start, prompts, faulty_disk):
-    rig = start(num_slots=24)
-    serve(rig, prompts, "a")
-    rig.forget_device()
-    faulty_disk.plan("read", "hang")
-    rig.add("b", prompts[0])
-    for _ in range(5):
-        rig.step()
-    faulty_disk.wait_hanging()
+    rig = one_waits_for_a_hung_read(start, prompts, faulty_disk)
     wishes = {"kvortex": {"load": False}}
     rig.add("c", prompts[0], 60, sampling={"extra_args": {"kv_transfer_params": wishes}})
     for _ in range(20):
