@@ -159,8 +159,9 @@ def test_every_block_that_moved_was_right(report):
 
 def test_requests_were_preempted_in_small_pools(reports):
     """Not in every kind: vLLM waits for blocks that are held, and for requests that load."""
-    stress = [reports(name)[LAST].get("stress") for name in NAMES]
-    assert sum(run["preemptions"] for run in stress if run) > 0
+    stress = [run for name in NAMES if (run := reports(name)[LAST].get("stress"))]
+    assert sum(run["preemptions"] for run in stress) > 0
+    assert sum(run["blocks_loaded"] for run in stress) > 0  # in a kind with few blocks it may be none
 
 
 def test_a_small_pool_with_preemptions_and_aborts_leaves_the_tokens_as_they_are(name, report):
@@ -170,7 +171,7 @@ def test_a_small_pool_with_preemptions_and_aborts_leaves_the_tokens_as_they_are(
     stress, truth = report[LAST]["stress"], report["none"]["stress"]["output"]
     assert stress["aborted"] > 0
     assert stress["requests"] + stress["aborted"] == len(truth)
-    assert stress["blocks_loaded"] > 0 and stress["blocks_evicted"] > 0
+    assert stress["blocks_evicted"] > 0
     assert stress["verify_blocks"] == stress["blocks_saved"] + stress["blocks_loaded"]
     assert stress["verify_mismatches"] == stress["verify_skipped"] == stress["transfers_failed"] == 0
     assert {number: tokens for number, tokens in stress["output"].items() if tokens != truth[number]} == {}
