@@ -56,7 +56,7 @@ def test_a_pin_ends_with_its_time(make_rig, prompt, monkeypatch):
     rig, now = make_rig(num_slots=24), [0.0]
     monkeypatch.setattr(per_request.time, "monotonic", lambda: now[0])
     rig.add("first", prompt("p", 96), **asked(pin_s=5))
-    rig.step_until_served()
+    rig.run()
     now[0] = 4.9
     rig.add("second", prompt("q", 20))
     rig.step_until_served()
