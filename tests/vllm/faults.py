@@ -9,9 +9,11 @@ after a copy are missed there too, when the copies of the host driver run late. 
     after-save, before-load   --size heavy --short 0.9 --device-gib 1.1 --host-gib 8 --busy-link: saves are late
     after-load                --size heavy --short 0.9 --device-gib 2 --host-gib 12
 
-but for before-other, whose other connector (--other first) lives on the CPU; after-eviction (--extra '{"save":
-"on_evict"}'), tried on the CPU alone; and not-held: that shows on a CPU with vLLM 0.32 (engine_kinds.py --kind gemma3
---mode custom --mutant not-held), and did not on an H200, 0.26, --size gemma.
+    after-eviction            --size small --device-gib 0.5 --host-gib 4 --extra '{"save": "on_evict"}'
+    not-held                  --size gemma --device-gib 0.6 --host-gib 4 --busy-link, and in the environment
+                              VLLM_PREFIX_CACHE_RETENTION_INTERVAL=0
+
+but for before-other, whose other connector (--other first) lives on the CPU.
 """
 
 from kvortex import Job, Stream
