@@ -1,7 +1,9 @@
 """A disk below the pool: what it keeps comes back, over restarts, and is never wrong."""
 
+import fcntl
 import gc
 import os
+import resource
 import time
 
 import numpy as np
@@ -574,6 +576,25 @@ def test_a_hung_disk_writes_to_no_descriptor_of_others(start, prompts, faulty_di
     faulty_disk.mend()
     time.sleep(0.3)
     assert path.read_bytes() == b""
+
+
+def test_a_server_with_a_thousand_connections_waits_for_its_disk(start, prompts, faulty_disk, monkeypatch):
+    """Its descriptors have numbers that `select` does not take."""
+    make, limits = os.eventfd, resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 2048), limits[1]))
+    monkeypatch.setattr(os, "eventfd", lambda *flags: fcntl.fcntl(make(*flags), fcntl.F_DUPFD_CLOEXEC, 1500))
+    rig = start(num_slots=24)
+    assert rig.halves[0].tier.event >= 1500
+    faulty_disk.plan("write", "hang")
+    rig.add("a", prompts[0])
+    rig.step_until_served()
+    for _ in range(10):
+        rig.step()
+    faulty_disk.wait_hanging()
+    rig.step()
+    faulty_disk.mend()
+    rig.run()
+    wait_until_clean(rig)
 
 
 def test_the_first_request_knows_all_that_was_found(start, prompt, monkeypatch):

@@ -55,6 +55,8 @@ class WorkerTier:
         self.ranges = Ranges(store.num_slots)
         self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
         self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.ready = select.poll()  # which takes descriptors of any number
+        self.ready.register(self.event, select.POLLIN)
         store.notify(self.event)
 
     def begin(self, transfers):
@@ -109,7 +111,7 @@ class WorkerTier:
     def wait_a_moment(self, timeout_ms):
         """Wait until something is over, as the step has nothing else to do."""
         if self.running:
-            select.select([self.event], [], [], timeout_ms / 1000)
+            self.ready.poll(timeout_ms)
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.event)
 
