@@ -45,10 +45,10 @@ def use(path, tier_slots, weights, rng):
                 tell("kept", *rig.known(alive))
                 tell("gone", *gone)
         elif verb == "discard" and not unnamed and len(alive) > NUM_KEYS // 2:
+            tell("kept")  # not these any more, wherever in the discard it dies
             rig.engine.discard_blocks(keys_of(ids))
             alive = [i for i in alive if i not in ids]
             gone += ids
-            tell("kept")  # not these any more
         elif verb == "restart" and not rig.weights.startswith("unnamed"):
             rig.close()  # killed here, it may leave a part of a manifest
             weights = rig.weights if rig.weights in NAMES else None
