@@ -41,7 +41,7 @@ def use(path, tier_slots, weights, rng):
         elif verb == "prefetch":
             rig.engine.prefetch(keys_of(ids))  # dropped while it runs
         elif verb == "flush":
-            if rig.engine.flush(10_000) == 0:
+            if rig.engine.flush(10_000) == 0 and not rig.tier.is_adopting:  # else more may have to make room
                 tell("kept", *rig.known(alive))
                 tell("gone", *gone)
         elif verb == "discard" and not unnamed and len(alive) > NUM_KEYS // 2:
@@ -50,6 +50,7 @@ def use(path, tier_slots, weights, rng):
             alive = [i for i in alive if i not in ids]
             gone += ids
         elif verb == "restart" and not rig.weights.startswith("unnamed"):
+            tell("kept")  # while the next one adopts, what it writes takes the place of what it knows
             rig.close()  # killed here, it may leave a part of a manifest
             weights = rig.weights if rig.weights in NAMES else None
             rig = EngineRig(path, tier_slots=tier_slots, weights=weights)

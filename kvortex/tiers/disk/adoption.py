@@ -19,7 +19,8 @@ class Adoption:
     """Scan the slots of a store and adopt into its catalogue what they hold.
 
     The tier serves from the start: slots of new segments are free at once, every other key is a miss until its header
-    has been read. A header is believed for its key and length; the payload is verified when it is read.
+    has been read. What is written meanwhile takes a free slot, else that of a block already adopted. A header is
+    believed for its key and length; the payload is verified when it is read.
 
     Parameters
     ----------
