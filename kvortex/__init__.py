@@ -40,9 +40,11 @@ __all__ = [
     "KVortexConfig",
     "KVortexEngine",
     "KVortexError",
+    "ObjectTier",
     "PinnedPool",
     "PoolExhausted",
     "Prefetch",
+    "RedisTier",
     "ReserveStatus",
     "Stream",
     "TierError",
@@ -59,6 +61,10 @@ def __getattr__(name):
     """What only some engines need is imported when it is named."""
     if name == "DiskTier":
         from kvortex.tiers.disk import DiskTier as found
+    elif name in ("ObjectTier", "RedisTier"):
+        from kvortex.tiers import remote
+
+        found = getattr(remote, name)
     elif name == "Prefetch":
         from kvortex.engine.prefetch import Prefetch as found
     else:

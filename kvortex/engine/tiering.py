@@ -61,6 +61,8 @@ class Tiering:
         self._stride_bytes = pool.stride_bytes
         self.budget = WriteBudget(bytes_per_s)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
+        # A server that is full may serve all the same.
+        self._write_breaker = Breaker(f"{tier.name} (writing)") if tier.is_remote else self._breaker
         self._admissions = deque()  # of saves, until what they did not need is given back
         self._messages = deque()  # (what to do, with what); append and popleft are one step each
         self._left = deque()  # promotions whose blocks a load has pinned itself
@@ -69,7 +71,7 @@ class Tiering:
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_closing = self._closes_itself = self._gives_up = self._is_closed = False
         self._has_ended = self.has_failed = False
-        self._cleaner = Cleaner(index, pool, tier, self.budget, self._breaker)
+        self._cleaner = Cleaner(index, pool, tier, self.budget, self._write_breaker)
         self._promoter = Promoter(index, pool, tier, self._breaker, self._break_even)
         tier.store.notify(self._event)
         self._thread = threading.Thread(target=self._run, name="kvortex-tiering", daemon=True)
@@ -98,7 +100,7 @@ class Tiering:
 
     def answers(self):
         """Whether what the tier has can be had now."""
-        return not self._is_in_trouble()
+        return not self._is_in_trouble(self._breaker)
 
     def prefetch(self, keys, timeout_ms, hold_ms):
         """A `Prefetch` of the leading run of `keys`, which nobody may change any more."""
@@ -141,7 +143,7 @@ class Tiering:
             self._messages.append((self._cleaner.begin_flush, over))
             self.wake()
             while not over.wait(min(WATCHED_S, max(0, deadline_s - time.monotonic()))):
-                if time.monotonic() >= deadline_s or self._is_in_trouble():
+                if time.monotonic() >= deadline_s or self._is_in_trouble(self._write_breaker):
                     self._messages.append((self._cleaner.give_up_flush, over))
                     break
             counts = self.index.counters()
@@ -149,7 +151,7 @@ class Tiering:
             is_held |= self._num_held() > 0
             if left < least:
                 least, least_at_s = left, time.monotonic()
-            if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble():
+            if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble(self._write_breaker):
                 break
             if not self._num_saving() and time.monotonic() >= least_at_s + STALLED_S:
                 break  # what is left cannot be written, whoever else uses the engine
@@ -158,7 +160,7 @@ class Tiering:
         if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):
             left += 1  # a discarded block may still be found by the next process
         left = max(left, counts["num_ready"] - self.tier.catalogue.num_ready)  # the tier may be the smaller one
-        if self._is_in_trouble():
+        if self._is_in_trouble(self._write_breaker):
             return max(1, left)
         rest_ms = None if timeout_ms is None else max(0, int(1000 * (deadline_s - time.monotonic())))
         return max(left, self.tier.store.flush(rest_ms))
@@ -169,8 +171,9 @@ class Tiering:
     def _num_saving(self):
         return max(0, self.index.num_writing - self._promoter.num_writing)
 
-    def _is_in_trouble(self):
-        return self.has_failed or self._is_closing or not self._breaker.allows(time.monotonic())
+    def _is_in_trouble(self, *breakers):
+        now_s = time.monotonic()
+        return self.has_failed or self._is_closing or not all(breaker.allows(now_s) for breaker in breakers)
 
     def stats(self, blocks_admitted, blocks_not_admitted):
         """A `TierStats`; what was admitted the engine counts."""
@@ -199,8 +202,8 @@ class Tiering:
             promoting_blocks=promoter.num_pinned,
             ms_reading=1000 * promoter.spent_s,
             ms_saved=1000 * self._break_even.saved_s(promoter.num_promoted),
-            is_suspended=self._is_in_trouble(),
-            suspensions=self._breaker.suspensions,
+            is_suspended=self._is_in_trouble(self._breaker, self._write_breaker),
+            suspensions=sum(each.suspensions for each in {self._breaker, self._write_breaker}),
             read_only=store["read_only"],
             last_error=store["last_error"],
             io=store["io"],

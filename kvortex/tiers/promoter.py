@@ -96,20 +96,24 @@ class Promoter:
         self._landings = {}  # by key
         self._promotions = []  # those that are not over, or hold blocks
         self._waiting, self._reading, self._late = deque(), [], []  # windows
+        self._asking = []  # promotions of which the tier is asked first: with the question, and until when
+        self._unanswered = []  # questions for whose answer nobody waits any more
 
     @property
     def is_busy(self):
-        """Whether something is read, waited for, or held."""
-        return bool(self._waiting or self._reading or self._late or self._promotions)
+        """Whether something is asked, read, waited for, or held."""
+        return bool(self._asking or self._waiting or self._reading or self._late or self._promotions)
 
     def step(self, now_s):
         """End windows that are over, readers whose time is over; begin others. Return whether anything changed."""
-        changed = False
+        changed = self._end_questions(now_s)
+        has_landed = False
         for window in [each for each in self._reading if each.batch.done() or now_s >= each.deadline_s]:
             self._reading.remove(window)
             self._land(window, now_s)
             changed = True
-        if changed:
+            has_landed = True
+        if has_landed:
             self._measure(now_s)
         for promotion in list(self._promotions):
             if not promotion.is_over and now_s >= promotion.deadline_s:
@@ -144,18 +148,50 @@ class Promoter:
 
     def next_s(self):
         """When `step` has to be called at the latest."""
-        times = [each.expires_s if each.is_over else each.deadline_s for each in self._promotions]
+        times = [until_s for _, _, until_s in self._asking]
+        times += [each.expires_s if each.is_over else each.deadline_s for each in self._promotions]
         return min(times + [window.deadline_s for window in self._reading], default=float("inf"))
 
     def shut(self):
         """End all readers where they are."""
+        for promotion, _, _ in self._asking:
+            promotion.finish()
+        self._asking = []
         for promotion in list(self._promotions):
             if not promotion.is_over:
                 self._end(promotion, time.monotonic(), promotion.count())
             self._give_back(promotion)
 
     def begin(self, promotion):
-        """Begin to bring the leading run of a promotion's keys into RAM, unless its reader has left already."""
+        """Bring the leading run of a promotion's keys into RAM, unless its reader has left already.
+
+        Where the tier does not know whether it has them it is asked first, and that may take its `lookup_s`.
+        """
+        now_s, leading = time.monotonic(), self.index.lookup(promotion.keys)[1]
+        if leading < len(promotion.keys) and self.breaker.allows(now_s) and not promotion.is_closed:
+            question = self.tier.ask(promotion.keys[leading:])
+            if question is not None:
+                until_s = min(now_s + self.tier.lookup_s, promotion.deadline_s)
+                self._asking.append((promotion, question, until_s))
+                return
+        self._begin(promotion)
+
+    def _end_questions(self, now_s):
+        """Begin promotions whose question was answered, or has no more time; return whether there were any."""
+        over = [each for each in self._asking if each[1].is_over or now_s >= each[2]]
+        for promotion, question, until_s in over:
+            self._asking.remove((promotion, question, until_s))
+            self._unanswered.append(question)
+            if not question.is_over:
+                self.misses["UNANSWERED"] += 1
+            self._begin(promotion)
+        for question in [each for each in self._unanswered if each.is_over]:
+            self._unanswered.remove(question)
+            if question.has_failed:
+                self.breaker.saw([BlockStatus.IO_ERROR], now_s)
+        return bool(over)
+
+    def _begin(self, promotion):
         if promotion.is_closed:
             return
         promotion.is_begun = True
@@ -293,7 +329,7 @@ class Promoter:
             self.misses["DISCARDED" if is_ok[i] else "LATE" if late else BlockStatus(statuses[i]).name] += 1
         is_wrong = ~is_ok & ~np.isin(statuses, NOT_READ) & is_known  # damaged, another's, or it cannot be read
         if is_wrong.any():
-            self.tier.discard(keys[is_wrong])
+            self.tier.was_wrong(keys[is_wrong], statuses[is_wrong])
         self._num_reading -= len(slots)
         self.num_promoted += int(has_landed.sum())
         self._num_landed += len(ok)

@@ -32,12 +32,14 @@ class EngineRig(DiskRig):
     path : path
     weights : str, optional
         As the config says them; blocks of unnamed weights have the content of "the checkpoint".
+    tier : optional
+        Settings of another tier than a disk in `path`.
     by_layout : bool, default False
         Name blocks by their number in a layout; else by address.
     """
 
     def __init__(self, path, *, pool_slots=POOL_SLOTS, tier_slots=TIER_SLOTS, weights=None, num_blocks=16,
-                 by_layout=False, disk=None, **settings):  # fmt: skip
+                 by_layout=False, disk=None, tier=None, **settings):  # fmt: skip
         self.weights = weights or "the checkpoint"
         self.memory = np.zeros((num_blocks, PAYLOAD_BYTES), np.uint8)
         start = self.memory.ctypes.data
@@ -49,12 +51,13 @@ class EngineRig(DiskRig):
         )
         config = KVortexConfig(
             cpu_pool_size_bytes=pool_slots * STRIDE_BYTES, block_bytes=PAYLOAD_BYTES, device="host",
-            tiers=(DiskTier(path, **disk),), namespace=NAMESPACE, weights=weights, **settings,
+            tiers=(tier or DiskTier(path, **disk),), namespace=NAMESPACE, weights=weights, **settings,
         )  # fmt: skip
         self.engine = KVortexEngine.create(config, layout=layout)
         self.engine.wait_ready(SECONDS)
         self.tier = self.engine.tiering.tier
-        self.segments, self.store, self.pool = self.tier.store.segments, self.tier.store, self.engine.pool
+        self.store, self.pool = self.tier.store, self.engine.pool
+        self.segments = getattr(self.store, "segments", None)
 
     def adopted(self):
         """Wait until all is known that the folder has; return this rig."""

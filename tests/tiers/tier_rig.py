@@ -8,9 +8,12 @@ from memory_store import MemoryStore
 
 from kvortex import PinnedPool
 from kvortex.slots import PAGE_BYTES
+from kvortex.tiers._record import HEADER_BYTES
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk.segments import Segments
+from kvortex.tiers.remote.objects import FolderClient
+from kvortex.tiers.remote.store import RemoteStore
 
 SPACE, TAG, OTHER_TAG = (hashlib.sha256(text).digest() for text in (b"space", b"tag", b"other"))
 PAYLOAD_BYTES = 20_000  # no whole pages
@@ -78,6 +81,11 @@ class Rig:
             for i, status in enumerate(batch.wait())
         ]
 
+    @staticmethod
+    def answer_to_another(status):
+        """What is said of a slot that holds another block than the one that is asked for."""
+        return status
+
     def close(self):
         self.store.close()
         self.pool.close()
@@ -141,12 +149,48 @@ class BufferedAioRig(DiskRig):
         super().__init__(path, io="aio", direct=False)
 
 
+class RemoteRig(Rig):
+    """A store on a server: `client` is what it writes with, `raw` another one that reaches behind its back."""
+
+    def __init__(self, client, raw=None, *, pool=None, num_slots=NUM_SLOTS, **settings):
+        pool, self.raw = pool or make_pool(), raw or client
+        settings = {"name_format": "kvortex/{name:.2}/{name}", "num_threads": 4, **settings}
+        super().__init__(RemoteStore(pool, client, namespace=SPACE, num_slots=num_slots, **settings), pool)
+
+        self.placed = {}  # by slot: the name and the bytes of what was put there last
+
+    def put(self, slots, key_ids, *, length=PAYLOAD_BYTES, tag=TAG, **settings):
+        names = self.store.names_of(keys_of(key_ids), tag)
+        self.placed |= {slot: (name, HEADER_BYTES + length) for slot, name in zip(slots, names, strict=True)}
+        return super().put(slots, key_ids, length=length, tag=tag, **settings)
+
+    def read_record(self, slot):
+        name, nbytes = self.placed[slot]
+        record = bytearray(nbytes)
+        self.raw.get(name, memoryview(record))
+        return bytes(record)
+
+    def write_record(self, slot, record):
+        name, nbytes = self.placed[slot]
+        self.raw.put(name, bytes(record[:nbytes]))
+
+    @staticmethod
+    def answer_to_another(status):
+        return BlockStatus.MISSING  # it has another name
+
+
+class FolderRig(RemoteRig):
+    def __init__(self, path):
+        super().__init__(FolderClient(os.fspath(path)))
+
+
 RIGS = {
     "memory": MemoryRig,
     "disk": DiskRig,
     "disk-aio": AioRig,
     "disk-aio-buffered": BufferedAioRig,
     "disk-buffered-two-folders": BufferedRig,
+    "folder": FolderRig,
 }
 
 

@@ -424,6 +424,13 @@ class Tier:
 
     # ---- forgetting -------------------------------------------------------------------------------------------------
 
+    def ask(self, keys):
+        """None: what the workers' disks have they tell by themselves."""
+
+    def was_wrong(self, keys, statuses):
+        """Blocks were read that are damaged, another's, or cannot be read: forget and erase them."""
+        self.discard(keys)
+
     def discard(self, keys):
         """Forget blocks at once, and erase them."""
         slots = self.catalogue.slots_of(keys)

@@ -152,6 +152,7 @@ class OpenDiskTier:
     """
 
     name = "disk"
+    is_remote = False
 
     def __init__(self, store, tag, new_slots=(), folder=None, queue_blocks=4096):
         self.store, self.tag, self._folder, self.queue_blocks = store, tag, folder, queue_blocks
@@ -167,6 +168,13 @@ class OpenDiskTier:
     def look_up(self, keys):
         """HIT, MISS or BUSY for each key, without I/O."""
         return look_up(self.catalogue, keys)
+
+    def ask(self, keys):
+        """None: what is on the disk is known, or will be when the adoption is over."""
+
+    def was_wrong(self, keys, statuses):
+        """Blocks were read that are damaged, another's, or cannot be read: forget and erase them."""
+        self.discard(keys)
 
     def discard(self, keys):
         """Forget blocks at once, and erase them; return how many were there. `store.flush` makes it durable."""

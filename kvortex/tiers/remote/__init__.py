@@ -1,0 +1,5 @@
+"""Tiers on servers and shared folders: Redis, Valkey, S3, and whatever else several engines reach."""
+
+from kvortex.tiers.remote.tier import ObjectTier, RedisTier
+
+__all__ = ["ObjectTier", "RedisTier"]

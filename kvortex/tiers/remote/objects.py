@@ -1,0 +1,161 @@
+"""Clients of object stores, and of folders that several engines share: a value is an object, or a file."""
+
+import contextlib
+import datetime
+import os
+import threading
+import time
+
+from kvortex.errors import ConfigError
+from kvortex.tiers.remote.client import Value
+
+INSTALL = "the object tier needs the package obstore; install kvortex[s3]"
+MAX_RETRIES = 2
+
+
+def require_package():
+    """Raise ConfigError where the client's package is missing."""
+    try:
+        import obstore  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"{INSTALL} ({error})") from None
+
+
+def leading_sizes(size_of, names):
+    """The lengths of the values of a chain that are there, asked for by bisection; 0 behind them.
+
+    Whoever writes a chain begins at its head, and whoever evicts it begins at its tail: so what comes before a value
+    that is there is taken to be there, too, and as long. An absent chain takes one question, 2 048 values 12.
+    """
+    sizes, low, high, at = [0] * len(names), 0, len(names), 0
+    while low < high:
+        if size := size_of(names[at]):
+            sizes[low : at + 1] = [size] * (at + 1 - low)
+            low = at + 1
+        else:
+            high = at
+        at = (low + high) // 2
+    return sizes
+
+
+class ObjectClient:
+    """Objects in a bucket.
+
+    Parameters
+    ----------
+    url : str
+        ``s3://bucket/prefix``, or with ``gs`` or ``az``.
+    config : dict
+        For obstore: endpoint, region and such. Credentials it finds where its kind of bucket has them as a rule.
+    ca : bytes or None
+        Certificates (PEM) to trust besides the system's.
+    refresh_s : int
+        An object older than that is written again when it is read; 0: never.
+    request_timeout_ms, connect_timeout_ms : int
+    """
+
+    def __init__(self, url, *, config, ca, refresh_s, request_timeout_ms, connect_timeout_ms):
+        self._url, self._config, self._refresh_s = url, config, refresh_s
+        timeout, connect = (datetime.timedelta(milliseconds=ms) for ms in (request_timeout_ms, connect_timeout_ms))
+        self._options = {"timeout": timeout, "connect_timeout": connect, "pool_max_idle_per_host": "64"}
+        if ca is not None:
+            self._options["root_certificate"] = ca
+        if str(config.get("endpoint", "")).startswith("http://"):
+            self._options["allow_http"] = True
+        self._retries = {"max_retries": MAX_RETRIES, "retry_timeout": timeout}
+        self._lock, self._made = threading.Lock(), None
+
+    def put(self, name, record):
+        import obstore
+
+        obstore.put(self._store(), name, record, use_multipart=False)
+
+    def get(self, name, record):
+        import obstore
+
+        try:
+            result = obstore.get(self._store(), name)
+        except FileNotFoundError:
+            return None
+        meta = result.meta
+        if meta["size"] == len(record):
+            record[:] = memoryview(result.bytes())
+        return Value(meta["size"], time.time() - meta["last_modified"].timestamp())
+
+    def refresh(self, name, record, age_s):
+        if self._refresh_s and age_s > self._refresh_s:
+            self.put(name, record)
+
+    def sizes(self, names):
+        return leading_sizes(self._size, names)
+
+    def delete(self, name):
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store(), name)
+
+    def close(self):
+        self._made = None
+
+    def _size(self, name):
+        import obstore
+
+        try:
+            return obstore.head(self._store(), name)["size"]
+        except FileNotFoundError:
+            return 0
+
+    def _store(self):
+        """obstore's store; made at the first use."""
+        made = self._made
+        if made is None:
+            with self._lock:
+                made = self._made = self._made or self._make()
+        return made
+
+    def _make(self):
+        from obstore.store import from_url
+
+        settings = {"config": self._config, "client_options": self._options, "retry_config": self._retries}
+        return from_url(self._url, **settings)
+
+
+class FolderClient(ObjectClient):
+    """Files in a folder. obstore writes them, under another name first; they are read straight into the buffer."""
+
+    def __init__(self, folder):
+        self._folder, self._lock, self._made = folder, threading.Lock(), None
+
+    def get(self, name, record):
+        try:
+            file = os.open(self._path(name), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            about, read = os.fstat(file), 0
+            while about.st_size == len(record) and read < len(record):
+                count = os.preadv(file, [record[read:]], read)
+                if not count:
+                    raise OSError("the file ends before the block does")
+                read += count
+        finally:
+            os.close(file)
+        return Value(about.st_size, time.time() - about.st_mtime)
+
+    def refresh(self, name, record, age_s):
+        os.utime(self._path(name))
+
+    def _size(self, name):
+        try:
+            return os.stat(self._path(name)).st_size
+        except FileNotFoundError:
+            return 0
+
+    def _path(self, name):
+        return os.path.join(self._folder, name)
+
+    def _make(self):
+        from obstore.store import LocalStore
+
+        return LocalStore(self._folder, mkdir=True)

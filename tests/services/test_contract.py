@@ -1,0 +1,3 @@
+"""What every store promises, over real servers."""
+
+from test_store_contract import *  # noqa: F403
