@@ -1,4 +1,4 @@
-"""The command line: ``kvortex replay``, ``info``, ``inspect``, ``verify``; ``python -m kvortex`` if not installed."""
+"""The command line: ``kvortex replay``, ``info``, ...; ``python -m kvortex`` where it is not installed."""
 
 import argparse
 import contextlib
@@ -12,7 +12,7 @@ from pathlib import Path
 import kvortex
 from kvortex import info
 from kvortex.arguments import printable, shown
-from kvortex.config import parse_bytes, parse_device
+from kvortex.config import bytes_text, parse_bytes, parse_device
 from kvortex.replay import ReplayOptions, TraceError, plot, read_trace, replay, report, sample_path, sweep
 from kvortex.replay.files import trace_files
 from kvortex.replay.run import MOST_PIECES
@@ -118,6 +118,26 @@ examples:
   kvortex verify /data/kv/0a1b2c3d/dp0-rank0 --json   one of them, for machines
 
 exit status: 0 nothing damaged, 1 damaged records, 2 no such folder, or one that cannot be read
+"""
+
+
+_SWEEP_DESCRIPTION = """\
+Bound what an object tier keeps: remove blocks, the oldest first, and the files
+that killed writers left. Engines may go on meanwhile: a block that is gone is a
+miss. Nothing but what is named as a block is removed. Run it by cron, say.
+
+A folder's blocks become young again when they are read. On S3 that takes the
+tier's setting refresh_s, best half of --older-than. Redis and Valkey bound
+themselves (maxmemory).
+"""
+
+_SWEEP_EXAMPLES = """\
+examples:
+  kvortex sweep file:///mnt/shared/kv --max-bytes 2TiB       what was read longest ago goes first
+  kvortex sweep s3://bucket/kv --older-than 7d --dry-run     what would go?
+  kvortex sweep s3://bucket/kv --max-bytes 10TiB --endpoint https://rgw:8080 --region default --ca-file ca.pem
+
+exit status: 0 all right, 2 bad input, or a store that cannot be reached
 """
 
 
@@ -321,6 +341,27 @@ def run_check(args):
     return BAD_INPUT if check.is_unreadable(folders) else OK
 
 
+def run_sweep(args):
+    """Remove from an object tier what is too old or too much."""
+    from kvortex.tiers.remote import ObjectTier
+    from kvortex.tiers.remote.sweep import sweep as sweep_objects
+
+    tier = ObjectTier(args.url, endpoint=args.endpoint, region=args.region, ca_file=args.ca_file,
+                      virtual_hosted=args.virtual_hosted)  # fmt: skip
+    limits = {"max_bytes": args.max_bytes, "older_than_s": args.older_than}
+    with report.Bar() as bar:
+        swept = sweep_objects(tier, **limits, dry_run=args.dry_run, progress=bar.show)
+    if args.json:
+        _print(json.dumps(vars(swept), indent=2))
+        return OK
+    verb = "would be removed" if args.dry_run else "removed"
+    _print(
+        f"{swept.blocks} blocks, {bytes_text(swept.bytes)} found; {verb}: {swept.removed_blocks} blocks, "
+        f"{bytes_text(swept.removed_bytes)}, and {swept.removed_temp_files} files of killed writers"
+    )
+    return OK
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="kvortex",
@@ -475,6 +516,31 @@ def _parser():
         command.set_defaults(command=run_check, name=name)
         command.add_argument("path", type=Path, metavar="DIR", help="a path of a DiskTier, or one of the folders in it")
         command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+
+    command = commands.add_parser(
+        "sweep",
+        help="bound what an object tier keeps",
+        description=_SWEEP_DESCRIPTION,
+        epilog=_SWEEP_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[everywhere],
+    )
+    command.set_defaults(command=run_sweep, name="sweep")
+    command.add_argument(
+        "url", metavar="URL", help="of the ObjectTier: s3://bucket/prefix, gs://, az://, file:///folder"
+    )
+    command.add_argument("--max-bytes", type=_bytes, metavar="B", help="what may stay, all models together; 2TiB")
+    command.add_argument(
+        "--older-than", type=_duration, metavar="T", help="what was written longer ago goes; 90s, 12h, 7d"
+    )
+    command.add_argument("--endpoint", metavar="URL", help="of an S3 server that is not Amazon's")
+    command.add_argument("--region", metavar="NAME", help="of the bucket")
+    command.add_argument("--virtual-hosted", action="store_true", help="the bucket is a part of the host's name")
+    command.add_argument(
+        "--ca-file", type=Path, metavar="FILE", help="certificates (PEM) to trust besides the system's"
+    )
+    command.add_argument("--dry-run", action="store_true", help="remove nothing, and tell what would be")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the sentence")
     return parser
 
 
@@ -516,6 +582,13 @@ def _bytes(text):
     if nbytes == 0:
         raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {shown(text)}")
     return nbytes
+
+
+def _duration(text):
+    found = re.fullmatch(r"(\d{1,9})([smhd])", text, re.ASCII)
+    if not found:
+        raise argparse.ArgumentTypeError(f"a time such as 90s, 30m, 12h or 7d is expected, got {shown(text)}")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[found[2]]
 
 
 def _rate(text):

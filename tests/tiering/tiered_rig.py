@@ -45,7 +45,7 @@ class EngineRig(DiskRig):
         start = self.memory.ctypes.data
         self.addresses = start + np.arange(num_blocks) * PAYLOAD_BYTES
         layout = KVLayout([(start, PAYLOAD_BYTES, PAYLOAD_BYTES)], num_blocks) if by_layout else None
-        self.by_layout, self.is_closed = by_layout, False
+        self.by_layout, self.is_closed, self.tier_settings = by_layout, False, tier
         disk = {"disk_bytes": quota_of(tier_slots), "segment_bytes": SEGMENT_BYTES, "write_bytes_per_s": 0} | (
             disk or {}
         )

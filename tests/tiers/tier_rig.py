@@ -164,15 +164,23 @@ class RemoteRig(Rig):
         self.placed |= {slot: (name, HEADER_BYTES + length) for slot, name in zip(slots, names, strict=True)}
         return super().put(slots, key_ids, length=length, tag=tag, **settings)
 
+    def _name_in(self, slot):
+        """The name of what was put there last, and its bytes; None where nothing was."""
+        name, nbytes = self.placed.get(slot, (None, HEADER_BYTES + PAYLOAD_BYTES))
+        return self.store._names.get(slot, name), nbytes
+
     def read_record(self, slot):
-        name, nbytes = self.placed[slot]
-        record = bytearray(nbytes)
-        self.raw.get(name, memoryview(record))
+        name, _ = self._name_in(slot)
+        record = bytearray(STRIDE_BYTES)
+        size = self.raw.sizes([name])[0] if name else 0
+        if size:
+            self.raw.get(name, memoryview(record)[:size])
         return bytes(record)
 
     def write_record(self, slot, record):
-        name, nbytes = self.placed[slot]
-        self.raw.put(name, bytes(record[:nbytes]))
+        name, nbytes = self._name_in(slot)
+        if name:
+            self.raw.put(name, bytes(record[:nbytes]))
 
     @staticmethod
     def answer_to_another(status):

@@ -95,6 +95,21 @@ class ObjectClient:
         with contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store(), name)
 
+    def list(self):
+        """Give each object's name, bytes, and when it was written, in seconds since 1970."""
+        import obstore
+
+        for page in obstore.list(self._store(), chunk_size=1000):
+            for each in page:
+                yield each["path"], each["size"], each["last_modified"].timestamp()
+
+    def remove(self, names):
+        """Remove objects, those that are gone already too."""
+        import obstore
+
+        with contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store(), names)
+
     def close(self):
         self._made = None
 
@@ -151,6 +166,19 @@ class FolderClient(ObjectClient):
             return os.stat(self._path(name)).st_size
         except FileNotFoundError:
             return 0
+
+    def list(self):
+        for folder, _, names in os.walk(self._folder):
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+                    about = os.stat(path, follow_symlinks=False)
+                    yield os.path.relpath(path, self._folder), about.st_size, about.st_mtime
+
+    def remove(self, names):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(name))
 
     def _path(self, name):
         return os.path.join(self._folder, name)

@@ -110,7 +110,9 @@ class RemoteStore:
         Blocks in flight, 1 to 256; blocks that may wait: what comes beyond is DROPPED.
     """
 
-    def __init__(self, pool, client, *, namespace, num_slots, rank=0, name_format="{name}", num_threads=8, queue_blocks=4096):
+    def __init__(
+        self, pool, client, *, namespace, num_slots, rank=0, name_format="{name}", num_threads=8, queue_blocks=4096
+    ):
         if pool.header_bytes != HEADER_BYTES:
             raise ConfigError(f"a pool above a tier needs header_bytes={HEADER_BYTES}, got {pool.header_bytes}")
         self.pool, self.client, self.num_slots, self.payload_bytes = pool, client, num_slots, pool.payload_bytes
@@ -262,7 +264,8 @@ class RemoteStore:
     def _begin_named(self, verb, slots, names, timeout_ms, tag=None):
         self._require_open()
         batch = RemoteBatch(verb, len(names), timeout_ms, self._changed)
-        self._submit([Operation(batch, i, name, slot, tag=tag) for i, (name, slot) in enumerate(zip(names, slots))])
+        rows = enumerate(zip(names, slots, strict=True))
+        self._submit([Operation(batch, i, name, slot, tag=tag) for i, (name, slot) in rows])
         return batch
 
     def _submit(self, operations):

@@ -306,7 +306,11 @@ class OpenRemoteTier:
     is_adopting = False
 
     def __init__(self, settings, store, tag):
-        self.name, self.queue_blocks, self.lookup_s = settings.name, settings.queue_blocks, settings.lookup_timeout_ms / 1000
+        self.name, self.queue_blocks, self.lookup_s = (
+            settings.name,
+            settings.queue_blocks,
+            settings.lookup_timeout_ms / 1000,
+        )
         self.store, self.tag = store, tag
         self.catalogue = BlockIndex(store.num_slots)
         self.catalogue.add_slots(0, store.num_slots)

@@ -18,7 +18,7 @@ MOST_ABSENT = 1 << 18  # keys
 
 
 class Question:
-    """Keys that a server is asked for; `is_over` once the view has the answer, or never will: then it may have failed."""
+    """Keys that a server is asked for; `is_over` once the view has the answer, or never will: then it `has_failed`."""
 
     def __init__(self, keys, tag):
         self.keys, self.tag, self.is_over, self.has_failed = keys, tag, False, False
