@@ -37,7 +37,7 @@ export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu test-mutants test-vllm test-vllm-all test-vllm-peers soak bench bench-gpu bench-baseline bench-compare
+.PHONY: help build demo test test-gpu test-services test-mutants test-vllm test-vllm-all test-vllm-peers soak bench bench-gpu bench-baseline bench-compare
 .PHONY: lint sanitize coverage annotate clean debug
 .NOTPARALLEL:
 
@@ -70,6 +70,11 @@ test: build  ## the tests, without a GPU, in a few minutes
 
 test-gpu: build  ## the same behaviours on an NVIDIA GPU; fails where there is none
 	KVORTEX_TEST_DEVICE=cuda $(PY) -m pytest $(TESTS) --ignore=tests/meta $(PYTEST_ARGS)
+
+# Real servers, which it installs and starts on the loopback interface; `test` leaves them out.
+test-services: build  ## tiers on Redis, a cluster of it, S3 and shared folders, over real servers
+	@.ci/services
+	$(PY) -m pytest tests/services $(PYTEST_ARGS)
 
 test-mutants: build  ## take out one protection at a time; the tests it names must turn red
 	$(PY) tests/mutants/run.py --vllm-venvs $(VLLM_VENVS) $(if $(MUTANTS),--only $(MUTANTS))

@@ -127,7 +127,7 @@ class RedisValues:
     def __init__(self, rig, server):
         import redis
 
-        self.client, self.prefix = redis.Redis(port=server.port), rig.store._name_format.partition("{")[0]
+        self.client, self.prefix = redis.Redis(port=server.port), rig.store.names.name_format.partition("{")[0]
 
     def read(self):
         return {name: self.client.get(name) for name in self.client.keys(f"{self.prefix}*")}

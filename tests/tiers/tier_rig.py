@@ -160,14 +160,14 @@ class RemoteRig(Rig):
         self.placed = {}  # by slot: the name and the bytes of what was put there last
 
     def put(self, slots, key_ids, *, length=PAYLOAD_BYTES, tag=TAG, **settings):
-        names = self.store.names_of(keys_of(key_ids), tag)
+        names = self.store.names.of(keys_of(key_ids), tag)
         self.placed |= {slot: (name, HEADER_BYTES + length) for slot, name in zip(slots, names, strict=True)}
         return super().put(slots, key_ids, length=length, tag=tag, **settings)
 
     def _name_in(self, slot):
         """The name of what was put there last, and its bytes; None where nothing was."""
         name, nbytes = self.placed.get(slot, (None, HEADER_BYTES + PAYLOAD_BYTES))
-        return self.store._names.get(slot, name), nbytes
+        return self.store._lying.get(slot, name), nbytes
 
     def read_record(self, slot):
         name, _ = self._name_in(slot)

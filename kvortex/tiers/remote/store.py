@@ -15,10 +15,10 @@ import numpy as np
 
 from kvortex.arguments import whole_number
 from kvortex.errors import ConfigError, EngineClosed
-from kvortex.keys import persistent_names
 from kvortex.log import log, warn_once
 from kvortex.tiers._record import HEADER_BYTES, check_record, read_header, write_record
 from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.remote.view import Names
 
 VERBS = ("put", "get", "erase", "scan")
 OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
@@ -116,14 +116,13 @@ class RemoteStore:
         if pool.header_bytes != HEADER_BYTES:
             raise ConfigError(f"a pool above a tier needs header_bytes={HEADER_BYTES}, got {pool.header_bytes}")
         self.pool, self.client, self.num_slots, self.payload_bytes = pool, client, num_slots, pool.payload_bytes
-        self._space, self._rank, self._queue_blocks = namespace, rank, queue_blocks
-        self._name_format = name_format
+        self.names, self._queue_blocks = Names(namespace, rank, name_format), queue_blocks
         self._memory, self._pid = memoryview(pool), os.getpid()  # it keeps the mapping while a client may write to it
         lock = threading.Lock()
         self._changed, self._given = threading.Condition(lock), threading.Condition(lock)  # for callers; for threads
         self._waiting = deque()  # operations that a thread may take
         self._behind = {}  # by name: operations that wait for the one before them
-        self._names = {}  # by slot: what lies there
+        self._lying = {}  # by slot: the name of what may lie there
         self._num_waiting = self._num_running = self._most_waiting = 0
         self._is_closed, self._event_fd = False, None
         self._counts = {verb: Counter() for verb in VERBS}
@@ -147,23 +146,18 @@ class RemoteStore:
         """Remove what was put into these slots, or got from them, from the server."""
         slots = self._slots_of(slots)
         with self._changed:
-            names = [self._names.pop(slot, None) for slot in slots]
+            names = [self._lying.pop(slot, None) for slot in slots]
         return self._begin_named("erase", slots, names, timeout_ms)
 
     def delete(self, keys, tag, *, timeout_ms):
         """Remove blocks from the server, whether or not a slot has them."""
-        return self._begin_named("erase", [None] * len(keys), self.names_of(keys, tag), timeout_ms)
+        return self._begin_named("erase", [None] * len(keys), self.names.of(keys, tag), timeout_ms)
 
     def scan(self, slots, *, tag, timeout_ms):
         slots = self._slots_of(slots)
         with self._changed:
-            names = [self._names.get(slot) for slot in slots]
+            names = [self._lying.get(slot) for slot in slots]
         return self._begin_named("scan", slots, names, timeout_ms, tag)
-
-    def names_of(self, keys, tag):
-        """What blocks are called on the server."""
-        names = persistent_names(np.ascontiguousarray(keys), self._space, self._rank, tag)
-        return [self._name_format.format(name=bytes(row).hex()) for row in names]
 
     def flush(self, timeout_ms, *, durable=True):
         self._require_open()
@@ -257,7 +251,7 @@ class RemoteStore:
                 raise ValueError(f"lengths must be 1 to {self.payload_bytes}, got {length}")
         keys = np.array(keys, np.uint8).reshape(n, 32)
         batch = RemoteBatch(verb, n, timeout_ms, self._changed)
-        rows = zip(self.names_of(keys, tag), slots, pool_slots, map(bytes, keys), lengths, strict=True)
+        rows = zip(self.names.of(keys, tag), slots, pool_slots, map(bytes, keys), lengths, strict=True)
         self._submit([Operation(batch, i, *row, tag, group) for i, row in enumerate(rows)])
         return batch
 
@@ -308,7 +302,7 @@ class RemoteStore:
             with self._changed:
                 self._num_running -= 1
                 if not is_late and operation.batch.verb in ("put", "get"):  # failed or not, something may lie there
-                    self._names[operation.slot] = operation.name
+                    self._lying[operation.slot] = operation.name
                 behind = self._behind.get(operation.name)
                 if behind:
                     self._waiting.append(behind.popleft())
@@ -340,7 +334,10 @@ class RemoteStore:
         return self._memory[start : start + HEADER_BYTES + operation.length]
 
     def _names_in(self, operation):
-        return {"namespace": self._space, "rank": self._rank, "tag": operation.tag, "stored_bytes": operation.length}
+        names = self.names
+        return {
+            "namespace": names.namespace, "rank": names.rank, "tag": operation.tag, "stored_bytes": operation.length
+        }  # fmt: skip
 
     def _put(self, operation):
         record = self._record(operation)

@@ -21,7 +21,8 @@ from kvortex.tiers.remote.view import View
 
 NO_TAG = bytes(32)  # before any weights were named
 MOST_THREADS = 256
-NOT_REMOVED = (BlockStatus.MISSING, BlockStatus.IO_ERROR, BlockStatus.LENGTH_DIFFERS)  # nothing wrong lies there
+# Read in vain, and nothing wrong lies there.
+NOT_REMOVED = (BlockStatus.MISSING, BlockStatus.IO_ERROR, BlockStatus.LENGTH_DIFFERS)
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,24 @@ class RemoteTier:
         Raises
         ------
         ConfigError
+            As `open_store`.
+        """
+        return OpenRemoteTier(self, self.open_store(pool, namespace=namespace, rank=rank), tag)
+
+    def open_store(self, pool, *, namespace, rank=0, **whose):
+        """Begin to use the server for the blocks of one rank; what of `whose` a `DiskTier` needs changes nothing here.
+
+        Returns
+        -------
+        store : RemoteStore
+
+        Raises
+        ------
+        ConfigError
             The client's package is missing, a secret or certificate is not where it is said to be, or the server would
             not take blocks of this size.
         """
-        store = RemoteStore(
+        return RemoteStore(
             pool,
             self.client(HEADER_BYTES + pool.payload_bytes),
             namespace=namespace,
@@ -133,7 +148,6 @@ class RemoteTier:
             num_threads=self.num_threads,
             queue_blocks=self.queue_blocks,
         )
-        return OpenRemoteTier(self, store, tag)
 
 
 @dataclass(frozen=True)
@@ -314,7 +328,9 @@ class OpenRemoteTier:
         self.store, self.tag = store, tag
         self.catalogue = BlockIndex(store.num_slots)
         self.catalogue.add_slots(0, store.num_slots)
-        self.adoption = View(store, self.catalogue, tag, settings.negative_ttl_s)
+        self.adoption = View(
+            store.client, store.names, store.payload_bytes, self.catalogue, tag, settings.negative_ttl_s, store.signal
+        )
 
     def ask(self, keys):
         """A `Question` about what is not known of a chain of keys; None where there is nothing to ask."""

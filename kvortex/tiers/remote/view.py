@@ -1,7 +1,8 @@
-"""The view of a server: which blocks it is believed to have. A thread of its own asks, so that nobody waits for that.
+"""The view of a server: what blocks are called there, and which of them it is believed to have.
 
-What the view says may be wrong: the server evicts, and others write. A block that is not there any more is a miss when
-it is read; one that came meanwhile is found when what was said of it has aged.
+A thread of its own asks, so that nobody waits for that. What the view says may be wrong: the server evicts, and others
+write. A block that is not there any more is a miss when it is read; one that came meanwhile is found when what was said
+of it has aged.
 """
 
 import threading
@@ -11,33 +12,61 @@ from collections import OrderedDict, deque
 import numpy as np
 
 from kvortex.index import NO_SLOT, ReserveStatus
+from kvortex.keys import persistent_names
 from kvortex.tiers._record import HEADER_BYTES
 
 MOST_QUESTIONS = 256  # that wait: beyond, nothing is asked, and what is not known is a miss
 MOST_ABSENT = 1 << 18  # keys
 
 
+class Names:
+    """What blocks of one rank are called on a server.
+
+    Parameters
+    ----------
+    namespace : bytes
+        32 bytes that name the model as loaded.
+    rank : int
+    name_format : str
+        With ``{name}`` for 64 hexadecimal digits of a block's own.
+    """
+
+    def __init__(self, namespace, rank, name_format):
+        self.namespace, self.rank, self.name_format = namespace, rank, name_format
+
+    def of(self, keys, tag):
+        """The names of these keys, (n, 32) uint8, under a tag of weights."""
+        names = persistent_names(np.ascontiguousarray(keys), self.namespace, self.rank, tag)
+        return [self.name_format.format(name=bytes(row).hex()) for row in names]
+
+
 class Question:
     """Keys that a server is asked for; `is_over` once the view has the answer, or never will: then it `has_failed`."""
 
-    def __init__(self, keys, tag):
-        self.keys, self.tag, self.is_over, self.has_failed = keys, tag, False, False
+    def __init__(self, keys, tag, is_chain):
+        self.keys, self.tag, self.is_chain, self.is_over, self.has_failed = keys, tag, is_chain, False, False
 
 
 class View:
     """Parameters
     ----------
-    store : RemoteStore
-        Whose client is asked.
+    client : Client
+    names : Names
+        Of the rank whose blocks stand for those of all.
+    payload_bytes : int
+        Of the longest block.
     catalogue : BlockIndex
         Of what is believed to be there; the least recently used is forgotten first.
     tag : bytes
     negative_ttl_s : float
         How long a block that was not there counts as missing before it is asked for again.
+    answered : callable, optional
+        Called after each answer, by the thread of the view.
     """
 
-    def __init__(self, store, catalogue, tag, negative_ttl_s):
-        self.store, self.catalogue, self.tag, self._ttl_s = store, catalogue, tag, negative_ttl_s
+    def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None):
+        self.client, self.names, self.catalogue, self.tag = client, names, catalogue, tag
+        self._payload_bytes, self._ttl_s, self._answered = payload_bytes, negative_ttl_s, answered
         self.num_scanned = self.num_adopted = 0  # blocks that were asked for, that were there
         self.last_error = None
         self._lock = threading.Condition()
@@ -48,17 +77,22 @@ class View:
 
     is_over = True  # there is no scan after which everything would be known
 
-    def ask(self, keys):
-        """Ask for what is not known of these keys, which are a chain; None where all is, or nobody can be asked."""
-        now_s = time.monotonic()
-        known = self.catalogue.slots_of(keys) != NO_SLOT
+    def ask(self, keys, *, is_chain=True):
+        """Ask for what is not known of these keys; None where all is, or nobody can be asked.
+
+        Of a chain each block is of use only behind the one before it.
+        """
+        now_s, unknown = time.monotonic(), self.catalogue.slots_of(keys) == NO_SLOT
         with self._lock:
-            first = int(np.argmin(np.append(known, False)))
-            if first == len(keys) or self._absent.get(keys[first].tobytes(), 0) > now_s:
-                return None  # what comes behind a missing block is of no use
-            if self._is_closed or len(self._questions) >= MOST_QUESTIONS:
+            for i in np.flatnonzero(unknown):
+                if self._absent.get(keys[i].tobytes(), 0) > now_s:
+                    unknown[i:] &= not is_chain
+                    unknown[i] = False
+                if is_chain:
+                    break  # of what comes behind, nothing is known, or it would have been asked for
+            if not unknown.any() or self._is_closed or len(self._questions) >= MOST_QUESTIONS:
                 return None
-            question = Question(keys[first:][~known[first:]], self.tag)
+            question = Question(keys[unknown], self.tag, is_chain)
             self._questions.append(question)
             self._lock.notify()
         return question
@@ -101,13 +135,15 @@ class View:
             except Exception as error:  # of the client, whatever it was: nothing is known, and the next one asks again
                 self.last_error, question.has_failed = f"{type(error).__name__}: {error}"[:500], True
             question.is_over = True
-            self.store.signal()
+            if self._answered is not None:
+                self._answered()
 
     def _answer(self, question):
         keys = question.keys
-        sizes = self.store.client.sizes(self.store.names_of(keys, question.tag))
+        names = self.names.of(keys, question.tag)
+        sizes = self.client.sizes(names) if question.is_chain else [self.client.sizes([name])[0] for name in names]
         lengths = np.array(sizes, np.int64) - HEADER_BYTES
-        is_there = (lengths > 0) & (lengths <= self.store.payload_bytes)
+        is_there = (lengths > 0) & (lengths <= self._payload_bytes)
         self.num_scanned += len(keys)
         self.num_adopted += int(is_there.sum())
         with self._lock:
