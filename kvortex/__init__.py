@@ -1,6 +1,7 @@
 """KVortex keeps the KV cache of LLM inference engines in pinned host memory and brings it back on a prefix hit."""
 
 import os as _os
+import typing as _typing
 
 from kvortex.config import KVortexConfig
 from kvortex.driver import Device, DeviceBuffer, Event, Stream
@@ -56,24 +57,29 @@ __all__ = [
     "prometheus_text",
 ]
 
+if _typing.TYPE_CHECKING:  # which takes every name for known where a module has a __getattr__
+    from kvortex.engine.prefetch import Prefetch
+    from kvortex.tiers.disk import DiskTier
+    from kvortex.tiers.remote import ObjectTier, RedisTier
+else:
 
-def __getattr__(name):
-    """What only some engines need is imported when it is named."""
-    if name == "DiskTier":
-        from kvortex.tiers.disk import DiskTier as found
-    elif name in ("ObjectTier", "RedisTier"):
-        from kvortex.tiers import remote
+    def __getattr__(name):
+        """What only some engines need is imported when it is named."""
+        if name == "DiskTier":
+            from kvortex.tiers.disk import DiskTier as found
+        elif name in ("ObjectTier", "RedisTier"):
+            from kvortex.tiers import remote
 
-        found = getattr(remote, name)
-    elif name == "Prefetch":
-        from kvortex.engine.prefetch import Prefetch as found
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+            found = getattr(remote, name)
+        elif name == "Prefetch":
+            from kvortex.engine.prefetch import Prefetch as found
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
 
 
-def get_include():
+def get_include() -> str:
     """Return the folder to pass to the C compiler when a module of yours cimports `kvortex.capi`.
 
     The headers below it are C11 and need libc only; the ``.pxd`` files lie beside the modules, where Cython finds them.

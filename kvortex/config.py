@@ -6,8 +6,9 @@ capitals) and TOML files. `KVortexConfig(...)` takes keywords alone; `KVortexCon
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypedDict, Unpack
 
 from kvortex.arguments import shown, whole_number
 from kvortex.errors import ConfigError
@@ -47,6 +48,35 @@ class Setting(NamedTuple):
 
     value: object
     source: str
+
+
+class OtherSettings(TypedDict, total=False):
+    """What may be passed for the fields of `KVortexConfig`, all but the one that has no default; for type checkers."""
+
+    num_transfer_streams: int
+    device: str
+    block_bytes: int | str | None
+    max_jobs: int
+    shutdown_timeout_ms: int
+    pool_first_chunk_bytes: int | str
+    pool_chunk_bytes: int | str
+    pool_driver_allocated: bool
+    pool_huge_pages: bool
+    gather_ctas: int
+    gpu_pool_size_bytes: int | str
+    deferred: bool | Literal["auto"]
+    tiers: Sequence[Any]
+    namespace: str | None
+    weights: str | None
+    prefill_tokens_per_s: int
+    block_tokens: int
+    enable_numa: bool
+
+
+class Settings(OtherSettings, total=False):
+    """What `KVortexConfig.load` takes."""
+
+    cpu_pool_size_bytes: int | str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +148,8 @@ class KVortexConfig:
     pool_huge_pages: bool = True
     gather_ctas: int = 0
     gpu_pool_size_bytes: int = 0
-    deferred: bool | str = False
-    tiers: tuple = ()
+    deferred: bool | Literal["auto"] = False
+    tiers: tuple[Any, ...] = ()
     namespace: str | None = None
     weights: str | None = None
     prefill_tokens_per_s: int = 0
@@ -141,13 +171,17 @@ class KVortexConfig:
     }
     _KEYWORDS_ONLY = ("tiers",)
 
-    def __new__(cls, *args, **keywords):
+    if TYPE_CHECKING:
+
+        def __init__(self, *, cpu_pool_size_bytes: int | str, **others: Unpack[OtherSettings]) -> None: ...
+
+    def __new__(cls, *args: Any, **keywords: Any) -> Self:
         known = cls.names()
         for name in keywords.keys() - {*known}:
             raise ConfigError(_unknown(name, f"unknown setting {name!r}", known))
         return super().__new__(cls)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in fields(self):
             object.__setattr__(self, field.name, self.check(field.name, getattr(self, field.name)))
         if (self.prefill_tokens_per_s > 0) != (self.block_tokens > 0):
@@ -162,7 +196,13 @@ class KVortexConfig:
             )
 
     @classmethod
-    def load(cls, path=None, *, environ=os.environ, **keywords):
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        **keywords: Unpack[Settings],
+    ) -> Self:
         """Build a configuration from keywords, the environment and a file, in this order of precedence.
 
         Parameters
@@ -206,7 +246,13 @@ class KVortexConfig:
         return config
 
     @classmethod
-    def find_settings(cls, path=None, *, environ=os.environ, **keywords):
+    def find_settings(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        **keywords: Unpack[Settings],
+    ) -> dict[str, Setting]:
         """Return what `load` would build from: a `Setting` for each name that is set anywhere; raises as it does."""
         path = path or environ.get(CONFIG_VARIABLE) or None
         found = {} if path is None else dict(cls._from_file(os.fspath(path)))
@@ -219,17 +265,17 @@ class KVortexConfig:
         return found
 
     @classmethod
-    def names(cls):
+    def names(cls) -> list[str]:
         """The names of all settings."""
         return [field.name for field in fields(cls)]
 
     @property
-    def header_bytes(self):
+    def header_bytes(self) -> int:
         """Bytes before each block in its slot: a page where there are lower tiers."""
         return PAGE_BYTES if self.tiers else 0
 
     @property
-    def sources(self):
+    def sources(self) -> dict[str, str]:
         """Where each value came from, by name, as in `Setting`; without `load`, what is no default is a keyword."""
         known = getattr(self, "_sources", None)
         if known is None:
@@ -237,7 +283,7 @@ class KVortexConfig:
         return {name: known.get(name, "default") for name in self.names()}
 
     @classmethod
-    def check(cls, name, value):
+    def check(cls, name: str, value: Any) -> Any:
         """Return `value` if it is fit for the setting `name`; raise `ConfigError` otherwise."""
         if isinstance(value, str) and name.endswith("_bytes"):
             value = parse_bytes(value)
@@ -340,7 +386,7 @@ class KVortexConfig:
         raise ConfigError(f"{name} must be one of {', '.join((*_TRUE, *_FALSE))}, got {shown(text)}")
 
 
-def parse_bytes(text):
+def parse_bytes(text: str) -> int:
     """Return the bytes that a text such as ``"65536"``, ``"64KiB"``, ``"16 Gi"`` or ``"500GB"`` names.
 
     Ki, Mi, Gi and Ti are powers of 1024, K, M, G and T of 1000, as Kubernetes has it; a B behind them changes nothing.
@@ -356,7 +402,7 @@ def parse_bytes(text):
     return int(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2] or " ")
 
 
-def bytes_text(nbytes):
+def bytes_text(nbytes: int) -> str:
     """A size for people, with the exact number where rounding would hide it."""
     for shift, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
         if nbytes >> shift:
@@ -365,14 +411,14 @@ def bytes_text(nbytes):
     return f"{nbytes} bytes"
 
 
-def parse_device(text):
+def parse_device(text: str) -> str:
     """Return `text` if it names a device that there could be; raise `ConfigError` otherwise."""
     if not _DEVICE.fullmatch(text):
         raise ConfigError(f"device must be 'auto', 'host', 'host:N', 'cuda' or 'cuda:N', got {shown(text)}")
     return text
 
 
-def nearest(name, known):
+def nearest(name: str, known: Sequence[str]) -> str | None:
     """Return the known name that `name` was probably meant to be, or None if it resembles none."""
     import difflib  # late: only for those who misspell
 

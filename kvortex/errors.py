@@ -32,14 +32,14 @@ class DriverError(KVortexError, RuntimeError):
         What is known beyond that, or nothing.
     """
 
-    def __init__(self, code, name, call, detail=""):
+    def __init__(self, code: int, name: str, call: str, detail: str = "") -> None:
         self.code = code
         self.name = name
         self.call = call
         self.detail = detail
         super().__init__(f"{call} answered {name} ({code})" + (f": {detail}" if detail else ""))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["DriverError"], tuple[int, str, str, str]]:
         return type(self), (self.code, self.name, self.call, self.detail)
 
 

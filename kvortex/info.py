@@ -2,8 +2,11 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import kvortex
 from kvortex.arguments import printable
@@ -22,7 +25,13 @@ NOT_SET = "not set"
 _NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
 
 
-def collect(settings, *, probe=False, num_pieces=64, disk_paths=()):
+def collect(
+    settings: Mapping[str, Setting],
+    *,
+    probe: bool = False,
+    num_pieces: int = 64,
+    disk_paths: Sequence[str | PathLike[str]] = (),
+) -> dict[str, Any]:
     """Return what an engine of these settings would meet, as a dict that JSON can carry.
 
     Opens the device in force and no other; takes no memory for a pool. With `probe`, takes 32 MiB of device memory (or
@@ -183,7 +192,7 @@ def _probe(device, block_bytes, num_pieces):
         return [row._asdict() for row in layout.planner]
 
 
-def table(facts):
+def table(facts: Mapping[str, Any]) -> str:
     """Return the facts that `collect` gathered as text for people."""
     software, driver, device = facts["kvortex"], facts["driver"], facts["device"]
     memory, cpu, pool = facts["memory"], facts["cpu"], facts["pool"]

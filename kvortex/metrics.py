@@ -5,10 +5,15 @@
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from kvortex.errors import ConfigError, EngineClosed
+from kvortex.stats import EngineStats
 from kvortex.version import __version__
+
+if TYPE_CHECKING:
+    from kvortex.engine import KVortexEngine
 
 COUNTERS = {  # field of EngineStats: (metric, what it counts)
     "blocks_checked": ("blocks_checked", "Blocks asked for by check_blocks."),
@@ -88,10 +93,10 @@ class Family(NamedTuple):
     name: str
     kind: str  # "counter", "gauge" or "summary"
     help: str
-    samples: list  # of (labels, value)
+    samples: list[tuple[dict[str, str], float]]  # of (labels, value)
 
 
-def families(stats, labels=None):
+def families(stats: EngineStats, labels: Mapping[str, str] | None = None) -> list[Family]:
     """Return the metrics of one `EngineStats` as a list of `Family`, for renderers other than `prometheus_text`.
 
     Parameters
@@ -152,7 +157,7 @@ def _tier_families(tier, labels):
         yield Family("kvortex_tier_misses", "counter", "Blocks that a reader waited for in vain, by cause.", samples)
 
 
-def prometheus_text(stats, labels=None):
+def prometheus_text(stats: EngineStats, labels: Mapping[str, str] | None = None) -> str:
     """Render one `EngineStats` in Prometheus' text format, to be served as `kvortex.metrics.CONTENT_TYPE`.
 
     Counters end in ``_total`` and never go down while the engine lives; sizes are in bytes, times in seconds.
@@ -202,14 +207,14 @@ class EngineCollector:
         Added to every sample.
     """
 
-    def __init__(self, engine, labels=None):
+    def __init__(self, engine: "KVortexEngine", labels: Mapping[str, str] | None = None) -> None:
         self._engine, self._labels = engine, labels
 
-    def describe(self):
+    def describe(self) -> Iterable[Any]:
         """Say nothing in advance, so that registering does not read the engine."""
         return []
 
-    def collect(self):
+    def collect(self) -> Iterable[Any]:
         """Yield the engine's metrics."""
         from prometheus_client.core import Metric
 
@@ -233,11 +238,13 @@ class Exporter:
     port : int
     """
 
-    def __init__(self, server, thread):
+    port: int
+
+    def __init__(self, server: Any, thread: Any) -> None:
         self._server, self._thread = server, thread
         self.port = server.server_port
 
-    def close(self):
+    def close(self) -> None:
         """Stop serving; blocks until the thread has ended. Idempotent."""
         if self._thread is not None:
             self._server.shutdown()
@@ -245,14 +252,16 @@ class Exporter:
             self._thread.join()
             self._thread = None
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
-def start_exporter(engine, port=9400, *, host="127.0.0.1", labels=None):
+def start_exporter(
+    engine: "KVortexEngine", port: int = 9400, *, host: str = "127.0.0.1", labels: Mapping[str, str] | None = None
+) -> Exporter:
     """Serve the metrics of an engine over HTTP, from a daemon thread.
 
     Parameters

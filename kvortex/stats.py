@@ -1,6 +1,7 @@
 """The snapshot that `get_stats()` returns; the counters themselves are C fields of the engine and the index."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TierStats:
     blocks_evicted: int
     blocks_promoted: int
     blocks_expired_unread: int
-    misses: dict
+    misses: dict[str, int]
     bytes_written: int
     bytes_read: int
     queue_blocks: int
@@ -87,8 +88,8 @@ class EngineStats:
     device_pool_bytes_used: int
     device_pool_bytes_reserved: int
     strided: bool
-    planner: tuple
-    tiers: tuple
+    planner: tuple[Any, ...]  # of PlannerRow
+    tiers: tuple[TierStats, ...]
     device: str
     failed: bool
     lookup_latency_us_p50: float
@@ -99,6 +100,6 @@ class EngineStats:
     load_latency_us_p99: float
 
     @property
-    def cache_hit_rate(self):
+    def cache_hit_rate(self) -> float:
         """Blocks of leading runs that `check_blocks` found, over all blocks it was asked for; 0.0 before the first."""
         return self.blocks_hit / self.blocks_checked if self.blocks_checked else 0.0

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import weakref
+from typing import TYPE_CHECKING, Never, Self
 
 from kvortex.arguments import require_ms
 from kvortex.config import KVortexConfig
@@ -16,6 +17,12 @@ from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.transfer import Carrier, KVLayout
+
+if TYPE_CHECKING:  # which most engines, and imports of kvortex, do without
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from kvortex.engine.prefetch import Prefetch
 
 __all__ = ["BlockHits", "KVortexEngine"]
 
@@ -45,12 +52,14 @@ class KVortexEngine(EngineCore):
     config : KVortexConfig
     """
 
-    def __init__(self, *parts):
+    config: KVortexConfig
+
+    def __init__(self, *parts: Never) -> None:  # for type checkers: nobody but `create` calls it
         if not parts or isinstance(parts[0], KVortexConfig):
             raise TypeError("an engine is made by KVortexEngine.create(config, layout=...)")
         super().__init__(*parts)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         if self.device is None:
             return "KVortexEngine(never created)"
         what = f"{len(self.layouts)} layouts" if self.layouts else "raw memory"
@@ -58,7 +67,7 @@ class KVortexEngine(EngineCore):
         return f"KVortexEngine({state}, {self.device.name}, {what}, {self.pool!r})"
 
     @classmethod
-    def create(cls, config, *, layout=None):
+    def create(cls, config: KVortexConfig, *, layout: KVLayout | None = None) -> Self:
         """Build an engine: pool, index, streams and the completion thread.
 
         Parameters
@@ -171,7 +180,9 @@ class KVortexEngine(EngineCore):
         self._attach_tiering(tiering)
         weakref.finalize(self, tiering.abandon).atexit = False
 
-    def prefetch(self, keys, timeout_ms=2000, hold_ms=5000, *, layout=None):
+    def prefetch(
+        self, keys: "NDArray[np.uint8]", timeout_ms: int = 2000, hold_ms: int = 5000, *, layout: KVLayout | None = None
+    ) -> "Prefetch":
         """Begin to bring blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
 
         The leading run of keys that RAM and the tier have together is brought, as far as half of the pool allows. All
@@ -210,7 +221,7 @@ class KVortexEngine(EngineCore):
             raise ConfigError("this engine has no lower tier to fetch from; create it with tiers=(DiskTier(...),)")
         return self.tiering.prefetch(self._keys_of(keys, layout), timeout_ms, hold_ms)
 
-    def flush(self, timeout_ms=None):
+    def flush(self, timeout_ms: int | None = None) -> int:
         """Write every block that only RAM has to the tier, whatever the write budget says, and make the tier durable.
 
         Saves in flight are waited for and written too. Blocks; the GIL is released meanwhile.
@@ -240,7 +251,7 @@ class KVortexEngine(EngineCore):
             require_ms("timeout_ms", timeout_ms)
         return 0 if self.tiering is None else self.tiering.flush(timeout_ms)
 
-    def add_layout(self, layout):
+    def add_layout(self, layout: KVLayout) -> None:
         """Let calls name blocks of one more KV cache: ``layout=`` in the verbs.
 
         It shares pool, index and counters with the others and has streams of its own. Two layouts of one
@@ -283,7 +294,7 @@ class KVortexEngine(EngineCore):
                     self._drop_carrier(carrier)
                 raise
 
-    def remove_layout(self, layout, timeout_ms=None):
+    def remove_layout(self, layout: KVLayout, timeout_ms: int | None = None) -> None:
         """Let no call name a layout any more, wait for its jobs (GIL released), and give its streams back.
 
         Its blocks stay in the pool, for layouts of the same fingerprint, later ones too. What calls mean then that name
@@ -323,13 +334,13 @@ class KVortexEngine(EngineCore):
         if self.device.pid != os.getpid():
             raise EngineClosed("the engine belongs to the parent process; create another one")
 
-    def wait_ready(self, timeout_ms=None):
+    def wait_ready(self, timeout_ms: int | None = None) -> None:
         """Block (GIL released) until the whole pool is registered; see `PinnedPool.wait_ready` for what is raised."""
         if self.pool is None:
             raise EngineClosed("this engine was never created; use KVortexEngine.create")
         self.pool.wait_ready(timeout_ms)
 
-    def shutdown(self):
+    def shutdown(self) -> None:
         """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
 
         What a tier was to have is written first, for at most half of that time; `flush`, before this, writes all there
@@ -346,10 +357,10 @@ class KVortexEngine(EngineCore):
                 self.tiering.close(self.config.shutdown_timeout_ms)
             self._close(self.config.shutdown_timeout_ms)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.shutdown()
 
 

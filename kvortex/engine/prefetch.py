@@ -4,6 +4,8 @@ import asyncio
 import concurrent.futures
 import os
 import weakref
+from collections.abc import Callable, Generator
+from typing import Any, Self
 
 from kvortex.arguments import require_ms
 from kvortex.errors import EngineClosed
@@ -17,21 +19,21 @@ class Prefetch:
     awaited, and is a context manager.
     """
 
-    def __init__(self, promotion, let_go):
+    def __init__(self, promotion: Any, let_go: Callable[[Any], object]) -> None:
         self._promotion, self._pid = promotion, os.getpid()
         self._finalizer = weakref.finalize(self, let_go, promotion)
         self._finalizer.atexit = False
 
     @property
-    def num_blocks(self):
+    def num_blocks(self) -> int:
         """Blocks of the leading run in RAM so far, those included that were there before; final once `done`."""
         return self._promotion.num_landed
 
-    def done(self):
+    def done(self) -> bool:
         """Whether no more blocks will come. Does not block."""
         return self._promotion.future.done()
 
-    def wait(self, timeout_ms=None):
+    def wait(self, timeout_ms: int | None = None) -> None:
         """Block (GIL released) until it is done: at the latest when the `timeout_ms` of `prefetch` is over.
 
         Raises
@@ -48,7 +50,7 @@ class Prefetch:
         except concurrent.futures.TimeoutError:
             raise TimeoutError(f"the prefetch is not done after {timeout_ms} ms") from None
 
-    def wait_for_more(self, num_blocks):
+    def wait_for_more(self, num_blocks: int) -> tuple[int, bool]:
         """Block (GIL released) until so many blocks have come, or all that will.
 
         Returns
@@ -62,7 +64,7 @@ class Prefetch:
             if is_over or landed >= num_blocks:
                 return landed, is_over
 
-    def close(self):
+    def close(self) -> None:
         """Let the blocks be evicted again, soon; what has not come yet is no longer waited for. Idempotent."""
         self._finalizer()
 
@@ -70,12 +72,12 @@ class Prefetch:
         if os.getpid() != self._pid:
             raise EngineClosed("this prefetch belongs to the parent process")
 
-    def __await__(self):
+    def __await__(self) -> Generator[Any, None, Self]:
         yield from asyncio.shield(asyncio.wrap_future(self._promotion.future)).__await__()
         return self
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.close()

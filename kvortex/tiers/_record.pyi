@@ -1,6 +1,7 @@
-from collections.abc import Buffer
 from enum import IntEnum
 from typing import NamedTuple
+
+from typing_extensions import Buffer
 
 HEADER_BYTES: int
 

@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvortex.transfer._layout import KVLayout
 from kvortex.transfer._transfer_queue import TransferQueue
@@ -14,5 +14,5 @@ class PlannerRow(NamedTuple):
     batch_gbps: float | None
 
 def probe_layout(
-    layout: KVLayout, queue: TransferQueue, *, measure: bool | None = None, known: dict | None = None
+    layout: KVLayout, queue: TransferQueue, *, measure: bool | None = None, known: dict[Any, Any] | None = None
 ) -> list[PlannerRow]: ...

@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import typing
 import urllib.request
 
 import numpy as np
@@ -20,7 +21,8 @@ def stats_of(**changes):
     """Stats in which every number differs from every other."""
     values = {}
     for number, field in enumerate(dataclasses.fields(kvortex.EngineStats)):
-        values[field.name] = {int: 1000 + number, float: 0.5 + number, bool: True, str: "host:0", tuple: ()}[field.type]
+        by_type = {int: 1000 + number, float: 0.5 + number, bool: True, str: "host:0", tuple: ()}
+        values[field.name] = by_type[typing.get_origin(field.type) or field.type]
     return kvortex.EngineStats(**{**values, **changes})
 
 
@@ -46,7 +48,7 @@ def tier_stats(**changes):
     values = {}
     for number, field in enumerate(dataclasses.fields(kvortex.TierStats)):
         by_type = {int: 2000 + number, float: 1000.0 * number, bool: True, str: "disk", dict: {"LATE": 3, "FULL": 4}}
-        values[field.name] = by_type.get(field.type)
+        values[field.name] = by_type.get(typing.get_origin(field.type) or field.type)
     return kvortex.TierStats(**{**values, **changes})
 
 

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kvortex.arguments import shown, whole_number
 from kvortex.config import parse_bytes
@@ -44,7 +46,7 @@ class DiskTier:
         limit.
     """
 
-    paths: tuple
+    paths: tuple[str, ...]
     disk_bytes: int
     num_threads: int = 4
     queue_blocks: int = 4096
@@ -53,7 +55,21 @@ class DiskTier:
     segment_bytes: int = SEGMENT_BYTES
     write_bytes_per_s: int = 256 << 20
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # what may be passed, of which the fields are made
+
+        def __init__(
+            self,
+            paths: str | bytes | os.PathLike[str] | Sequence[str | bytes | os.PathLike[str]],
+            disk_bytes: int | str,
+            num_threads: int = 4,
+            queue_blocks: int = 4096,
+            direct: bool = True,
+            io: str = "threads",
+            segment_bytes: int | str = SEGMENT_BYTES,
+            write_bytes_per_s: int | str = 256 << 20,
+        ) -> None: ...
+
+    def __post_init__(self) -> None:
         paths = self.paths
         alone = isinstance(paths, str | bytes | os.PathLike)
         object.__setattr__(self, "paths", tuple(os.fsdecode(path) for path in ([paths] if alone else paths)))
