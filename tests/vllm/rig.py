@@ -80,6 +80,8 @@ class Rig(Model):
         Asynchronous scheduling: a step is scheduled and runs before the scheduler has heard of the one before.
     failure_policy : str, default "recompute"
         Of vLLM, for loads that failed.
+    kv_role : str, default "kv_both"
+        Of vLLM: what connectors are to do.
     extra : dict, optional
         More options of the connector.
     events : bool, default False
@@ -115,7 +117,7 @@ class Rig(Model):
     """
 
     def __init__(self, *, num_blocks=67, num_slots=64, load_async=True, num_ranks=1, max_tokens=128, max_seqs=8,
-                 pipelined=False, failure_policy="recompute", extra=None, events=False, num_groups=1,
+                 pipelined=False, failure_policy="recompute", kv_role="kv_both", extra=None, events=False, num_groups=1,
                  hash_function=sha256, policy="fcfs", heads=(1, 1), other=None, other_first=False,
                  groups=None, block_tokens=BLOCK_TOKENS, layers=2, mixed_pages=False, pad_bytes=0, layout="LBHNC",
                  runner="v1", hash_tokens=None, retention=0, connector=True, stages=()):  # fmt: skip
@@ -151,7 +153,7 @@ class Rig(Model):
             connectors = {"connectors": both[::-1] if other_first else both}
             named = {"kv_connector": "MultiConnector", "kv_connector_extra_config": connectors}
         transfer = connector and KVTransferConfig(
-            **named, kv_role="kv_both", **known(KVTransferConfig, kv_load_failure_policy=failure_policy)
+            **named, kv_role=kv_role, **known(KVTransferConfig, kv_load_failure_policy=failure_policy)
         )
         config = VllmConfig(
             model_config=model, scheduler_config=scheduling, cache_config=caching, kv_transfer_config=transfer or None,

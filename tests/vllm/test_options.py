@@ -10,7 +10,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 import kvortex
 from kvortex.integrations.vllm import KVortexConnector, register
-from kvortex.integrations.vllm.options import ConnectorOptions
+from kvortex.integrations.vllm.options import ENGINE_OPTIONS, NAMES_OF_OTHERS, TIER_SIZES, ConnectorOptions
 
 
 def test_what_is_not_given_has_a_default():
@@ -34,6 +34,9 @@ def test_what_is_given_is_taken():
         ({"cpu_pool_size_byte": 1 << 30}, "'cpu_pool_size_byte'; did you mean 'cpu_pool_size_bytes'?"),
         ({"cpu_pool_size_bytes": 1 << 30, "loadasync": True}, "did you mean 'load_async'?"),
         ({"cpu_pool_size_bytes": 1 << 30, "xyzzy": 1}, "known are cpu_pool_size_bytes, "),
+        ({"cpu_bytes_to_use": 1 << 30}, "what another connector calls so is here cpu_pool_size_bytes"),
+        ({"cpu_pool_size_bytes": 1 << 30, "num_cpu_blocks": 9}, "calls so is here cpu_pool_size_bytes, in bytes"),
+        ({"cpu_pool_size_bytes": 1 << 30, "lazy_offload": True}, 'calls so is here save, with "on_evict"'),
         ({}, "needs cpu_pool_size_bytes"),
         (None, "needs cpu_pool_size_bytes"),
         ({"cpu_pool_size_bytes": 1 << 30, "verify": "yes"}, "verify must be true or false, got 'yes'"),
@@ -46,7 +49,13 @@ def test_what_is_given_is_taken():
 def test_what_is_unfit_is_refused_with_a_hint(extra, message):
     with pytest.raises(kvortex.ConfigError) as caught:
         ConnectorOptions.parse(extra)
-    assert message in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, ours", NAMES_OF_OTHERS.items())
+def test_what_another_connector_calls_otherwise_is_an_option_here(name, ours):
+    known = {*ConnectorOptions.__dataclass_fields__, *ENGINE_OPTIONS, *TIER_SIZES}
+    assert name not in known and ours.split(",")[0] in known
 
 
 def test_a_pool_smaller_than_a_block_is_refused_with_the_least_size():

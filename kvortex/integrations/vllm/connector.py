@@ -5,8 +5,10 @@ import importlib.util
 import inspect
 import time
 import traceback
+from contextlib import contextmanager
 from dataclasses import replace
 
+from vllm import __version__ as VLLM_VERSION
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
@@ -15,7 +17,7 @@ from vllm.platforms import current_platform
 
 from kvortex import ConfigError
 from kvortex.integrations.vllm.events import BlockEvents
-from kvortex.integrations.vllm.groups import RUN, STATE, groups_of
+from kvortex.integrations.vllm.groups import RUN, STATE, groups_of, way_out_of_groups
 from kvortex.integrations.vllm.identity import namespace_of, require_stable_hashes
 from kvortex.integrations.vllm.layouts import block_dimension, layout_of, text_of
 from kvortex.integrations.vllm.messages import StepMetadata, WorkerReport
@@ -27,8 +29,10 @@ from kvortex.integrations.vllm.options import (
     num_ranks_of,
     require_host_memory,
 )
+from kvortex.integrations.vllm.per_request import Wishes
 from kvortex.integrations.vllm.plugin import register
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
+from kvortex.integrations.vllm.start import tell_limits, tell_sizes
 from kvortex.integrations.vllm.worker import BLOCKS, NOTHING, REQUESTS, WorkerHalf
 from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
@@ -81,6 +85,21 @@ def is_one_of_several():
     return any(frame.f_code in codes for frame, _ in traceback.walk_stack(None))
 
 
+def transfers_of_vllm(vllm_config):
+    """The `KVTransferConfig` by which vLLM goes. A `MultiConnector` shows its connectors another one, which it made."""
+    frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code is MultiConnector.__init__.__code__]
+    return (frames[-1].f_locals["vllm_config"] if frames else vllm_config).kv_transfer_config
+
+
+@contextmanager
+def naming(vllm_config):
+    """What is refused is refused of this model and of this vLLM."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({vllm_config.model_config.model}, vLLM {VLLM_VERSION})") from None
+
+
 def hears_of_blocks_of_others():
     """Whether `MultiConnector` tells a connector which blocks another one fills. 0.15 shows it empty ones."""
     return "new_empty" not in MultiConnector.update_state_after_alloc.__code__.co_names
@@ -111,6 +130,7 @@ def groups_to_keep(vllm_config, kv_cache_config):
         raise ConfigError(
             f"KVortexConnector supports context parallelism (here {shares[0]} for decode, {shares[1]} for prefill) "
             f"with one KV cache group of full attention, and this model has others; leave both sizes at 1"
+            f"{way_out_of_groups(groups, len(kv_cache_config.kv_cache_groups))}"
         )
     if any(group.kind == STATE for group in groups) and not SERVES_STATES:
         raise ConfigError(
@@ -178,6 +198,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     True)``, or on a server, started with ``VLLM_SERVER_DEV_MODE=1``, by ``POST /reset_prefix_cache?reset_external=
     true``. The server passes over a wrong name, and answers that all is well.
 
+    ``kv_role`` is heeded: a ``kv_producer`` loads nothing, and a ``kv_consumer`` saves nothing.
+
     Of layers with a sliding window, with chunks or with states (Mamba, linear attention, short convolutions), which
     forget, it keeps what a request needs that continues a prompt.
     """
@@ -186,15 +208,21 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         options = ConnectorOptions.parse(self._kv_transfer_config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
-        if is_one_of_several() and not hears_of_blocks_of_others():
-            raise ConfigError(
-                "KVortexConnector does not work in the MultiConnector of this vLLM, which does not tell it the blocks "
-                "that another connector fills; use vLLM 0.26 or later, or KVortexConnector alone"
-            )
+        num_groups = len(kv_cache_config.kv_cache_groups)
         self.scheduler = self.worker = self.refusal = self.begun = None
-        groups = groups_to_keep(vllm_config, kv_cache_config)
-        self.has_several_groups = len(kv_cache_config.kv_cache_groups) > 1
-        options = self._load_as_this_vllm_can(options, groups)
+        self.has_several_groups = num_groups > 1
+        with naming(vllm_config):
+            if is_one_of_several() and not hears_of_blocks_of_others():
+                raise ConfigError(
+                    "KVortexConnector does not work in the MultiConnector of this vLLM, which does not tell it the "
+                    "blocks that another connector fills; use vLLM 0.26 or later, or KVortexConnector alone"
+                )
+            groups = groups_to_keep(vllm_config, kv_cache_config)
+            way_out = way_out_of_groups(groups, num_groups)
+            options = self._load_as_this_vllm_can(options, groups, way_out)
+        failed_loads = BLOCKS
+        if self.has_several_groups or groups[0].kind != RUN:
+            failed_loads = REQUESTS if HAS_TRANSFER_RESULTS and options.load_async else NOTHING
         shape = PoolShape.of(
             options,
             kv_cache_config,
@@ -221,7 +249,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             )
             on_evict = options.save == ON_EVICT
             if on_evict:
-                require_evictions(vllm_config, holds_all)
+                with naming(vllm_config):
+                    require_evictions(vllm_config, holds_all)
+            transfers = transfers_of_vllm(vllm_config)
+            both = (self._kv_transfer_config, transfers)
+            does = Wishes(load=all(one.is_kv_consumer for one in both), save=all(one.is_kv_producer for one in both))
+            step_tokens = scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1)
             num_rows = shape.slots.num_slots, shape.num_device_blocks if on_evict else 0
             self.scheduler = SchedulerHalf(
                 shape,
@@ -232,7 +265,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 extends_hits=HAS_WORKER_METADATA or not self.has_several_groups,
                 events=BlockEvents(groups, kv_cache_config, *num_rows) if tells else None,
                 interval=retention_interval(kv_cache_config) if interval is None else interval,
-                step_tokens=scheduling.max_num_batched_tokens * (2 if scheduling.async_scheduling else 1),
+                step_tokens=step_tokens,
                 holds_all=holds_all,
                 save_on_evict=on_evict,
                 tier=options.tier
@@ -243,16 +276,28 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     "steps_at_once": steps_at_once(vllm_config),
                 },
                 save_after_hits=options.save_after_hits,
+                role=does,
             )
             self.counted = {}
-            logger.info(
-                "KVortexConnector: %d blocks of %d bytes in host memory, %d ranks",
-                shape.slots.num_slots, shape.slots.stride_bytes, shape.num_ranks,
-            )  # fmt: skip
+            interval = self.scheduler.interval
+            tell_sizes(
+                shape,
+                options,
+                longest=vllm_config.model_config.max_model_len,
+                step_tokens=step_tokens,
+                interval=interval,
+            )
+            tell_limits(
+                shape,
+                options,
+                does,
+                fails_requests=transfers.kv_load_failure_policy == "fail",
+                fails_engine=failed_loads == NOTHING,
+                num_groups=num_groups,
+                interval=interval,
+                way_out=way_out,
+            )
         else:
-            failed_loads = BLOCKS
-            if self.has_several_groups or groups[0].kind != RUN:
-                failed_loads = REQUESTS if HAS_TRANSFER_RESULTS and options.load_async else NOTHING
             self.worker = WorkerHalf(
                 shape,
                 options,
@@ -284,12 +329,13 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
         return open_store
 
-    def _load_as_this_vllm_can(self, options, groups):
+    def _load_as_this_vllm_can(self, options, groups, way_out):
         """The options, loading inside steps where this vLLM cannot wait for several groups' loads between them."""
         if self.has_several_groups and options.load_async and not HAS_WORKER_METADATA:
             logger.info(
-                "KVortexConnector loads inside steps: between them, this vLLM waits for one KV cache group only"
-            )
+                "KVortexConnector loads inside steps: between them, this vLLM waits for one KV cache group only; use "
+                "vLLM 0.26 or later%s", way_out,
+            )  # fmt: skip
             return replace(options, load_async=False)
         if any(group.kind == STATE for group in groups) and not options.load_async:
             raise ConfigError(

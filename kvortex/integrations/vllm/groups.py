@@ -213,6 +213,20 @@ def one_of_all(spec):
     return specs[0]
 
 
+def way_out_of_groups(groups, num_groups):
+    """What helps where the groups are in the way, as the end of a sentence; nothing where that is no help.
+
+    Told so, vLLM gives layers with a window or with chunks the blocks of full attention if the model has layers of full
+    attention, too, and if all windows, all chunks and all blocks are of one size. It does so with no other layers.
+    """
+    kinds = {group.kind for group in groups}
+    sizes = {(group.kind, group.block_tokens, group.reach_tokens) for group in groups}
+    is_one_size = len({group.block_tokens for group in groups}) == 1 and len(sizes) == len(kinds)
+    if len(groups) != num_groups or not {RUN} < kinds <= {RUN, WINDOW, CHUNK} or not is_one_size:
+        return ""
+    return ", or start vLLM with --disable-hybrid-kv-cache-manager, which serves all layers as one of full attention"
+
+
 def align_tokens(groups):
     """Hits are multiples of it."""
     return math.lcm(*(math.lcm(group.block_tokens, group.hit_tokens) for group in groups))

@@ -24,6 +24,15 @@ ENGINE_OPTIONS = (
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
 MOST = 1 << 40
+# What vLLM's own connectors call what KVortex has, too.
+NAMES_OF_OTHERS = {
+    "cpu_bytes_to_use": "cpu_pool_size_bytes",
+    "cpu_bytes_to_use_per_rank": "cpu_pool_size_bytes, for all ranks together",
+    "num_cpu_blocks": "cpu_pool_size_bytes, in bytes",
+    "disk_capacity_bytes": "disk_bytes",
+    "lazy_offload": 'save, with "on_evict"',
+    "store_threshold": "save_after_hits, one less",
+}
 NUMBERS = {
     "window_interval_tokens": "tokens",
     "save_after_hits": "requests",
@@ -104,6 +113,8 @@ class ConnectorOptions:
             if name not in known:
                 near = nearest(name, known)
                 hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
+                if name in NAMES_OF_OTHERS:
+                    hint = f"what another connector calls so is here {NAMES_OF_OTHERS[name]}"
                 raise ConfigError(f"kv_connector_extra_config has an unknown option {name!r}; {hint}")
         if "cpu_pool_size_bytes" not in extra:
             raise ConfigError(

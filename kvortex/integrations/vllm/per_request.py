@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from kvortex import ConfigError
 from kvortex.config import nearest
@@ -66,13 +66,17 @@ class Wishes:
 EVERYTHING, NOTHING = Wishes(), Wishes(save=False, load=False)
 
 
-def wishes_of(request):
-    """The wishes of a request; with a name or value that is wrong, nothing is done for it, and the log says why."""
+def wishes_of(request, role=EVERYTHING):
+    """The wishes of a request, as far as the server's `role` allows both ways.
+
+    With a name or value that is wrong, nothing is done for it, and the log says why.
+    """
     given = request.kv_transfer_params
     if not isinstance(given, dict) or "kvortex" not in given:
-        return EVERYTHING
+        return role
     try:
-        return Wishes.parse(given["kvortex"])
+        wishes = Wishes.parse(given["kvortex"])
+        return replace(wishes, save=wishes.save and role.save, load=wishes.load and role.load)
     except ConfigError as error:  # to raise it in a scheduler would end the engine
         logger.warning("KVortex does nothing for request %s: %s", request.request_id, error)
         return NOTHING

@@ -16,7 +16,7 @@ from kvortex.integrations.vllm.groups import RUN, STATE, longest_hit
 from kvortex.integrations.vllm.holds import Holds
 from kvortex.integrations.vllm.keys import KEY_BYTES, as_bytes, as_keys, digest_for, keys_of, keys_of_all
 from kvortex.integrations.vllm.messages import CHUNK, LOAD, SAVE, StepMetadata, Transfer
-from kvortex.integrations.vllm.per_request import Pins, wishes_of
+from kvortex.integrations.vllm.per_request import EVERYTHING, Pins, wishes_of
 from kvortex.integrations.vllm.room import Room, flat
 from kvortex.integrations.vllm.sights import KEYS_PER_SLOT, Sights
 from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_session
@@ -58,6 +58,8 @@ class SchedulerHalf:
         Save a block when vLLM gives it to somebody else, not when it is complete. Not with `holds_all`.
     tier : dict, optional
         Of a tier below the pool, what `Tier` is to be told beyond the pool and the model.
+    role : Wishes, optional
+        What is done for any request, whatever it asks for.
 
     Notes
     -----
@@ -68,7 +70,7 @@ class SchedulerHalf:
     def __init__(
         self, shape, *, load_async, save_late=False, whole_prompts=True, reload_preempted=True, extends_hits=True,
         events=None, interval=None, step_tokens=0, holds_all=False, save_after_hits=0,
-        save_on_evict=False, tier=None,
+        save_on_evict=False, tier=None, role=EVERYTHING,
     ):  # fmt: skip
         self.shape, self.load_async, self.save_late = shape, load_async, save_late
         self.shape_to_send = shape  # until the workers have it
@@ -91,7 +93,7 @@ class SchedulerHalf:
         self.save_after_hits = save_after_hits
         num_keys = KEYS_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
         self.sights = Sights(num_keys) if save_after_hits else None
-        self.requests, self.matches, self.wishes = {}, {}, {}
+        self.requests, self.matches, self.wishes, self.role = {}, {}, {}, role
         self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
         self.pins = Pins(self.index)
         # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
@@ -218,7 +220,7 @@ class SchedulerHalf:
     def wishes_of(self, request):
         """The wishes of a request, looked at once."""
         if request.request_id not in self.wishes:
-            self.wishes[request.request_id] = wishes_of(request)
+            self.wishes[request.request_id] = wishes_of(request, self.role)
         return self.wishes[request.request_id]
 
     def has_room(self, request, hit_tokens):

@@ -1,0 +1,109 @@
+"""What the log says at start: how large the pool is beside vLLM's own cache, and what is not done, with the way out."""
+
+import logging
+
+from kvortex.config import bytes_text
+from kvortex.integrations.vllm.groups import STATE, WINDOW
+from kvortex.integrations.vllm.options import ON_EVICT
+from kvortex.log import Guarded
+
+logger = Guarded(logging.getLogger("vllm.kvortex"))
+
+
+def tell_sizes(shape, options, *, longest, step_tokens, interval):
+    """Say what the pool holds beside vLLM's own KV cache and the longest prompt, and warn where it is the smallest.
+
+    Parameters
+    ----------
+    shape : PoolShape
+    options : ConnectorOptions
+    longest : int
+        Tokens of the longest prompt, vLLM's ``max_model_len``.
+    step_tokens : int
+        Tokens that a request computes before vLLM gives back what has left a window.
+    interval : int or None
+        See `Group.worth_keeping`.
+    """
+    num_slots, ends = shape.slots.num_slots, [-(-longest // group.block_tokens) for group in shape.groups]
+    on_device = sum(group.most_blocks(longest - 1, step_tokens) for group in shape.groups)
+    in_pool = sum(
+        last - first
+        for group, end in zip(shape.groups, ends, strict=True)
+        for first, last in group.worth_keeping(0, end, (longest,), interval)
+    )
+    in_pool = max(1, in_pool)  # no prompt that is shorter than a block is kept
+    pool, device = num_slots * longest // in_pool, shape.num_device_blocks * longest // on_device
+    logger.info(
+        "KVortexConnector: the pool holds %d tokens: %sx of the GPU's KV cache (%d tokens), %sx of the longest prompt "
+        "(max_model_len, %d tokens); that is %d blocks of %d bytes%s%s",
+        pool, times(pool, device), device, times(pool, longest), longest, num_slots, shape.slots.stride_bytes,
+        f" in each of {shape.num_ranks} ranks" if shape.num_ranks > 1 else "",
+        ", as the first stage of the pipeline counts" if shape.num_stages > 1 else "",
+    )  # fmt: skip
+    least = {"the longest prompt": (longest, "of such a prompt it keeps the beginning only")}
+    if options.save != ON_EVICT:  # else the two caches hold different blocks, and add up
+        least["the GPU's KV cache"] = device, "what leaves that has mostly left the pool before"
+    for what, (tokens, so) in least.items():
+        if pool < tokens:
+            needed = -(-tokens * in_pool // longest) * shape.slots.stride_bytes * shape.num_ranks
+            logger.warning(
+                "KVortexConnector: the pool is below 1x of %s (%sx): %s; set cpu_pool_size_bytes to at least %s",
+                what, times(pool, tokens), so, bytes_text(needed),
+            )  # fmt: skip
+
+
+def times(tokens, others):
+    """How many times the others, in a text that is not rounded up to 1."""
+    return f"{100 * tokens // others / 100:.2f}"
+
+
+def tell_limits(shape, options, role, *, fails_requests, fails_engine, num_groups, interval, way_out):
+    """Say what the roles, vLLM's policy and the model leave undone, and what to do about it.
+
+    Parameters
+    ----------
+    shape : PoolShape
+    options : ConnectorOptions
+    role : Wishes
+        What vLLM's ``kv_role`` asks for.
+    fails_requests : bool
+        Whether vLLM ends a request with an error when its load failed.
+    fails_engine : bool
+        Whether vLLM cannot be told of a load that failed.
+    num_groups : int
+        Of vLLM's KV cache groups, those included that are left alone.
+    interval : int or None
+        See `Group.worth_keeping`.
+    way_out : str
+        See `way_out_of_groups`.
+    """
+    if not role.load or not role.save:
+        never = "loads" if not role.load else "saves"
+        level = logging.INFO if options.tier else logging.WARNING
+        of_no_use = "" if options.tier else ", and without a disk_path the pool is of no use: set kv_role to kv_both"
+        logger.log(level, "KVortexConnector: with this kv_role the server %s no blocks%s", never, of_no_use)
+    if role.load and fails_requests and options.load_async and not fails_engine:  # inside a step it is the right one
+        logger.warning(
+            "KVortexConnector: kv_load_failure_policy is 'fail', so a request ends with an error where its blocks "
+            'could not be loaded; set "kv_load_failure_policy": "recompute" in --kv-transfer-config, and vLLM computes '
+            "them"
+        )
+    if role.load and fails_engine:
+        logger.warning(
+            "KVortexConnector: this vLLM cannot hear of a load that failed for a model with several KV cache groups, "
+            "windows or states, and ends with an error; use vLLM 0.32 or later with load_async%s", way_out,
+        )  # fmt: skip
+    alone = sorted({*range(num_groups)} - {group.index for group in shape.groups})
+    if alone:
+        logger.info(
+            "KVortexConnector: KV cache groups %s are left alone, as vLLM's own prefix cache leaves them",
+            ", ".join(map(str, alone)),
+        )  # fmt: skip
+    in_part = [group.index for group in shape.groups if group.kind in (WINDOW, STATE)]
+    if role.save and in_part and interval is not None:
+        logger.info(
+            "KVortexConnector: of the layers with windows or states (KV cache groups %s) it keeps what a prompt needs "
+            "that goes on where another one ends, or %s; window_interval_tokens sets how much%s",
+            ", ".join(map(str, sorted(in_part))),
+            f"at a multiple of {interval} tokens" if interval else "where vLLM sees that they part", way_out,
+        )  # fmt: skip
