@@ -291,7 +291,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 shape,
                 options,
                 does,
-                fails_requests=transfers.kv_load_failure_policy == "fail",
+                fails_requests=getattr(transfers, "kv_load_failure_policy", None) == "fail",
                 fails_engine=failed_loads == NOTHING,
                 num_groups=num_groups,
                 interval=interval,
