@@ -1,6 +1,6 @@
-"""Build README's ```cython example as a foreign module against the kvortex that Python finds, and use it.
+"""Build the ```cython example of a page as a foreign module, against the kvortex that Python finds, and use it.
 
-Run in a folder of its own, by the Python whose kvortex is meant: ``python foreign_module.py README.md``.
+Run in a folder of its own, by the Python whose kvortex is meant: ``python foreign_module.py PAGE``.
 """
 
 import re
@@ -23,9 +23,9 @@ setup(name="saver", ext_modules=cythonize([extension], language_level=3))
 BLOCK_TOKENS = 16
 
 
-def build(readme):
+def build(page):
     """Write the example beside a setup.py, compile it in place and import it."""
-    (example,) = re.findall(r"^```cython\n(.*?)^```$", readme.read_text(), re.M | re.S)
+    (example,) = re.findall(r"^```cython\n(.*?)^```$", page.read_text(), re.M | re.S)
     Path("saver.pyx").write_text(example)
     Path("setup.py").write_text(SETUP)
     subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], check=True)

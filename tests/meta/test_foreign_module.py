@@ -1,4 +1,4 @@
-"""Other people's compiled modules: what they cimport is installed, and README's example works against it.
+"""Other people's compiled modules: what they cimport is installed, and the example of include/README.md works.
 
 The package is laid out as a wheel has it, with the compiled modules of this tree; `.ci/wheel` does the same with the
 wheel itself, in an environment without the sources.
@@ -54,9 +54,9 @@ def test_get_include_names_the_headers_of_the_kvortex_in_use(installed, tmp_path
     assert Path(out.strip()) == installed / "kvortex" / "include"
 
 
-def test_the_example_of_the_readme_builds_and_runs_without_the_sources(installed, tmp_path):
+def test_the_example_of_the_page_builds_and_runs_without_the_sources(installed, tmp_path):
     script = Path(__file__).with_name("foreign_module.py")
-    out = run(script, ROOT / "README.md", cwd=tmp_path, PYTHONPATH=str(installed))
+    out = run(script, ROOT / "include/README.md", cwd=tmp_path, PYTHONPATH=str(installed))
     assert f"a module built against {installed / 'kvortex'}" in out
 
 

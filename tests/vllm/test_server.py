@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import vllm
 from engine_run import ENVIRONMENT, write_model
+from pages import transfer_config
 
 HERE = Path(__file__).resolve().parent
 PROMPT = [5 + at % 900 for at in range(200)]
@@ -77,14 +78,14 @@ def server(model):
 
 @contextlib.contextmanager
 def serve(folder, **extra):
-    """A server with the connector and these options more; told to end by SIGTERM."""
+    """A server with what README shows, a smaller pool, and these options more; told to end by SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    transfer = {
-        "kv_connector": "KVortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm",
-        "kv_role": "kv_both", "kv_connector_extra_config": {"cpu_pool_size_bytes": "64MiB", **extra},
-    }  # fmt: skip
+    transfer = transfer_config() | {
+        "kv_connector_module_path": "kvortex.integrations.vllm",
+        "kv_connector_extra_config": {"cpu_pool_size_bytes": "64MiB", **extra},
+    }
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
         "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
