@@ -14,6 +14,7 @@ from pathlib import Path
 import pages
 import pytest
 from pages import PAGES, README, ROOT, name_of
+from test_layers import MAY_IMPORT, TOP
 
 import kvortex
 
@@ -223,3 +224,27 @@ def test_the_log_events_are_all_named():
             events |= set(re.findall(r'\b(?:log\(\s*logging\.\w+,|warn_once\()\s*"(\w+)"', path.read_text()))
     named = set(re.findall(r"`(\w+)`", text[text.index("an `event`") :]))
     assert len(events) > 5 and events <= named, events - named
+
+
+HOW = ROOT / "kvortex/README.md"
+
+
+def test_every_invariant_has_a_mutant_or_names_its_test():
+    rules = re.split(r"^(\d+)\. ", pages.section(HOW, "Invariants"), flags=re.M)[1:]
+    headers = " ".join(path.read_text().partition("# tests:")[0] for path in (ROOT / "tests/mutants").glob("*.patch"))
+    taken_out = {
+        number for line in re.findall(r"# invariant: ([\d, ]+)", headers) for number in re.findall(r"\d+", line)
+    }
+    numbers, texts = rules[::2], rules[1::2]
+    assert taken_out <= set(numbers) and numbers == [str(at + 1) for at in range(len(numbers))]
+    for number, text in zip(numbers, texts, strict=True):
+        tests = re.findall(r"`(tests/\S+\.py)`", text)
+        assert number in taken_out or tests and (ROOT / tests[0]).is_file(), f"{number}. {text}"
+
+
+def test_the_table_of_layers_is_the_one_that_imports_are_held_against():
+    rows = pages.table(pages.section(HOW, "Layers"))
+    rank = {part: int(row[0]) for row in rows for part in re.findall(r"`(\w+)`", row[1])}
+    there = {part: {other for other in others if other in rank} for part, others in MAY_IMPORT.items() if part in rank}
+    assert rank.keys() == TOP | there.keys() and MAY_IMPORT.keys() - rank.keys() == {"codec"}  # which is still to come
+    assert not [(part, other) for part, others in there.items() for other in others if rank[other] > rank[part]]
