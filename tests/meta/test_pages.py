@@ -59,7 +59,7 @@ def test_every_command_exists(page):
             assert {word for word in rest if "=" not in word} <= targets, words
         elif program in {"kvortex", "python"}:
             source = source_of(words)
-            for option in (word.partition("=")[0] for word in rest if word.startswith("--")):
+            for option in (word.partition("=")[0] for word in rest if word.startswith("--") and word != "--help"):
                 assert f'"{option}"' in source, f"{words}: nobody reads {option}"
         elif program == "pip":
             extras = re.findall(r"\[([\w,]+)\]", " ".join(rest))
@@ -68,6 +68,14 @@ def test_every_command_exists(page):
             )
         else:
             assert program in {"vllm", "curl", "grep", "apt"}, words  # the server's tests do what these say
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "vllm" not in page.parts], ids=name_of)
+def test_every_option_is_read_by_somebody(page):
+    sources = [ROOT / "kvortex/cli.py", *(ROOT / "bench").rglob("*.py")]
+    text = "".join(source.read_text() for source in sources)
+    for option in re.findall(r"`(--[\w-]+)", pages.prose(page)):
+        assert f'"{option}"' in text or f'"{option.replace("--no-", "--")}"' in text, option
 
 
 def source_of(words):
@@ -83,7 +91,7 @@ def source_of(words):
         assert module, f"there is no module {rest[1]}"
         found = Path(module.origin)
         return (found.with_name("__main__.py") if found.name == "__init__.py" else found).read_text()
-    command = rest[2] if program == "python" else rest[0]
+    command = [*rest[2:], "--help"][0] if program == "python" else rest[0]
     source = (ROOT / "kvortex/cli.py").read_text()
     assert command.startswith("-") or f'"{command}"' in source, f"kvortex has no command {command}"
     return source
