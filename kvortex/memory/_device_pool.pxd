@@ -32,4 +32,4 @@ cdef class PooledBuffer(DeviceBuffer):
     cdef bint is_pending              # the event was not seen complete yet
 
     cdef int wait_ready(self, void *handle) except -1
-    cdef void pass_stream_on(self) noexcept
+    cdef void retire(self) noexcept

@@ -453,7 +453,7 @@ cdef class PooledBuffer(DeviceBuffer):
         elif not self.closed:  # by another thread, meanwhile
             self.closed = True
             start, self.start = self.start, 0
-            self.pass_stream_on()
+            self.retire()
             self.pool.give(start, self.nbytes, handle)
 
     cdef void *stream_for(self, object stream) except? NULL:
@@ -479,7 +479,7 @@ cdef class PooledBuffer(DeviceBuffer):
 
     cdef void give_back(self) noexcept:
         if self.start != 0:
-            self.pass_stream_on()  # first: with the memory the pool may end
+            self.retire()  # first: with the memory the pool may end
             self.release()
 
     cdef void release(self) noexcept:
@@ -489,7 +489,7 @@ cdef class PooledBuffer(DeviceBuffer):
             self.pool.give(start, self.nbytes, self.stream.stream)
         # else: a dead context forbids to wait, and memory that may be in use is nobody's to reuse
 
-    cdef void pass_stream_on(self) noexcept:
+    cdef void retire(self) noexcept:
         self.pool.idle_streams += ((self.stream, self.ready_event, self.lent),)
         self.lent = None
         if self.pool.closed:  # nobody would ask later
