@@ -1,4 +1,4 @@
-"""The device pool: a limit, stream order kept by the driver's pools."""
+"""DevicePool: device memory up to a limit. The driver's own memory pools keep the order of streams."""
 
 import threading
 from contextlib import suppress
@@ -19,16 +19,17 @@ from kvortex.memory._device_limit cimport DeviceLimit, refuse, require_size, rou
 
 from kvortex.errors import ConfigError, DriverError, EngineClosed
 
-cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # in which CUDA takes memory for a pool; a smaller limit would stop the first
-cdef int MAX_LOOKS = 4                     # streams of freed buffers that one allocation asks whether they are idle
+cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # in which CUDA takes memory for a pool; one that may have less gets none
+cdef int MAX_LOOKS = 4                     # how many of the idle_streams one allocation asks whether their work is over
 
 
 class DevicePoolUsage(NamedTuple):
     """What a `DevicePool` holds at a moment, in bytes.
 
-    A free counts from its call. `reserved_bytes` is what the device misses, used or not: the driver takes memory for a
-    pool in units of its own (32 MiB on CUDA) and arenas grow in others (2 MiB), so that it may exceed the limit by as
-    much. `reserved_high_bytes` adds the marks of both, and is an upper bound where there are arenas.
+    `used_bytes` stops counting a buffer when `free` is called. `reserved_bytes` is what the pool has taken from the
+    device, used or not. It may exceed the limit by a unit: the driver takes memory in units of 32 MiB (on CUDA), and
+    arenas grow by 2 MiB. `reserved_high_bytes` is the sum of two highest values, that of the driver's pool and that of
+    the arenas; with arenas it is an upper bound, because both need not have been reached at the same time.
     """
 
     limit_bytes: int
@@ -43,18 +44,20 @@ class DevicePoolUsage(NamedTuple):
 cdef class DevicePool(DeviceLimit):
     """Device memory up to a limit, allocated and freed in the order of streams.
 
-    A free takes effect when its stream gets there, and never blocks; the memory then serves the next allocation without
-    a call to the system. Where another stream wants it before, the driver makes that stream wait or takes other memory.
+    `PooledBuffer.free` never blocks: the memory is free when the stream gets there, and serves the next allocation
+    without a call to the system. If another stream wants it before, the driver makes that stream wait or takes other
+    memory.
 
     Parameters
     ----------
     limit_bytes : int
         Bytes that may be handed out at once, arenas included.
     device : Device or str, default "auto"
-        A name is opened as `Device.open` does, and closed when the pool is closed and nothing is out any more.
+        A name is opened by `Device.open`; that device is closed with the pool, when all buffers and arenas were given
+        back.
     release_threshold_bytes : int, optional
-        What the pool keeps for later allocations when a stream or event is waited for; more than that goes back to the
-        device. By default the limit: a steady state then never asks the system for memory. 0 keeps nothing.
+        When somebody waits for a stream or an event, the driver gives free memory of the pool back to the device, down
+        to so many bytes. By default the limit, so that a steady state never asks the system for memory; 0 keeps none.
 
     Attributes
     ----------
@@ -98,7 +101,7 @@ cdef class DevicePool(DeviceLimit):
         props.allocation_type = _c.KV_MEM_ALLOCATION_TYPE_PINNED
         props.location.type, props.location.id = _c.KV_MEM_LOCATION_TYPE_DEVICE, opened.ordinal
         props.max_bytes = round_up(self.limit_bytes, RESERVE_UNIT_BYTES)
-        if release_threshold_bytes is None:  # in whole units, or each wait would give the last one back
+        if release_threshold_bytes is None:  # whole units: with less, each wait would give the last unit back
             threshold = props.max_bytes
         with nogil:
             code = opened.enter(&mode)
@@ -117,9 +120,9 @@ cdef class DevicePool(DeviceLimit):
         self.closed = False
 
     def alloc(self, nbytes, stream):
-        """Allocate memory that work on a stream may use from now on; not initialised. Does not block.
+        """Allocate memory that later work on a stream may use; it is not initialised. Does not block.
 
-        Work that the buffer puts on other streams waits for that moment; work that others put there must.
+        Before you use the memory on another stream, make that stream wait for this one. The buffer's own calls do so.
 
         Parameters
         ----------
@@ -131,7 +134,7 @@ cdef class DevicePool(DeviceLimit):
         Returns
         -------
         PooledBuffer
-            A `DeviceBuffer`, to be given back by `free(stream)`, `close()` or its end.
+            A `DeviceBuffer`. `free(stream)`, `close()` or the end of the object give the memory back.
 
         Raises
         ------
@@ -163,7 +166,7 @@ cdef class DevicePool(DeviceLimit):
                 if code == 0:
                     code = _c.kv_call(self.device.drv, _c.stream_wait_event, own.stream, ready_event.event, 0)
                 self.device.leave(mode)
-        if code:  # no other stream can come after the allocation, so it is freed on its own
+        if code:  # no other stream can be made to wait for the memory, so it is freed on its own
             start, buffer.start = buffer.start, 0
             self.give(start, nbytes, handle)
         check(self.device, code)
@@ -172,12 +175,12 @@ cdef class DevicePool(DeviceLimit):
         return buffer
 
     def arena(self, reserve_bytes):
-        """Reserve address space in which memory grows without moving, for a cache whose layers are made one by one.
+        """Reserve addresses for memory that grows without moving: for a cache whose layers are made one by one.
 
         Parameters
         ----------
         reserve_bytes : int
-            The most that it will ever hold, rounded up to units (2 MiB); costs no memory, so be generous.
+            The most that it will ever hold, rounded up to units (2 MiB). It costs no memory, so be generous.
 
         Returns
         -------
@@ -220,7 +223,11 @@ cdef class DevicePool(DeviceLimit):
         return arena
 
     def usage(self):
-        """What is handed out and what is taken from the device, as a `DevicePoolUsage`. Does not block.
+        """Return how much is handed out and how much the pool has taken from the device. Does not block.
+
+        Returns
+        -------
+        DevicePoolUsage
 
         Raises
         ------
@@ -236,7 +243,7 @@ cdef class DevicePool(DeviceLimit):
     def trim(self, keep_bytes=0):
         """Give memory that nobody uses back to the device, down to `keep_bytes`. Does not block.
 
-        Memory whose free no one has waited for yet may stay: synchronise the stream before.
+        Synchronise the streams of earlier frees before: memory may stay whose stream has not got to its free yet.
 
         Raises
         ------
@@ -261,21 +268,21 @@ cdef class DevicePool(DeviceLimit):
     def close(self):
         """Hand out no more, and give back what nobody holds. Idempotent.
 
-        Buffers and arenas that are out stay usable until their holders let go; the driver's pool ends with the last of
-        them. That blocks only for copies that freed buffers left on other streams. Ctrl-C ends the wait: then the pool
-        hands out no more, and another call, or its end, does the rest.
+        Buffers and arenas that were handed out stay usable until their holders let go; the driver's pool ends with the
+        last of them. The call blocks only while copies of freed buffers still run. Ctrl-C ends that wait: then the pool
+        hands out no more, and another call of `close`, or the end of the object, does the rest.
         """
         self.closed = True
         if self.pool is NULL or self.device.closed or getpid() != self.device.pid:
             return
         for own, _, lent in self.idle_streams:
             if lent is not None:
-                with suppress(DriverError, EngineClosed):  # nobody knows: then `sweep` keeps it
+                with suppress(DriverError, EngineClosed):  # not known whether they are over: `sweep` keeps their memory
                     (<Stream>own).synchronize()
         self.end()
 
     cdef void end(self) noexcept:
-        """The rest of `close`, without signal handlers and more than once."""
+        """Do what `close` does after its wait. Runs no signal handlers; may be called more than once."""
         cdef uint64_t threshold = 0
         cdef int mode = 0
         cdef bint is_out = self.num_out != 0
@@ -285,7 +292,7 @@ cdef class DevicePool(DeviceLimit):
         self.num_out += 1
         self.sweep(True)
         with nogil:
-            if is_out and self.device.enter(&mode) == 0:  # what others hold goes back when they let go
+            if is_out and self.device.enter(&mode) == 0:  # then each buffer goes back when its holder lets go
                 self.device.drv.mem_pool_set_attribute(self.pool, _c.KV_MEMPOOL_RELEASE_THRESHOLD, &threshold)
                 self.device.drv.mem_pool_trim_to(self.pool, 0)
                 self.device.leave(mode)
@@ -296,7 +303,8 @@ cdef class DevicePool(DeviceLimit):
         self.pool = NULL
 
     cdef void sweep(self, bint waiting) noexcept:
-        """Let go of what freed buffers copied from or to, where that is over; with `waiting`, when it is."""
+        """Release the memory that retired buffers copied from or to, if the copies are over; `waiting` waits for them.
+        """
         cdef void *stream
         cdef int code
         before, self.idle_streams = self.idle_streams, ()
@@ -307,11 +315,12 @@ cdef class DevicePool(DeviceLimit):
                     code = ask(self.device, stream, NULL, waiting)
                     while waiting and code == _c.KV_CUDA_NOT_READY:
                         code = ask(self.device, stream, NULL, waiting)
-                if code == 0:  # else it is in use, or nobody knows, so it is kept
+                if code == 0:  # else the copies may still run, so their memory is kept
                     lent = None
             self.idle_streams += ((own, ready_event, lent),)
 
     cdef void end_use(self) noexcept:
+        """Count a buffer, an arena or a call less; the last one ends the pool if it was closed."""
         cdef void *pool = self.pool
         self.num_out -= 1
         if self.num_out or not self.closed or getpid() != self.device.pid:
@@ -329,7 +338,7 @@ cdef class DevicePool(DeviceLimit):
 
     def __dealloc__(self):
         if self.device is not None:
-            self.end()  # nothing is out: that would keep it
+            self.end()  # nothing is handed out: a buffer or an arena would keep the pool alive
 
     def __enter__(self):
         return self
@@ -371,12 +380,12 @@ cdef class DevicePool(DeviceLimit):
                     if code == 0:
                         code = self.device.drv.mem_free_async(start, stream)
                         self.device.leave(mode)
-        if code == 0:  # what could not be freed stays used
+        if code == 0:  # memory that could not be freed counts as used
             self.unclaim(nbytes)
         self.end_use()
 
     cdef size_t reserved(self, int attribute) except? 0xFFFFFFFF:
-        """What the driver holds for the pool, without arenas."""
+        """Return how much the driver holds for the pool, arenas not included."""
         cdef uint64_t value = 0
         cdef int code, mode = 0
         self.require_open()
@@ -391,7 +400,7 @@ cdef class DevicePool(DeviceLimit):
         return value
 
     cdef tuple idle_pair(self):
-        """A stream and an event for a new buffer: of one that was freed and whose work is over, or new ones."""
+        """Return a stream and an event for a new buffer: those of a retired buffer whose work is over, or new ones."""
         cdef int _
         for _ in range(min(MAX_LOOKS, len(self.idle_streams))):
             if not self.idle_streams:  # taken by another thread meanwhile
@@ -404,15 +413,15 @@ cdef class DevicePool(DeviceLimit):
 
 
 @auto_pickle(False)
-@no_gc_clear  # __dealloc__ needs pool and stream, which the collector would clear before it
+@no_gc_clear  # __dealloc__ needs pool and stream, which the collector would clear first
 cdef class PooledBuffer(DeviceBuffer):
     """A `DeviceBuffer` of a `DevicePool`; made by `DevicePool.alloc`.
 
-    Everything about copies and protocols is as for `DeviceBuffer`; how it ends is not: `free` and `close` return at
-    once, and other buffers get the memory in the order of streams. Memory that a GPU's protocol handed out
-    (``__cuda_array_interface__``, DLPack) may be in use by work that nobody here knows of, so without a `free` it goes
-    back only after all work of the device, for which `close` and the buffer's end then block. Who gave the bare address
-    to others must use `free`.
+    Copies and protocols are those of `DeviceBuffer`. The end differs: `free` and `close` return at once, and other
+    buffers get the memory in the order of streams. If a GPU's protocol handed the memory out
+    (``__cuda_array_interface__``, DLPack), others may use it in work that is not known here. Without `free` it then
+    goes back only after all work of the device, and `close`, or the end of the object, blocks until that is over. If
+    you gave the bare address to others, call `free`: the buffer does not know of them.
 
     Attributes
     ----------
@@ -423,10 +432,11 @@ cdef class PooledBuffer(DeviceBuffer):
         raise TypeError("PooledBuffer has no constructor; use DevicePool.alloc(nbytes, stream)")
 
     def free(self, stream):
-        """Free the memory in the order of a stream, after the buffer's own calls on others. Does not block.
+        """Free the memory when a stream gets there and the buffer's calls on other streams are over. Does not block.
 
-        Nobody else's work on the memory may come later than the stream as it stands now. Memory that others hold (a
-        buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go, and after the stream, too.
+        Work of others on the memory must come before the end of what is on the stream now. If others hold the memory (a
+        buffer, a DLPack tensor, a layout over it), it is freed when the last of them lets go, and not before the stream
+        gets there.
 
         Parameters
         ----------
@@ -450,7 +460,7 @@ cdef class PooledBuffer(DeviceBuffer):
         if self.exports:
             self.follow(handle)
             self.close()
-        elif not self.closed:  # by another thread, meanwhile
+        elif not self.closed:  # which another thread may have done meanwhile
             self.closed = True
             start, self.start = self.start, 0
             self.retire()
@@ -463,7 +473,7 @@ cdef class PooledBuffer(DeviceBuffer):
         return handle
 
     cdef int wait_ready(self, void *handle) except -1:
-        """Let work on another stream than that of the allocation come after it."""
+        """Make a stream wait, on the device, until the memory is there."""
         cdef int code, mode = 0
         if not self.is_pending:
             return 0
@@ -479,7 +489,7 @@ cdef class PooledBuffer(DeviceBuffer):
 
     cdef void give_back(self) noexcept:
         if self.start != 0:
-            self.retire()  # first: with the memory the pool may end
+            self.retire()  # first, because the pool may end when it gets the memory back
             self.release()
 
     cdef void release(self) noexcept:
@@ -487,12 +497,13 @@ cdef class PooledBuffer(DeviceBuffer):
         self.start = 0  # taken under the GIL, so that nobody frees it twice
         if start != 0 and (not self.shown or self.device.is_host or wait_for_device(self.device)):
             self.pool.give(start, self.nbytes, self.stream.stream)
-        # else: a dead context forbids to wait, and memory that may be in use is nobody's to reuse
+        # else: the context is dead, so nobody can wait for its work; memory that may be in use goes to nobody
 
     cdef void retire(self) noexcept:
+        """Give stream and event to the pool's idle_streams, with the memory that the last copies may still use."""
         self.pool.idle_streams += ((self.stream, self.ready_event, self.lent),)
         self.lent = None
-        if self.pool.closed:  # nobody would ask later
+        if self.pool.closed:  # no later allocation would look at them
             self.pool.sweep(True)
 
     def __dealloc__(self):
@@ -501,12 +512,13 @@ cdef class PooledBuffer(DeviceBuffer):
 
 
 cdef bint supports(Device device, int attribute) except -1:
+    """Tell whether the device has a feature, by the number of its attribute."""
     cdef int code, number = 0, value = 0
     with nogil:
         code = _c.kv_call(device.drv, _c.device_get, &number, device.ordinal)
         if code == 0:
             code = _c.kv_call(device.drv, _c.device_get_attribute, &value, attribute, number)
-    if code == _c.kv_answer(_c.KV_CUDA_INVALID_VALUE, _c.device_get_attribute):  # the driver does not know it
+    if code == _c.kv_answer(_c.KV_CUDA_INVALID_VALUE, _c.device_get_attribute):  # the driver has no such attribute
         return False
     check(device, code)
     return value != 0

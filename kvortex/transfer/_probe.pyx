@@ -1,7 +1,7 @@
-"""Which back end moves which group of pieces: found out by trying, once a layout, in a fraction of 0.3 s.
+"""Choose how each group of pieces moves, by strided copies or in batches: tried once for a layout, within 0.3 s.
 
-Whether strided copies are legal is up to the driver (rows in several allocations are refused), and whether they pay is
-up to the machine: the same copy is twice as fast as batches at 4 KiB, and a third as fast at a pitch of 2 GiB.
+The driver decides whether strided copies are legal: it refuses rows in several allocations. The machine decides whether
+they pay: a strided copy is twice as fast as batches at 4 KiB, and a third as fast at a pitch of 2 GiB.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -16,23 +16,24 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 
 from typing import NamedTuple
 
-cdef size_t TRIAL_BYTES = 8 << 20   # moved in one trial: 0.2 ms at the rate of the link
-cdef int NUM_REPEATS = 3            # the fastest counts
-cdef int MAX_TRIALS = 16            # shapes tried in one layout; later ones go by their legality alone
-# For a layout: a shape that would need more alone goes by the copies of one block, what is left then by its legality. A
-# copy over thousands of mappings (arenas, torch's expandable segments) may take a thousand times as long as others.
+cdef size_t TRIAL_BYTES = 8 << 20   # what one trial moves: 0.2 ms at the rate of the link
+cdef int NUM_REPEATS = 3            # trials of a shape; the fastest counts
+cdef int MAX_TRIALS = 16            # shapes timed in one layout; further ones use strided copies if these are legal
+# For a whole layout. If timing one shape would take longer, the copies of one block decide for it; later shapes use
+# strided copies if these are legal. A copy over thousands of mappings (arenas, torch's expandable segments) may take
+# a thousand times as long as others.
 cdef uint64_t BUDGET_NS = 300_000_000
-# Strided copies cost a thirtieth of the CPU time of batches, so they may be this much slower and are still preferred.
+# Strided copies take a thirtieth of the CPU time that batches take, so they are preferred even if this much slower.
 cdef double STRIDED_HANDICAP = 1.15
-cdef object MAX_KNOWN = 4096        # answers remembered for other layouts of a device
+cdef object MAX_KNOWN = 4096        # answers that a device remembers for later layouts
 
 
 class PlannerRow(NamedTuple):
-    """How the groups of one shape move in one direction, and what the probe measured (None where it did not)."""
+    """How the groups of one shape move in one direction, and what the probe measured (None: it did not measure)."""
 
     direction: str              # "D2H" saves, "H2D" loads
     piece_bytes: int
-    rows: int                   # pieces of a block at even distances, which one strided copy can take
+    rows: int                   # pieces of a block at equal distances, which one strided copy can move
     pitch_bytes: int            # that distance
     num_groups: int
     backend: str                # "strided" or "batch"
@@ -41,27 +42,27 @@ class PlannerRow(NamedTuple):
 
 
 def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, measure=None, dict known=None):
-    """Find out which groups of a layout a queue's direction had better move by strided copies; the layout remembers.
+    """Find out which groups of a layout move faster by strided copies in a queue's direction; the layout remembers it.
 
-    On a D2H queue: whether strided copies are legal (the first and the last block, strided and piece by piece, must
-    agree), then how fast they are, from the registered cache, which is only read. On an H2D queue, after that: how fast
-    they are towards scratch memory of the same shape but for the pitch; where saves had better use batches, so do
-    loads. Where there is no device memory for that, loads go as saves do.
+    Probe the D2H queue first. It finds out whether strided copies are legal: the first and the last block, copied
+    strided and piece by piece, must be equal. Then it times them; the registered cache is only read. The H2D queue
+    times copies into scratch memory of the same shape except for the pitch. Where saves use batches, so do loads. If
+    there is no device memory for the scratch, loads move as saves do.
 
     Parameters
     ----------
     layout : KVLayout
     queue : TransferQueue
-        Idle, best: jobs of others go on, but what is measured suffers.
+        Best an idle one: jobs in flight go on, but make the measured times longer.
     measure : bool, optional
         Whether to time the copies; by default on CUDA only, because the host driver's times say nothing about a link.
     known : dict, optional
-        What was found out for other layouts on this device, and is not tried again for groups of the same shape: rows,
-        their bytes and distances on both sides, and whether one allocation has them all. It is added to. What was
-        measured may be taken over, as the worst outcome is slower copies. So may the legality of strided copies: the
-        driver refuses an illegal one, and then the copies go piece by piece within the same call; nor could two blocks
-        that are tried vouch for all the others. A refusal is not remembered where one allocation has all rows:
-        somebody may have written to the blocks that were compared.
+        What was found out for other layouts on this device; this call adds to it. Groups of the same shape are not
+        tried again. A shape is the number of rows, their bytes, their distances on both sides, and whether all rows lie
+        in one allocation. A time of another layout may be wrong here; then copies are slower, no worse. So it is if
+        legality is wrong here: the driver refuses the first illegal copy, and the same call goes on piece by piece. (A
+        trial of two blocks proves nothing of the other blocks either.) If all rows lie in one allocation, a refusal is
+        not remembered, because somebody may have written to the blocks while they were compared.
 
     Returns
     -------
@@ -71,15 +72,15 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
     Raises
     ------
     DriverError
-        The driver refused something else than a strided copy; strided copies count as illegal then.
+        The driver refused something other than a strided copy. Strided copies then count as illegal.
     EngineClosed
         The queue is closed.
 
     Notes
     -----
-    Blocks for a few milliseconds a shape (GIL released), and not much longer than 0.3 s unless single copies do. Nobody
-    may write the first and the last block meanwhile; a mismatch counts as illegal, so that the worst outcome is slower
-    copies.
+    Blocks for a few milliseconds for each shape (GIL released), for 0.3 s in all, or longer if a single copy takes
+    longer. Nobody may write to the first and the last block meanwhile. If somebody does, strided copies count as
+    illegal, and copies are slower, no worse.
     """
     queue._require_open()
     if measure is None:
@@ -167,7 +168,7 @@ cdef list probe(Copier copier, KVLayout layout, bint measure, dict known):
 
 
 cdef bint lies_in_one_allocation(Copier copier, const _c.kv_group *group) noexcept:
-    """Whether all rows of the first block do, as far as the driver can tell."""
+    """Tell whether all rows of the first block lie in one allocation, as far as the driver can say."""
     cdef const _c.kv_driver *drv = copier.device.drv
     cdef uint64_t start = 0
     cdef size_t nbytes = 0
@@ -187,7 +188,7 @@ cdef size_t trial_blocks(const _c.kv_group *group) noexcept nogil:
 
 
 cdef int require_agreement(Copier copier, KVLayout layout) except -1:
-    """Sets `layout.strided`."""
+    """Set `layout.strided`: whether the driver takes strided copies of this layout, and they copy what pieces copy."""
     cdef const _c.kv_driver *drv = copier.device.drv
     cdef void *scratch = NULL
     cdef int mode = 0, code
@@ -211,8 +212,7 @@ cdef int require_agreement(Copier copier, KVLayout layout) except -1:
 
 
 cdef int compare(Copier copier, KVLayout layout, char *scratch) noexcept nogil:
-    """Copy two blocks strided and piece by piece; clears `layout.strided` unless both went well and agree. A CUresult.
-    """
+    """Copy two blocks strided and piece by piece; clear `layout.strided` if one failed or they differ. A CUresult."""
     cdef int64_t ids[2]
     cdef uint32_t slots[2]
     cdef _c.kv_slots space
@@ -240,7 +240,8 @@ cdef int compare(Copier copier, KVLayout layout, char *scratch) noexcept nogil:
 
 cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, uint64_t deadline,
                     double *strided_ns, double *batch_ns) except -1:
-    """Nanoseconds of moving `trial_blocks` blocks of one group either way; both 0 without memory for it."""
+    """Measure how many nanoseconds `trial_blocks` blocks of a group take either way; 0 if there is no memory for it.
+    """
     cdef const _c.kv_driver *drv = copier.device.drv
     cdef _c.kv_group trial = group[0]
     cdef size_t n = trial_blocks(group), index
@@ -263,7 +264,7 @@ cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, ui
             if code == 0:
                 trial.slot_offset = 0
                 trial.strided = 3
-                if copier.direction == H2D:  # dense: the registered cache is not written
+                if copier.direction == H2D:  # scratch without gaps: the registered cache is not written
                     trial.base, trial.block_stride, trial.device_pitch = scratch, group.row_bytes, n * group.row_bytes
                 for index in range(n):
                     ids[index] = index if copier.direction == H2D else index % layout.num_blocks
@@ -291,7 +292,7 @@ cdef int time_both(Copier copier, KVLayout layout, const _c.kv_group *trial, voi
     cdef uint64_t start
     cdef double elapsed
     cdef double *best
-    # In turn. First one block: once to warm up, once to see how long all of them will take.
+    # Batches and strided copies in turn. One block first: once to warm up, once to see how long all of them will take.
     for repeat in range(2 * (NUM_REPEATS + 2)):
         if repeat == 4 and n * (strided_ns[0] + batch_ns[0]) > BUDGET_NS:
             strided_ns[0] *= n

@@ -256,3 +256,11 @@ def test_the_table_of_layers_is_the_one_that_imports_are_held_against():
     there = {part: {other for other in others if other in rank} for part, others in MAY_IMPORT.items() if part in rank}
     assert rank.keys() == TOP | there.keys() and MAY_IMPORT.keys() - rank.keys() == {"codec"}  # which is still to come
     assert not [(part, other) for part, others in there.items() for other in others if rank[other] > rank[part]]
+
+
+def test_the_words_for_the_life_of_a_pooled_buffer_are_those_of_the_code():
+    (words,) = (row[1] for row in pages.table(pages.section(HOW, "Names")) if "DevicePool" in row[0])
+    declared = "".join(
+        (ROOT / "kvortex" / name).read_text() for name in ("memory/_device_pool.pxd", "driver/_buffer.pxd")
+    )
+    assert all(re.search(rf"\b{word}\b", declared) for word in re.findall(r"`(\w+)`", words))
