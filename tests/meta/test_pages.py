@@ -173,8 +173,31 @@ def test_readme_names_the_oldest_python():
 
 def test_readme_names_the_oldest_and_the_newest_vllm():
     versions = [path.stem.removeprefix("engine-") for path in (ROOT / "tests/vllm").glob("engine-*.txt")]
-    oldest, *_, newest = sorted(versions, key=lambda version: tuple(map(int, version.split("."))))
-    assert f"vLLM {oldest.rpartition('.')[0]} to {newest.rpartition('.')[0]}" in README.read_text()
+    oldest, *_, newest = (name.rpartition(".")[0] for name in sorted(versions, key=lambda name: name.split(".")))
+    assert f"vLLM {oldest} to {newest}" in README.read_text()
+    assert f"vLLM {oldest} à {newest}" in pages.section(README, "En français")
+
+
+def test_readme_names_the_oldest_driver():
+    header = (ROOT / "include/kvortex/driver.h").read_text()
+    version = int(re.search(r"KV_DRIVER_MIN_VERSION (\d+)", header)[1])
+    assert f"driver {version // 1000}.{version % 1000 // 10} or newer" in " ".join(README.read_text().split())
+
+
+def test_make_does_what_readme_says():
+    listing = subprocess.run(
+        ["make", "-n", "demo", "test"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    build, demo, test = listing.index("build_ext"), listing.index("kvortex replay"), listing.index("-m pytest tests")
+    assert build < demo < test and ".venv/bin/python" in listing
+    assert "--plot demo.png" in listing and "--no-verify" not in listing, "every block is compared, and demo.png drawn"
+    assert "kvortex" in PROJECT["scripts"]
+
+
+def test_the_french_part_has_the_figures_of_the_table():
+    measured = re.search(r"^\* \*\*Mesuré\*\*.*?(?=^\*|\Z)", pages.section(README, "En français"), re.M | re.S)[0]
+    figures = set(re.findall(r"\d+", measured))
+    assert figures and figures <= set(re.findall(r"\d+", pages.section(README, "Six figures")))
 
 
 def map_of_the_tree():

@@ -1,8 +1,11 @@
 """torch and KVortex share memory and streams, on a GPU."""
 
 import importlib
+import subprocess
+import sys
 
 import numpy as np
+import pages
 import pytest
 from kvcache import keys_of
 from kvortex.driver._memory import borrow_memory
@@ -141,3 +144,9 @@ def test_dlpack_of_torch_is_ordered_after_torch(torch, device):
                 buffer.copy_from(OnlyDlpack(tensor))  # on the buffer's stream, which torch is told of
             buffer.copy_to(target)
             assert (target == byte).all()
+
+
+@pytest.mark.parametrize("example", pages.python_examples(with_torch=True).values())
+def test_the_examples_of_the_pages_run_on_a_gpu(example):
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, f"{example}\n{done.stderr}"

@@ -8,7 +8,6 @@ from dataclasses import fields
 
 import pages
 import pytest
-import vllm
 from vllm.config import KVTransferConfig
 
 from kvortex.integrations.vllm import options
@@ -25,10 +24,7 @@ def test_every_example_with_torch_runs_as_printed(example, tmp_path):
 
 
 def test_vllm_takes_the_configuration_that_readme_shows():
-    shown = pages.transfer_config()
-    if vllm.__version__.startswith("0.15."):
-        shown.pop("kv_load_failure_policy")  # as README says
-    config = KVTransferConfig(**shown)
+    config = KVTransferConfig(**pages.transfer_config())
     taken = options.ConnectorOptions.parse(config.kv_connector_extra_config)
     assert config.is_kv_transfer_instance and taken.engine.cpu_pool_size_bytes == 32 << 30
 
