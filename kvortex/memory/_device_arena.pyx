@@ -1,4 +1,4 @@
-"""Contiguous device memory that grows: address space at once, memory of it part by part."""
+"""DeviceArena: contiguous device memory that grows. Addresses are reserved at once, memory is added part by part."""
 
 from cython cimport auto_pickle, no_gc_clear
 from libc.string cimport memset
@@ -18,9 +18,9 @@ from kvortex.errors import PoolExhausted
 cdef class DeviceArena(DeviceBuffer):
     """A `DeviceBuffer` that grows at its end and never moves; made by `DevicePool.arena`.
 
-    Parts that are asked for one by one lie behind each other without gaps, as if allocated at once: a layout over all
-    of them is one range, which strided copies may cross where separate allocations end them. `address` is that of the
-    first byte, `nbytes` what was asked for so far.
+    The parts lie behind each other without gaps, as if they had been allocated at once. So a layout over all parts is
+    one range, and a strided copy may go over several of them; it may not go over separate allocations. `address` is
+    that of the first byte, `nbytes` what was asked for so far.
 
     Attributes
     ----------
@@ -35,12 +35,12 @@ cdef class DeviceArena(DeviceBuffer):
         raise TypeError("DeviceArena has no constructor; use DevicePool.arena(reserve_bytes)")
 
     def grow(self, nbytes):
-        """Add memory behind what there is; not initialised. Releases the GIL; threads take turns.
+        """Add memory at the end; it is not initialised. Releases the GIL; of several threads, one grows it at a time.
 
         Parameters
         ----------
         nbytes : int
-            At least 1. Parts of multiples of 256 bytes keep the alignment of separate allocations.
+            At least 1. If each part is a multiple of 256 bytes, all are aligned as separate allocations are.
 
         Returns
         -------
@@ -85,7 +85,7 @@ cdef class DeviceArena(DeviceBuffer):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would come on top of the limit
+                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would exceed the limit
                 code = self.map_at(address, nbytes)
                 is_full = _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY
                 self.device.leave(mode)
@@ -101,7 +101,7 @@ cdef class DeviceArena(DeviceBuffer):
         return 0
 
     cdef int map_at(self, kv_devptr address, size_t nbytes) noexcept nogil:
-        """Map new memory there, of which nothing is left if that fails. A CUresult."""
+        """Map new memory at the address; if that fails, nothing is left of it. A CUresult."""
         cdef const _c.kv_driver *drv = self.device.drv
         cdef _c.kv_mem_allocation_props props
         cdef _c.kv_mem_access access

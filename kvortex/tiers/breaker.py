@@ -1,4 +1,4 @@
-"""The breaker: a tier that does not answer, or only with errors, is left alone for a while."""
+"""The breaker: a tier that does not answer, or answers with errors only, is not used for a while."""
 
 import logging
 
@@ -15,7 +15,7 @@ NOT_THE_TIERS = (BlockStatus.DROPPED, BlockStatus.READ_ONLY, BlockStatus.NO_SPAC
 class Breaker:
     """Count batches that went wrong; after three in a row the tier is suspended, for longer each time.
 
-    A batch went wrong where a block was late, or where none of it came off and one met an error of the device.
+    A batch went wrong if a block was late; or if no block succeeded, and at least one met an error of the device.
     """
 
     def __init__(self, name):
@@ -23,15 +23,17 @@ class Breaker:
         self._failures, self._pause_s, self._until_s = 0, SHORTEST_S, 0.0
 
     def allows(self, now_s):
-        """Whether the tier may be used. After a pause it may, and the next batch that goes wrong ends that."""
+        """Whether the tier may be used. After a pause it may; if the next batch goes wrong, the next pause begins."""
         return now_s >= self._until_s
 
     def saw(self, statuses, now_s):
-        """Take note of what became of a batch."""
+        """Count a batch whose blocks ended with these statuses."""
         statuses = np.asarray(statuses)
         if (statuses == BlockStatus.LATE).any():
             went_wrong = True
-        elif (statuses < BlockStatus.LATE).any():  # blocks that came off, and records that tell what is wrong with them
+        elif (
+            statuses < BlockStatus.LATE
+        ).any():  # blocks that were moved, or whose records say what is wrong with them
             went_wrong = False
         else:
             went_wrong = (~np.isin(statuses, NOT_THE_TIERS)).any()
@@ -47,7 +49,7 @@ class Breaker:
             log(
                 logging.WARNING,
                 "tier_suspended",
-                "a tier is late or fails, and is left alone for a while; what it has counts as missing",
+                "a tier is late or fails, so it is not used for a while; its blocks count as missing",
                 tier=self.name,
                 seconds=self._pause_s,
             )

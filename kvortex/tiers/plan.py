@@ -1,6 +1,6 @@
-"""What is written to a tier, and what is worth bringing back: pure arithmetic, with a clock that is an argument.
+"""Which blocks are written to a tier, and which are worth reading back: pure arithmetic; the clock is an argument.
 
-The engine and vLLM's scheduler decide by it, and replay drives it by bytes.
+The engine and vLLM's scheduler use it. Replay uses it too, with a clock that counts bytes.
 """
 
 import time
@@ -10,7 +10,7 @@ IDLE_S = 1
 
 
 class WriteBudget:
-    """How much may be written, spent when a save is admitted.
+    """A credit of bytes that may be written: it grows with time, and a save that is admitted spends of it.
 
     Parameters
     ----------
@@ -23,8 +23,8 @@ class WriteBudget:
 
     Notes
     -----
-    Without a lock, so that a signal handler may save, too: of two threads that spend within the same microsecond one
-    may do so for nothing.
+    It has no lock, so that a signal handler may save, too. If two threads spend within the same microsecond, the credit
+    may be reduced once only.
     """
 
     def __init__(self, bytes_per_s, clock=time.monotonic, burst_s=BURST_S):
@@ -32,13 +32,13 @@ class WriteBudget:
         self.pace(clock)
 
     def pace(self, clock):
-        """Begin anew, by another clock."""
+        """Start again with a full credit, by another clock."""
         self._clock, self._most = clock, self.bytes_per_s * self._burst_s
         self._credit, self._at_s = self._most, clock()
         self._full_since_s = self._at_s
 
     def admit(self, num_blocks, block_bytes):
-        """Spend what so many blocks take, as far as the credit goes; return how many blocks that is."""
+        """Spend credit for as many of these blocks as it allows; return how many."""
         if not self.bytes_per_s:
             return num_blocks
         self._accrue()
@@ -47,17 +47,17 @@ class WriteBudget:
         return admitted
 
     def spend(self, nbytes):
-        """Spend, beyond the credit too."""
+        """Spend, even if the credit gets negative."""
         if nbytes and self.bytes_per_s:
             self._credit -= nbytes
             self._full_since_s = None
 
     def give_back(self, nbytes):
-        """What was spent in vain."""
+        """Return what was spent for blocks that were not written after all."""
         self._credit = min(self._most, self._credit + nbytes)
 
     def is_idle(self):
-        """Whether nothing has been spent for so long that the credit has been full for a second."""
+        """Whether the credit has been full for a second."""
         now_s = self._accrue()
         return self._full_since_s is not None and now_s - self._full_since_s >= IDLE_S
 
@@ -74,36 +74,36 @@ class WriteBudget:
 
 
 class BreakEven:
-    """Whether bringing blocks back takes less time than computing them again.
+    """Decide whether reading blocks back takes less time than computing them again.
 
     Parameters
     ----------
     blocks_per_s : float
-        What the model computes; 0: not known, and everything is brought back.
+        How fast the model computes; 0: not known, and all blocks are read back.
     """
 
-    FORGOTTEN_S = 60  # a tier that was slow is tried again
+    FORGOTTEN_S = 60  # age of a measured rate after which it counts as unknown, so that a slow tier is tried again
 
     def __init__(self, blocks_per_s):
         self.blocks_per_s = blocks_per_s
         self._bytes_per_s, self._at_s = None, 0
 
     def measured(self, nbytes, seconds, now_s):
-        """So many bytes came in so long."""
+        """Take note that reading `nbytes` took `seconds`."""
         rate = nbytes / max(seconds, 1e-9)
         known = self._bytes_per_s if self._bytes_per_s and now_s - self._at_s < self.FORGOTTEN_S else rate
         self._bytes_per_s, self._at_s = 0.75 * known + 0.25 * rate, now_s
 
     def is_known(self, now_s):
-        """Whether both are known, and lately, what the model computes and what the tier brings."""
+        """Whether the rates of the model and of the tier are known, the tier's from the last minute."""
         return bool(self.blocks_per_s and self._bytes_per_s) and now_s - self._at_s < self.FORGOTTEN_S
 
     def pays(self, num_blocks, nbytes, now_s):
-        """Whether to bring so many blocks, which with what waits before them are so many bytes."""
+        """Whether to read these blocks; `nbytes` is their size and that of all reads that wait before them."""
         if not self.is_known(now_s):
             return True
         return nbytes / self._bytes_per_s <= num_blocks / self.blocks_per_s
 
     def saved_s(self, num_blocks):
-        """How long so many blocks would have taken to compute; 0 where that is not known."""
+        """Return how long computing these blocks would take; 0 if that is not known."""
         return num_blocks / self.blocks_per_s if self.blocks_per_s else 0.0

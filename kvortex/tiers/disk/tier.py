@@ -28,21 +28,21 @@ class DiskTier:
     Attributes
     ----------
     paths : str, path-like or sequence of them
-        Folders, best one a disk; made where they are missing. Segments lie in them in turn.
+        Folders, best one on each disk; missing ones are made. Segments are spread over them in turn.
     disk_bytes : int or str
         What all ranks and replicas of an engine may take together. Sizes may be texts, here and below: ``"500GiB"``.
     num_threads : int, default 4
         Blocks in flight, 1 to 64.
     queue_blocks : int, default 4096
-        Blocks that may wait; what comes beyond is not written, or a miss.
+        Blocks that may wait. If there are more, they are not written, or count as a miss.
     direct : bool, default True
-        Go past the page cache where the file system can.
+        Bypass the page cache if the file system can.
     io : {"threads", "aio"}, default "threads"
-        By threads, or by Linux AIO. On huge pages neither is faster.
+        What moves the blocks: threads, or Linux AIO. On huge pages neither is faster.
     segment_bytes : int, default 1 GiB
     write_bytes_per_s : int, default 256 MiB/s
-        What may be written while blocks are saved, for the disk's sake: up to ten seconds of it at once. What is saved
-        beyond it is kept in RAM only. An engine that has been idle for a second writes the rest all the same. 0: no
+        What may be written while blocks are saved; it spares the disk. Ten seconds of it may be spent at once. Blocks
+        beyond the limit stay in RAM only, until the engine has been idle for a second: then it writes them too. 0: no
         limit.
     """
 
