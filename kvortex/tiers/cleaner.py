@@ -1,11 +1,12 @@
-"""The cleaner: writes blocks of RAM to the tier, coldest first, so that eviction never has to wait for that.
+"""The cleaner writes blocks of RAM to the tier, coldest first, so that eviction never has to wait for a write.
 
-It goes over the whole order of eviction. Blocks that a save was admitted for are written, blocks that the tier has are
-touched there, the rest is passed over. What it has passed stays, in its order, colder than what it has not: so the
-order of eviction is that of an engine without a cleaner, and the tier's is the order in which blocks left RAM.
+It goes through all blocks in the order of eviction. If a block was admitted when it was saved, the cleaner writes it;
+if the tier has the block already, the cleaner touches it there; it skips all others. Blocks that it has gone through
+stay colder than the rest, and keep their order. So RAM evicts in the same order as without a cleaner, and the tier's
+order of eviction is the order in which blocks leave RAM.
 
-One thread comes here. Others clear and discard meanwhile, RAM first and then the tier: so a block
-counts as written only if RAM still has it where it was taken from.
+One thread calls it. Meanwhile others clear and discard, RAM first and then the tier. So a block counts as written only
+if RAM still has it in the slot that it was taken from.
 """
 
 import time
@@ -28,12 +29,12 @@ REFUSED = (BlockStatus.READ_ONLY, BlockStatus.NO_SPACE)  # trying again would ch
 class Cleaning:
     """One batch of blocks on its way to the tier."""
 
-    blocks: object  # as `BlockIndex.coldest` gave them
-    has: np.ndarray  # numbers of those that the tier has already
-    refused: np.ndarray  # numbers of those that the tier had no slot for
-    written: np.ndarray  # numbers of those that are being written, hottest first
-    tier_slots: np.ndarray  # of these
-    batch: object  # or None: nothing is written
+    blocks: object  # what `BlockIndex.coldest` returned
+    has: np.ndarray  # positions in `blocks` of those that the tier has already
+    refused: np.ndarray  # positions of those that the tier had no slot for
+    written: np.ndarray  # positions of those that are being written, hottest first
+    tier_slots: np.ndarray  # of those being written
+    batch: object  # the store's; None if nothing is written
     deadline_s: float
     is_late: bool = False
 
@@ -46,36 +47,36 @@ class Cleaner:
         self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
         self.most_pinned = max(1, min(pool.num_slots // 8, MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
         self._stride_bytes = pool.stride_bytes
-        self.blocks_a_step, self.num_taken = float("inf"), 0  # to be looked at; those that were
+        self.blocks_a_step, self.num_taken = float("inf"), 0  # blocks to look at in a step; blocks looked at so far
         self.num_pinned = 0
         self.num_written = self.num_written_beyond = self.num_failed = 0
-        self._out = deque()  # batches, as they were begun and as they end
-        self._num_passed = 0  # blocks that the tier does not have and that were passed over
-        self._admits_all = False  # for the rest of this pass over the order
+        self._out = deque()  # batches in flight, in the order in which they were begun and end
+        self._num_passed = 0  # blocks skipped in this pass, none of which the tier has
+        self._admits_all = False  # write skipped blocks too, for the rest of this pass
         self._for_a_flush = False
-        self._flushes, self._flushing = [], []  # events of those that wait for a pass, and of those whose pass is on
+        self._flushes, self._flushing = [], []  # events: whose pass has not begun, whose pass is going on
         self._not_before_s = 0.0
 
     @property
     def is_busy(self):
-        """Whether batches are out or are to be tried again, or somebody waits for a pass."""
+        """Whether batches are in flight or will be tried again, or a flush waits."""
         return bool(self._out or self._flushes or self._flushing) or time.monotonic() < self._not_before_s
 
     def begin_flush(self, over):
-        """Begin a pass that writes all that there is; set the event `over` at its end."""
+        """Begin a pass that writes all blocks; set the event `over` at its end."""
         self._flushes.append(over)
 
     def give_up_flush(self, over):
-        """Nobody waits for that pass any more."""
+        """Forget the event of a flush: its caller no longer waits."""
         for events in (self._flushes, self._flushing):
             if over in events:
                 events.remove(over)
 
     def step(self, now_s):
-        """End batches that are over and begin others; return whether there may be more to do at once."""
+        """End batches that are over and begin others; return whether another call may find more to do at once."""
         ended = self._end_batches(now_s)
         if self._out and (self._flushes or not self.breaker.allows(now_s)):
-            return ended  # the pass begins anew when nothing is out
+            return ended  # a new pass begins when no batch is in flight
         if self._flushes:
             self._flushing, self._flushes = self._flushing + self._flushes, []
             self._begin_pass(True)
@@ -96,7 +97,7 @@ class Cleaner:
         self._admits_all, self._for_a_flush, self._num_passed = True, for_a_flush, 0
 
     def _end_pass(self):
-        """The order has been gone over to its hot end; the pass is over when all of it is written too."""
+        """The pass has come to the hottest block; end it if all its batches are over too."""
         if self._out:
             return
         self._admits_all = self._for_a_flush = False
@@ -105,8 +106,8 @@ class Cleaner:
         self._flushing = []
 
     def _begin_batch(self, now_s):
-        """Take blocks that have not been passed, and give those that are to be written to the store."""
-        tag = self.tier.tag  # before any block is taken: what RAM has now is not older than this tag
+        """Take the coldest blocks that this pass has not had, and give the store those that are to be written."""
+        tag = self.tier.tag  # read before any block is taken: no block that RAM has now is older than this tag
         blocks = self.index.coldest(min(self._window_blocks, self.most_pinned - self.num_pinned))
         if not len(blocks.slots):
             self._end_pass()
@@ -117,7 +118,7 @@ class Cleaner:
         is_clean = (blocks.facts & BlockFact.CLEAN) != 0
         is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
         is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]
-        wanted = np.flatnonzero(is_wanted)[::-1]  # the tier's most recent is what leaves RAM last
+        wanted = np.flatnonzero(is_wanted)[::-1]  # the block that leaves RAM last becomes the tier's most recent
         tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
         is_new = statuses == ReserveStatus.NEW
         written, tier_slots = wanted[is_new], tier_slots[is_new]
@@ -136,7 +137,8 @@ class Cleaner:
                 self.tier.catalogue.abort(tier_slots)
                 self.index.release(blocks.slots, offered=True)
                 raise
-        # The tier has evicted some that it had, and has some that were paid for.
+        # A block that was clean and is written again, because the tier had evicted it, costs credit. A block that was
+        # paid for and is not written, because the tier has it, gives its credit back.
         self.budget.spend(int(is_clean[written].sum()) * self._stride_bytes)
         self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._stride_bytes)
         self.num_taken += len(blocks.slots)
@@ -156,7 +158,7 @@ class Cleaner:
             if cleaning.batch is not None and not cleaning.is_late and now_s >= cleaning.deadline_s:
                 statuses = cleaning.batch.statuses
                 if (statuses != BlockStatus.PENDING).all():
-                    cleaning.is_late = True  # its slots are the store's until it is over
+                    cleaning.is_late = True  # its slots belong to the store until it is over
                     self.breaker.saw(statuses, now_s)
         return ended
 
@@ -166,7 +168,7 @@ class Cleaner:
         is_ok = statuses == BlockStatus.OK
         passed, clean = np.ones(len(blocks.slots), bool), np.zeros(len(blocks.slots), bool)
         passed[written] = is_ok | np.isin(statuses, REFUSED)
-        passed[cleaning.refused] = not self.tier.is_adopting  # else there will be room when the scan has got there
+        passed[cleaning.refused] = not self.tier.is_adopting  # while the tier scans its disk, there may be room later
         clean[cleaning.has] = True
         is_kept = is_ok & (self.index.slots_of(blocks.keys[written]) == blocks.slots[written])
         self._erase(cleaning.tier_slots[~is_kept])
