@@ -1,8 +1,9 @@
-"""Types reach the user: of `typed_use.py`, type checkers refuse the lines that are wrong, and no others."""
+"""Types reach the user: type checkers pass what pages show, and of `typed_use.py` refuse the wrong lines only."""
 
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -19,9 +20,15 @@ USE = ROOT / "tests" / "meta" / "typed_use.py"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of a user's, with what is to be checked."""
+    """A folder of a user's, with `USE` and every example of a page. What is named torch there may be of any type."""
     folder = tmp_path_factory.mktemp("types")
     (folder / USE.name).write_text(USE.read_text())
+    (folder / "torch.pyi").write_text("from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n")
+    pages = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for page in pages.stdout.split():
+        for number, example in enumerate(re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)):
+            (folder / f"{page.lower().replace('/', '_')[:-3]}_{number}.py").write_text(example)
+    assert (folder / "readme_0.py").exists()
     return folder
 
 
