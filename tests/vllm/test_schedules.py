@@ -123,7 +123,8 @@ def test_no_schedule_over_a_disk_reads_a_wrong_token(
         rig = make_rig(
             load_async=load_async,
             pipelined=pipelined,
-            num_blocks=draw.choice([41, 67]) if len(groups) == 1 else 67,  # of two groups vLLM never admits 340 tokens to 41
+            # To 41 blocks vLLM never admits 340 tokens of two groups.
+            num_blocks=draw.choice([41, 67]) if len(groups) == 1 else 67,
             num_slots=draw.choice([24, 48]),
             num_ranks=draw.choice([1, 1, 2]),
             groups=groups if len(groups) > 1 else None,
