@@ -135,7 +135,7 @@ class Rig(Model):
                 enable_prefix_caching=True,
             )
         )  # fmt: skip
-        slot_bytes = SLOT_BYTES * (1 + ("disk_path" in (extra or {})))
+        slot_bytes = SLOT_BYTES * (1 + bool({"disk_path", "remote_url"} & {*(extra or {})}))
         options = {"cpu_pool_size_bytes": num_slots * num_ranks * slot_bytes, "load_async": load_async, **(extra or {})}
         named = {
             "kv_connector": "KVortexConnector", "kv_connector_module_path": "kvortex.integrations.vllm",

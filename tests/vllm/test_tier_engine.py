@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -28,14 +30,17 @@ def model(tmp_path_factory):
     return folder
 
 
-def serve(model, disk, *options, end="shutdown"):
-    """What an engine printed that served the prompts over this disk; None: without a connector."""
+def serve(model, disk, *options, end="shutdown", remote=None):
+    """What an engine printed that served the prompts over this disk, or what is at that URL; None: without a connector."""
     command = [sys.executable, str(HERE / "engine_run.py"), "serve", "--model", str(model), *options]
     command += ["--host-gib", "0.005"]
-    if disk is None:
+    if disk is None and remote is None:
         command += ["--mode", "none"]
     else:
-        extra = {"disk_path": str(disk), "disk_bytes": "256MiB", "prefill_tokens_per_s": 0, "promote_timeout_ms": 20000}
+        extra = {"disk_path": str(disk), "disk_bytes": "256MiB"}
+        if remote:
+            extra = {"remote_url": remote, "remote_options": {"lookup_timeout_ms": 20_000}}
+        extra |= {"prefill_tokens_per_s": 0, "promote_timeout_ms": 20_000}
         command += ["--extra", json.dumps(extra), "--end", end, "--verify"]
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(model / "cache"), "PYTHONHASHSEED": "0"}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -50,7 +55,7 @@ def plain(model):
     return serve(model, None)["tokens"]
 
 
-def share_from_disk(report):
+def share_found(report):
     """Of the whole blocks of all prompts, those that were found."""
     blocks = sum(length // BLOCK_TOKENS for length in report["lengths"])
     return sum(-(-cached // BLOCK_TOKENS) for cached in report["cached"]) / blocks
@@ -58,9 +63,9 @@ def share_from_disk(report):
 
 def test_what_an_engine_kept_is_there_after_it_was_told_to_end(model, plain, tmp_path):
     first = serve(model, tmp_path)
-    assert first["tokens"] == plain and share_from_disk(first) == 0
+    assert first["tokens"] == plain and share_found(first) == 0
     again = serve(model, tmp_path)
-    assert again["tokens"] == plain and share_from_disk(again) >= 0.95
+    assert again["tokens"] == plain and share_found(again) >= 0.95
     assert again["verify_mismatches"] == 0 < again["verify_blocks"]
 
 
@@ -68,4 +73,31 @@ def test_what_reached_the_disk_before_a_kill_is_there_and_right(model, plain, tm
     killed = serve(model, tmp_path, end="kill")
     assert killed["tokens"] == plain
     again = serve(model, tmp_path)
-    assert again["tokens"] == plain and share_from_disk(again) > 0
+    assert again["tokens"] == plain and share_found(again) > 0
+
+
+@pytest.fixture
+def remote(request, tmp_path):
+    """The URL of a folder, or of a Redis."""
+    if request.param == "file":
+        yield f"file://{tmp_path}"
+        return
+    if not shutil.which("redis-server"):
+        pytest.skip("NO redis-server HERE: `make test-services` installs it, and CI runs that first")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    yield f"redis://127.0.0.1:{port}"
+    server.kill()
+    server.wait()
+
+
+@pytest.mark.parametrize("remote", ["file", "redis"], indirect=True)
+def test_what_one_engine_computed_another_finds(model, plain, remote):
+    first = serve(model, None, remote=remote)
+    assert first["tokens"] == plain and share_found(first) == 0
+    other = serve(model, None, remote=remote)
+    assert other["tokens"] == plain and share_found(other) >= 0.95
+    assert other["verify_mismatches"] == 0 < other["verify_blocks"]

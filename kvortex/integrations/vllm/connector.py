@@ -274,6 +274,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     "promote_timeout_ms": options.promote_timeout_ms,
                     "prefill_tokens_per_s": options.prefill_tokens_per_s,
                     "steps_at_once": steps_at_once(vllm_config),
+                    "remote": options.tier if options.tier.is_remote else None,
                 },
                 save_after_hits=options.save_after_hits,
                 role=does,
@@ -323,8 +324,11 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         def open_store(pool):
             of_layout = hashlib.sha256(namespace + self._layout_text.encode()).digest()
             store = options.tier.open_store(pool, namespace=of_layout, **whose)
-            folders = ", ".join(store.segments.folders)
-            logger.info("KVortexConnector: %d blocks on disk at the most, in %s", store.num_slots, folders)
+            if options.tier.is_remote:
+                logger.info("KVortexConnector: blocks are shared by %s", options.tier.url)
+            else:
+                folders = ", ".join(store.segments.folders)
+                logger.info("KVortexConnector: %d blocks on disk at the most, in %s", store.num_slots, folders)
             return store
 
         return open_store
@@ -634,6 +638,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def shutdown(self):
         if self.worker:
             self.worker.close()
+        if self.scheduler and self.scheduler.tier:
+            self.scheduler.tier.close()
 
 
 register()  # MultiConnector's statistics look it up by its name, also where vLLM was told its module

@@ -126,6 +126,8 @@ class WorkerReport(WorkerMetadata):
         First of a range of `RANGE_SLOTS` tier slots that was read -> ranks, and what all of these have, a `Found`.
     has_more : bool
         Some rank has read more of them than it told.
+    tier_space : bytes
+        What names the model and its layout in rank 0's store on a server, once that is open.
     """
 
     ended: dict = field(default_factory=dict)
@@ -135,6 +137,7 @@ class WorkerReport(WorkerMetadata):
     moved: dict = field(default_factory=dict)
     found: dict = field(default_factory=dict)
     has_more: bool = False
+    tier_space: bytes = b""
 
     def add(self, kind, number, bad=()):
         """This ended in one rank, all of it but the blocks in the slots `bad`."""
@@ -155,6 +158,7 @@ class WorkerReport(WorkerMetadata):
         for first, told in other.found.items():
             self.found[first] = merged(self.found.get(first), told)
         self.has_more |= other.has_more
+        self.tier_space = self.tier_space or other.tier_space
         return self
 
     def is_empty(self):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields, replace
 
-from kvortex import ConfigError, DiskTier, KVortexConfig, PoolExhausted
+from kvortex import ConfigError, DiskTier, KVortexConfig, ObjectTier, PoolExhausted, RedisTier
 from kvortex.arguments import shown
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import align_tokens
@@ -22,6 +22,7 @@ ENGINE_OPTIONS = (
     "enable_numa",
 )
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
+REMOTE = ("remote_url", "remote_options")
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
 MOST = 1 << 40
 # What vLLM's own connectors call what KVortex has, too.
@@ -66,7 +67,12 @@ class ConnectorOptions:
     disk_bytes : int or str
         With `disk_path`: what all ranks and replicas together may take there.
     write_bytes_per_s : int or str, default 256 MiB
-        What each rank may write there a second, up to ten seconds of it at once; 0: no limit.
+        What each rank may write there a second, up to ten seconds of it at once; 0: no limit, the default on a server.
+    remote_url : str, optional
+        Instead of a disk, a server or folder that several vLLMs share: ``"redis://host"``, ``"s3://bucket/prefix"``,
+        ``"file:///folder"``; see `kvortex.RedisTier` and `kvortex.ObjectTier`.
+    remote_options : dict, optional
+        Their settings, by name: ``{"ttl_s": 86400}``.
     namespace : str, optional
         Names the weights on disk. Without it they are known by samples of their files.
     promote_timeout_ms : int, default 2000
@@ -108,7 +114,7 @@ class ConnectorOptions:
         """
         extra = dict(extra or {})
         own = {field.name for field in fields(cls)} - {"engine"}
-        known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES})
+        known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES, *REMOTE})
         for name in extra:
             if name not in known:
                 near = nearest(name, known)
@@ -144,12 +150,15 @@ class ConnectorOptions:
 
 def tier_of(extra):
     """The settings of `KVortexConfig` for a tier that these options ask for."""
+    if "remote_url" in extra:
+        return remote_tier_of(extra)
     if "disk_path" not in extra:
-        alone = sorted(
-            {*TIER_SIZES, "namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s"} & {*extra}
-        )
+        of_tiers = {"namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s", "remote_options"}
+        alone = sorted({*TIER_SIZES, *of_tiers} & {*extra})
         if alone:
-            raise ConfigError(f"{alone[0]} is of a disk tier; name a folder for it, disk_path, or leave it out")
+            raise ConfigError(
+                f"{alone[0]} is of a lower tier; name a folder for it, disk_path, or a server, remote_url, or leave it out"
+            )
         return {}
     if "disk_bytes" not in extra:
         raise ConfigError('disk_path needs disk_bytes: what all ranks may take there together, e.g. "500GiB"')
@@ -162,6 +171,31 @@ def tier_of(extra):
             f"kv_connector_extra_config: {error}; disk_path must be a folder or a list of them, and is "
             f"{shown(extra['disk_path'])}"
         ) from None
+
+
+def remote_tier_of(extra):
+    """The settings of `KVortexConfig` for a tier on a server."""
+    others = sorted({"disk_path", "disk_bytes"} & {*extra})
+    if others:
+        raise ConfigError(f"remote_url and {others[0]} are of two tiers, and there may be one; leave one of them out")
+    options = extra.get("remote_options", {})
+    if not isinstance(options, dict):
+        raise ConfigError(f"remote_options must be a table of settings, got {shown(options)}")
+    url = extra["remote_url"]
+    kind = ObjectTier if isinstance(url, str) and url.partition(":")[0] in ObjectTier.SCHEMES else RedisTier
+    known = {field.name for field in fields(kind)} - {"url", "write_bytes_per_s"}
+    for name in options:
+        if name not in known:
+            near = nearest(name, known)
+            raise ConfigError(
+                f"remote_options has an unknown setting {name!r}; "
+                + (f"did you mean {near!r}?" if near else f"{kind.__name__} has {', '.join(sorted(known))}")
+            )
+    try:
+        tier = kind(url, write_bytes_per_s=extra.get("write_bytes_per_s", 0), **options)
+    except TypeError as error:
+        raise ConfigError(f"remote_options: {error}") from None
+    return {"tiers": (tier,), "namespace": extra.get("namespace", "as loaded")}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -203,6 +203,8 @@ class SchedulerHalf:
         if self.tier.is_silent:
             self.tier.expect(name)
             return True
+        if self.tier.must_ask(name, lambda: self.asked_keys(request, first, most)):
+            return True
         if not self.tier.answers():
             return False
         if self.tier.must_queue(name):
@@ -216,6 +218,13 @@ class SchedulerHalf:
                 return False  # a part would be of no use
             return self.tier.wish(name, keys)
         return True
+
+    def asked_keys(self, request, first, most):
+        """For each group, what a server is to be asked for: the keys that the pool lacks, and whether they are a chain."""
+        for group in self.groups:
+            keys = keys_of(request, group, first // group.block_tokens, most // group.block_tokens)
+            there, leading = self.index.lookup(keys)
+            yield (keys[leading:], True) if group.kind == RUN else (keys[~there], False)
 
     def wishes_of(self, request):
         """The wishes of a request, looked at once."""

@@ -14,12 +14,15 @@ import numpy as np
 from kvortex.index import NO_SLOT, BlockIndex, CommitStatus, ReserveStatus
 from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, TierTransfer, merged
 from kvortex.integrations.vllm.metrics import CAUSES
+from kvortex.tiers._record import HEADER_BYTES
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.breaker import Breaker
 from kvortex.tiers.cleaner import PUT_TIMEOUT_MS, Cleaner
 from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
+from kvortex.tiers.remote.tier import NOT_REMOVED
+from kvortex.tiers.remote.view import Names, View
 
 NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
 QUEUE_BLOCKS = 4096  # most blocks that a rank's store queues, the default of `DiskTier`
@@ -143,6 +146,8 @@ class Tier:
         What the model computes; 0: blocks come back whatever that takes. None: it is learnt.
     steps_at_once : int, default 1
         Steps that are under way at the same time.
+    remote : RemoteTier, optional
+        The settings of a tier on a server, which is asked here what it has; by the names of rank 0, for all ranks.
     evicted : callable, optional
         Is told the slots whose blocks are evicted for what comes back.
 
@@ -157,15 +162,19 @@ class Tier:
     name, queue_blocks = "disk", QUEUE_BLOCKS
 
     def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
-                 prefill_tokens_per_s=None, steps_at_once=1, evicted=None):  # fmt: skip
+                 prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None):  # fmt: skip
         self.index, self.slots, self.num_ranks = index, slots, num_ranks
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
         self.store = RemoteStore(num_ranks)
         self.budget = WriteBudget(bytes_per_s)
-        self.breaker = Breaker(self.name)
+        self.remote, self.view, self.questions, self._unanswered = remote, None, {}, []
+        self.breaker = self.write_breaker = Breaker(self.name)
+        if remote is not None:
+            self.name = remote.name
+            self.breaker, self.write_breaker = Breaker(self.name), Breaker(f"{self.name} (writing)")
         self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, time.monotonic, steps_at_once)
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
-        self.cleaner = Cleaner(index, slots, self, self.budget, self.breaker)
+        self.cleaner = Cleaner(index, slots, self, self.budget, self.write_breaker)
         self.cleaner.blocks_a_step = CLEANED_A_STEP
         self.cleaner.most_pinned = max(1, min(self.cleaner.most_pinned, slots.num_slots // 16))
         self.most_behind = max(1, slots.num_slots // 8 - self.cleaner.most_pinned)
@@ -176,7 +185,7 @@ class Tier:
         self.behind, self.num_behind = {}, 0  # by number of the SAVE; blocks
         self.num_put_behind = self.num_not_put = 0
         self._saved_s = 0.0  # that computing what came back would have taken, by the rates of then
-        self._ranks, self._fewest, self._has_more = 0, 0, False
+        self._ranks, self._fewest, self._has_more, self._space = 0, 0, False, b""
         self._found, self._num_ranges = {}, 0  # ranges that some ranks have told of; those that all have
 
     # ---- what an earlier process left -------------------------------------------------------------------------------
@@ -186,8 +195,10 @@ class Tier:
         ranks, fewest = report.tier_slots
         if ranks:
             self._ranks, self._fewest = self._ranks + ranks, min(fewest, self._fewest or fewest)
+            self._space = report.tier_space or self._space
             if self._ranks == self.num_ranks:
                 self.catalogue = BlockIndex(self._fewest)
+                self._open_view()
         for first, told in report.found.items():
             ranks, found = self._found[first] = merged(self._found.get(first), told)
             if ranks == self.num_ranks:
@@ -197,6 +208,14 @@ class Tier:
         self.store.reported(report.moved)
         self._end_behind()
         self.step()
+
+    def _open_view(self):
+        if self.remote is None:
+            return
+        block_bytes = self.slots.payload_bytes
+        names = Names(self._space, 0, self.remote.name_format(self._space))
+        client = self.remote.client(HEADER_BYTES + block_bytes)
+        self.view = View(client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True)
 
     def _adopt(self, first, found):
         """Let these slots be used; what all ranks have there is known from now on, unless the weights changed."""
@@ -211,6 +230,35 @@ class Tier:
         self.catalogue.adopt(np.arange(first, end), keys, lengths)
 
     # ---- a request's way in -----------------------------------------------------------------------------------------
+
+    def must_ask(self, request_id, keys_of_request):
+        """Whether the request waits for the server's answer, `lookup_timeout_ms` at the most.
+
+        Parameters
+        ----------
+        request_id : str
+        keys_of_request : callable
+            Returns (keys, is_chain) for each group of the model.
+        """
+        if self.view is None:
+            return False
+        now_s = time.monotonic()
+        if request_id not in self.questions:
+            if not self.breaker.allows(now_s):
+                return False
+            asked = [self.view.ask(keys, is_chain=is_chain) for keys, is_chain in keys_of_request()]
+            asked = [question for question in asked if question is not None]
+            self.questions[request_id] = asked, now_s + self.remote.lookup_timeout_ms / 1000
+            self._unanswered += asked
+        asked, until_s = self.questions[request_id]
+        return now_s < until_s and not all(question.is_over for question in asked)
+
+    def _hear(self, now_s):
+        """Note which questions came to nothing."""
+        for question in [each for each in self._unanswered if each.is_over]:
+            self._unanswered.remove(question)
+            if question.has_failed:
+                self.breaker.saw([BlockStatus.IO_ERROR], now_s)
 
     def answers(self):
         """Whether it has blocks, and gives them."""
@@ -302,6 +350,7 @@ class Tier:
 
     def let_go(self, request_id):
         """The request has pinned what it found, or is gone."""
+        self.questions.pop(request_id, None)
         asked = self.asked.pop(request_id, None)
         if asked is not None and asked.promotion is not None:
             self.promoter.close(asked.promotion)
@@ -326,6 +375,7 @@ class Tier:
     def step(self):
         """Show what has come, and give the stores more to do."""
         now_s, num_promoted = time.monotonic(), self.promoter.num_promoted
+        self._hear(now_s)
         self.promoter.step(now_s)
         self.cleaner.step(now_s)
         self._saved_s += self.rate.break_even.saved_s(self.promoter.num_promoted - num_promoted)
@@ -344,7 +394,7 @@ class Tier:
         """
         num_used = min(num_admitted, len(keys))
         self.budget.give_back((num_admitted - num_used) * self.slots.stride_bytes)
-        if not self.breaker.allows(time.monotonic()):
+        if not self.write_breaker.allows(time.monotonic()):
             return  # the cleaner writes them later
         count = min(num_used, max(0, self.most_behind - self.num_behind))
         tier_slots, statuses = self.catalogue.reserve(keys[:count], self.slots.payload_bytes)
@@ -388,7 +438,7 @@ class Tier:
         for number, behind in list(self.behind.items()):
             if not behind.is_late and not behind.batch.done() and (behind.batch.statuses == BlockStatus.LATE).all():
                 behind.is_late = True  # its slots are the disk's until it is over
-                self.breaker.saw(behind.batch.statuses, time.monotonic())
+                self.write_breaker.saw(behind.batch.statuses, time.monotonic())
             if behind.is_pinned is None or not behind.batch.done():
                 continue
             del self.behind[number]
@@ -402,7 +452,7 @@ class Tier:
             self.erase(kept[~is_there])
             is_kept[is_kept] = is_there
             if not behind.is_late:
-                self.breaker.saw(behind.batch.statuses, time.monotonic())
+                self.write_breaker.saw(behind.batch.statuses, time.monotonic())
             self.num_put_behind += int(is_kept.sum())
             self.num_not_put += int((~is_kept).sum())
             pinned = behind.is_pinned
@@ -425,10 +475,18 @@ class Tier:
     # ---- forgetting -------------------------------------------------------------------------------------------------
 
     def ask(self, keys):
-        """None: what the workers' disks have they tell by themselves."""
+        """None: what the workers' disks have they tell by themselves, and a server was asked before."""
 
     def was_wrong(self, keys, statuses):
-        """Blocks were read that are damaged, another's, or cannot be read: forget and erase them."""
+        """Blocks were read that are damaged, another's, or cannot be read: forget and erase them.
+
+        On a server only those that are wrong: others may need the rest.
+        """
+        if self.view is not None:
+            self.view.forget(keys[statuses == BlockStatus.MISSING])
+            is_lost = np.isin(statuses, NOT_REMOVED)
+            self.catalogue.discard(keys[is_lost])
+            keys = keys[~is_lost]
         self.discard(keys)
 
     def discard(self, keys):
@@ -442,7 +500,14 @@ class Tier:
         self.tag = tag
         for behind in self.behind.values():
             self.erase(behind.tier_slots)  # what waits is not written
+        if self.view is not None:
+            self.view.clear(tag)
         self.catalogue.clear()
+
+    def close(self):
+        """Ask nobody any more."""
+        if self.view is not None:
+            self.view.stop()
 
     def counters(self):
         """What has come to pass so far, by the names of `metrics.SUMS`."""

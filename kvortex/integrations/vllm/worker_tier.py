@@ -32,7 +32,7 @@ class WorkerTier:
 
     Parameters
     ----------
-    store : DiskStore
+    store : DiskStore or RemoteStore
     block_bytes : int
         Of every block in this rank.
     put_lag : int
@@ -53,7 +53,12 @@ class WorkerTier:
         self.moved = {}  # of those that are over, to be told
         self.is_told = False  # that the store is open
         self.ranges = Ranges(store.num_slots)
-        self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
+        self.names = getattr(store, "names", None)  # on a server, whom the scheduler's half asks itself what is there
+        if self.names is None:
+            self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
+        else:
+            self.adoption = None
+            self.ranges.add_slots(0, store.num_slots)
         self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.ready = select.poll()  # which takes descriptors of any number
         self.ready.register(self.event, select.POLLIN)
@@ -119,6 +124,8 @@ class WorkerTier:
         """Add to a `WorkerReport` what is new."""
         if not self.is_told:
             self.is_told, report.tier_slots = True, (1, self.store.num_slots)
+            if self.names is not None and self.names.rank == 0:
+                report.tier_space = self.names.namespace
         report.moved.update({number: (1, moved) for number, moved in self.moved.items()})
         self.moved = {}
         found, report.has_more = self.ranges.take(MOST_ROWS)
@@ -129,7 +136,8 @@ class WorkerTier:
         if self.event is None:
             return
         deadline_s = time.monotonic() + timeout_ms / 1000
-        self.adoption.stop()
+        if self.adoption is not None:
+            self.adoption.stop()
         self.store.flush(timeout_ms, durable=False)
         self.store.notify(None)  # I/O that hangs may return when the descriptor is another's
         self.store.close(max(0, int(1000 * (deadline_s - time.monotonic()))))

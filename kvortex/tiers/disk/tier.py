@@ -46,6 +46,8 @@ class DiskTier:
         limit.
     """
 
+    is_remote = False
+
     paths: tuple[str, ...]
     disk_bytes: int
     num_threads: int = 4

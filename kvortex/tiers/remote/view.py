@@ -62,11 +62,13 @@ class View:
         How long a block that was not there counts as missing before it is asked for again.
     answered : callable, optional
         Called after each answer, by the thread of the view.
+    alike : bool, default False
+        All blocks count as `payload_bytes` long, whatever this rank's are.
     """
 
-    def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None):
+    def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None, alike=False):
         self.client, self.names, self.catalogue, self.tag = client, names, catalogue, tag
-        self._payload_bytes, self._ttl_s, self._answered = payload_bytes, negative_ttl_s, answered
+        self._payload_bytes, self._ttl_s, self._answered, self._alike = payload_bytes, negative_ttl_s, answered, alike
         self.num_scanned = self.num_adopted = 0  # blocks that were asked for, that were there
         self.last_error = None
         self._lock = threading.Condition()
@@ -144,6 +146,8 @@ class View:
         sizes = self.client.sizes(names) if question.is_chain else [self.client.sizes([name])[0] for name in names]
         lengths = np.array(sizes, np.int64) - HEADER_BYTES
         is_there = (lengths > 0) & (lengths <= self._payload_bytes)
+        if self._alike:
+            lengths[is_there] = self._payload_bytes
         self.num_scanned += len(keys)
         self.num_adopted += int(is_there.sum())
         with self._lock:

@@ -1,0 +1,171 @@
+"""A server or folder below the pool, shared by several vLLMs: what one has saved, another finds."""
+
+import time
+
+import pytest
+from rig import HAS_WORKER_METADATA
+
+from kvortex import ConfigError, ObjectTier, RedisTier
+from kvortex.integrations.vllm.options import ConnectorOptions
+
+LONG_MS = 20_000
+NUM_BLOCKS = 10  # of a prompt, of 16 tokens each
+
+
+@pytest.fixture
+def prompts(prompt):
+    return [prompt(number, NUM_BLOCKS * 16 + 1) for number in range(6)]
+
+
+@pytest.fixture
+def start(make_rig, tmp_path):
+    """Starts an engine over one folder."""
+
+    def start(remote_options=None, extra=None, **options):
+        remote = {
+            "remote_url": f"file://{tmp_path}",
+            "remote_options": {"lookup_timeout_ms": LONG_MS, "view_blocks": 1000, **(remote_options or {})},
+            "namespace": "the rig",
+            "prefill_tokens_per_s": 0,
+            "promote_timeout_ms": LONG_MS,
+        }
+        return make_rig(extra={**remote, **(extra or {})}, **options)
+
+    return start
+
+
+def serve(rig, prompts, name):
+    """Blocks that each prompt finds."""
+    found = [rig.serve(f"{name}{number}", prompt) // 16 for number, prompt in enumerate(prompts)]
+    rig.require_clean()
+    return found
+
+
+def files(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_what_one_vllm_saved_another_finds_while_both_run(start, prompts, num_ranks):
+    first, second = start(num_ranks=num_ranks), start(num_ranks=num_ranks)
+    assert serve(first, prompts, "a") == [0] * 6
+    assert serve(second, prompts, "b") == [NUM_BLOCKS] * 6
+    assert second.half.tier.promoter.num_promoted == 6 * NUM_BLOCKS
+
+
+def test_a_prefix_that_nobody_has_is_computed_after_one_question(start, prompts):
+    rig = start()
+    asked = []
+    assert serve(rig, prompts[:1], "a") == [0]
+    view = rig.half.tier.view
+    size_of = view.client._size
+    view.client._size = lambda name: asked.append(name) or size_of(name)
+    assert serve(rig, prompts[1:2], "b") == [0]
+    assert len(asked) == 1
+    rig.forget_device()
+    assert serve(rig, prompts[1:2], "c") == [NUM_BLOCKS]
+    assert len(asked) == 1, "what it has itself it does not ask for"
+
+
+def test_a_request_waits_for_an_answer_no_longer_than_it_may(start, prompts):
+    rig = start(remote_options={"lookup_timeout_ms": 20})
+    serve(rig, prompts[:1], "a")
+    rig.half.tier.view.client._size = lambda name: time.sleep(5) or 0
+    begun = time.monotonic()
+    assert serve(rig, prompts[1:2], "b") == [0]
+    assert time.monotonic() - begun < 4, "the question is still out"
+
+
+def test_requests_go_on_when_the_server_cannot_be_asked(start, prompts):
+    rig = start()
+    serve(rig, prompts[:1], "a")
+
+    def fail(name):
+        raise OSError("planted")
+
+    rig.half.tier.view.client._size = fail
+    assert serve(rig, prompts[1:5], "b") == [0] * 4
+    assert not rig.half.tier.breaker.allows(time.monotonic()), "three failures in a row"
+    rig.forget_device()
+    assert serve(rig, prompts[1:5], "c") == [NUM_BLOCKS] * 4, "the pool serves"
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "swap"])
+def test_values_that_are_not_right_are_computed_anew(start, prompts, tmp_path, harm):
+    first = start(num_ranks=2)
+    serve(first, prompts, "a")
+    first.close()
+    paths = sorted(files(tmp_path))
+    contents = [path.read_bytes() for path in paths]
+    for i, path in enumerate(paths):
+        if harm == "flip":
+            path.write_bytes(contents[i][:-9] + bytes([contents[i][-9] ^ 1]) + contents[i][-8:])
+        elif harm == "cut":
+            path.write_bytes(contents[i][:-1])
+        elif harm == "swap":
+            path.write_bytes(contents[(i + 1) % len(paths)])
+        elif i % 3 == 0:
+            path.unlink()
+    again = start(num_ranks=2)
+    found = serve(again, prompts, "b")
+    assert found == [0] * 6 if harm != "remove" else max(found) < NUM_BLOCKS
+    again.close()
+    assert serve(start(num_ranks=2), prompts, "c") == [NUM_BLOCKS] * 6, "what is right took the place of what was not"
+
+
+def test_nothing_saved_before_a_reset_is_served_after_it_and_others_keep_theirs(start, prompts, tmp_path):
+    rig = start()
+    serve(rig, prompts, "a")
+    num_files = len(files(tmp_path))
+    rig.reset()
+    assert serve(rig, prompts, "b") == [0] * 6
+    assert len(files(tmp_path)) > num_files
+    assert serve(start(), prompts, "c") == [NUM_BLOCKS] * 6, "another, of the weights that were loaded"
+
+
+@pytest.mark.skipif(not HAS_WORKER_METADATA, reason="this vLLM keeps one group")
+@pytest.mark.parametrize("groups", [("full", "window:64"), ("full", "chunk:64")])
+def test_a_model_with_windows_finds_what_another_saved(start, prompts, groups):
+    serve(start(groups=groups), prompts, "a")
+    assert min(serve(start(groups=groups), prompts, "b")) >= NUM_BLOCKS - 4
+
+
+def test_two_vllms_save_the_same_at_once(start, prompts):
+    first, second = start(), start()
+    for number, prompt in enumerate(prompts):
+        first.add(f"a{number}", prompt)
+        second.add(f"a{number}", prompt)
+    while first.scheduler.requests or second.scheduler.requests:
+        first.step()
+        second.step()
+    for rig in (first, second):
+        rig.run()
+        rig.require_clean()
+        rig.close()
+    assert serve(start(), prompts, "b") == [NUM_BLOCKS] * 6
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remote_url": "redis://:hush@host"}, "password_env"),
+        ({"remote_url": "redis://host", "remote_options": {"password": "hush"}}, "password_"),
+        ({"remote_url": "redis://host", "remote_options": {"tll_s": 3}}, "did you mean 'ttl_s'"),
+        ({"remote_url": "redis://host", "remote_options": "x"}, "table"),
+        ({"remote_url": "redis://host", "remote_options": {"ttl_s": 1.5}}, "ttl_s"),
+        ({"remote_url": "redis://host", "disk_path": "/x", "disk_bytes": 1 << 30}, "two tiers"),
+        ({"remote_url": "ftp://host"}, "must begin with"),
+        ({"remote_options": {}}, "lower tier"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        ConnectorOptions.parse({"cpu_pool_size_bytes": "1GiB", **options})
+    assert "hush" not in str(caught.value)
+
+
+def test_the_url_says_which_tier_it_is():
+    parse = ConnectorOptions.parse
+    redis = parse({"cpu_pool_size_bytes": 1 << 30, "remote_url": "redis://h", "remote_options": {"ttl_s": 60}}).tier
+    assert isinstance(redis, RedisTier) and redis.ttl_s == 60
+    assert isinstance(parse({"cpu_pool_size_bytes": 1 << 30, "remote_url": "s3://b/p"}).tier, ObjectTier)
