@@ -197,3 +197,16 @@ def test_a_closed_store_takes_nothing_and_forgets_no_answer(rig):
     for call in (lambda: rig.put([1], [1]), lambda: rig.get([1], [1]), lambda: rig.store.flush(SECONDS)):
         with pytest.raises(EngineClosed):
             call()
+
+
+def test_operations_on_one_name_run_in_the_order_of_the_calls(rig):
+    """In the same slot, without waiting in between: the last one counts."""
+    for _ in range(5):
+        batches = [rig.put([7], [3], wait=False), rig.store.erase([7], timeout_ms=SECONDS)]
+        assert [statuses_of(batch) for batch in batches] == [[OK]] * 2
+        assert rig.get([7], [3]) == [MISSING]
+        batches = [rig.put([7], [3], length=length, wait=False) for length in (100, 5000, PAYLOAD_BYTES)]
+        batches.append(rig.store.erase([7], timeout_ms=SECONDS))
+        batches.append(rig.store.put([7], [0], keys_of([3]), 700, tag=TAG, timeout_ms=SECONDS))
+        assert [statuses_of(batch) for batch in batches] == [[OK]] * 5
+        assert rig.get([7], [3], length=700) == [block(3, 0, PAYLOAD_BYTES)[:700]]

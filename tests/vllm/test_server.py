@@ -138,4 +138,4 @@ def test_a_server_that_was_told_to_end_finds_its_blocks_on_disk_when_it_is_start
     with serve(model, **disk) as again:
         found = [again.cached_tokens(prompt) for prompt in prompts]
         assert sum(found) >= 0.95 * 192 * 8, found
-        again.wait_for("kvortex_disk_blocks_read", 40)
+        again.wait_for("kvortex_tier_blocks_read", 40)

@@ -696,14 +696,14 @@ def test_one_request_finds_out_what_the_disk_brings_and_nobody_waits_for_it(bloc
 
 
 @pytest.mark.parametrize(
-    "disk_blocks_per_s, waits", [(10, [False] * 3), (120, [True, False, False]), (1e9, [True] * 3)]
+    "tier_blocks_per_s, waits", [(10, [False] * 3), (120, [True, False, False]), (1e9, [True] * 3)]
 )
-def test_a_request_waits_only_if_what_is_ahead_leaves_it_a_gain(disk_blocks_per_s, waits):
+def test_a_request_waits_only_if_what_is_ahead_leaves_it_a_gain(tier_blocks_per_s, waits):
     tier = make_tier(1)
     tier.rate.break_even.blocks_per_s = 100
-    tier.rate.break_even.measured(disk_blocks_per_s * tier.slots.stride_bytes, 1, time.monotonic())
+    tier.rate.break_even.measured(tier_blocks_per_s * tier.slots.stride_bytes, 1, time.monotonic())
     assert [tier.wish(name, keys_of_four(number)) for number, name in enumerate("abc")] == waits
-    assert tier.counters()["disk_misses_slower_than_computing"] == 4 * waits.count(False)
+    assert tier.counters()["tier_misses_slower_than_computing"] == 4 * waits.count(False)
 
 
 def keys_of_four(number):
@@ -744,5 +744,5 @@ def test_what_was_saved_never_falls_when_the_rate_changes():
         tier.promoter.num_promoted = 0
         tier.step()
         tier.promoter.step = step
-        assert tier.counters()["disk_saved_seconds"] == pytest.approx(before + 7 / rate)
+        assert tier.counters()["tier_saved_seconds"] == pytest.approx(before + 7 / rate)
         before += 7 / rate

@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 
 def serve(model, disk, *options, end="shutdown", remote=None):
-    """What an engine printed that served the prompts over this disk, or what is at that URL; None: without a connector."""
+    """What an engine printed that served the prompts over this disk, or this URL; with neither, without a connector."""
     command = [sys.executable, str(HERE / "engine_run.py"), "serve", "--model", str(model), *options]
     command += ["--host-gib", "0.005"]
     if disk is None and remote is None:

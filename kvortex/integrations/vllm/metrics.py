@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-CAUSES = {  # why a block that was on disk did not come back
+CAUSES = {  # why a block that was on the lower tier did not come back
     "late": "they did not come in time",
     "full": "host memory had no room for them",
     "slower_than_computing": "reading them would have taken longer than computing them",
-    "gone": "they left the disk, or were being saved anew, meanwhile",
+    "gone": "they left the tier, or were being saved anew, meanwhile",
     "unreadable": "what lies there is damaged, or is not the block",
 }
 SUMS = {
@@ -24,12 +24,15 @@ SUMS = {
     "blocks_evicted": "KV blocks evicted from host memory",
     "saves_not_held": "KV blocks not saved in a step because too many device blocks were held already",
     "pins_refused": "KV blocks that requests wanted to pin beyond a quarter of host memory",
-    "disk_blocks_written": "KV blocks written to disk",
-    "disk_blocks_not_written": "KV blocks that were to go to disk and did not",
-    "disk_blocks_read": "KV blocks that came back from disk into host memory",
-    "disk_read_seconds": "Seconds in which blocks came back from disk",
-    "disk_saved_seconds": "Seconds that computing these blocks would have taken, as far as that is known",
-    **{f"disk_misses_{cause}": f"KV blocks on disk that a request did not get: {why}" for cause, why in CAUSES.items()},
+    "tier_blocks_written": "KV blocks written to the lower tier",
+    "tier_blocks_not_written": "KV blocks that were to go to the lower tier and did not",
+    "tier_blocks_read": "KV blocks that came back from the lower tier into host memory",
+    "tier_read_seconds": "Seconds in which blocks came back from the lower tier",
+    "tier_saved_seconds": "Seconds that computing these blocks would have taken, as far as that is known",
+    **{
+        f"tier_misses_{cause}": f"KV blocks on the lower tier that a request did not get: {why}"
+        for cause, why in CAUSES.items()
+    },
     "verify_blocks": "KV blocks compared by verify",
     "verify_mismatches": "KV blocks that verify found to differ",
     "verify_skipped": "Transfers that verify had no room for",
@@ -37,9 +40,9 @@ SUMS = {
 LEVELS = {
     "pool_blocks_used": "KV blocks in host memory",
     "pool_blocks": "KV blocks that host memory has room for",
-    "disk_blocks": "KV blocks on disk",
-    "disk_blocks_capacity": "KV blocks that the disk has room for",
-    "disk_queue_blocks": "KV blocks on their way to or from the disk",
+    "tier_blocks": "KV blocks on the lower tier",
+    "tier_blocks_capacity": "KV blocks that the lower tier has room for",
+    "tier_queue_blocks": "KV blocks on their way to or from the lower tier",
 }
 
 

@@ -156,9 +156,7 @@ def tier_of(extra):
         of_tiers = {"namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s", "remote_options"}
         alone = sorted({*TIER_SIZES, *of_tiers} & {*extra})
         if alone:
-            raise ConfigError(
-                f"{alone[0]} is of a lower tier; name a folder for it, disk_path, or a server, remote_url, or leave it out"
-            )
+            raise ConfigError(f"{alone[0]} is of a lower tier; name one, disk_path or remote_url, or leave it out")
         return {}
     if "disk_bytes" not in extra:
         raise ConfigError('disk_path needs disk_bytes: what all ranks may take there together, e.g. "500GiB"')

@@ -220,7 +220,7 @@ class SchedulerHalf:
         return True
 
     def asked_keys(self, request, first, most):
-        """For each group, what a server is to be asked for: the keys that the pool lacks, and whether they are a chain."""
+        """For each group, what a server is asked for: the keys that the pool lacks, and whether they are a chain."""
         for group in self.groups:
             keys = keys_of(request, group, first // group.block_tokens, most // group.block_tokens)
             there, leading = self.index.lookup(keys)

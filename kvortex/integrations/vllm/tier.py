@@ -21,7 +21,7 @@ from kvortex.tiers.cleaner import PUT_TIMEOUT_MS, Cleaner
 from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
-from kvortex.tiers.remote.tier import NOT_REMOVED
+from kvortex.tiers.remote.store import NOTHING_THERE
 from kvortex.tiers.remote.view import Names, View
 
 NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
@@ -484,7 +484,7 @@ class Tier:
         """
         if self.view is not None:
             self.view.forget(keys[statuses == BlockStatus.MISSING])
-            is_lost = np.isin(statuses, NOT_REMOVED)
+            is_lost = np.isin(statuses, NOTHING_THERE)
             self.catalogue.discard(keys[is_lost])
             keys = keys[~is_lost]
         self.discard(keys)
@@ -515,20 +515,20 @@ class Tier:
         for cause, count in self.promoter.misses.items():
             misses[CAUSE_OF.get(cause, "unreadable")] += count
         return {
-            "disk_blocks_written": self.num_put_behind + self.cleaner.num_written,
-            "disk_blocks_not_written": self.num_not_put + self.cleaner.num_failed,
-            "disk_blocks_read": self.promoter.num_promoted,
-            "disk_read_seconds": self.promoter.spent_s,
-            "disk_saved_seconds": self._saved_s,
-            **{f"disk_misses_{cause}": count for cause, count in misses.items()},
+            "tier_blocks_written": self.num_put_behind + self.cleaner.num_written,
+            "tier_blocks_not_written": self.num_not_put + self.cleaner.num_failed,
+            "tier_blocks_read": self.promoter.num_promoted,
+            "tier_read_seconds": self.promoter.spent_s,
+            "tier_saved_seconds": self._saved_s,
+            **{f"tier_misses_{cause}": count for cause, count in misses.items()},
         }
 
     def levels(self):
         """How things are, by the names of `metrics.LEVELS`."""
         return {
-            "disk_blocks": self.catalogue.num_ready,
-            "disk_blocks_capacity": self.catalogue.slots_added,
-            "disk_queue_blocks": self.store.num_blocks,
+            "tier_blocks": self.catalogue.num_ready,
+            "tier_blocks_capacity": self.catalogue.slots_added,
+            "tier_queue_blocks": self.store.num_blocks,
         }
 
     @property

@@ -25,6 +25,7 @@ OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
     BlockStatus.OK, BlockStatus.MISSING, BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.IO_ERROR,
     BlockStatus.PENDING,
 )  # fmt: skip
+NOTHING_THERE = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)  # that would be wrong
 
 
 class RemoteBatch:
@@ -61,6 +62,11 @@ class RemoteBatch:
 
     def done(self):
         return not self._num_out
+
+    def drop(self):
+        """Nothing of it will be done, and nobody else knows of it."""
+        self._changed, self._num_out = threading.Condition(), 0
+        self._statuses[:] = DROPPED
 
     def _settle(self):
         """What has no status by its deadline is late. The lock is held."""
@@ -263,19 +269,23 @@ class RemoteStore:
         return batch
 
     def _submit(self, operations):
-        is_child = os.getpid() != self._pid
-        if is_child:
+        if os.getpid() != self._pid:  # somebody may hold the lock here for ever
             warn_once("remote_in_child", "a forked process has no use of its parent's client; this tier is off in it")
+            for operation in operations:
+                operation.batch.drop()
+            return
         with self._changed:
             for operation in operations:
                 if operation.batch.deadline_s <= operation.batch.begun_s:
                     self._end(operation, LATE)
                 elif operation.name is None:  # nothing is known to lie there
                     self._end(operation, OK if operation.batch.verb == "erase" else MISSING)
-                elif is_child or (self._num_waiting >= self._queue_blocks and operation.batch.verb != "erase"):
+                elif self._num_waiting >= self._queue_blocks and operation.batch.verb != "erase":
                     self._end(operation, DROPPED)
                 else:
                     self._num_waiting += 1
+                    if operation.batch.verb == "put":  # whoever erases the slot from now on means this
+                        self._lying[operation.slot] = operation.name
                     if operation.name in self._behind:
                         self._behind[operation.name].append(operation)
                     else:
@@ -301,8 +311,7 @@ class RemoteStore:
             status = LATE if is_late else self._do(operation)
             with self._changed:
                 self._num_running -= 1
-                if not is_late and operation.batch.verb in ("put", "get"):  # failed or not, something may lie there
-                    self._lying[operation.slot] = operation.name
+                self._note_lying(operation, status)
                 behind = self._behind.get(operation.name)
                 if behind:
                     self._waiting.append(behind.popleft())
@@ -310,6 +319,18 @@ class RemoteStore:
                     self._behind.pop(operation.name, None)
                 self._end(operation, status)
                 self._changed.notify_all()
+
+    def _note_lying(self, operation, status):
+        """Note what its slot stands for now. The lock is held.
+
+        A put that failed has changed nothing of a value that others may have under this name, so it is not to be
+        erased; a value that was read and is wrong is.
+        """
+        slot, name, verb = operation.slot, operation.name, operation.batch.verb
+        if verb == "get" and status not in NOTHING_THERE:
+            self._lying[slot] = name
+        elif verb == "put" and status != OK and self._lying.get(slot) == name:
+            del self._lying[slot]
 
     def _end(self, operation, status):
         """Tell a batch. The lock is held."""
