@@ -14,7 +14,7 @@ import numpy as np
 from kvortex.index import NO_SLOT, BlockIndex, CommitStatus, ReserveStatus
 from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, TierTransfer, merged
 from kvortex.integrations.vllm.metrics import CAUSES
-from kvortex.tiers._record import HEADER_BYTES
+from kvortex.slots import PAGE_BYTES
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.breaker import Breaker
 from kvortex.tiers.cleaner import PUT_TIMEOUT_MS, Cleaner
@@ -214,7 +214,7 @@ class Tier:
             return
         block_bytes = self.slots.payload_bytes
         names = Names(self._space, 0, self.remote.name_format(self._space))
-        client = self.remote.client(HEADER_BYTES + block_bytes)
+        client = self.remote.client(PAGE_BYTES + block_bytes)
         self.view = View(client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True)
 
     def _adopt(self, first, found):
