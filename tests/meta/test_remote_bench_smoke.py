@@ -1,0 +1,20 @@
+"""`python -m bench.remote` runs, compares what it reads, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_row_for_each_verb_and_depth_is_shown_and_nothing_is_left(tmp_path):
+    report = tmp_path / "rows.json"
+    few = ["--mib", "0.1", "--blocks", "4", "--rounds", "1", "--depths", "1,2", "--json", str(report)]
+    command = [sys.executable, "-m", "bench.remote", f"file://{tmp_path}/shared", *few]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["depth"], row["verb"]) for row in rows] == [(1, "write"), (1, "read"), (2, "write"), (2, "read")]
+    assert all(row["store_gbps"] > 0 < row["ratio"] for row in rows)
+    assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
