@@ -70,10 +70,10 @@ def test_a_prefix_that_nobody_has_is_computed_after_one_question(start, prompts)
 def test_a_request_waits_for_an_answer_no_longer_than_it_may(start, prompts):
     rig = start(remote_options={"lookup_timeout_ms": 20})
     serve(rig, prompts[:1], "a")
-    rig.half.tier.view.client._size = lambda name: time.sleep(5) or 0
+    rig.half.tier.view.client._size = lambda name: time.sleep(20) or 0
     begun = time.monotonic()
     assert serve(rig, prompts[1:2], "b") == [0]
-    assert time.monotonic() - begun < 4, "the question is still out"
+    assert time.monotonic() - begun < 15, "the question is still out"
 
 
 def test_requests_go_on_when_the_server_cannot_be_asked(start, prompts):
