@@ -608,13 +608,14 @@ def test_the_first_request_knows_all_that_was_found(start, prompt, monkeypatch):
 
 
 def test_a_small_promotion_beside_a_long_forward_does_not_make_the_disk_look_slow(start, prompts, prompt):
-    rig = start(num_slots=24, extra={"prefill_tokens_per_s": 8000})  # 500 blocks a second; the disk reads thousands
+    # 50 blocks a second; the disk reads thousands, and two blocks a forward would be 10.
+    rig = start(num_slots=24, extra={"prefill_tokens_per_s": 800})
     serve(rig, prompts, "a")
     rig.forget_device()
     forward = rig.forward
 
     def slow(runs):
-        time.sleep(0.05 if runs else 0)
+        time.sleep(0.2 if runs else 0)
         return forward(runs)
 
     rig.forward = slow
