@@ -336,6 +336,9 @@ def run_check(args):
     with report.Bar() as bar:
         folders = check.check(args.path, payloads=payloads, progress=bar.show)
     _print(json.dumps({"folders": folders}, indent=2) if args.json else check.table(folders))
+    if payloads and not args.json:
+        records, damaged = (sum(folder[what] for folder in folders) for what in ("records", "damaged"))
+        _print(f"\nverified header and payload of {records + damaged} records: {damaged} damaged")
     if payloads and check.has_damage(folders):
         return DAMAGED
     return BAD_INPUT if check.is_unreadable(folders) else OK

@@ -118,7 +118,7 @@ class KVortexConfig:
         Whether a thread of the engine submits the copies of a save or a load, so that the call returns at once; "auto":
         where there are many. A call may say otherwise; `KVortexEngine.save_blocks` tells what it means for the caller.
     tiers : tuple, default ()
-        Where blocks go that RAM cannot hold: at most one so far, a `DiskTier`. A keyword only.
+        Where blocks are kept beyond RAM: at most one so far, a `DiskTier`, `RedisTier` or `ObjectTier`. A keyword only.
     namespace : str, optional
         Names the model as it was loaded (its weights, dtype and quantisation): needed with `tiers`, since a block of
         another model must never be taken for one of this. Engines of different namespaces share nothing.
@@ -200,7 +200,7 @@ class KVortexConfig:
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
-        environ: Mapping[str, str] = os.environ,
+        environ: Mapping[str, str] | None = None,
         **keywords: Unpack[Settings],
     ) -> Self:
         """Build a configuration from keywords, the environment and a file, in this order of precedence.
@@ -210,7 +210,7 @@ class KVortexConfig:
         path : path-like, optional
             A TOML file with settings at its top level, under the names of the parameters above. By default the one that
             the variable ``KVORTEX_CONFIG`` names, if it is set.
-        environ : mapping of str to str, default os.environ
+        environ : mapping of str to str, optional
             ``KVORTEX_MAX_JOBS`` sets `max_jobs`, and so on for each name; an empty value counts as unset. Truth is one
             of 1, true, yes, on, 0, false, no, off.
         **keywords
@@ -250,10 +250,11 @@ class KVortexConfig:
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
-        environ: Mapping[str, str] = os.environ,
+        environ: Mapping[str, str] | None = None,
         **keywords: Unpack[Settings],
     ) -> dict[str, Setting]:
         """Return what `load` would build from: a `Setting` for each name that is set anywhere; raises as it does."""
+        environ = os.environ if environ is None else environ  # no default of the signature: help() would show all of it
         path = path or environ.get(CONFIG_VARIABLE) or None
         found = {} if path is None else dict(cls._from_file(os.fspath(path)))
         found.update(cls._from_environment(environ))

@@ -140,9 +140,9 @@ cdef class EngineCore:
         Returns
         -------
         Job
-            ``job.statuses`` tells NEW, PRESENT, PENDING (another save of the key is in flight) or FULL (no slot could
-            be freed, or too many jobs) for each key; ``job.num_blocks`` counts the NEW ones. A NEW block is visible
-            once the job is done.
+            ``job.statuses`` has a `ReserveStatus` for each key: NEW, PRESENT, PENDING (another save of the key is in
+            flight) or FULL (no slot could be freed, or too many jobs); ``job.num_blocks`` counts the NEW ones. A NEW
+            block is visible once the job is done.
 
         Raises
         ------

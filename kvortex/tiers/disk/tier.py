@@ -38,7 +38,7 @@ class DiskTier:
     direct : bool, default True
         Bypass the page cache if the file system can.
     io : {"threads", "aio"}, default "threads"
-        What moves the blocks: threads, or Linux AIO. On huge pages neither is faster.
+        What moves the blocks: threads, or Linux AIO. If the pool lies on huge pages, neither was faster.
     segment_bytes : int, default 1 GiB
     write_bytes_per_s : int, default 256 MiB/s
         What may be written while blocks are saved; it spares the disk. Ten seconds of it may be spent at once. Blocks

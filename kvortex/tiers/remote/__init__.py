@@ -1,5 +1,5 @@
 """Tiers on servers and shared folders: Redis, Valkey, S3, and whatever else several engines reach."""
 
-from kvortex.tiers.remote.tier import ObjectTier, RedisTier
+from kvortex.tiers.remote.tier import ObjectTier, RedisTier, RemoteTier
 
-__all__ = ["ObjectTier", "RedisTier"]
+__all__ = ["ObjectTier", "RedisTier", "RemoteTier"]

@@ -166,7 +166,7 @@ class RedisTier(RemoteTier):
     max_value_bytes : int, default 512 MiB
         Of the longest value that the server takes (its ``proto-max-bulk-len``).
 
-    See `RemoteTier` for the rest.
+    The rest is told by ``help(kvortex.tiers.remote.RemoteTier)``.
     """
 
     cluster: bool = field(default=False, kw_only=True)
@@ -241,7 +241,7 @@ class ObjectTier(RemoteTier):
         An object that is older when it is read is written again, so that a sweep by age leaves it: half of the
         ``--older-than`` of `kvortex sweep`. 0: never. On ``file://`` every read renews the file's time.
 
-    See `RemoteTier` for the rest.
+    The rest is told by ``help(kvortex.tiers.remote.RemoteTier)``.
     """
 
     endpoint: str | None = field(default=None, kw_only=True)
