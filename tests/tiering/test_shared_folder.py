@@ -65,6 +65,14 @@ def test_a_chain_is_asked_for_by_its_ends(open_engine):
     assert len(asked) <= 6, "an absent chain takes one question"
 
 
+def test_a_chain_that_is_longer_than_the_view_is_found_from_its_head_on(open_engine):
+    a, b = open_engine(), open_engine(view_blocks=4)
+    a.save(range(12))
+    assert a.engine.flush() == 0
+    assert b.load(range(12), **WAIT) == 4
+    b.require_quiet()
+
+
 def test_a_prefix_that_nobody_knows_waits_no_longer_than_it_may(open_engine):
     rig = open_engine(lookup_timeout_ms=20)
     rig.store.client._size = lambda name: time.sleep(1) or 0

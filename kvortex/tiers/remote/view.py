@@ -157,11 +157,12 @@ class View:
             self._note(keys[is_there], lengths[is_there].astype(np.uint32))
 
     def _note(self, keys, lengths):
-        """The server has these; the head of the chain is to be forgotten last."""
+        """The server has these; the head of the chain has room first, and is to be forgotten last."""
         if not len(keys):
             return
-        slots, statuses = self.catalogue.reserve(np.ascontiguousarray(keys[::-1]), lengths[::-1])
+        slots, statuses = self.catalogue.reserve(keys, lengths)
         self.catalogue.commit(slots[statuses == ReserveStatus.NEW])
+        self.catalogue.touch(keys)
 
     def _mark_absent(self, keys):
         until_s = time.monotonic() + self._ttl_s
