@@ -119,6 +119,35 @@ def test_a_server_that_takes_nothing_serves_all_the_same(open_engine):
     assert rig.load(range(4), **WAIT) == 4
 
 
+def test_a_put_that_finds_the_queue_full_takes_nothing_from_the_server(open_engine, files):
+    """The place in the view was another block's, which is there all the same."""
+    rig = open_engine(view_blocks=1)
+    rig.save([0])
+    assert rig.engine.flush() == 0
+    rig.store._queue_blocks = 0
+    rig.save([1])
+    rig.engine.flush(2000)
+    assert rig.store.stats()["put"]["DROPPED"]
+    rig.store.flush(30_000)
+    assert len(files()) == 1
+
+
+def test_a_clear_takes_nothing_from_others_that_is_being_written(open_engine):
+    a, b = open_engine(weights="step 1"), open_engine(weights="step 1")
+    a.save(range(4))
+    assert a.engine.flush() == 0
+    put, is_writing, may_write = b.store.client.put, threading.Event(), threading.Event()
+    b.store.client.put = lambda *value: is_writing.set() or may_write.wait(30) and put(*value)
+    b.save(range(4))
+    assert is_writing.wait(30)
+    b.engine.clear(weights="step 2")
+    may_write.set()
+    b.require_quiet()
+    b.store.flush(30_000)
+    a.forget_ram()
+    assert a.load(range(4), **WAIT) == 4
+
+
 def test_two_processes_share_a_folder(tmp_path, open_engine):
     """Another process saves, and saves what is there already."""
     program = f"""

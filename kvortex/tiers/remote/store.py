@@ -159,6 +159,11 @@ class RemoteStore:
         """Remove blocks from the server, whether or not a slot has them."""
         return self._begin_named("erase", [None] * len(keys), self.names.of(keys, tag), timeout_ms)
 
+    def disown(self):
+        """No slot stands for anything on the server: what it has stays there."""
+        with self._changed:
+            self._lying.clear()
+
     def scan(self, slots, *, tag, timeout_ms):
         slots = self._slots_of(slots)
         with self._changed:
@@ -276,6 +281,8 @@ class RemoteStore:
             return
         with self._changed:
             for operation in operations:
+                if operation.batch.verb == "put":  # what lay there is another block's, whatever becomes of this one
+                    self._lying.pop(operation.slot, None)
                 if operation.batch.deadline_s <= operation.batch.begun_s:
                     self._end(operation, LATE)
                 elif operation.name is None:  # nothing is known to lie there

@@ -323,12 +323,21 @@ class OpenRemoteTier:
             settings.queue_blocks,
             settings.lookup_timeout_ms / 1000,
         )
-        self.store, self.tag = store, tag
+        self.store, self._tag = store, tag
         self.catalogue = BlockIndex(store.num_slots)
         self.catalogue.add_slots(0, store.num_slots)
         self.adoption = View(
             store.client, store.names, store.payload_bytes, self.catalogue, tag, settings.negative_ttl_s, store.signal
         )
+
+    @property
+    def tag(self):
+        return self._tag
+
+    @tag.setter
+    def tag(self, tag):
+        self._tag = tag
+        self.store.disown()  # what is being written under the tag of before others have, too
 
     def ask(self, keys):
         """A `Question` about what is not known of a chain of keys; None where there is nothing to ask."""
