@@ -73,6 +73,12 @@ class RemoteTier:
                               f"got {shown(parts.scheme)}")  # fmt: skip
         if parts.query or parts.fragment:
             raise ConfigError("url has settings behind a '?' or '#', which are not read; give them as arguments")
+        for name in self.TEXTS:
+            if not isinstance(getattr(self, name), str | os.PathLike | None):
+                raise ConfigError(f"{name} must be a text, got {shown(getattr(self, name))}")
+        for name in self.FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {shown(getattr(self, name))}")
         if isinstance(self.write_bytes_per_s, str):
             object.__setattr__(self, "write_bytes_per_s", parse_bytes(self.write_bytes_per_s))
         for name in ("lookup_timeout_ms", "request_timeout_ms", "connect_timeout_ms"):
@@ -90,14 +96,14 @@ class RemoteTier:
                 or not 0 <= self.negative_ttl_s <= 1 << 31:  # fmt: skip
             raise ConfigError(f"negative_ttl_s must be a number of seconds from 0 on, got {shown(self.negative_ttl_s)}")
 
-    LIMITS = {}
+    LIMITS, TEXTS, FLAGS = {}, ("ca_file",), ()
 
     def _parts(self):
         try:
             parts = urllib.parse.urlsplit(self.url)
             parts.port  # noqa: B018  (it may be none)
-        except ValueError as error:
-            raise ConfigError(f"url cannot be read: {error}") from None
+        except ValueError:  # what it says of the url may be a part of a password
+            raise ConfigError(f"url cannot be read; it must be such as {self.EXAMPLE!r}") from None
         return parts
 
     def open(self, pool, *, namespace, tag=NO_TAG, rank=0, **whose):
@@ -180,6 +186,7 @@ class RedisTier(RemoteTier):
     EXAMPLE = "redis://cache:6379"
     SECRETS = "name where it lies with password_env or password_file"
     LIMITS = {"ttl_s": (0, 1 << 31), "max_value_bytes": (1, 1 << 31)}
+    TEXTS, FLAGS = ("ca_file", "password_env", "password_file"), ("cluster",)
 
     def __post_init__(self):
         if isinstance(self.max_value_bytes, str):
@@ -187,12 +194,12 @@ class RedisTier(RemoteTier):
         super().__post_init__()
         parts = self._parts()
         if parts.scheme == "unix":
-            if not parts.path or parts.netloc:
-                raise ConfigError(f"the url of a unix socket is unix:///path, got {self.url!r}")
+            if not os.path.isabs(parts.path) or parts.netloc:
+                raise ConfigError("the url of a unix socket is unix:///path")
             if self.cluster:
                 raise ConfigError("a cluster cannot be reached by a unix socket; give a node's host and port")
         elif not parts.hostname or parts.path.strip("/"):
-            raise ConfigError(f"url must be such as {self.EXAMPLE!r}, without a path, got {self.url!r}")
+            raise ConfigError(f"url must be such as {self.EXAMPLE!r}, without a path")
 
     name = "redis"
 
@@ -252,7 +259,7 @@ class ObjectTier(RemoteTier):
     SCHEMES = ("s3", "gs", "az", "file")
     EXAMPLE = "s3://bucket/prefix"
     SECRETS = "put it where credentials of this store are as a rule: the environment, or its files"
-    LIMITS = {"refresh_s": (0, 1 << 31)}
+    LIMITS, TEXTS, FLAGS = {"refresh_s": (0, 1 << 31)}, ("ca_file", "endpoint", "region"), ("virtual_hosted",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,9 +268,11 @@ class ObjectTier(RemoteTier):
             raise ConfigError("the url has a user in it; " + self.SECRETS)
         if parts.scheme == "file":
             if parts.netloc not in ("", "localhost") or not os.path.isabs(self._folder()):
-                raise ConfigError(f"the url of a folder is file:///absolute/path, got {self.url!r}")
-        elif not parts.netloc:
-            raise ConfigError(f"url must name a bucket, such as {self.EXAMPLE!r}, got {self.url!r}")
+                raise ConfigError("the url of a folder is file:///absolute/path")
+        elif not parts.netloc or ":" in parts.netloc:
+            raise ConfigError(f"url must name a bucket, such as {self.EXAMPLE!r}")
+        if "@" in str(self.endpoint):
+            raise ConfigError("endpoint has a user or password in it, which logs would show; " + self.SECRETS)
 
     @property
     def name(self):
