@@ -88,6 +88,20 @@ def test_a_reader_who_leaves_while_the_server_is_asked_gets_nothing(open_engine)
     rig.require_quiet()
 
 
+def test_the_client_is_not_closed_while_it_is_asked(open_engine):
+    """A client's library may crash where it is."""
+    rig = open_engine(lookup_timeout_ms=1)
+    client, is_asked, may_answer, told = rig.store.client, threading.Event(), threading.Event(), []
+    close, size_of = client.close, client._size
+    client.close = lambda: told.append("closed") or close()
+    client._size = lambda name: is_asked.set() or may_answer.wait(30) and told.append("answered") or size_of(name)
+    assert rig.load(range(4), promote_timeout_ms=10) == 0
+    assert is_asked.wait(30)
+    threading.Timer(0.2, may_answer.set).start()
+    rig.close()
+    assert told == ["answered", "closed"]
+
+
 def test_an_answer_that_comes_after_a_clear_is_not_believed(open_engine):
     a, b = open_engine(weights="step 1"), open_engine(weights="step 1", lookup_timeout_ms=1)
     a.save(range(4))

@@ -134,10 +134,10 @@ class RemoteStore:
         self._counts = {verb: Counter() for verb in VERBS}
         self._bytes = Counter()
         self._last_error = None
-        self._threads = [
+        self.threads = [  # who uses the client: it is closed when all have ended
             threading.Thread(target=self._work, name=f"kvortex-remote-{i}", daemon=True) for i in range(num_threads)
         ]
-        for thread in self._threads:
+        for thread in self.threads:
             thread.start()
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
@@ -222,9 +222,9 @@ class RemoteStore:
             self._behind.clear()
             self._given.notify_all()
             self._changed.notify_all()
-        for thread in self._threads:
+        for thread in self.threads:
             thread.join(max(0, until_s - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
+        if any(thread.is_alive() for thread in self.threads):
             log(logging.WARNING, "remote_hangs", "a server does not answer; its client stays open", tier=repr(self))
             return  # it may still write into the pool, whose memory it keeps
         self.client.close()

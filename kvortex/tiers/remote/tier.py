@@ -338,6 +338,7 @@ class OpenRemoteTier:
         self.adoption = View(
             store.client, store.names, store.payload_bytes, self.catalogue, tag, settings.negative_ttl_s, store.signal
         )
+        store.threads.append(self.adoption.thread)
 
     @property
     def tag(self):

@@ -74,8 +74,8 @@ class View:
         self._lock = threading.Condition()
         self._absent = OrderedDict()  # key: until when it counts as missing
         self._questions, self._is_closed = deque(), False
-        self._thread = threading.Thread(target=self._run, name="kvortex-remote-view", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="kvortex-remote-view", daemon=True)
+        self.thread.start()
 
     is_over = True  # there is no scan after which everything would be known
 
