@@ -162,6 +162,29 @@ def test_a_clear_takes_nothing_from_others_that_is_being_written(open_engine):
     assert a.load(range(4), **WAIT) == 4
 
 
+def test_what_was_discarded_is_not_served_though_the_server_did_not_remove_it(open_engine, files):
+    rig = open_engine(negative_ttl_s=0)
+    rig.save(range(4))
+    assert rig.engine.flush() == 0
+    delete = rig.store.client.delete
+
+    def fail(name):
+        raise OSError("planted")
+
+    rig.store.client.delete = fail
+    rig.engine.discard_blocks(keys_of(range(2)))
+    assert rig.engine.flush(30_000) == 2
+    rig.forget_ram()
+    assert rig.found(range(4)) == [2, 3]
+    rig.store.client.delete = delete
+    assert rig.engine.flush(30_000) == 0
+    assert len(files()) == 2
+    rig.save(range(2))
+    assert rig.engine.flush(30_000) == 0
+    rig.forget_ram()
+    assert rig.load(range(4), **WAIT) == 4
+
+
 def test_two_processes_share_a_folder(tmp_path, open_engine):
     """Another process saves, and saves what is there already."""
     program = f"""

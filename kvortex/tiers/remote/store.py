@@ -20,6 +20,7 @@ from kvortex.tiers._record import HEADER_BYTES, check_record, read_header, write
 from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.remote.view import Names
 
+MOST_UNERASED = 1 << 16  # names
 VERBS = ("put", "get", "erase", "scan")
 OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
     BlockStatus.OK, BlockStatus.MISSING, BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.IO_ERROR,
@@ -129,6 +130,7 @@ class RemoteStore:
         self._waiting = deque()  # operations that a thread may take
         self._behind = {}  # by name: operations that wait for the one before them
         self._lying = {}  # by slot: the name of what may lie there
+        self._unerased = {}  # names of what the server did not remove: not read, and removed with the next flush
         self._num_waiting = self._num_running = self._most_waiting = 0
         self._is_closed, self._event_fd = False, None
         self._counts = {verb: Counter() for verb in VERBS}
@@ -174,12 +176,15 @@ class RemoteStore:
         self._require_open()
         until_s = float("inf") if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         with self._changed:
+            again = [name for name in self._unerased if name not in self._behind]
+        self._begin_named("erase", [None] * len(again), again, None)
+        with self._changed:
             while left := self._num_waiting + self._num_running:
                 now_s = time.monotonic()
                 if now_s >= until_s or self._is_closed:
                     break
                 self._changed.wait(min(until_s, now_s + 1) - now_s)
-        return left
+            return left + len(self._unerased)
 
     def notify(self, event_fd):
         with self._changed:
@@ -314,8 +319,10 @@ class RemoteStore:
                 operation = self._waiting.popleft()
                 self._num_waiting -= 1
                 self._num_running += 1
-                is_late = time.monotonic() >= operation.batch.deadline_s
-            status = LATE if is_late else self._do(operation)
+                status = LATE if time.monotonic() >= operation.batch.deadline_s else None
+                if status is None and operation.batch.verb == "get" and operation.name in self._unerased:
+                    status = MISSING
+            status = self._do(operation) if status is None else status
             with self._changed:
                 self._num_running -= 1
                 self._note_lying(operation, status)
@@ -338,6 +345,12 @@ class RemoteStore:
             self._lying[slot] = name
         elif verb == "put" and status != OK and self._lying.get(slot) == name:
             del self._lying[slot]
+        if verb in ("put", "erase") and status == OK:
+            self._unerased.pop(name, None)
+        elif verb == "erase" and status == IO_ERROR:
+            self._unerased[name] = None
+            if len(self._unerased) > MOST_UNERASED:
+                del self._unerased[next(iter(self._unerased))]
 
     def _end(self, operation, status):
         """Tell a batch. The lock is held."""
