@@ -62,6 +62,20 @@ def test_clear_deletes_nothing_of_others_and_discard_does(settings_of, open_engi
     assert c.found(range(4)) == [2, 3]
 
 
+@pytest.mark.parametrize("kind", ["redis", "file"])
+def test_blocks_that_are_no_chain_are_asked_for_at_once(settings_of, open_engine, kind):
+    """As those of windows are: with Redis a round trip each would take longer than a prefix may wait."""
+    rig = open_engine(settings_of(kind))
+    rig.save([1, 3, 4])
+    assert rig.engine.flush(30_000) == 0
+    rig.tier.catalogue.clear()
+    sizes, asked = rig.store.client.sizes, []
+    rig.store.client.sizes = lambda names, is_chain: asked.append(len(names)) or sizes(names, is_chain)
+    question = rig.tier.adoption.ask(keys_of(range(6)), is_chain=False)
+    wait_until(lambda: question.is_over)
+    assert (rig.known(range(6)), asked) == ([1, 3, 4], [6])
+
+
 def test_what_was_not_there_counts_as_missing_for_a_while(settings_of, open_engine):
     a, b = open_engine(settings_of("redis")), open_engine(settings_of("redis", negative_ttl_s=3600))
     assert b.load(range(100, 104), **WAIT) == 0

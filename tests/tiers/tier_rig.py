@@ -172,7 +172,7 @@ class RemoteRig(Rig):
     def read_record(self, slot):
         name, _ = self._name_in(slot)
         record = bytearray(STRIDE_BYTES)
-        size = self.raw.sizes([name])[0] if name else 0
+        size = self.raw.sizes([name], True)[0] if name else 0
         if size:
             self.raw.get(name, memoryview(record)[:size])
         return bytes(record)

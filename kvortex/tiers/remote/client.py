@@ -33,8 +33,8 @@ class Client(Protocol):
     def refresh(self, name, record, age_s):
         """A value was read, and is right: let it not be the next to go."""
 
-    def sizes(self, names):
-        """The length of each value, 0 where there is none. `names` are a chain's: a value follows others only."""
+    def sizes(self, names, is_chain):
+        """The length of each value, 0 where there is none. Of a chain each value follows the one before it."""
 
     def delete(self, name):
         """Remove a value, if it is there."""

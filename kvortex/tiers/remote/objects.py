@@ -86,8 +86,8 @@ class ObjectClient:
         if self._refresh_s and age_s > self._refresh_s:
             self.put(name, record)
 
-    def sizes(self, names):
-        return leading_sizes(self._size, names)
+    def sizes(self, names, is_chain):
+        return leading_sizes(self._size, names) if is_chain else [self._size(name) for name in names]
 
     def delete(self, name):
         import obstore

@@ -59,7 +59,7 @@ class RedisClient:
         if self._ttl_s:
             self._client().expire(name, self._ttl_s)
 
-    def sizes(self, names):
+    def sizes(self, names, is_chain):
         import glide_sync
 
         batch = (glide_sync.ClusterBatch if self._is_cluster else glide_sync.Batch)(is_atomic=False)

@@ -406,7 +406,7 @@ class RemoteStore:
         return OK
 
     def _scan(self, operation):
-        (size,) = self.client.sizes([operation.name])
+        (size,) = self.client.sizes([operation.name], True)
         record = bytearray(max(size, HEADER_BYTES))
         found = self.client.get(operation.name, memoryview(record)) if size else None
         if found is None:

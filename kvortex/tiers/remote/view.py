@@ -142,8 +142,7 @@ class View:
 
     def _answer(self, question):
         keys = question.keys
-        names = self.names.of(keys, question.tag)
-        sizes = self.client.sizes(names) if question.is_chain else [self.client.sizes([name])[0] for name in names]
+        sizes = self.client.sizes(self.names.of(keys, question.tag), question.is_chain)
         lengths = np.array(sizes, np.int64) - HEADER_BYTES
         is_there = (lengths > 0) & (lengths <= self._payload_bytes)
         if self._alike:
