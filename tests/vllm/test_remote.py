@@ -2,11 +2,14 @@
 
 import time
 
+import numpy as np
 import pytest
 from rig import HAS_WORKER_METADATA
 
-from kvortex import ConfigError, ObjectTier, RedisTier
+from kvortex import ConfigError, ObjectTier, PinnedPool, RedisTier
+from kvortex.integrations.vllm.messages import ERASE, PUT, TierTransfer
 from kvortex.integrations.vllm.options import ConnectorOptions
+from kvortex.integrations.vllm.worker_tier import WorkerTier
 
 LONG_MS = 20_000
 NUM_BLOCKS = 10  # of a prompt, of 16 tokens each
@@ -121,6 +124,22 @@ def test_nothing_saved_before_a_reset_is_served_after_it_and_others_keep_theirs(
     assert serve(rig, prompts, "b") == [0] * 6
     assert len(files(tmp_path)) > num_files
     assert serve(start(), prompts, "c") == [NUM_BLOCKS] * 6, "another, of the weights that were loaded"
+
+
+def test_a_put_that_is_dropped_before_it_began_takes_nothing_from_the_server(tmp_path):
+    """Its slot was another block's, which the server has all the same."""
+    pool = PinnedPool(2 * 8192, 4096, "host", header_bytes=4096)
+    pool.wait_ready(60)
+    tier = WorkerTier(ObjectTier(f"file://{tmp_path}").open_store(pool, namespace=bytes(32)), 4096)
+    slots, keys = np.zeros(1, np.uint32), np.eye(2, 32, dtype=np.uint8)
+    tier.begin([TierTransfer(PUT, 1, slots, slots, keys[:1], bytes(32), LONG_MS)])
+    tier.store.flush(LONG_MS)
+    assert len(files(tmp_path)) == 1
+    tier.begin([TierTransfer(PUT, 2, slots, slots, keys[1:], bytes(32), LONG_MS, save=1)])
+    tier.begin([TierTransfer(ERASE, 0, slots, slots[:0], keys[:0], bytes(32), 0)])
+    assert set(tier.moved) == {2}, "dropped"
+    tier.close(LONG_MS)
+    assert len(files(tmp_path)) == 1
 
 
 @pytest.mark.skipif(not HAS_WORKER_METADATA, reason="this vLLM keeps one group")

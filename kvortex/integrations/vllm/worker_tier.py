@@ -73,6 +73,8 @@ class WorkerTier:
                 self.drop_waiting(transfer.tier_slots)
                 self.store.erase(transfer.tier_slots, timeout_ms=None)
             elif transfer.save:
+                if self.names is not None:  # whose these slots were stays on the server if this is erased
+                    self.store.disown(transfer.tier_slots)
                 self.waiting[transfer.save] = Waiting(transfer, self.put_lag)
             else:
                 self.start(transfer)

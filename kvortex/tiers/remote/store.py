@@ -161,10 +161,11 @@ class RemoteStore:
         """Remove blocks from the server, whether or not a slot has them."""
         return self._begin_named("erase", [None] * len(keys), self.names.of(keys, tag), timeout_ms)
 
-    def disown(self):
-        """No slot stands for anything on the server: what it has stays there."""
+    def disown(self, slots=None):
+        """These slots, or all, stand for nothing on the server any more: what it has stays there."""
         with self._changed:
-            self._lying.clear()
+            for slot in list(self._lying) if slots is None else self._slots_of(slots):
+                self._lying.pop(slot, None)
 
     def scan(self, slots, *, tag, timeout_ms):
         slots = self._slots_of(slots)
