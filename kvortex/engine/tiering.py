@@ -159,7 +159,8 @@ class Tiering:
         rest_s = deadline_s - time.monotonic()
         if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):
             left += 1  # a discarded block may still be found by the next process
-        left = max(left, counts["num_ready"] - self.tier.catalogue.num_ready)  # the tier may be the smaller one
+        if not self.tier.is_remote:  # the tier may be the smaller one; what a server has the view may forget
+            left = max(left, counts["num_ready"] - self.tier.catalogue.num_ready)
         if self._is_in_trouble(self._write_breaker):
             return max(1, left)
         rest_ms = None if timeout_ms is None else max(0, int(1000 * (deadline_s - time.monotonic())))

@@ -70,6 +70,8 @@ def test_a_chain_that_is_longer_than_the_view_is_found_from_its_head_on(open_eng
     a.save(range(12))
     assert a.engine.flush() == 0
     assert b.load(range(12), **WAIT) == 4
+    b.save(range(12, 24))
+    assert b.engine.flush() == 0, "all is there, though the view has forgotten most"
     b.require_quiet()
 
 
