@@ -332,3 +332,17 @@ def test_bad_input_is_told(words, message, capsys, monkeypatch):
     except SystemExit as end:
         assert end.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_who_asks_while_many_wait_is_answered_first(open_engine):
+    rig = open_engine()
+    view, is_asked, may_answer, order = rig.tier.adoption, threading.Event(), threading.Event(), []
+    rig.store.client.sizes = lambda names, *_: (is_asked.set(), may_answer.wait(30), order.append(names), [0])[-1]
+    first = view.ask(keys_of([0]))
+    assert is_asked.wait(30)
+    questions = [view.ask(keys_of([i])) for i in range(1, 300)]
+    assert [question.is_over for question in questions] == [True] * 43 + [False] * 256, "the oldest are dropped"
+    may_answer.set()
+    wait_until(lambda: first.is_over and all(question.is_over for question in questions))
+    names = [view.names.of(keys_of([i]), view.tag) for i in (0, 299, 298)]
+    assert order[:3] == names

@@ -15,7 +15,7 @@ from kvortex.index import NO_SLOT, ReserveStatus
 from kvortex.keys import persistent_names
 from kvortex.tiers._record import HEADER_BYTES
 
-MOST_QUESTIONS = 256  # that wait: beyond, nothing is asked, and what is not known is a miss
+MOST_QUESTIONS = 256  # that wait: beyond, the oldest are dropped, and what they asked for is a miss
 MOST_ABSENT = 1 << 18  # keys
 
 
@@ -92,10 +92,12 @@ class View:
                     unknown[i] = False
                 if is_chain:
                     break  # of what comes behind, nothing is known, or it would have been asked for
-            if not unknown.any() or self._is_closed or len(self._questions) >= MOST_QUESTIONS:
+            if not unknown.any() or self._is_closed:
                 return None
             question = Question(keys[unknown], self.tag, is_chain)
             self._questions.append(question)
+            if len(self._questions) > MOST_QUESTIONS:
+                self._questions.popleft().is_over = True
             self._lock.notify()
         return question
 
@@ -131,7 +133,7 @@ class View:
                     self._lock.wait()
                 if self._is_closed:
                     return
-                question = self._questions.popleft()
+                question = self._questions.pop()  # the newest: whoever asked before may wait no more
             try:
                 self._answer(question)
             except Exception as error:  # of the client, whatever it was: nothing is known, and the next one asks again
