@@ -81,6 +81,6 @@ def split(text):
     for word in lexer:
         if word in {"|", ";", "&&"}:
             found.append([])
-        else:
+        elif found[-1] or not re.match(r"\w+=", word):  # a variable of the environment before the command
             found[-1].append(word.strip("'"))
     return [words for words in found if words]

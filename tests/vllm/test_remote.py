@@ -1,5 +1,6 @@
 """A server or folder below the pool, shared by several vLLMs: what one has saved, another finds."""
 
+import logging
 import time
 
 import numpy as np
@@ -188,3 +189,14 @@ def test_the_url_says_which_tier_it_is():
     redis = parse({"cpu_pool_size_bytes": 1 << 30, "remote_url": "redis://h", "remote_options": {"ttl_s": 60}}).tier
     assert isinstance(redis, RedisTier) and redis.ttl_s == 60
     assert isinstance(parse({"cpu_pool_size_bytes": 1 << 30, "remote_url": "s3://b/p"}).tier, ObjectTier)
+
+
+def test_what_the_library_has_to_say_is_in_vllms_log(start, prompts, caplog):
+    rig = start()
+    rig.half.tier.view.client.sizes = lambda names, *_: 1 / 0
+    logging.getLogger("vllm").addHandler(caplog.handler)
+    try:
+        serve(rig, prompts[:4], "a")
+    finally:
+        logging.getLogger("vllm").removeHandler(caplog.handler)
+    assert "tier_suspended" in [getattr(record, "event", None) for record in caplog.records]

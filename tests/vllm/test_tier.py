@@ -17,7 +17,7 @@ from kvortex.integrations.vllm import worker_tier
 from kvortex.integrations.vllm.keys import keys_of
 from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, Moved, WorkerReport
 from kvortex.integrations.vllm.options import ConnectorOptions
-from kvortex.integrations.vllm.tier import PrefillRate, RemoteStore, Tier
+from kvortex.integrations.vllm.tier import PrefillRate, RanksStore, Tier
 from kvortex.slots import Slots
 from kvortex.tiers.base import BlockStatus
 
@@ -273,7 +273,7 @@ def test_values_that_are_none_are_refused_by_name(more):
 
 @pytest.mark.parametrize("name", ["disk_bytes", "namespace", "promote_timeout_ms", "write_bytes_per_s"])
 def test_a_setting_of_a_disk_without_one_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is of a disk tier"):
+    with pytest.raises(ConfigError, match=f"{name} is of a lower tier"):
         ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", name: 5})
 
 
@@ -661,7 +661,7 @@ def test_only_what_all_ranks_have_in_the_same_slot_is_known(together):
 
 @pytest.mark.parametrize("together", [False, True])
 def test_a_block_has_come_only_if_every_rank_says_so(together):
-    store = RemoteStore(2)
+    store = RanksStore(2)
     slots, keys = np.arange(3, dtype=np.uint32), np.zeros((3, 32), np.uint8)
     batch = store.get(slots, slots, keys, 4096, tag=bytes(32), timeout_ms=LONG_MS)
     damaged, late = BlockStatus.PAYLOAD_DAMAGED, BlockStatus.LATE

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import inspect
+import logging
 import time
 import traceback
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
 
 logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what a connector says
+logging.getLogger("kvortex").parent = logging.getLogger("vllm")  # and so what the library below it says
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")

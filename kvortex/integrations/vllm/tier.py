@@ -21,7 +21,7 @@ from kvortex.tiers.cleaner import PUT_TIMEOUT_MS, Cleaner
 from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
-from kvortex.tiers.remote.store import NOTHING_THERE
+from kvortex.tiers.remote.store import NOT_TO_BE_ERASED
 from kvortex.tiers.remote.view import Names, View
 
 NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
@@ -34,7 +34,7 @@ CLEANED_A_STEP = 64  # blocks that the cleaner looks at: a whole pool would take
 TOUCHED_LATER = 64  # most requests whose touch is repeated when a PUT is over
 
 
-class RemoteBatch:
+class RanksBatch:
     """What every rank's store was asked for; see `kvortex.tiers.base.Batch`."""
 
     def __init__(self, num_blocks, timeout_ms):
@@ -56,7 +56,7 @@ class RemoteBatch:
         self._statuses, self.seconds, self._is_over = moved.statuses, moved.seconds, True
 
 
-class RemoteStore:
+class RanksStore:
     """The stores of all ranks as one; see `kvortex.tiers.base.Store`, of which cleaner and promoter need this much."""
 
     def __init__(self, num_ranks):
@@ -77,7 +77,7 @@ class RemoteStore:
     def _send(self, kind, tier_slots, slots, keys, tag, timeout_ms, save=0):
         self._last_number += 1
         self.unsent.append(TierTransfer(kind, self._last_number, tier_slots, slots, keys, tag, timeout_ms, save))
-        batch = self._batches[self._last_number] = RemoteBatch(len(slots), timeout_ms)
+        batch = self._batches[self._last_number] = RanksBatch(len(slots), timeout_ms)
         return batch
 
     def take(self):
@@ -118,7 +118,7 @@ class Behind:
 
     rows: np.ndarray  # of these, among the blocks of the SAVE
     tier_slots: np.ndarray
-    batch: RemoteBatch
+    batch: RanksBatch
     keys: np.ndarray
     slots: np.ndarray
     is_pinned: np.ndarray | None = None  # by us; None: not every rank has reported the SAVE
@@ -165,7 +165,7 @@ class Tier:
                  prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None):  # fmt: skip
         self.index, self.slots, self.num_ranks = index, slots, num_ranks
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
-        self.store = RemoteStore(num_ranks)
+        self.store = RanksStore(num_ranks)
         self.budget = WriteBudget(bytes_per_s)
         self.remote, self.view, self.questions, self._unanswered = remote, None, {}, []
         self.breaker = self.write_breaker = Breaker(self.name)
@@ -484,7 +484,7 @@ class Tier:
         """
         if self.view is not None:
             self.view.forget(keys[statuses == BlockStatus.MISSING])
-            is_lost = np.isin(statuses, NOTHING_THERE)
+            is_lost = np.isin(statuses, NOT_TO_BE_ERASED)
             self.catalogue.discard(keys[is_lost])
             keys = keys[~is_lost]
         self.discard(keys)

@@ -26,7 +26,8 @@ OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
     BlockStatus.OK, BlockStatus.MISSING, BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.IO_ERROR,
     BlockStatus.PENDING,
 )  # fmt: skip
-NOTHING_THERE = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)  # that would be wrong
+# After a read: it is not there, was not read, or is another's of another length; what lies there may be right.
+NOT_TO_BE_ERASED = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)
 
 
 class RemoteBatch:
@@ -342,7 +343,7 @@ class RemoteStore:
         erased; a value that was read and is wrong is.
         """
         slot, name, verb = operation.slot, operation.name, operation.batch.verb
-        if verb == "get" and status not in NOTHING_THERE:
+        if verb == "get" and status not in NOT_TO_BE_ERASED:
             self._lying[slot] = name
         elif verb == "put" and status != OK and self._lying.get(slot) == name:
             del self._lying[slot]

@@ -16,7 +16,7 @@ from kvortex.tiers._record import HEADER_BYTES
 from kvortex.tiers.base import BlockStatus, look_up
 from kvortex.tiers.remote import objects, redis
 from kvortex.tiers.remote.client import read_file, secret_of
-from kvortex.tiers.remote.store import NOTHING_THERE, RemoteStore
+from kvortex.tiers.remote.store import NOT_TO_BE_ERASED, RemoteStore
 from kvortex.tiers.remote.view import View
 
 NO_TAG = bytes(32)  # before any weights were named
@@ -365,7 +365,7 @@ class OpenRemoteTier:
     def was_wrong(self, keys, statuses):
         """Blocks were read that are not what they were taken for: forget them, and remove what is wrong itself."""
         with contextlib.suppress(EngineClosed):
-            self.store.delete(keys[~np.isin(statuses, NOTHING_THERE)], self.tag, timeout_ms=None)
+            self.store.delete(keys[~np.isin(statuses, NOT_TO_BE_ERASED)], self.tag, timeout_ms=None)
         self._forget(keys[statuses == BlockStatus.MISSING])
         self.catalogue.discard(keys)
 
