@@ -193,10 +193,11 @@ def test_the_url_says_which_tier_it_is():
 
 def test_what_the_library_has_to_say_is_in_vllms_log(start, prompts, caplog):
     rig = start()
+    serve(rig, prompts[:1], "first")
     rig.half.tier.view.client.sizes = lambda names, *_: 1 / 0
     logging.getLogger("vllm").addHandler(caplog.handler)
     try:
-        serve(rig, prompts[:4], "a")
+        serve(rig, prompts[1:5], "a")
     finally:
         logging.getLogger("vllm").removeHandler(caplog.handler)
     assert "tier_suspended" in [getattr(record, "event", None) for record in caplog.records]
