@@ -121,8 +121,6 @@ def _lock(path, folder):
         os.pwrite(file, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BlockingIOError:
         holder = os.pread(file, 512, 0).decode(errors="replace") or "another process"
-        if holder.startswith(f"process {os.getpid()} on {socket.gethostname()}"):
-            holder = "another engine of this process"
         os.close(file)
         raise TierError(f"{folder} is in use by {holder}; end that first, or name another path") from None
     except BaseException:
