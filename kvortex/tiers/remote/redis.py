@@ -17,7 +17,9 @@ def require_package():
 
 
 class RedisClient:
-    """Parameters
+    """Values in Redis or Valkey; the contract is `kvortex.tiers.remote.client.Client`.
+
+    Parameters
     ----------
     address : (host, port), or str
         A str is the path of a unix socket.

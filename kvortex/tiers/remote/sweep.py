@@ -53,7 +53,7 @@ def sweep(tier, *, max_bytes=None, older_than_s=None, dry_run=False, progress=No
     Notes
     -----
     Only files that are named as blocks are, below the URL, are ever removed. What is evicted by size goes oldest first;
-    names and times of all blocks are held in memory, some 200 bytes each.
+    names and times of all blocks are held in memory.
     """
     if max_bytes is None and older_than_s is None:
         raise ConfigError("say how much may stay: max_bytes, older_than_s, or both")
@@ -89,7 +89,7 @@ def _sweep(client, now_s, max_bytes, older_than_s, dry_run, progress):
         client.remove(going[first : first + BATCH])
         if progress is not None:
             done = min(first + BATCH, len(going))
-            progress(done / len(going), lambda: f"{done} of {len(going)} blocks removed")  # noqa: B023 (called at once)
+            progress(done / len(going), lambda done=done: f"{done} of {len(going)} blocks removed")
     for name in () if dry_run else staged:
         client.remove([name])
     return swept

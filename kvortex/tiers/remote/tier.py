@@ -32,7 +32,7 @@ class RemoteTier:
     url : str
         Where the server is. A password in it is refused: logs and process lists would show it.
     view_blocks : int, default 262144
-        Blocks that the engine knows to be there, some 100 bytes of memory each. What is forgotten is asked for again.
+        Blocks that the engine can know to be there; each takes some memory. What is forgotten is asked for again.
     num_threads : int, default 8
         Blocks in flight, 1 to 256.
     queue_blocks : int, default 4096
@@ -156,7 +156,7 @@ class RemoteTier:
 
 @dataclass(frozen=True)
 class RedisTier(RemoteTier):
-    """Blocks in Redis or Valkey (7 or later), for all engines that reach it.
+    """Blocks in Redis or Valkey, for all engines that reach it.
 
     Attributes
     ----------
@@ -232,8 +232,8 @@ class RedisTier(RemoteTier):
 class ObjectTier(RemoteTier):
     """Blocks as objects of S3 and its kin, or as files of a folder that several engines share.
 
-    Credentials come from where each kind of store has them as a rule: the environment (``AWS_ACCESS_KEY_ID``, ...), the
-    machine's role, and for S3 the AWS files and profiles where boto3 is installed.
+    Credentials are those that obstore finds: in the environment (``AWS_ACCESS_KEY_ID``, ...), or the machine's role. It
+    does not read the files and profiles of AWS's own tools.
 
     Attributes
     ----------
@@ -258,7 +258,7 @@ class ObjectTier(RemoteTier):
 
     SCHEMES = ("s3", "gs", "az", "file")
     EXAMPLE = "s3://bucket/prefix"
-    SECRETS = "put it where credentials of this store are as a rule: the environment, or its files"
+    SECRETS = "put it into the environment, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     LIMITS, TEXTS, FLAGS = {"refresh_s": (0, 1 << 31)}, ("ca_file", "endpoint", "region"), ("virtual_hosted",)
 
     def __post_init__(self):
@@ -327,11 +327,8 @@ class OpenRemoteTier:
     is_adopting = False
 
     def __init__(self, settings, store, tag):
-        self.name, self.queue_blocks, self.lookup_s = (
-            settings.name,
-            settings.queue_blocks,
-            settings.lookup_timeout_ms / 1000,
-        )
+        self.name, self.queue_blocks = settings.name, settings.queue_blocks
+        self.lookup_s = settings.lookup_timeout_ms / 1000
         self.store, self._tag = store, tag
         self.catalogue = BlockIndex(store.num_slots)
         self.catalogue.add_slots(0, store.num_slots)

@@ -48,7 +48,11 @@ class Question:
 
 
 class View:
-    """Parameters
+    """Keep a catalogue of what a server is believed to have, and ask the server for what is not known.
+
+    No method waits for the server.
+
+    Parameters
     ----------
     client : Client
     names : Names
