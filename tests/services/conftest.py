@@ -93,6 +93,11 @@ def rig(request, settings_of):
 
 
 @pytest.fixture
+def remote(rig):
+    return rig
+
+
+@pytest.fixture
 def open_engine(tmp_path):
     """Return a function that opens an engine over a tier, which gets time to answer."""
     opened = []

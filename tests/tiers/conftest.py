@@ -2,7 +2,7 @@
 
 import pytest
 from faulty_calls import faulty, faulty_library  # noqa: F401
-from tier_rig import NUM_SLOTS, RIGS, SECONDS, SEGMENT_BYTES, SPACE, TAG, make_pool, quota_of
+from tier_rig import NUM_SLOTS, RIGS, SECONDS, SEGMENT_BYTES, SPACE, TAG, FolderRig, make_pool, quota_of
 
 from kvortex.tiers.disk.tier import DiskTier
 
@@ -11,6 +11,14 @@ from kvortex.tiers.disk.tier import DiskTier
 def rig(request, tmp_path):
     """Every store in turn."""
     made = RIGS[request.param](tmp_path)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """A store on a server."""
+    made = FolderRig(tmp_path)
     yield made
     made.close()
 

@@ -22,12 +22,12 @@ class Client(Protocol):
     """
 
     def put(self, name, record):
-        """Write a value, from a buffer."""
+        """Write a value, from a buffer, or from a list of them, one after the other."""
 
     def get(self, name, record):
-        """Read a value into a buffer; return a `Value`, or None where there is none.
+        """Read a value into a buffer, or a list of them; return a `Value`, or None where there is none.
 
-        The buffer has the value only if the value is as long as the buffer. It is not written to after this returned.
+        The buffers have the value only if it is as long as they are. They are not written to after this returned.
         """
 
     def refresh(self, name, record, age_s):
@@ -41,6 +41,11 @@ class Client(Protocol):
 
     def close(self):
         """Give back what the client has. Idempotent."""
+
+
+def parts_of(record):
+    """The buffers that a value is written from or read into, as a list."""
+    return record if isinstance(record, list) else [record]
 
 
 def secret_of(name, from_env, from_file):

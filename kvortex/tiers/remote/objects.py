@@ -7,7 +7,7 @@ import threading
 import time
 
 from kvortex.errors import ConfigError
-from kvortex.tiers.remote.client import Value
+from kvortex.tiers.remote.client import Value, parts_of
 
 INSTALL = "the object tier needs the package obstore; install kvortex[s3]"
 MAX_RETRIES = 2
@@ -36,6 +36,15 @@ def leading_sizes(size_of, names):
             high = at
         at = (low + high) // 2
     return sizes
+
+
+def behind(parts, count):
+    """What is left of these buffers behind so many bytes."""
+    for i, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[i + 1 :]]
+        count -= len(part)
+    return []
 
 
 class ObjectClient:
@@ -77,9 +86,12 @@ class ObjectClient:
             result = obstore.get(self._store(), name)
         except FileNotFoundError:
             return None
-        meta = result.meta
-        if meta["size"] == len(record):
-            record[:] = memoryview(result.bytes())
+        meta, parts = result.meta, parts_of(record)
+        if meta["size"] == sum(map(len, parts)):
+            value, start = memoryview(result.bytes()), 0
+            for part in parts:
+                part[:] = value[start : start + len(part)]
+                start += len(part)
         return Value(meta["size"], time.time() - meta["last_modified"].timestamp())
 
     def refresh(self, name, record, age_s):
@@ -148,12 +160,13 @@ class FolderClient(ObjectClient):
         except FileNotFoundError:
             return None
         try:
-            about, read = os.fstat(file), 0
-            while about.st_size == len(record) and read < len(record):
-                count = os.preadv(file, [record[read:]], read)
+            about, left, read = os.fstat(file), parts_of(record), 0
+            while left and about.st_size == read + sum(map(len, left)):
+                count = os.preadv(file, left, read)
                 if not count:
                     raise OSError("the file ends before the block does")
                 read += count
+                left = behind(left, count)
         finally:
             os.close(file)
         return Value(about.st_size, time.time() - about.st_mtime)

@@ -3,7 +3,7 @@
 import threading
 
 from kvortex.errors import ConfigError
-from kvortex.tiers.remote.client import Value
+from kvortex.tiers.remote.client import Value, parts_of
 
 INSTALL = "the Redis tier needs the package valkey-glide-sync; install kvortex[redis]"
 
@@ -42,20 +42,28 @@ class RedisClient:
         from glide_shared.commands.core_options import ExpirySet, ExpiryType
 
         expiry = ExpirySet(ExpiryType.SEC, self._ttl_s) if self._ttl_s else None
-        self._client().set(name, record, expiry=expiry)
+        parts = parts_of(record)
+        self._client().set(name, parts[0] if len(parts) == 1 else b"".join(parts), expiry=expiry)
 
     def get(self, name, record):
         import glide_sync
 
-        client = self._client()
+        client, parts = self._client(), parts_of(record)
+        value = parts[0] if len(parts) == 1 else memoryview(bytearray(sum(map(len, parts))))
         try:
-            found = client.get(name, buffer=record)
+            found = client.get(name, buffer=value)
         except glide_sync.RequestError:
             nbytes = client.strlen(name)
-            if nbytes <= len(record):  # else it does not fit, and that was all
+            if nbytes <= len(value):  # else it does not fit, and that was all
                 raise
             return Value(nbytes)
-        return None if found is None else Value(int(found))
+        if found is None:
+            return None
+        start = 0
+        for part in parts if len(parts) > 1 else ():
+            part[:] = value[start : start + len(part)]
+            start += len(part)
+        return Value(int(found))
 
     def refresh(self, name, record, age_s):
         if self._ttl_s:

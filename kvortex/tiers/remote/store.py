@@ -1,7 +1,8 @@
 """A store on a server: the value of a block is its record, the header page and the payload.
 
 A block is found by its name, which follows from the model, the rank, the weights and the key. A tier slot is a place in
-the catalogue only: nothing on the server belongs to it.
+the catalogue only: nothing on the server belongs to it. Several blocks may share a value, an object: their records lie
+there one after the other, and each is verified for itself.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import threading
 import time
 from collections import Counter, deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +30,14 @@ OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
 )  # fmt: skip
 # After a read: it is not there, was not read, or is another's of another length; what lies there may be right.
 NOT_TO_BE_ERASED = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)
+
+
+class Objects(NamedTuple):
+    """In which objects blocks lie, a row for each block."""
+
+    keys: np.ndarray  # (n, 32) uint8: of the last block of the object, by which that is called
+    places: np.ndarray  # which of the records of the object is the block's
+    counts: np.ndarray  # how many there are
 
 
 class RemoteBatch:
@@ -86,13 +96,15 @@ class RemoteBatch:
 
 
 class Operation:
-    """One block of a batch on its way."""
+    """One value on its way, with one block of a batch, or several."""
 
-    __slots__ = ("batch", "number", "name", "slot", "pool_slot", "key", "length", "tag", "group")
+    __slots__ = ("batch", "numbers", "name", "slot", "pool_slots", "keys", "length", "tag", "group", "places", "count")
 
-    def __init__(self, batch, number, name, slot, pool_slot=None, key=None, length=0, tag=None, group=0):
-        self.batch, self.number, self.name, self.slot = batch, number, name, slot
-        self.pool_slot, self.key, self.length, self.tag, self.group = pool_slot, key, length, tag, group
+    def __init__(self, batch, numbers, name, slot, pool_slots=(), keys=(), length=0, tag=None, group=0, places=(0,),
+                 count=1):  # fmt: skip
+        self.batch, self.numbers, self.name, self.slot = batch, numbers, name, slot  # no slot where blocks share a name
+        self.pool_slots, self.keys, self.length, self.tag, self.group = pool_slots, keys, length, tag, group
+        self.places, self.count = places, count
 
 
 class RemoteStore:
@@ -100,6 +112,9 @@ class RemoteStore:
 
     The contract is `kvortex.tiers.base.Store`, but for two things: a slot holds what this store put into it or got from
     it, so `scan` finds nothing of an earlier process; and a block that another slot was asked for is MISSING.
+
+    With `objects`, blocks of one length share values. Then their slots stand for nothing, and `delete` removes them. A
+    put needs every block of its objects, a get any of them; a record that is not right is the block's alone.
 
     Parameters
     ----------
@@ -145,11 +160,11 @@ class RemoteStore:
 
     # ---- verbs ------------------------------------------------------------------------------------------------------
 
-    def put(self, slots, pool_slots, keys, lengths, *, tag, group=0, timeout_ms):
-        return self._begin("put", slots, pool_slots, keys, lengths, tag, timeout_ms, group)
+    def put(self, slots, pool_slots, keys, lengths, *, tag, group=0, timeout_ms, objects=None):
+        return self._begin("put", slots, pool_slots, keys, lengths, tag, timeout_ms, group, objects)
 
-    def get(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms):
-        return self._begin("get", slots, pool_slots, keys, lengths, tag, timeout_ms)
+    def get(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms, objects=None):
+        return self._begin("get", slots, pool_slots, keys, lengths, tag, timeout_ms, objects=objects)
 
     def erase(self, slots, *, timeout_ms):
         """Remove what was put into these slots, or got from them, from the server."""
@@ -158,9 +173,9 @@ class RemoteStore:
             names = [self._lying.pop(slot, None) for slot in slots]
         return self._begin_named("erase", slots, names, timeout_ms)
 
-    def delete(self, keys, tag, *, timeout_ms):
-        """Remove blocks from the server, whether or not a slot has them."""
-        return self._begin_named("erase", [None] * len(keys), self.names.of(keys, tag), timeout_ms)
+    def delete(self, keys, tag, *, timeout_ms, counts=1):
+        """Remove blocks from the server, or objects of so many records, whether or not a slot has them."""
+        return self._begin_named("erase", [None] * len(keys), self.names.of(keys, tag, counts), timeout_ms)
 
     def disown(self, slots=None):
         """These slots, or all, stand for nothing on the server any more: what it has stays there."""
@@ -223,7 +238,8 @@ class RemoteStore:
                 return
             self._is_closed = True
             for operation in [*self._waiting, *(each for row in self._behind.values() for each in row)]:
-                self._counts[operation.batch.verb][operation.batch._answer(operation.number, DROPPED)] += 1
+                for number in operation.numbers:
+                    self._counts[operation.batch.verb][operation.batch._answer(number, DROPPED)] += 1
             self._num_waiting = 0
             self._waiting.clear()
             self._behind.clear()
@@ -255,7 +271,7 @@ class RemoteStore:
                 raise ValueError(f"{name} must be 0 to {num_slots - 1}, got {slot}")
         return slots
 
-    def _begin(self, verb, slots, pool_slots, keys, lengths, tag, timeout_ms, group=0):
+    def _begin(self, verb, slots, pool_slots, keys, lengths, tag, timeout_ms, group=0, objects=None):
         self._require_open()
         slots = self._slots_of(slots)
         pool_slots = self._slots_of(pool_slots, self.pool.num_slots, "pool_slots")
@@ -269,15 +285,41 @@ class RemoteStore:
                 raise ValueError(f"lengths must be 1 to {self.payload_bytes}, got {length}")
         keys = np.array(keys, np.uint8).reshape(n, 32)
         batch = RemoteBatch(verb, n, timeout_ms, self._changed)
-        rows = zip(self.names.of(keys, tag), slots, pool_slots, map(bytes, keys), lengths, strict=True)
-        self._submit([Operation(batch, i, *row, tag, group) for i, row in enumerate(rows)])
+        if objects is not None:
+            operations = self._of_objects(batch, pool_slots, keys, lengths, tag, group, objects)
+        else:
+            rows = enumerate(zip(self.names.of(keys, tag), slots, pool_slots, map(bytes, keys), lengths, strict=True))
+            operations = [
+                Operation(batch, [i], name, slot, [pool_slot], [key], length, tag, group)
+                for i, (name, slot, pool_slot, key, length) in rows
+            ]
+        self._submit(operations)
         return batch
+
+    def _of_objects(self, batch, pool_slots, keys, lengths, tag, group, objects):
+        """An operation for each object."""
+        rows = {}
+        for i, name in enumerate(self.names.of(objects.keys, tag, objects.counts)):
+            rows.setdefault(name, []).append(i)
+        operations = []
+        for name, numbers in rows.items():
+            places, count = objects.places[numbers].tolist(), int(objects.counts[numbers[0]])
+            needed = count if batch.verb == "put" else len(numbers)
+            if len(numbers) != needed or len({*places}) != needed or not 0 <= min(places) <= max(places) < count:
+                raise ValueError(f"{batch.verb}: an object of {count} records was given those at {places}")
+            if len({lengths[i] for i in numbers}) > 1:
+                raise ValueError("the blocks of an object must be of one length")
+            pools, of = [pool_slots[i] for i in numbers], [bytes(keys[i]) for i in numbers]
+            operations.append(
+                Operation(batch, numbers, name, None, pools, of, lengths[numbers[0]], tag, group, places, count)
+            )
+        return operations
 
     def _begin_named(self, verb, slots, names, timeout_ms, tag=None):
         self._require_open()
         batch = RemoteBatch(verb, len(names), timeout_ms, self._changed)
         rows = enumerate(zip(names, slots, strict=True))
-        self._submit([Operation(batch, i, name, slot, tag=tag) for i, (name, slot) in rows])
+        self._submit([Operation(batch, [i], name, slot, tag=tag) for i, (name, slot) in rows])
         return batch
 
     def _submit(self, operations):
@@ -297,8 +339,9 @@ class RemoteStore:
                 elif self._num_waiting >= self._queue_blocks and operation.batch.verb != "erase":
                     self._end(operation, DROPPED)
                 else:
-                    self._num_waiting += 1
-                    if operation.batch.verb == "put":  # whoever erases the slot from now on means this
+                    self._num_waiting += len(operation.numbers)
+                    # Whoever erases the slot from now on means this.
+                    if operation.batch.verb == "put" and operation.slot is not None:
                         self._lying[operation.slot] = operation.name
                     if operation.name in self._behind:
                         self._behind[operation.name].append(operation)
@@ -319,14 +362,14 @@ class RemoteStore:
                         return
                     self._given.wait()
                 operation = self._waiting.popleft()
-                self._num_waiting -= 1
-                self._num_running += 1
+                self._num_waiting -= len(operation.numbers)
+                self._num_running += len(operation.numbers)
                 status = LATE if time.monotonic() >= operation.batch.deadline_s else None
                 if status is None and operation.batch.verb == "get" and operation.name in self._unerased:
                     status = MISSING
             status = self._do(operation) if status is None else status
             with self._changed:
-                self._num_running -= 1
+                self._num_running -= len(operation.numbers)
                 self._note_lying(operation, status)
                 behind = self._behind.get(operation.name)
                 if behind:
@@ -343,7 +386,7 @@ class RemoteStore:
         erased; a value that was read and is wrong is.
         """
         slot, name, verb = operation.slot, operation.name, operation.batch.verb
-        if verb == "get" and status not in NOT_TO_BE_ERASED:
+        if verb == "get" and slot is not None and status not in NOT_TO_BE_ERASED:
             self._lying[slot] = name
         elif verb == "put" and status != OK and self._lying.get(slot) == name:
             del self._lying[slot]
@@ -355,12 +398,14 @@ class RemoteStore:
                 del self._unerased[next(iter(self._unerased))]
 
     def _end(self, operation, status):
-        """Tell a batch. The lock is held."""
+        """Tell a batch: of each block, or of all. The lock is held."""
         batch = operation.batch
-        status = batch._answer(operation.number, status)
-        self._counts[batch.verb][status] += 1
-        if status == OK:
-            self._bytes[batch.verb] += HEADER_BYTES + operation.length
+        statuses = status if isinstance(status, list) else [status] * len(operation.numbers)
+        for number, its_status in zip(operation.numbers, statuses, strict=True):
+            its_status = batch._answer(number, its_status)
+            self._counts[batch.verb][its_status] += 1
+            if its_status == OK:
+                self._bytes[batch.verb] += HEADER_BYTES + operation.length
         if batch.done() and self._event_fd is not None:
             os.eventfd_write(self._event_fd, 1)
 
@@ -372,9 +417,10 @@ class RemoteStore:
             self._last_error = f"{type(error).__name__}: {error}"[:500]
             return IO_ERROR
 
-    def _record(self, operation):
-        start = operation.pool_slot * self.pool.stride_bytes
-        return self._memory[start : start + HEADER_BYTES + operation.length]
+    def _records(self, operation):
+        """The records of its blocks, in the pool."""
+        starts = [slot * self.pool.stride_bytes for slot in operation.pool_slots]
+        return [self._memory[start : start + HEADER_BYTES + operation.length] for start in starts]
 
     def _names_in(self, operation):
         names = self.names
@@ -383,25 +429,40 @@ class RemoteStore:
         }  # fmt: skip
 
     def _put(self, operation):
-        record = self._record(operation)
-        write_record(record, operation.key, **self._names_in(operation), group=operation.group)
-        self.client.put(operation.name, record)
+        records = self._records(operation)
+        for record, key in zip(records, operation.keys, strict=True):
+            write_record(record, key, **self._names_in(operation), group=operation.group)
+        self.client.put(operation.name, self._value(operation, records))
         return OK
 
     def _get(self, operation):
-        record = self._record(operation)
-        found = self.client.get(operation.name, record)
+        records = self._records(operation)
+        value = self._value(operation, records)
+        found = self.client.get(operation.name, value)
         if found is None:
             return MISSING
-        if found.nbytes != len(record):
+        if found.nbytes != operation.count * (HEADER_BYTES + operation.length):
             return BlockStatus.LENGTH_DIFFERS
-        status = check_record(record, operation.key, **self._names_in(operation))
-        if status == OK:
+        names = self._names_in(operation)
+        statuses = [check_record(*block, **names) for block in zip(records, operation.keys, strict=True)]
+        if all(status == OK for status in statuses):
             try:
-                self.client.refresh(operation.name, record, found.age_s)
-            except Exception as error:  # the block is there all the same
+                self.client.refresh(operation.name, value, found.age_s)
+            except Exception as error:  # the blocks are there all the same
                 self._last_error = f"{type(error).__name__}: {error}"[:500]
-        return status
+        return statuses if operation.slot is None else statuses[0]
+
+    def _value(self, operation, records):
+        """What the client is to write or to read: the record, or all records of an object, in their places.
+
+        For those that nobody asked for there is memory besides: whoever refreshes the value may write all of it.
+        """
+        if operation.count == 1:
+            return records[0]
+        parts, num_bytes = dict(zip(operation.places, records, strict=True)), HEADER_BYTES + operation.length
+        rest = memoryview(bytearray((operation.count - len(parts)) * num_bytes))
+        others = (rest[start : start + num_bytes] for start in range(0, len(rest), num_bytes))
+        return [parts[place] if place in parts else next(others) for place in range(operation.count)]
 
     def _erase(self, operation):
         self.client.delete(operation.name)
@@ -417,7 +478,7 @@ class RemoteStore:
         if status == OK and header.tag != operation.tag:
             return BlockStatus.TAG_DIFFERS
         if status == OK:
-            batch, i = operation.batch, operation.number
+            batch, (i,) = operation.batch, operation.numbers
             batch.keys[i] = np.frombuffer(header.key, np.uint8)
             batch.lengths[i], batch.groups[i] = header.stored_bytes, header.group
         return status

@@ -5,6 +5,7 @@ write. A block that is not there any more is a miss when it is read; one that ca
 of it has aged.
 """
 
+import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
@@ -34,10 +35,17 @@ class Names:
     def __init__(self, namespace, rank, name_format):
         self.namespace, self.rank, self.name_format = namespace, rank, name_format
 
-    def of(self, keys, tag):
-        """The names of these keys, (n, 32) uint8, under a tag of weights."""
-        names = persistent_names(np.ascontiguousarray(keys), self.namespace, self.rank, tag)
+    def of(self, keys, tag, counts=1):
+        """The names of these keys, (n, 32) uint8, under a tag of weights; `counts` tells how many records lie there."""
+        names, counts = np.zeros((len(keys), 32), np.uint8), np.broadcast_to(counts, len(keys))
+        for count in np.unique(counts).tolist():
+            rows = counts == count
+            names[rows] = persistent_names(np.ascontiguousarray(keys[rows]), self._space_of(count), self.rank, tag)
         return [self.name_format.format(name=bytes(row).hex()) for row in names]
+
+    def _space_of(self, count):
+        """What names objects of so many records: those of another number are others."""
+        return self.namespace if count == 1 else hashlib.sha256(self.namespace + b"%d blocks" % count).digest()
 
 
 class Question:
