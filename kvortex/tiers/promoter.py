@@ -84,6 +84,7 @@ class Promoter:
     def __init__(self, index, pool, tier, breaker, break_even, *, evicted=None):
         self.index, self.tier, self.breaker, self.break_even = index, tier, breaker, break_even
         self.evicted = evicted
+        self.begins_value = None  # tier slots -> per slot whether another value begins: only there windows part
         self._stride_bytes = pool.stride_bytes
         self.window_blocks = max(1, min(WINDOW_BYTES // pool.stride_bytes, tier.queue_blocks // MOST_WINDOWS))
         self.most_pinned = pool.num_slots // 2
@@ -246,11 +247,12 @@ class Promoter:
         )
         for blocks in victims:
             self.evicted(blocks.slots)
+        may_part = np.ones(count, bool) if self.begins_value is None else self.begins_value(tier_slots[:count])
         window, windows, cause = None, [], "GONE"
         for i in range(count):
             key, position = keys[i].tobytes(), int(missing[i])
             if statuses[i] == ReserveStatus.NEW:
-                if window is None or len(window.landings) == self.window_blocks:
+                if window is None or (len(window.landings) >= self.window_blocks and may_part[i]):
                     window = Window(tag)
                     windows.append((window, []))
                 landing = self._landings[key] = Landing(key, window)

@@ -6,7 +6,7 @@ from tier_rig import PAYLOAD_BYTES, SECONDS, SPACE, TAG, block, keys_of, statuse
 
 from kvortex.tiers._record import HEADER_BYTES
 from kvortex.tiers.base import BlockStatus
-from kvortex.tiers.remote.store import Objects
+from kvortex.tiers.remote.view import Objects
 
 OK, MISSING = BlockStatus.OK, BlockStatus.MISSING
 COUNT = 4

@@ -277,6 +277,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                     "prefill_tokens_per_s": options.prefill_tokens_per_s,
                     "steps_at_once": steps_at_once(vllm_config),
                     "remote": options.tier if options.tier.is_remote else None,
+                    "blocks_per_object": options.joined_blocks(shape),
                 },
                 save_after_hits=options.save_after_hits,
                 role=does,

@@ -35,6 +35,8 @@ class TierTransfer(NamedTuple):
     tag: bytes  # of the weights
     timeout_ms: int
     save: int = 0  # of a PUT, the SAVE that brings these blocks into the pool; 0: they are there
+    # Of blocks that share objects on a server, those, an `Objects`. An ERASE is then of these alone, not of slots.
+    objects: object = None
 
 
 class Moved(NamedTuple):

@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields, replace
 from kvortex import ConfigError, DiskTier, KVortexConfig, ObjectTier, PoolExhausted, RedisTier
 from kvortex.arguments import shown
 from kvortex.config import nearest, parse_bytes
-from kvortex.integrations.vllm.groups import align_tokens
+from kvortex.integrations.vllm.groups import STATE, align_tokens
 from kvortex.integrations.vllm.sights import MOST_COUNTED
 from kvortex.memory.limits import lacking_memory
-from kvortex.slots import Slots, stride_bytes
+from kvortex.slots import PAGE_BYTES, Slots, stride_bytes
 
 ENGINE_OPTIONS = (
     "cpu_pool_size_bytes",
@@ -23,6 +23,7 @@ ENGINE_OPTIONS = (
 )
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
 REMOTE = ("remote_url", "remote_options")
+BLOCKS_PER_OBJECT, MOST_JOINED, OBJECT_BYTES = "blocks_per_object", 256, 4 << 20
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
 MOST = 1 << 40
 # What vLLM's own connectors call what KVortex has, too.
@@ -72,7 +73,8 @@ class ConnectorOptions:
         Instead of a disk, a server or folder that several vLLMs share: ``"redis://host"``, ``"s3://bucket/prefix"``,
         ``"file:///folder"``; see `kvortex.RedisTier` and `kvortex.ObjectTier`.
     remote_options : dict, optional
-        Their settings, by name: ``{"ttl_s": 86400}``.
+        Their settings, by name: ``{"ttl_s": 86400}``. And ``"blocks_per_object"``: how many blocks of full attention
+        that follow each other share a value there; 1 for Redis, for objects as many as make 4 MiB, up to 32.
     namespace : str, optional
         Names the weights on disk. Without it they are known by samples of their files.
     promote_timeout_ms : int, default 2000
@@ -97,6 +99,7 @@ class ConnectorOptions:
     flush_timeout_ms: int = 10_000
     prefill_tokens_per_s: int | None = None
     verify: bool = False
+    blocks_per_object: int | None = None  # of `remote_options`
 
     @property
     def tier(self):
@@ -113,7 +116,7 @@ class ConnectorOptions:
             An unknown name (with the nearest known one), a value of the wrong type or outside its limits, or no pool.
         """
         extra = dict(extra or {})
-        own = {field.name for field in fields(cls)} - {"engine"}
+        own = {field.name for field in fields(cls)} - {"engine", BLOCKS_PER_OBJECT}
         known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES, *REMOTE})
         for name in extra:
             if name not in known:
@@ -144,8 +147,38 @@ class ConnectorOptions:
                     extra[name] = parse_bytes(extra[name])
                 except ConfigError as error:
                     raise ConfigError(f"{name} of kv_connector_extra_config: {error}") from None
+        count = None
+        if isinstance(extra.get("remote_options"), dict):  # of its settings, that of this connector alone
+            extra["remote_options"] = dict(extra["remote_options"])
+            count = extra["remote_options"].pop(BLOCKS_PER_OBJECT, None)
+        is_number = isinstance(count, int) and not isinstance(count, bool)
+        if count is not None and not (is_number and 1 <= count <= MOST_JOINED):
+            raise ConfigError(f"{BLOCKS_PER_OBJECT} must be a whole number, 1 to {MOST_JOINED}, got {shown(count)}")
         engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra}, **tier_of(extra))
-        return cls(engine=engine, **{name: extra[name] for name in own & extra.keys()})
+        return cls(engine=engine, blocks_per_object=count, **{name: extra[name] for name in own & extra.keys()})
+
+    def joined_blocks(self, shape):
+        """How many blocks of full attention share a value on a server.
+
+        Not with states, by default: a hit ends where vLLM has kept one, which is seldom where an object ends.
+
+        Raises
+        ------
+        ConfigError
+            The server does not take so long values.
+        """
+        if self.tier is None or not self.tier.is_remote:
+            return 1
+        count, kinds = self.blocks_per_object, {group.kind for group in shape.groups}
+        if count is None:
+            is_joined = isinstance(self.tier, ObjectTier) and STATE not in kinds
+            count = min(32, max(1, OBJECT_BYTES // shape.slots.payload_bytes)) if is_joined else 1
+        value_bytes = count * (PAGE_BYTES + shape.slots.payload_bytes)
+        most = getattr(self.tier, "max_value_bytes", value_bytes)
+        if count > 1 and value_bytes > most:
+            raise ConfigError(f"{count} blocks with their headers have {value_bytes} bytes, more than max_value_bytes="
+                              f"{most}; set {BLOCKS_PER_OBJECT} to less")  # fmt: skip
+        return count
 
 
 def tier_of(extra):

@@ -118,6 +118,7 @@ class SchedulerHalf:
             blocks_per_token = sum(1 / group.block_tokens for group in shape.groups if group.kind == RUN)
             self.tier = Tier(
                 self.index, shape.slots, num_ranks=shape.num_ranks, evicted=events and events.remove,
+                saves_late=save_on_evict,
                 blocks_per_token=blocks_per_token or 1 / shape.groups[0].block_tokens, **tier,
             )  # fmt: skip
 
@@ -203,7 +204,10 @@ class SchedulerHalf:
         if self.tier.is_silent:
             self.tier.expect(name)
             return True
-        if self.tier.must_ask(name, lambda: self.asked_keys(request, first, most)):
+        stages = [lambda: self.asked_chains(request, first, most)]
+        if self.forgetful:
+            stages.append(lambda: self.asked_ends(request, first, most))
+        if self.tier.must_ask(name, stages):
             return True
         if not self.tier.answers():
             return False
@@ -219,12 +223,29 @@ class SchedulerHalf:
             return self.tier.wish(name, keys)
         return True
 
-    def asked_keys(self, request, first, most):
-        """For each group, what a server is asked for: the keys that the pool lacks, and whether they are a chain."""
+    def asked_chains(self, request, first, most):
+        """Of each group of full attention, what a server is asked for first, see `Tier.must_ask`."""
         for group in self.groups:
-            keys = keys_of(request, group, first // group.block_tokens, most // group.block_tokens)
-            there, leading = self.index.lookup(keys)
-            yield (keys[leading:], True) if group.kind == RUN else (keys[~there], False)
+            if group.kind == RUN:
+                count, end = self.tier.joined(group), most // group.block_tokens
+                begin = first // group.block_tokens // count * count
+                keys = keys_of(request, group, begin, end - end % count)
+                _, leading = self.index.lookup(keys)
+                yield keys[leading - leading % count :], True, count
+
+    def asked_ends(self, request, first, most):
+        """Of the other groups, what the hit of full attention needs at its end, and the pool lacks.
+
+        Where there is no full attention, any block may be of use.
+        """
+        runs, end = tuple(group for group in self.groups if group.kind == RUN), most
+        if runs:
+            end = longest_hit(self.tier, runs, request, first, most, self.writing).length
+            end -= end % self.align_tokens
+        for group in self.forgetful:
+            begin, behind = group.needed(end, first) if runs else (first // group.block_tokens, end)
+            keys = keys_of(request, group, begin, min(behind + group.peek_blocks, most // group.block_tokens))
+            yield keys[~self.index.lookup(keys)[0]], False, 1
 
     def wishes_of(self, request):
         """The wishes of a request, looked at once."""
@@ -323,6 +344,10 @@ class SchedulerHalf:
             self.runs_found.pop(request.request_id, 0),  # another request has so much of it
             min(limit, most) - self.peek_tokens,
         )
+        if self.tier is not None and self.tier.blocks_per_object > 1:  # hits on a server end where objects do
+            tokens = [self.tier.joined(group) * group.block_tokens for group in self.groups if group.kind == RUN]
+            whole = math.lcm(self.align_tokens, *tokens)
+            lengths += tuple((length + self.peek_tokens) // whole * whole - self.peek_tokens for length in lengths)
         return tuple({length - length % self.align_tokens for length in lengths if length >= self.align_tokens})
 
     # ---- once a step -------------------------------------------------------------------------------------------------
@@ -476,6 +501,8 @@ class SchedulerHalf:
             return None
         keys, groups = np.concatenate(keys), np.array(groups)
         slots, statuses, num_admitted = self.reserve(keys, stops=stops)
+        for offer, _ in kept:
+            self.join(offer)
         is_full = (statuses == ReserveStatus.FULL).any()
         is_coming = self.is_coming(keys, statuses)
         for offer, rows in kept:
@@ -505,10 +532,21 @@ class SchedulerHalf:
         self.room.count(held, 1)
         return save
 
+    def join(self, offer):
+        """Tell the tier what blocks these are that share an object with others, of those that an offer completes."""
+        writer = self.tier and self.tier.writer
+        for group, first, ids in offer.parts if writer else ():
+            count = self.tier.joined(group)
+            begin, end = first // count * count, (first + len(ids)) // count * count
+            if begin < end:
+                keys = keys_of(offer.state.request, group, begin, end)
+                writer.add(keys.reshape(-1, count, KEY_BYTES))
+
     def note_complete(self, offers):
         """Note what the step writes into the blocks that requests offer, for when vLLM gives these to others."""
         for offer in offers:
             request = offer.state.request
+            self.join(offer)
             for group, first, ids in offer.parts:
                 self.evictions.completed(ids, keys_of(request, group, first, first + len(ids)))
                 if self.events is not None:

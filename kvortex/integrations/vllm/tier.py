@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from kvortex.index import NO_SLOT, BlockIndex, CommitStatus, ReserveStatus
+from kvortex.integrations.vllm.groups import RUN
+from kvortex.integrations.vllm.joined import Homes, ObjectWriter
 from kvortex.integrations.vllm.messages import ERASE, GET, PUT, RANGE_SLOTS, TierTransfer, merged
 from kvortex.integrations.vllm.metrics import CAUSES
 from kvortex.slots import PAGE_BYTES
@@ -22,7 +24,7 @@ from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
 from kvortex.tiers.remote.store import NOT_TO_BE_ERASED
-from kvortex.tiers.remote.view import Names, View
+from kvortex.tiers.remote.view import Names, Objects, View
 
 NO_SLOTS, NO_KEYS = np.zeros(0, np.uint32), np.zeros((0, 32), np.uint8)
 QUEUE_BLOCKS = 4096  # most blocks that a rank's store queues, the default of `DiskTier`
@@ -61,22 +63,30 @@ class RanksStore:
 
     def __init__(self, num_ranks):
         self.num_ranks = num_ranks
+        self.homes = None  # `Homes` of blocks that share objects
         self.unsent, self._last_number = [], 0
         self._batches, self._told = {}, {}  # by number
 
-    def put(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms, save=0):
+    def put(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms, save=0, objects=None):
         """`save`: the number of the SAVE that brings these blocks into the pool, see `TierTransfer`."""
-        return self._send(PUT, slots, pool_slots, keys, tag, timeout_ms, save)
+        return self._send(PUT, slots, pool_slots, keys, tag, timeout_ms, save, objects)
 
     def get(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms):
-        return self._send(GET, slots, pool_slots, keys, tag, timeout_ms)
+        objects = None if self.homes is None else self.homes.of(slots)
+        return self._send(GET, slots, pool_slots, keys, tag, timeout_ms, objects=objects)
 
     def erase(self, slots, *, timeout_ms):
         self.unsent.append(TierTransfer(ERASE, 0, np.array(slots, np.uint32), NO_SLOTS, NO_KEYS, NO_TAG, 0))
 
-    def _send(self, kind, tier_slots, slots, keys, tag, timeout_ms, save=0):
+    def erase_objects(self, keys, counts, tag):
+        """Remove objects, by the keys of their last blocks."""
+        objects = Objects(keys, np.zeros(len(keys), np.uint8), np.full(len(keys), counts, np.uint16))
+        self.unsent.append(TierTransfer(ERASE, 0, NO_SLOTS, NO_SLOTS, NO_KEYS, tag, 0, 0, objects))
+
+    def _send(self, kind, tier_slots, slots, keys, tag, timeout_ms, save=0, objects=None):
         self._last_number += 1
-        self.unsent.append(TierTransfer(kind, self._last_number, tier_slots, slots, keys, tag, timeout_ms, save))
+        number = self._last_number
+        self.unsent.append(TierTransfer(kind, number, tier_slots, slots, keys, tag, timeout_ms, save, objects))
         batch = self._batches[self._last_number] = RanksBatch(len(slots), timeout_ms)
         return batch
 
@@ -110,6 +120,15 @@ class Asked:
 
     deadline_s: float
     promotion: Promotion | None = None  # None: not begun yet
+
+
+@dataclass
+class Asking:
+    """Questions about what the server has of a request."""
+
+    until_s: float
+    questions: list = field(default_factory=list)  # of the last stage
+    num_stages: int = 0  # that have been asked
 
 
 @dataclass
@@ -150,6 +169,10 @@ class Tier:
         The settings of a tier on a server, which is asked here what it has; by the names of rank 0, for all ranks.
     evicted : callable, optional
         Is told the slots whose blocks are evicted for what comes back.
+    blocks_per_object : int, default 1
+        Blocks of full attention that share an object on a server.
+    saves_late : bool, default False
+        See `ObjectWriter`.
 
     Attributes
     ----------
@@ -157,12 +180,15 @@ class Tier:
         Over the slots of the tier; without one until every rank has opened its store.
     is_adopting : bool
         Whether some slots have not been read yet, in which an earlier process may have left blocks.
+    writer : ObjectWriter or None
+        Where blocks share objects, it writes all that is written.
     """
 
     name, queue_blocks = "disk", QUEUE_BLOCKS
 
     def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
-                 prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None):  # fmt: skip
+                 prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None, blocks_per_object=1,
+                 saves_late=False):  # fmt: skip
         self.index, self.slots, self.num_ranks = index, slots, num_ranks
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
         self.store = RanksStore(num_ranks)
@@ -178,6 +204,13 @@ class Tier:
         self.cleaner.blocks_a_step = CLEANED_A_STEP
         self.cleaner.most_pinned = max(1, min(self.cleaner.most_pinned, slots.num_slots // 16))
         self.most_behind = max(1, slots.num_slots // 8 - self.cleaner.most_pinned)
+        self.blocks_per_object, self.homes, self.writer = blocks_per_object, None, None
+        if blocks_per_object > 1:
+            self.promoter.begins_value = self._begins_object
+            self.writer = ObjectWriter(
+                index, slots, self, self.budget, self.write_breaker,
+                most_joined=blocks_per_object, saves_late=saves_late,
+            )  # fmt: skip
         self.promote_timeout_s = promote_timeout_ms / 1000
         # Request id -> `Asked`; (request id, keys) that this step wishes, in vLLM's order; the sum of their blocks, and
         # of those that the pool lacks; whether one found no room.
@@ -198,6 +231,8 @@ class Tier:
             self._space = report.tier_space or self._space
             if self._ranks == self.num_ranks:
                 self.catalogue = BlockIndex(self._fewest)
+                if self.writer is not None:
+                    self.homes = self.store.homes = Homes(self._fewest)
                 self._open_view()
         for first, told in report.found.items():
             ranks, found = self._found[first] = merged(self._found.get(first), told)
@@ -215,7 +250,10 @@ class Tier:
         block_bytes = self.slots.payload_bytes
         names = Names(self._space, 0, self.remote.name_format(self._space))
         client = self.remote.client(PAGE_BYTES + block_bytes)
-        self.view = View(client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True)
+        self.view = View(
+            client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True,
+            noted=self.homes and self.homes.note,
+        )  # fmt: skip
 
     def _adopt(self, first, found):
         """Let these slots be used; what all ranks have there is known from now on, unless the weights changed."""
@@ -231,14 +269,19 @@ class Tier:
 
     # ---- a request's way in -----------------------------------------------------------------------------------------
 
-    def must_ask(self, request_id, keys_of_request):
-        """Whether the request waits for the server's answer, `lookup_timeout_ms` at the most.
+    def joined(self, group):
+        """How many blocks of a group share an object: those of full attention alone do."""
+        return self.blocks_per_object if group.kind == RUN else 1
+
+    def must_ask(self, request_id, stages):
+        """Whether the request waits for the server's answers, `lookup_timeout_ms` at the most for all.
 
         Parameters
         ----------
         request_id : str
-        keys_of_request : callable
-            Returns (keys, is_chain) for each group of the model.
+        stages : list of callables
+            Each returns (keys, is_chain, blocks of an object) for some groups of the model. What to ask may follow from
+            the answers to the stage before.
         """
         if self.view is None:
             return False
@@ -246,12 +289,17 @@ class Tier:
         if request_id not in self.questions:
             if not self.breaker.allows(now_s):
                 return False
-            asked = [self.view.ask(keys, is_chain=is_chain) for keys, is_chain in keys_of_request()]
-            asked = [question for question in asked if question is not None]
-            self.questions[request_id] = asked, now_s + self.remote.lookup_timeout_ms / 1000
-            self._unanswered += asked
-        asked, until_s = self.questions[request_id]
-        return now_s < until_s and not all(question.is_over for question in asked)
+            self.questions[request_id] = Asking(now_s + self.remote.lookup_timeout_ms / 1000)
+        asking = self.questions[request_id]
+        while now_s < asking.until_s and all(question.is_over for question in asking.questions):
+            if asking.num_stages == len(stages):
+                return False
+            asked = [self.view.ask(keys, is_chain=is_chain, count=count) for keys, is_chain, count in
+                     stages[asking.num_stages]()]  # fmt: skip
+            asking.questions = [question for question in asked if question is not None]
+            asking.num_stages += 1
+            self._unanswered += asking.questions
+        return now_s < asking.until_s
 
     def _hear(self, now_s):
         """Note which questions came to nothing."""
@@ -377,13 +425,18 @@ class Tier:
         now_s, num_promoted = time.monotonic(), self.promoter.num_promoted
         self._hear(now_s)
         self.promoter.step(now_s)
-        self.cleaner.step(now_s)
+        if self.writer is None:
+            self.cleaner.step(now_s)
+        else:
+            self.writer.step(now_s)
         self._saved_s += self.rate.break_even.saved_s(self.promoter.num_promoted - num_promoted)
 
     # ---- a block's way out ------------------------------------------------------------------------------------------
 
     def admit(self, num_blocks):
-        """How many of these, which are about to be saved, may be written; see `WriteBudget`."""
+        """How many of these, which are about to be saved, may be written; see `WriteBudget`. Objects ask it later."""
+        if self.writer is not None:
+            return 0
         return self.budget.admit(num_blocks, self.slots.stride_bytes)
 
     def put_behind(self, save, keys, num_admitted):
@@ -421,6 +474,8 @@ class Tier:
         slots = moving.transfer.slots
         is_behind, is_ready = np.zeros(len(slots), bool), np.zeros(len(slots), bool)
         behind = self.behind.get(moving.transfer.number)
+        if self.writer is not None:
+            self.writer.look_again()
         if behind is not None:
             is_behind[behind.rows] = True
         is_known = self.index.slots_of(moving.keys) == slots
@@ -464,6 +519,8 @@ class Tier:
 
     def touch_later(self, number, keys):
         """A request has ended whose last blocks were part of this SAVE: they are to become most recent once more."""
+        if self.writer is not None:
+            self.writer.touch_later(keys)
         behind = self.behind.get(number)
         if behind is not None and len(behind.to_touch) < TOUCHED_LATER:
             behind.to_touch.append(keys)
@@ -471,6 +528,9 @@ class Tier:
     def erase(self, tier_slots):
         if len(tier_slots):
             self.store.erase(tier_slots, timeout_ms=None)
+
+    def erase_objects(self, keys, counts):
+        self.store.erase_objects(keys, counts, self.tag)
 
     # ---- forgetting -------------------------------------------------------------------------------------------------
 
@@ -483,7 +543,7 @@ class Tier:
         On a server only those that are wrong: others may need the rest.
         """
         if self.view is not None:
-            self.view.forget(keys[statuses == BlockStatus.MISSING])
+            self.view.forget(self._named(keys[statuses == BlockStatus.MISSING]))
             is_lost = np.isin(statuses, NOT_TO_BE_ERASED)
             self.catalogue.discard(keys[is_lost])
             keys = keys[~is_lost]
@@ -492,14 +552,44 @@ class Tier:
     def discard(self, keys):
         """Forget blocks at once, and erase them."""
         slots = self.catalogue.slots_of(keys)
-        self.erase(slots[slots != NO_SLOT])
+        slots = slots[slots != NO_SLOT]
+        if self.homes is None:
+            self.erase(slots)
+        elif len(slots):
+            objects = self.homes.of(slots)
+            names, rows = np.unique(objects.keys, axis=0, return_index=True)
+            self.erase_objects(names, objects.counts[rows])
+            self.catalogue.discard(self._keys_beside(slots))
         return self.catalogue.discard(keys)
+
+    def _named(self, keys):
+        """What the server knows these blocks by. Others that lie there with them are gone, too."""
+        slots = self.catalogue.slots_of(keys)
+        slots = slots[slots != NO_SLOT]
+        if self.homes is None or not len(slots):
+            return keys
+        named = np.unique(self.homes.of(slots).keys, axis=0)
+        self.catalogue.discard(self._keys_beside(slots))
+        return named
+
+    def _keys_beside(self, slots):
+        """Keys of the blocks that lie in the same objects as those of these slots."""
+        infos = [self.catalogue.slot_info(slot) for slot in self.homes.beside(slots).tolist()]
+        found = [np.frombuffer(info["key"], np.uint8) for info in infos if info["state"] in ("writing", "ready")]
+        return np.array(found, np.uint8).reshape(-1, 32)
+
+    def _begins_object(self, tier_slots):
+        """Per slot whether its block lies in another object than that of the slot before."""
+        keys = self.homes.of(tier_slots).keys
+        return np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)])[: len(keys)]
 
     def clear(self, tag):
         """Forget everything at once: what is on the disk has another tag from now on."""
         self.tag = tag
         for behind in self.behind.values():
             self.erase(behind.tier_slots)  # what waits is not written
+        if self.writer is not None:
+            self.writer.clear()
         if self.view is not None:
             self.view.clear(tag)
         self.catalogue.clear()
@@ -514,9 +604,10 @@ class Tier:
         misses = dict.fromkeys(CAUSES, 0)
         for cause, count in self.promoter.misses.items():
             misses[CAUSE_OF.get(cause, "unreadable")] += count
+        writer = self.writer or self.cleaner
         return {
-            "tier_blocks_written": self.num_put_behind + self.cleaner.num_written,
-            "tier_blocks_not_written": self.num_not_put + self.cleaner.num_failed,
+            "tier_blocks_written": self.num_put_behind + writer.num_written,
+            "tier_blocks_not_written": self.num_not_put + writer.num_failed,
             "tier_blocks_read": self.promoter.num_promoted,
             "tier_read_seconds": self.promoter.spent_s,
             "tier_saved_seconds": self._saved_s,
@@ -534,7 +625,7 @@ class Tier:
     @property
     def is_busy(self):
         """Whether steps must go on for it, although vLLM has nothing to compute."""
-        return self.store.is_busy
+        return self.store.is_busy or (self.writer is not None and self.writer.is_busy)
 
 
 class PrefillRate:

@@ -69,7 +69,10 @@ class WorkerTier:
         for waiting in self.waiting.values():
             waiting.steps -= 1
         for transfer in transfers:
-            if transfer.kind == ERASE:
+            if transfer.kind == ERASE and transfer.objects is not None:
+                keys, _, counts = transfer.objects
+                self.store.delete(keys, transfer.tag, timeout_ms=None, counts=counts)
+            elif transfer.kind == ERASE:
                 self.drop_waiting(transfer.tier_slots)
                 self.store.erase(transfer.tier_slots, timeout_ms=None)
             elif transfer.save:
@@ -104,9 +107,10 @@ class WorkerTier:
                 self.start(self.waiting.pop(save).transfer)
 
     def start(self, transfer):
-        kind, number, tier_slots, slots, keys, tag, timeout_ms, _ = transfer
+        kind, number, tier_slots, slots, keys, tag, timeout_ms, _, objects = transfer
         move = {PUT: self.store.put, GET: self.store.get}[kind]
-        self.running[number] = move(tier_slots, slots, keys, self.block_bytes, tag=tag, timeout_ms=timeout_ms)
+        more = {} if objects is None else {"objects": objects}
+        self.running[number] = move(tier_slots, slots, keys, self.block_bytes, tag=tag, timeout_ms=timeout_ms, **more)
 
     def collect(self):
         """Note what is over."""

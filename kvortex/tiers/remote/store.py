@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from typing import NamedTuple
 
 import numpy as np
 
@@ -30,14 +29,6 @@ OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
 )  # fmt: skip
 # After a read: it is not there, was not read, or is another's of another length; what lies there may be right.
 NOT_TO_BE_ERASED = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)
-
-
-class Objects(NamedTuple):
-    """In which objects blocks lie, a row for each block."""
-
-    keys: np.ndarray  # (n, 32) uint8: of the last block of the object, by which that is called
-    places: np.ndarray  # which of the records of the object is the block's
-    counts: np.ndarray  # how many there are
 
 
 class RemoteBatch:

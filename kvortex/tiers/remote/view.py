@@ -9,6 +9,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict, deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -48,11 +49,30 @@ class Names:
         return self.namespace if count == 1 else hashlib.sha256(self.namespace + b"%d blocks" % count).digest()
 
 
-class Question:
-    """Keys that a server is asked for; `is_over` once the view has the answer, or never will: then it `has_failed`."""
+class Objects(NamedTuple):
+    """In which objects blocks lie, a row for each block."""
 
-    def __init__(self, keys, tag, is_chain):
-        self.keys, self.tag, self.is_chain, self.is_over, self.has_failed = keys, tag, is_chain, False, False
+    keys: np.ndarray  # (n, 32) uint8: of the last block of the object, by which that is called
+    places: np.ndarray  # which of the records of the object is the block's
+    counts: np.ndarray  # how many there are
+
+
+def objects_of(blocks):
+    """The `Objects` of all blocks of some, (n, count, 32) uint8."""
+    n, count = blocks.shape[:2]
+    return Objects(
+        np.repeat(blocks[:, -1], count, axis=0), np.tile(np.arange(count, dtype=np.uint8), n),
+        np.full(n * count, count, np.uint16),
+    )  # fmt: skip
+
+
+class Question:
+    """Objects that a server is asked for, (n, count, 32) keys of their blocks; `is_over` once the view has the answer,
+    or never will: then it `has_failed`.
+    """
+
+    def __init__(self, blocks, tag, is_chain):
+        self.blocks, self.tag, self.is_chain, self.is_over, self.has_failed = blocks, tag, is_chain, False, False
 
 
 class View:
@@ -76,9 +96,13 @@ class View:
         Called after each answer, by the thread of the view.
     alike : bool, default False
         All blocks count as `payload_bytes` long, whatever this rank's are.
+    noted : callable, optional
+        Called with slots of the catalogue and the `Objects` of their blocks, before these are found there.
     """
 
-    def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None, alike=False):
+    def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None, alike=False,
+                 noted=None):  # fmt: skip
+        self._noted = noted
         self.client, self.names, self.catalogue, self.tag = client, names, catalogue, tag
         self._payload_bytes, self._ttl_s, self._answered, self._alike = payload_bytes, negative_ttl_s, answered, alike
         self.num_scanned = self.num_adopted = 0  # blocks that were asked for, that were there
@@ -91,22 +115,23 @@ class View:
 
     is_over = True  # there is no scan after which everything would be known
 
-    def ask(self, keys, *, is_chain=True):
+    def ask(self, keys, *, is_chain=True, count=1):
         """Ask for what is not known of these keys; None where all is, or nobody can be asked.
 
-        Of a chain each block is of use only behind the one before it.
+        Of a chain each block is of use only behind the one before it. `count` of them are an object, known by the last.
         """
-        now_s, unknown = time.monotonic(), self.catalogue.slots_of(keys) == NO_SLOT
+        now_s, blocks = time.monotonic(), keys.reshape(-1, count, 32)
+        unknown = (self.catalogue.slots_of(keys) == NO_SLOT).reshape(-1, count).any(axis=1)
         with self._lock:
             for i in np.flatnonzero(unknown):
-                if self._absent.get(keys[i].tobytes(), 0) > now_s:
+                if self._absent.get(blocks[i, -1].tobytes(), 0) > now_s:
                     unknown[i:] &= not is_chain
                     unknown[i] = False
                 if is_chain:
                     break  # of what comes behind, nothing is known, or it would have been asked for
             if not unknown.any() or self._is_closed:
                 return None
-            question = Question(keys[unknown], self.tag, is_chain)
+            question = Question(blocks[unknown], self.tag, is_chain)
             self._questions.append(question)
             if len(self._questions) > MOST_QUESTIONS:
                 self._questions.popleft().is_over = True
@@ -155,26 +180,31 @@ class View:
                 self._answered()
 
     def _answer(self, question):
-        keys = question.keys
-        sizes = self.client.sizes(self.names.of(keys, question.tag), question.is_chain)
-        lengths = np.array(sizes, np.int64) - HEADER_BYTES
-        is_there = (lengths > 0) & (lengths <= self._payload_bytes)
+        blocks, count = question.blocks, question.blocks.shape[1]
+        keys = np.ascontiguousarray(blocks[:, -1])
+        sizes = np.array(self.client.sizes(self.names.of(keys, question.tag, count), question.is_chain), np.int64)
+        lengths = sizes // count - HEADER_BYTES
+        is_there = (lengths > 0) & (lengths <= self._payload_bytes) & (sizes % count == 0)
         if self._alike:
             lengths[is_there] = self._payload_bytes
-        self.num_scanned += len(keys)
-        self.num_adopted += int(is_there.sum())
+        self.num_scanned += len(keys) * count
+        self.num_adopted += int(is_there.sum()) * count
         with self._lock:
             if question.tag != self.tag:
                 return
             self._mark_absent(keys[~is_there])
-            self._note(keys[is_there], lengths[is_there].astype(np.uint32))
+            self._note(blocks[is_there], lengths[is_there].astype(np.uint32))
 
-    def _note(self, keys, lengths):
+    def _note(self, blocks, lengths):
         """The server has these; the head of the chain has room first, and is to be forgotten last."""
-        if not len(keys):
+        if not len(blocks):
             return
-        slots, statuses = self.catalogue.reserve(keys, lengths)
-        self.catalogue.commit(slots[statuses == ReserveStatus.NEW])
+        keys = np.ascontiguousarray(blocks).reshape(-1, 32)
+        slots, statuses = self.catalogue.reserve(keys, np.repeat(lengths, blocks.shape[1]))
+        is_new = statuses == ReserveStatus.NEW
+        if self._noted is not None:
+            self._noted(slots[is_new], Objects(*(each[is_new] for each in objects_of(blocks))))
+        self.catalogue.commit(slots[is_new])
         self.catalogue.touch(keys)
 
     def _mark_absent(self, keys):
