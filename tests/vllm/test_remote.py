@@ -120,7 +120,7 @@ def test_values_that_are_not_right_are_computed_anew(start, prompts, tmp_path, j
     again = start(num_ranks=2)
     found = serve(again, prompts, "b")
     if harm == "remove":
-        assert max(found) < NUM_BLOCKS
+        assert sum(found) < 6 * NUM_BLOCKS
     else:
         assert found == [joined - 1 if harm == "flip" else 0] * 6, "the others of an object with a damaged record serve"
     again.close()

@@ -30,7 +30,7 @@ def model(tmp_path_factory):
     return folder
 
 
-def serve(model, disk, *options, end="shutdown", remote=None):
+def serve(model, disk, *options, end="shutdown", remote=None, joined=1):
     """What an engine printed that served the prompts over this disk, or this URL; with neither, without a connector."""
     command = [sys.executable, str(HERE / "engine_run.py"), "serve", "--model", str(model), *options]
     command += ["--host-gib", "0.005"]
@@ -39,7 +39,8 @@ def serve(model, disk, *options, end="shutdown", remote=None):
     else:
         extra = {"disk_path": str(disk), "disk_bytes": "256MiB"}
         if remote:
-            extra = {"remote_url": remote, "remote_options": {"lookup_timeout_ms": 20_000}}
+            settings = {"lookup_timeout_ms": 20_000, "blocks_per_object": joined}
+            extra = {"remote_url": remote, "remote_options": settings}
         extra |= {"prefill_tokens_per_s": 0, "promote_timeout_ms": 20_000}
         command += ["--extra", json.dumps(extra), "--end", end, "--verify"]
     environment = {**os.environ, "VLLM_CACHE_ROOT": str(model / "cache"), "PYTHONHASHSEED": "0"}
@@ -55,9 +56,9 @@ def plain(model):
     return serve(model, None)["tokens"]
 
 
-def share_found(report):
-    """Of the whole blocks of all prompts, those that were found."""
-    blocks = sum(length // BLOCK_TOKENS for length in report["lengths"])
+def share_found(report, joined=1):
+    """Of the whole blocks of all prompts, or of those that fill an object with others, those that were found."""
+    blocks = sum(length // BLOCK_TOKENS // joined * joined for length in report["lengths"])
     return sum(-(-cached // BLOCK_TOKENS) for cached in report["cached"]) / blocks
 
 
@@ -94,10 +95,10 @@ def remote(request, tmp_path):
     server.wait()
 
 
-@pytest.mark.parametrize("remote", ["file", "redis"], indirect=True)
-def test_what_one_engine_computed_another_finds(model, plain, remote):
-    first = serve(model, None, remote=remote)
+@pytest.mark.parametrize("remote, joined", [("file", 2), ("redis", 1)], indirect=["remote"])
+def test_what_one_engine_computed_another_finds(model, plain, remote, joined):
+    first = serve(model, None, remote=remote, joined=joined)
     assert first["tokens"] == plain and share_found(first) == 0
-    other = serve(model, None, remote=remote)
-    assert other["tokens"] == plain and share_found(other) >= 0.95
+    other = serve(model, None, remote=remote, joined=joined)
+    assert other["tokens"] == plain and share_found(other, joined) >= 0.95
     assert other["verify_mismatches"] == 0 < other["verify_blocks"]

@@ -290,16 +290,21 @@ class Tier:
             if not self.breaker.allows(now_s):
                 return False
             self.questions[request_id] = Asking(now_s + self.remote.lookup_timeout_ms / 1000)
+            self._ask(self.questions[request_id], stages)
         asking = self.questions[request_id]
         while now_s < asking.until_s and all(question.is_over for question in asking.questions):
             if asking.num_stages == len(stages):
                 return False
-            asked = [self.view.ask(keys, is_chain=is_chain, count=count) for keys, is_chain, count in
-                     stages[asking.num_stages]()]  # fmt: skip
-            asking.questions = [question for question in asked if question is not None]
-            asking.num_stages += 1
-            self._unanswered += asking.questions
+            self._ask(asking, stages)
         return now_s < asking.until_s
+
+    def _ask(self, asking, stages):
+        """Ask the next stage."""
+        asked = stages[asking.num_stages]()
+        asked = [self.view.ask(keys, is_chain=is_chain, count=count) for keys, is_chain, count in asked]
+        asking.questions = [question for question in asked if question is not None]
+        asking.num_stages += 1
+        self._unanswered += asking.questions
 
     def _hear(self, now_s):
         """Note which questions came to nothing."""
