@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, fields, replace
 
-from kvortex import ConfigError, DiskTier, KVortexConfig, ObjectTier, PoolExhausted, RedisTier
+from kvortex import ConfigError, DiskTier, KVortexConfig, ObjectTier, PoolExhausted
 from kvortex.arguments import shown
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import STATE, align_tokens
 from kvortex.integrations.vllm.sights import MOST_COUNTED
 from kvortex.memory.limits import lacking_memory
 from kvortex.slots import PAGE_BYTES, Slots, stride_bytes
+from kvortex.tiers.remote import tier_at
 
 ENGINE_OPTIONS = (
     "cpu_pool_size_bytes",
@@ -212,20 +213,7 @@ def remote_tier_of(extra):
     options = extra.get("remote_options", {})
     if not isinstance(options, dict):
         raise ConfigError(f"remote_options must be a table of settings, got {shown(options)}")
-    url = extra["remote_url"]
-    kind = ObjectTier if isinstance(url, str) and url.partition(":")[0] in ObjectTier.SCHEMES else RedisTier
-    known = {field.name for field in fields(kind)} - {"url", "write_bytes_per_s"}
-    for name in options:
-        if name not in known:
-            near = nearest(name, known)
-            raise ConfigError(
-                f"remote_options has an unknown setting {name!r}; "
-                + (f"did you mean {near!r}?" if near else f"{kind.__name__} has {', '.join(sorted(known))}")
-            )
-    try:
-        tier = kind(url, write_bytes_per_s=extra.get("write_bytes_per_s", 0), **options)
-    except TypeError as error:
-        raise ConfigError(f"remote_options: {error}") from None
+    tier = tier_at(extra["remote_url"], options, write_bytes_per_s=extra.get("write_bytes_per_s", 0))
     return {"tiers": (tier,), "namespace": extra.get("namespace", "as loaded")}
 
 

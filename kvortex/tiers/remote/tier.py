@@ -4,12 +4,12 @@ import contextlib
 import os
 import time
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
 from kvortex.arguments import require_ms, shown, whole_number
-from kvortex.config import parse_bytes
+from kvortex.config import nearest, parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
 from kvortex.tiers._record import HEADER_BYTES
@@ -303,6 +303,37 @@ class ObjectTier(RemoteTier):
             request_timeout_ms=self.request_timeout_ms,
             connect_timeout_ms=self.connect_timeout_ms,
         )
+
+
+def tier_at(url, options, **others):
+    """The settings of a tier by its URL: an `ObjectTier`, or a `RedisTier`.
+
+    Parameters
+    ----------
+    url : str
+    options : dict
+        Settings by name, as somebody wrote them down.
+    **others
+        Settings that are not to be among these.
+
+    Raises
+    ------
+    ConfigError
+        There is no such setting, or it cannot be that.
+    """
+    kind = ObjectTier if isinstance(url, str) and url.partition(":")[0] in ObjectTier.SCHEMES else RedisTier
+    known = {field.name for field in fields(kind)} - {"url", *others}
+    for name in options:
+        if name not in known:
+            near = nearest(name, known)
+            raise ConfigError(
+                f"remote_options has an unknown setting {name!r}; "
+                + (f"did you mean {near!r}?" if near else f"{kind.__name__} has {', '.join(sorted(known))}")
+            )
+    try:
+        return kind(url, **others, **options)
+    except TypeError as error:
+        raise ConfigError(f"remote_options: {error}") from None
 
 
 class OpenRemoteTier:
