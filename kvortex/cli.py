@@ -46,6 +46,7 @@ Several files, or a folder of them, are merged by their time stamps.
 
 With --disk there is a disk tier below the pool: what it has of a prefix is
 brought into the pool before the load, and the table says where hits came from.
+With --remote it is a server or a folder, which --engines can share.
 
 With --sweep no byte is moved: it asks the index alone what pools of several
 sizes would hit, and shows Belady's bound, what the best policy could hit, too.
@@ -59,6 +60,8 @@ examples:
   python -m kvortex replay trace.jsonl --pool-bytes 32GiB --block-bytes 2MiB --device cuda:0
   python -m kvortex replay trace.jsonl --pool-blocks 1000 --disk /mnt/nvme --disk-blocks 30000 --write-bytes-per-s 0
                                                             RAM, and below it a disk that is written without a limit
+  python -m kvortex replay trace.jsonl --pool-blocks 1000 --block-bytes 4KiB --remote redis://127.0.0.1:6379 \\
+      --engines 2 --flush --remote-option negative_ttl_s=0  two engines find in Redis what the other one wrote
   python -m kvortex replay --inject corrupt=3               prove that a wrong byte is seen (exits 1)
   python -m kvortex replay traces/ --sweep 1000,3000,10000 --plot sweep.png   how large should the pool be?
   python -m kvortex replay traces/ --sweep 8GiB,32GiB --block-bytes 2MiB --json -
@@ -224,6 +227,8 @@ def run_replay(args):
         disk=args.disk,
         disk_blocks=args.disk_blocks,
         disk_bytes=args.disk_bytes,
+        remote=_remote_of(args),
+        engines=args.engines,
         flush=args.flush,
         write_bytes_per_s=args.write_bytes_per_s,
         write_share=args.write_share,
@@ -246,10 +251,21 @@ def run_replay(args):
     return WRONG_BLOCKS if result.wrong_blocks else OK
 
 
+def _remote_of(args):
+    """The tier on a server that was asked for."""
+    if args.remote is None:
+        if args.remote_option:
+            raise kvortex.ConfigError("--remote-option needs --remote: name the server, or the folder")
+        return None
+    from kvortex.tiers.remote import tier_at
+
+    return tier_at(args.remote, dict(args.remote_option))
+
+
 def _run_sweep(args):
     """Show what pools of several sizes would hit."""
-    if args.inject or args.inflight != 1 or args.disk:
-        raise kvortex.ConfigError("--sweep moves no data: leave --inject, --inflight and --disk out")
+    if args.inject or args.inflight != 1 or args.disk or args.remote:
+        raise kvortex.ConfigError("--sweep moves no data: leave --inject, --inflight, --disk and --remote out")
     sizes = [_blocks_of(size, args.block_bytes) for size in args.sweep]
     _require_writable(args)
     with report.Bar() as bar:
@@ -443,13 +459,34 @@ def _parser():
     size = command.add_mutually_exclusive_group()
     size.add_argument("--disk-blocks", type=_count, metavar="N", help="size of the disk tier in blocks")
     size.add_argument("--disk-bytes", type=_bytes, metavar="B", help="or in bytes; 1TiB")
-    command.add_argument("--flush", action="store_true", help="write all that RAM has to the disk after each request")
+    command.add_argument(
+        "--remote",
+        metavar="URL",
+        help="a tier on a server, or in a folder, instead: redis://host, s3://bucket/prefix, file:///folder; what is "
+        "written there is removed at the end",
+    )
+    command.add_argument(
+        "--remote-option",
+        type=_option,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of RedisTier or ObjectTier: negative_ttl_s=0, password_env=REDIS_PASSWORD; repeatable",
+    )
+    command.add_argument(
+        "--engines",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="N engines, each with a pool, share the remote and take the requests in turn (default 1, 64 at most)",
+    )
+    command.add_argument("--flush", action="store_true", help="write all that RAM has to the tier after each request")
     budget = command.add_mutually_exclusive_group()
     budget.add_argument(
         "--write-bytes-per-s",
         type=_rate,
         metavar="B",
-        help="what may be written to the disk while blocks are saved (default 256MiB; 0: no limit)",
+        help="what may be written to the tier while blocks are saved (default: 256MiB to a disk; 0: no limit)",
     )
     budget.add_argument(
         "--write-share",
@@ -585,6 +622,16 @@ def _bytes(text):
     if nbytes == 0:
         raise argparse.ArgumentTypeError(f"1 byte or more is expected, got {shown(text)}")
     return nbytes
+
+
+def _option(text):
+    """A setting and its value: a number, true, false, or else a text."""
+    name, is_there, value = text.partition("=")
+    if not is_there:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE is expected, got {shown(text)}")
+    with contextlib.suppress(ValueError):
+        value = json.loads(value)
+    return name, value
 
 
 def _duration(text):

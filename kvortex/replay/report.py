@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 
 from kvortex.slots import stride_bytes
 
@@ -41,36 +42,44 @@ def summary(result, options, trace_name):
         "block_bytes": result.block_bytes,
         "pieces_per_block": options.num_pieces,
         "inflight": options.inflight,
+        "engines": options.engines,
     }
     for name in _LATENCIES:
         for percentile in ("p50", "p99"):
             fields[f"{name}_latency_us_{percentile}"] = getattr(stats, f"{name}_latency_us_{percentile}")
-    if options.disk is not None:
-        fields |= _disk_fields(result)
+    if options.has_tier:
+        fields |= _tier_fields(result, "disk" if options.remote is None else "remote")
     return fields
 
 
-def _disk_fields(result):
-    """What became of blocks on the way to the disk and back."""
-    (tier,) = result.stats.tiers
+def _tier_fields(result, name):
+    """What became of blocks on the way to the tier and back, of all engines together; `name` begins the fields."""
+
+    def total(what):
+        return sum(getattr(tier, what) for tier in result.tiers)
+
+    fields = {
+        "hit_block_ratio": _ratio(result.blocks_from_tier, result.blocks_touched),
+        "blocks": result.tiers[0].blocks_capacity,
+        "blocks_admitted": total("blocks_admitted"),
+        "blocks_not_admitted": total("blocks_not_admitted"),
+        "blocks_written": total("blocks_written"),
+        "blocks_written_beyond": total("blocks_written_beyond"),
+        "blocks_not_written": total("blocks_not_written"),
+        "blocks_promoted": total("blocks_promoted"),
+        "blocks_evicted": total("blocks_evicted"),
+        "bytes_written": total("bytes_written"),
+        "bytes_read": total("bytes_read"),
+        "misses": dict(sum((Counter(tier.misses) for tier in result.tiers), Counter())),
+        "io": result.tiers[0].io,
+    }
     return {
-        "ram_hit_block_ratio": _ratio(result.blocks_loaded - result.blocks_from_disk, result.blocks_touched),
-        "disk_hit_block_ratio": _ratio(result.blocks_from_disk, result.blocks_touched),
-        "blocks_loaded_from_ram": result.blocks_loaded - result.blocks_from_disk,
-        "blocks_loaded_from_disk": result.blocks_from_disk,
-        "disk_blocks": tier.blocks_capacity,
-        "disk_blocks_admitted": tier.blocks_admitted,
-        "disk_blocks_not_admitted": tier.blocks_not_admitted,
-        "disk_blocks_written": tier.blocks_written,
-        "disk_blocks_written_beyond": tier.blocks_written_beyond,
-        "disk_blocks_not_written": tier.blocks_not_written,
-        "disk_blocks_promoted": tier.blocks_promoted,
-        "disk_blocks_evicted": tier.blocks_evicted,
-        "disk_bytes_written": tier.bytes_written,
-        "disk_bytes_read": tier.bytes_read,
-        "disk_misses": tier.misses,
-        "disk_io": tier.io,
-        "blocks_dropped_dirty": result.stats.blocks_dropped,
+        "tier": name,
+        "ram_hit_block_ratio": _ratio(result.blocks_loaded - result.blocks_from_tier, result.blocks_touched),
+        "blocks_loaded_from_ram": result.blocks_loaded - result.blocks_from_tier,
+        f"blocks_loaded_from_{name}": result.blocks_from_tier,
+        "blocks_dropped_dirty": result.blocks_dropped,
+        **{f"{name}_{what}": value for what, value in fields.items()},
     }
 
 
@@ -91,7 +100,8 @@ def table(fields):
         (
             "pool",
             f"{fields['pool_blocks']:,} blocks of {_bytes(fields['block_bytes'])} = {_bytes(pool_bytes)}, "
-            f"{fields['policy'].upper()}",
+            f"{fields['policy'].upper()}"
+            + (f", in each of {fields['engines']} engines" if fields["engines"] > 1 else ""),
         ),
         ("requests", f"{fields['requests']:,} in {fields['seconds']:.1f} s"),
         ("blocks touched", f"{fields['blocks_touched']:,}"),
@@ -102,7 +112,7 @@ def table(fields):
             "hit ratio",
             f"{fields['prefix_hit_block_ratio']:.2%} of blocks, {fields['prefix_hit_token_ratio']:.2%} of tokens",
         ),
-        *_disk_rows(fields),
+        *_tier_rows(fields),
         ("save / load rate", f"{fields['save_gbps']:.2f} / {fields['load_gbps']:.2f} GB/s"),
         *(
             (
@@ -116,21 +126,27 @@ def table(fields):
     return "\n".join(f"  {name:<18}{value}" for name, value in rows)
 
 
-def _disk_rows(fields):
-    if "disk_blocks" not in fields:
+def _tier_rows(fields):
+    if "tier" not in fields:
         return []
-    causes = [f"{count:,} {cause.lower().replace('_', ' ')}" for cause, count in sorted(fields["disk_misses"].items())]
+    name = fields["tier"]
+    of = {what.removeprefix(f"{name}_"): value for what, value in fields.items() if what.startswith(f"{name}_")}
+    causes = [f"{count:,} {cause.lower().replace('_', ' ')}" for cause, count in sorted(of["misses"].items())]
+    if name == "disk":
+        hits, size = "hits on disk", f"{of['blocks']:,} blocks, I/O {of['io']}"
+    else:
+        hits, size = "hits in remote", f"{of['io']}, {of['blocks']:,} blocks may be known to be there"
     return [
         ("hits in RAM", f"{fields['ram_hit_block_ratio']:.2%} of blocks: {fields['blocks_loaded_from_ram']:,}"),
-        ("hits on disk", f"{fields['disk_hit_block_ratio']:.2%} of blocks: {fields['blocks_loaded_from_disk']:,}"),
-        ("disk", f"{fields['disk_blocks']:,} blocks, I/O {fields['disk_io']}"),
+        (hits, f"{of['hit_block_ratio']:.2%} of blocks: {fields[f'blocks_loaded_from_{name}']:,}"),
+        (name, size),
         (
             "written",
-            f"{fields['disk_blocks_written']:,}, {fields['disk_blocks_written_beyond']:,} by an idle engine or flush; "
-            f"{fields['disk_blocks_not_admitted']:,} not, for the budget",
+            f"{of['blocks_written']:,}, {of['blocks_written_beyond']:,} by an idle engine or flush; "
+            f"{of['blocks_not_admitted']:,} not, for the budget",
         ),
-        ("dropped dirty", f"{fields['blocks_dropped_dirty']:,} evicted before the disk had them"),
-        ("promoted", f"{fields['disk_blocks_promoted']:,}; not brought: {', '.join(causes) or 'none'}"),
+        ("dropped dirty", f"{fields['blocks_dropped_dirty']:,} evicted before the {name} had them"),
+        ("promoted", f"{of['blocks_promoted']:,}; not brought: {', '.join(causes) or 'none'}"),
     ]
 
 

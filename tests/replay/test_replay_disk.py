@@ -41,21 +41,21 @@ def test_ram_and_disk_hit_together_what_the_disk_alone_would(run):
     assert result.wrong_blocks == 0
     assert result.stats.blocks_evicted > 0 < result.stats.tiers[0].blocks_evicted
     assert result.blocks_loaded == pytest.approx(hits_of(900), rel=0.01)
-    assert result.blocks_loaded - result.blocks_from_disk == pytest.approx(hits_of(200), rel=0.01)
-    assert result.blocks_from_disk == result.stats.tiers[0].blocks_promoted > 0
+    assert result.blocks_loaded - result.blocks_from_tier == pytest.approx(hits_of(200), rel=0.01)
+    assert result.blocks_from_tier == result.stats.tiers[0].blocks_promoted > 0
     assert result.stats.blocks_dropped == 0 and not any(result.stats.tiers[0].misses.values())
 
 
 def test_a_cleaner_that_always_runs_does_not_change_what_ram_has(run):
     result = run()
     assert result.wrong_blocks == 0 < result.stats.tiers[0].blocks_written
-    assert result.blocks_loaded - result.blocks_from_disk == pytest.approx(hits_of(200), rel=0.02)
+    assert result.blocks_loaded - result.blocks_from_tier == pytest.approx(hits_of(200), rel=0.02)
 
 
 def test_overlapping_requests_bring_no_wrong_block_from_the_disk(run):
     result = run(inflight=4, flush=True)
     assert (result.wrong_blocks, result.requests) == (0, NUM_REQUESTS)
-    assert result.blocks_from_disk > 0
+    assert result.blocks_from_tier > 0
 
 
 @pytest.mark.parametrize("share", [0, 0.25])
