@@ -2,36 +2,50 @@
 
 Both move the same values between the same buffers, in turn, by as many threads; only the store computes and verifies
 checksums. A round writes or reads every value once, and what was read is compared with what was written. With several
-blocks to an object, each value has the records of so many.
+blocks to an object, each value has the records of so many. Beside them, in the same rounds: `redis-benchmark`, where it
+can reach the server; on a folder, the store of a disk tier in it.
+
+On a folder the bare client is obstore, which reads into memory of its own, and that is copied into the buffer.
 """
 
 import argparse
+import contextlib
+import csv
 import itertools
 import json
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import urllib.parse
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 
-from kvortex import ObjectTier, PinnedPool, RedisTier
+from kvortex import DiskTier, PinnedPool
 from kvortex.slots import PAGE_BYTES, stride_bytes
 from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.remote import tier_at
+from kvortex.tiers.remote.objects import ObjectClient
 from kvortex.tiers.remote.view import objects_of
 
 TAG, SPACE = bytes(32), bytes(range(32))
+PUT_OR_GET = {"write": "put", "read": "get"}
 
 
 class Sides:
-    """A store and its client over one pool, whose slots all hold random blocks, `joined` to a value."""
+    """A store and its client over one pool, whose slots all hold random blocks, `joined` to a value, and what else
+    there is beside them."""
 
     def __init__(self, tier, payload_bytes, num_blocks, depth, joined):
         stride = stride_bytes(payload_bytes, PAGE_BYTES)
         self.pool = PinnedPool(num_blocks * stride, payload_bytes, "host", header_bytes=PAGE_BYTES)
         self.pool.wait_ready(60_000)
-        self.store = tier(depth).open_store(self.pool, namespace=SPACE)
-        self.payload_bytes, self.num_blocks = payload_bytes, num_blocks
+        self.store = tier.open_store(self.pool, namespace=SPACE)
+        self.payload_bytes, self.num_blocks, self.depth = payload_bytes, num_blocks, depth
         rng = np.random.default_rng(1)
         self.content = rng.integers(0, 256, (num_blocks, payload_bytes), np.uint8)
         self.keys = rng.integers(0, 256, (num_blocks, 32), np.uint8)
@@ -41,7 +55,36 @@ class Sides:
         whole = memoryview(self.pool)
         records = [whole[i * stride : i * stride + PAGE_BYTES + payload_bytes] for i in range(num_blocks)]
         self.values = [records[i : i + joined] for i in range(0, num_blocks, joined)] if joined > 1 else records
-        self.threads = ThreadPoolExecutor(depth)
+        self.threads, self.ends = ThreadPoolExecutor(depth), contextlib.ExitStack()
+        self.sides = {"store": self.ours, "client": self.bare, **self.others(tier)}
+
+    def others(self, tier):
+        """By name: what else moves as many values, and returns its rate or None."""
+        parts = urllib.parse.urlsplit(tier.url)
+        if parts.scheme == "file":
+            shared = Path(urllib.parse.unquote(parts.path))
+            shared.mkdir(parents=True, exist_ok=True)
+            folder = self.ends.enter_context(tempfile.TemporaryDirectory(dir=shared))
+            quota = self.num_blocks * (self.pool.stride_bytes + 128) + (64 << 20)
+            settings = DiskTier(folder, quota, num_threads=self.depth, segment_bytes=quota)
+            disk = self.ends.enter_context(settings.open(self.pool, namespace=SPACE))
+            disk.adoption.wait()
+            return {"disk tier": lambda verb: self.move(disk.store, verb)}
+        if parts.scheme not in ("redis", "valkey", "unix") or parts.username or not shutil.which("redis-benchmark"):
+            return {}
+        at = ["-s", parts.path] if parts.scheme == "unix" else ["-h", parts.hostname, "-p", str(parts.port or 6379)]
+        number = ["-c", str(self.depth), "-n", str(len(self.values))]
+        nbytes = self.joined * (PAGE_BYTES + self.payload_bytes)
+        command = ["redis-benchmark", *at, *number, "-d", str(nbytes), "--csv", "-t"]
+        self.ends.callback(self.store.client.delete, "key:__rand_int__")  # what it calls its value
+
+        def run(verb):
+            test = {"write": "set", "read": "get"}[verb]
+            lines = subprocess.run([*command, test], check=True, capture_output=True, text=True).stdout.splitlines()
+            (row,) = csv.DictReader(lines)
+            return float(row["rps"]) * self.joined * self.payload_bytes / 1e9
+
+        return {"redis-benchmark": run}
 
     def fill(self):
         for i in range(self.num_blocks):
@@ -57,21 +100,25 @@ class Sides:
                 sys.exit(f"block {i} is not what was written")
 
     def ours(self, verb):
+        self.move(self.store, verb, **({} if self.objects is None else {"objects": self.objects}))
+
+    def move(self, store, verb, **more):
         slots = range(self.num_blocks)
-        call = self.store.put if verb == "write" else self.store.get
-        more = {} if self.objects is None else {"objects": self.objects}
+        call = store.put if verb == "write" else store.get
         statuses = call(slots, slots, self.keys, self.payload_bytes, tag=TAG, timeout_ms=600_000, **more).wait()
         if (statuses != BlockStatus.OK).any():
-            sys.exit(f"{verb}: {BlockStatus(statuses.max()).name}, {self.store.stats()['last_error']}")
+            sys.exit(f"{verb}: {BlockStatus(statuses.max()).name}, {store.stats()['last_error']}")
 
     def bare(self, verb):
-        call = self.store.client.put if verb == "write" else self.store.client.get
-        list(self.threads.map(call, self.names, self.values))
+        client = self.store.client
+        call = getattr(ObjectClient if isinstance(client, ObjectClient) else type(client), PUT_OR_GET[verb])
+        list(self.threads.map(lambda name, value: call(client, name, value), self.names, self.values))
 
     def close(self):
         for name in self.names:
             self.store.client.delete(name)
         self.store.delete(self.last_keys, TAG, timeout_ms=60_000, counts=self.joined).wait()
+        self.ends.close()
         self.threads.shutdown()
         del self.values
         self.store.close()
@@ -79,21 +126,23 @@ class Sides:
 
 
 def measure(sides, rounds):
-    """Rows of verb, GB/s of store and client, and the median of their ratios, round by round."""
-    for verb in ("write", "read"):
-        rates = {"ours": [], "bare": []}
+    """For each verb: GB/s of each side, and the median of the ratios of store and client, round by round."""
+    for verb in PUT_OR_GET:
+        rates = {name: [] for name in sides.sides}
         for round_ in range(rounds + 1):  # the first one warms up
-            for name in ("ours", "bare") if round_ % 2 else ("bare", "ours"):
+            for name in list(rates)[:: 1 if round_ % 2 else -1]:
                 sides.fill() if verb == "write" else sides.wipe()
                 begun = time.perf_counter()
-                getattr(sides, name)(verb)
+                rate = sides.sides[name](verb)
                 seconds = time.perf_counter() - begun
-                if verb == "read":
-                    sides.check()
+                if rate is None:
+                    rate = sides.num_blocks * sides.payload_bytes / seconds / 1e9
+                    if verb == "read":
+                        sides.check()
                 if round_:
-                    rates[name].append(sides.num_blocks * sides.payload_bytes / seconds / 1e9)
-        ratios = [ours / bare for ours, bare in zip(rates["ours"], rates["bare"], strict=True)]
-        yield verb, statistics.median(rates["ours"]), statistics.median(rates["bare"]), statistics.median(ratios)
+                    rates[name].append(rate)
+        ratios = [ours / bare for ours, bare in zip(rates["store"], rates["client"], strict=True)]
+        yield verb, {name: statistics.median(each) for name, each in rates.items()}, statistics.median(ratios)
 
 
 def main():
@@ -115,21 +164,20 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
 
-    def tier(depth):
-        if args.url.partition(":")[0] in ObjectTier.SCHEMES:
-            return ObjectTier(args.url, endpoint=args.endpoint, region=args.region, num_threads=depth)
-        return RedisTier(args.url, num_threads=depth)
-
+    options = {name: getattr(args, name) for name in ("endpoint", "region") if getattr(args, name)}
     rows = []
-    print(f"{'depth':>5} {'joined':>6} {'values':>6} {'verb':<6} {'store GB/s':>10} {'client GB/s':>11} {'ratio':>6}")
     for depth, joined in itertools.product(*(map(int, each.split(",")) for each in (args.depths, args.joined))):
-        num_values = args.blocks // joined
+        tier, num_values = tier_at(args.url, options, num_threads=depth), args.blocks // joined
         sides = Sides(tier, int(args.mib * (1 << 20)), num_values * joined, depth, joined)
-        for verb, ours, bare, ratio in measure(sides, args.rounds):
-            rates = f"{ours:>10.2f} {bare:>11.2f} {ratio:>6.2f}"
-            print(f"{depth:>5} {joined:>6} {num_values:>6} {verb:<6} {rates}", flush=True)
+        if not rows:
+            names = "  ".join(f"{name} GB/s" for name in sides.sides)
+            print(f"{'depth':>5} {'joined':>6} {'values':>6} {'verb':<6} {'ratio':>6}  {names}")
+        for verb, rates, ratio in measure(sides, args.rounds):
+            cells = "  ".join(f"{rate:>{len(name) + 5}.2f}" for name, rate in rates.items())
+            print(f"{depth:>5} {joined:>6} {num_values:>6} {verb:<6} {ratio:>6.2f}  {cells}", flush=True)
+            named = {f"{name.replace(' ', '_').replace('-', '_')}_gbps": rate for name, rate in rates.items()}
             row = {"depth": depth, "joined": joined, "values": num_values, "verb": verb}
-            rows.append({**row, "store_gbps": ours, "client_gbps": bare, "ratio": ratio})
+            rows.append({**row, "ratio": ratio, **named})
         sides.close()
     if args.json:
         with open(args.json, "w") as file:

@@ -17,5 +17,5 @@ def test_a_row_for_each_verb_depth_and_number_of_joined_blocks_is_shown_and_noth
     rows = json.loads(report.read_text())["rows"]
     wanted = [(depth, joined, verb) for depth in (1, 2) for joined in (1, 2) for verb in ("write", "read")]
     assert [(row["depth"], row["joined"], row["verb"]) for row in rows] == wanted
-    assert all(row["store_gbps"] > 0 < row["ratio"] for row in rows)
+    assert all(row["store_gbps"] > 0 < row["ratio"] and row["disk_tier_gbps"] > 0 for row in rows)
     assert not [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
