@@ -368,7 +368,8 @@ class RemoteStore:
                 else:
                     self._behind.pop(operation.name, None)
                 self._end(operation, status)
-                self._changed.notify_all()
+                if operation.batch.done() or not self._num_waiting + self._num_running:
+                    self._changed.notify_all()  # nobody waits for less, and who is woken delays the next block
 
     def _note_lying(self, operation, status):
         """Note what its slot stands for now. The lock is held.
