@@ -28,6 +28,8 @@ from kvortex.tiers.remote.objects import leading_sizes
         (lambda: ObjectTier("s3://bucket", virtual_hosted="no"), "virtual_hosted must be true or false"),
         (lambda: RedisTier("redis://h", cluster="no"), "cluster must be true or false"),
         (lambda: RedisTier("redis://h", password_env=7), "password_env must be a text"),
+        (lambda: RedisTier("redis://h", key_prefix=7), "key_prefix must be a text"),
+        (lambda: RedisTier("redis://h", key_prefix=None), "key_prefix must be a text"),
         (lambda: ObjectTier("s3://key@bucket/x"), "user"),
         (lambda: RedisTier("http://host"), "must begin with redis"),
         (lambda: RedisTier("host:6379"), "must begin with redis"),

@@ -191,6 +191,8 @@ class RedisTier(RemoteTier):
     def __post_init__(self):
         if isinstance(self.max_value_bytes, str):
             object.__setattr__(self, "max_value_bytes", parse_bytes(self.max_value_bytes))
+        if not isinstance(self.key_prefix, str):
+            raise ConfigError(f"key_prefix must be a text, got {shown(self.key_prefix)}")
         super().__post_init__()
         parts = self._parts()
         if parts.scheme == "unix":
