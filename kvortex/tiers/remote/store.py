@@ -23,10 +23,10 @@ from kvortex.tiers.remote.view import Names
 
 MOST_UNERASED = 1 << 16  # names
 VERBS = ("put", "get", "erase", "scan")
-OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = (
+OK, MISSING, LATE, DROPPED, IO_ERROR, PENDING = map(int, (  # numpy takes microseconds to compare with the enum's
     BlockStatus.OK, BlockStatus.MISSING, BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.IO_ERROR,
     BlockStatus.PENDING,
-)  # fmt: skip
+))  # fmt: skip
 # After a read: it is not there, was not read, or is another's of another length; what lies there may be right.
 NOT_TO_BE_ERASED = (MISSING, LATE, IO_ERROR, BlockStatus.LENGTH_DIFFERS)
 
