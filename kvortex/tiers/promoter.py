@@ -249,16 +249,16 @@ class Promoter:
             self.evicted(blocks.slots)
         may_part = np.ones(count, bool) if self.begins_value is None else self.begins_value(tier_slots[:count])
         window, windows, cause = None, [], "GONE"
-        for i in range(count):
+        for i, status in enumerate(statuses[:count].tolist()):  # numpy takes 12 us to compare one with the enum's
             key, position = keys[i].tobytes(), int(missing[i])
-            if statuses[i] == ReserveStatus.NEW:
+            if status == ReserveStatus.NEW:
                 if window is None or (len(window.landings) >= self.window_blocks and may_part[i]):
                     window = Window(tag)
                     windows.append((window, []))
                 landing = self._landings[key] = Landing(key, window)
                 window.landings.append(landing)
                 windows[-1][1].append(i)
-            elif statuses[i] == ReserveStatus.FULL:
+            elif status == ReserveStatus.FULL:
                 cause, count = "FULL", i
                 break
             else:
