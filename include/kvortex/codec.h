@@ -11,6 +11,7 @@
 #ifndef KVORTEX_CODEC_H
 #define KVORTEX_CODEC_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -34,13 +35,27 @@ typedef struct kv_codec_parts {
 
 /* --- One row, in the words of the specification ---------------------------------------------------------------- */
 
-/* Elements whose sign is flipped, the first of eight in the highest bit: what makes a vector look random. */
-static const uint8_t kv_codec_flips[16] = {0x9e, 0x37, 0x79, 0xb9, 0x7f, 0x4a, 0x7c, 0x15,
-                                           0xf3, 0x9c, 0xc0, 0x60, 0x5c, 0xed, 0xc8, 0x34};
+/* What flips the signs of some elements, so that no vector is special to the butterfly: 128 bits, the highest of a byte
+ * first, and again for the elements from 128 on. */
+#define KV_CODEC_FLIP(byte)                                                                                      \
+    (byte & 0x80) << 8, (byte & 0x40) << 9, (byte & 0x20) << 10, (byte & 0x10) << 11, (byte & 0x08) << 12,       \
+        (byte & 0x04) << 13, (byte & 0x02) << 14, (byte & 0x01) << 15
+static const uint16_t kv_codec_flips[128] = {
+    KV_CODEC_FLIP(0x9e), KV_CODEC_FLIP(0x37), KV_CODEC_FLIP(0x79), KV_CODEC_FLIP(0xb9),
+    KV_CODEC_FLIP(0x7f), KV_CODEC_FLIP(0x4a), KV_CODEC_FLIP(0x7c), KV_CODEC_FLIP(0x15),
+    KV_CODEC_FLIP(0xf3), KV_CODEC_FLIP(0x9c), KV_CODEC_FLIP(0xc0), KV_CODEC_FLIP(0x60),
+    KV_CODEC_FLIP(0x5c), KV_CODEC_FLIP(0xed), KV_CODEC_FLIP(0xc8), KV_CODEC_FLIP(0x34)};
+#undef KV_CODEC_FLIP
 
-static inline uint32_t kv_codec_flip(uint32_t element) /* 0 or 1 */
+/* Bytes of so many elements, whole rows of them, in the low and in the high part. */
+static inline uint64_t kv_codec_low_bytes(uint64_t elements, uint32_t bits)
 {
-    return kv_codec_flips[element / 8 % 16] >> (7 - element % 8) & 1;
+    return bits == 8 ? elements : elements / 2;
+}
+
+static inline uint64_t kv_codec_high_bytes(uint64_t elements, uint32_t bits)
+{
+    return elements * (bits & 3) / 8;
 }
 
 static inline float kv_codec_float(uint32_t bits)
@@ -155,7 +170,7 @@ kv_codec_pack_row(const char *row, uint32_t dim, uint32_t bits, uint8_t *low, ui
             kv_codec_store(scale, KV_CODEC_NAN);
             return 1;
         }
-        y[i] = kv_codec_float((x ^ kv_codec_flip(i) << 15) << 16);
+        y[i] = kv_codec_float((x ^ kv_codec_flips[i % 128]) << 16);
     }
     kv_codec_butterfly(y, dim);
     for (uint32_t i = 0; i < dim; i++) {
@@ -180,13 +195,13 @@ static inline void kv_codec_unpack_row(const uint8_t *low, const uint8_t *high, 
         z[i] = kv_codec_product((float)kv_codec_get(i, bits, low, high), s);
     kv_codec_butterfly(z, dim);
     for (uint32_t i = 0; i < dim; i++) {
-        const uint32_t w = kv_codec_bits(z[i] * (1.0f / (float)dim)) ^ kv_codec_flip(i) << 31;
+        const uint32_t w = kv_codec_bits(z[i] * (1.0f / (float)dim)) ^ (uint32_t)kv_codec_flips[i % 128] << 16;
         const int is_nan = (w & 0x7FFFFFFF) > 0x7F800000;
         kv_codec_store(row + 2 * i, is_nan ? KV_CODEC_NAN : (w + 0x7FFF + (w >> 16 & 1)) >> 16);
     }
 }
 
-/* --- Planes ------------------------------------------------------------------------------------------------------ */
+/* --- Rows of a plane --------------------------------------------------------------------------------------------- */
 
 static inline kv_codec_parts kv_codec_parts_of(const kv_plane *plane, const char *packed)
 {
@@ -202,8 +217,8 @@ kv_codec_pack_rows(const kv_plane *plane, const char *rows, kv_codec_parts parts
     uint32_t flag = 0;
     for (uint64_t row = first; row < (uint64_t)first + count; row++)
         flag |= kv_codec_pack_row(rows + row * plane->step_bytes, dim, bits,
-                                  parts.low + row * dim / (bits == 8 ? 1 : 2),
-                                  parts.high + row * dim * (bits & 3) / 8, parts.scales + 2 * row);
+                                  parts.low + kv_codec_low_bytes(row * dim, bits),
+                                  parts.high + kv_codec_high_bytes(row * dim, bits), parts.scales + 2 * row);
     return flag;
 }
 
@@ -212,12 +227,72 @@ kv_codec_unpack_rows(const kv_plane *plane, kv_codec_parts parts, char *rows, ui
 {
     const uint32_t dim = plane->row_bytes / 2, bits = plane->bits;
     for (uint64_t row = first; row < (uint64_t)first + count; row++)
-        kv_codec_unpack_row(parts.low + row * dim / (bits == 8 ? 1 : 2), parts.high + row * dim * (bits & 3) / 8,
+        kv_codec_unpack_row(parts.low + kv_codec_low_bytes(row * dim, bits), parts.high + kv_codec_high_bytes(row * dim, bits),
                             parts.scales + 2 * row, bits, dim, rows + row * plane->step_bytes);
 }
 
+/* --- Instruction sets -------------------------------------------------------------------------------------------- */
+
+typedef struct kv_codec_set {
+    const char *name;
+    uint32_t (*pack_rows)(const kv_plane *plane, const char *rows, kv_codec_parts parts, uint32_t first, uint32_t count);
+    void (*unpack_rows)(const kv_plane *plane, kv_codec_parts parts, char *rows, uint32_t first, uint32_t count);
+} kv_codec_set;
+
+#if defined(__x86_64__)
+#define KV_LANES 4
+#define KV_LANES_SET sse4
+#define KV_LANES_TARGET __attribute__((target("sse4.1")))
+#include "codec_lanes.h"
+#define KV_LANES 8
+#define KV_LANES_SET avx2
+#define KV_LANES_TARGET __attribute__((target("avx2")))
+#include "codec_lanes.h"
+#define KV_LANES 16
+#define KV_LANES_SET avx512
+#define KV_LANES_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")))
+#include "codec_lanes.h"
+#elif defined(__aarch64__)
+#define KV_LANES 4
+#define KV_LANES_SET neon
+#define KV_LANES_TARGET
+#include "codec_lanes.h"
+#endif
+
+/* The i-th set that this processor has, the fastest first and portable C last; NULL behind it. */
+static inline const kv_codec_set *kv_codec_set_at(uint32_t i)
+{
+    static const kv_codec_set portable = {"c", kv_codec_pack_rows, kv_codec_unpack_rows};
+#if defined(__x86_64__)
+    static const kv_codec_set avx512 = {"avx512", kv_codec_pack_rows_avx512, kv_codec_unpack_rows_avx512};
+    static const kv_codec_set avx2 = {"avx2", kv_codec_pack_rows_avx2, kv_codec_unpack_rows_avx2};
+    static const kv_codec_set sse4 = {"sse4", kv_codec_pack_rows_sse4, kv_codec_unpack_rows_sse4};
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+        && i-- == 0)
+        return &avx512;
+    if (__builtin_cpu_supports("avx2") && i-- == 0)
+        return &avx2;
+    if (__builtin_cpu_supports("sse4.1") && i-- == 0)
+        return &sse4;
+#elif defined(__aarch64__)
+    static const kv_codec_set neon = {"neon", kv_codec_pack_rows_neon, kv_codec_unpack_rows_neon};
+    if (i-- == 0)
+        return &neon;
+#endif
+    return i == 0 ? &portable : NULL;
+}
+
+static inline const kv_codec_set *kv_codec_best(void)
+{
+    return kv_codec_set_at(0);
+}
+
+/* --- Planes ------------------------------------------------------------------------------------------------------ */
+
 /* Packs a plane whose row 0 is at `rows`. `packed` is the address of the packed plane. Returns its flag, 0 or 1. */
-static inline uint32_t kv_plane_pack(const kv_plane *plane, const char *rows, char *packed)
+static inline uint32_t
+kv_plane_pack_by(const kv_codec_set *set, const kv_plane *plane, const char *rows, char *packed)
 {
     if (plane->bits == KV_PACK_EXACT) {
         for (uint64_t row = 0; row < plane->num_rows; row++)
@@ -225,24 +300,33 @@ static inline uint32_t kv_plane_pack(const kv_plane *plane, const char *rows, ch
         return 0;
     }
     const kv_codec_parts parts = kv_codec_parts_of(plane, packed);
-    const uint64_t elements = (uint64_t)plane->num_rows * (plane->row_bytes / 2);
-    memset(parts.low + elements * (plane->bits == 8 ? 8 : 4) / 8, 0,
-           kv_plane_low_bytes(plane) - elements * (plane->bits == 8 ? 8 : 4) / 8);
-    memset(parts.high + elements * (plane->bits & 3) / 8, 0,
-           kv_plane_high_bytes(plane) - elements * (plane->bits & 3) / 8);
-    memset(parts.scales + 2 * (uint64_t)plane->num_rows, 0,
-           kv_pack_align(2 * (uint64_t)plane->num_rows) - 2 * (uint64_t)plane->num_rows);
-    return kv_codec_pack_rows(plane, rows, parts, 0, plane->num_rows);
+    const uint64_t elements = (uint64_t)plane->num_rows * (plane->row_bytes / 2), scale_bytes = 2 * (uint64_t)plane->num_rows;
+    const uint64_t low_bytes = kv_codec_low_bytes(elements, plane->bits);
+    const uint64_t high_bytes = kv_codec_high_bytes(elements, plane->bits);
+    memset(parts.low + low_bytes, 0, kv_plane_low_bytes(plane) - low_bytes);
+    memset(parts.high + high_bytes, 0, kv_plane_high_bytes(plane) - high_bytes);
+    memset(parts.scales + scale_bytes, 0, kv_pack_align(scale_bytes) - scale_bytes);
+    return set->pack_rows(plane, rows, parts, 0, plane->num_rows);
+}
+
+static inline void
+kv_plane_unpack_by(const kv_codec_set *set, const kv_plane *plane, const char *packed, char *rows)
+{
+    if (plane->bits == KV_PACK_EXACT)
+        for (uint64_t row = 0; row < plane->num_rows; row++)
+            memcpy(rows + row * plane->step_bytes, packed + row * plane->row_bytes, plane->row_bytes);
+    else
+        set->unpack_rows(plane, kv_codec_parts_of(plane, packed), rows, 0, plane->num_rows);
+}
+
+static inline uint32_t kv_plane_pack(const kv_plane *plane, const char *rows, char *packed)
+{
+    return kv_plane_pack_by(kv_codec_best(), plane, rows, packed);
 }
 
 static inline void kv_plane_unpack(const kv_plane *plane, const char *packed, char *rows)
 {
-    if (plane->bits == KV_PACK_EXACT) {
-        for (uint64_t row = 0; row < plane->num_rows; row++)
-            memcpy(rows + row * plane->step_bytes, packed + row * plane->row_bytes, plane->row_bytes);
-        return;
-    }
-    kv_codec_unpack_rows(plane, kv_codec_parts_of(plane, packed), rows, 0, plane->num_rows);
+    kv_plane_unpack_by(kv_codec_best(), plane, packed, rows);
 }
 
 /* --- Blocks ------------------------------------------------------------------------------------------------------ */
