@@ -258,6 +258,33 @@ cdef extern from "kvortex/sha256_best.h" nogil:
     kv_sha256_fn kv_sha256_best()
 
 
+# kvortex/pack.h, codec.h (codec, transfer) -----------------------------------------------------------------------
+cdef extern from "kvortex/pack.h" nogil:
+    enum:
+        KV_PACK_VERSION, KV_PACK_UNIT_BYTES, KV_PACK_EXACT
+
+    ctypedef struct kv_plane:
+        uint64_t base, block_stride, offset
+        uint32_t num_rows, row_bytes, step_bytes, bits
+
+    uint64_t kv_pack_align(uint64_t nbytes)
+    uint64_t kv_plane_packed_bytes(const kv_plane *plane)
+
+cdef extern from "kvortex/codec.h" nogil:
+    ctypedef struct kv_codec_set:
+        const char *name
+
+    const kv_codec_set *kv_codec_set_at(uint32_t i)
+    const kv_codec_set *kv_codec_best()
+    void kv_pack_block(const kv_plane *planes, uint32_t num_planes, uint64_t flags_offset, uint64_t block, char *packed)
+    void kv_pack_block_by(const kv_codec_set *which, const kv_plane *planes, uint32_t num_planes, uint64_t flags_offset,
+                          uint64_t block, char *packed)
+    void kv_unpack_block(const kv_plane *planes, uint32_t num_planes, uint64_t block, const char *packed)
+    void kv_unpack_block_by(const kv_codec_set *which, const kv_plane *planes, uint32_t num_planes, uint64_t block,
+                            const char *packed)
+    bint kv_packed_is_refused(const char *packed, uint64_t flags_offset, uint32_t num_planes)
+
+
 # kvortex/slots.h (memory), copy_plan.h (transfer) ------------------------------------------------------------------
 cdef extern from "kvortex/slots.h" nogil:
     ctypedef struct kv_slots:

@@ -1,11 +1,11 @@
-/* codec_lanes.h: the codecs of codec.h in vectors of KV_LANES numbers of 32 bits. codec.h includes it once for each
- * instruction set, and defines before
+/* codec_lanes.h: the functions of codec_rows.h in vectors of KV_LANES numbers of 32 bits. codec.h includes it once for
+ * each instruction set, and defines before
  *
  *   KV_LANES        4, 8 or 16
  *   KV_LANES_SET    what names of this set end in
  *   KV_LANES_TARGET attributes of its functions
  *
- * Why it gives the bytes of codec.h
+ * Why it gives the bytes of codec_rows.h
  *   - Packing does the same operations in the same order, on float32; what the vectors change is where numbers lie. A
  *     stage of the butterfly adds and subtracts whole vectors, so the bit of the element's index that the stage is about
  *     must be one that tells vectors apart ("register bit"). Between stages a shuffle of two vectors exchanges the
@@ -13,16 +13,17 @@
  *     and l0, l1 .. (lane bits, lowest first); b0, b1 .. are the bits of an element's index in its row.
  *   - Unpacking adds integers: q * s has 8 + 8 bits, and a sum of 256 of them 24 at the most, so no sum of the
  *     specification is ever rounded, and the scale may be multiplied in at the end. That holds as long as nothing
- *     overflows or becomes denormal: rows with a scale outside 2^-100 .. 2^100 go through codec.h. The sums fit into 16
- *     bits: each has the first element with a plus, so it is at most 127 + 255 * 128.
- *   - A row with a number of 2^100 or more goes through codec.h, too. Such a row shows in the largest magnitude behind
- *     the butterfly, since max(|a + b|, |a - b|) = |a| + |b| is at least max(|a|, |b|) in every stage, rounded or not,
+ *     overflows or becomes denormal: rows with a scale outside 2^-100 .. 2^100 go through codec_rows.h. The sums fit into
+ *     16 bits: each has the first element with a plus, so it is at most 127 + 255 * 128.
+ *   - A row with a number of 2^100 or more goes through codec_rows.h, too. Such a row shows in the largest magnitude
+ *     behind the butterfly, since max(|a + b|, |a - b|) = |a| + |b| is at least max(|a|, |b|) in every stage, rounded or not,
  *     and Inf and NaN stay Inf or NaN.
  *
  * Rows are taken 16 at a time, so that their scales are computed side by side.
  */
+#include "codec_rows.h"
+
 #ifndef KV_LANES /* the header alone */
-#include "codec.h"
 #define KV_LANES 4
 #define KV_LANES_SET alone
 #define KV_LANES_TARGET
@@ -30,6 +31,10 @@
 
 #ifndef KV_LANES_ONCE
 #define KV_LANES_ONCE
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 enum { KV_CODEC_GROUP = 16 /* rows */, KV_CODEC_FAST_MIN = 0x0D80 /* 2^-100 */, KV_CODEC_FAST_MAX = 0x7180 /* 2^100 */ };
 
@@ -49,8 +54,10 @@ enum { KV_CODEC_GROUP = 16 /* rows */, KV_CODEC_FAST_MIN = 0x0D80 /* 2^-100 */, 
 #define KV_ODD(i, n) i + 1, i + 3, i + n + 1, i + n + 3
 #define KV_QUAD(i) i, i + 1, i + 2, i + 3
 #define KV_ZIP(i, n) i, i + n, i + 1, i + n + 1, i + 2, i + n + 2, i + 3, i + n + 3
-#define KV_BYTES(i) i, i + 4, i + 8, i + 12, i + 2, i + 6, i + 10, i + 14, i + 1, i + 5, i + 9, i + 13, i + 3, i + 7, i + 11, i + 15
-#define KV_HALVES(i) i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 1, i + 3, i + 5, i + 7, i + 9, i + 11, i + 13, i + 15
+#define KV_BYTES(i) \
+    i, i + 4, i + 8, i + 12, i + 2, i + 6, i + 10, i + 14, i + 1, i + 5, i + 9, i + 13, i + 3, i + 7, i + 11, i + 15
+#define KV_HALVES(i) \
+    i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 1, i + 3, i + 5, i + 7, i + 9, i + 11, i + 13, i + 15
 #endif
 
 #if defined(__x86_64__)
@@ -91,16 +98,16 @@ typedef uint8_t kv_half_bytes __attribute__((vector_size(2 * KV_LANES)));
 /* R, l0, l1 -> l0, l1, R within each quad, of numbers of 32 bits. */
 KV_LANES_INLINE void kv_swap_lane(kv_ints *a, kv_ints *b)
 {
-    const kv_ints x = *a, y = *b;
+    const kv_floats x = (kv_floats)*a, y = (kv_floats)*b; /* of these, GCC knows a shuffle without a vector of indices */
 #if KV_LANES == 4
-    *a = KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 4));
-    *b = KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 4));
+    *a = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 4));
+    *b = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 4));
 #elif KV_LANES == 8
-    *a = KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 8), KV_EVEN(4, 8));
-    *b = KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 8), KV_ODD(4, 8));
+    *a = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 8), KV_EVEN(4, 8));
+    *b = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 8), KV_ODD(4, 8));
 #else
-    *a = KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 16), KV_EVEN(4, 16), KV_EVEN(8, 16), KV_EVEN(12, 16));
-    *b = KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 16), KV_ODD(4, 16), KV_ODD(8, 16), KV_ODD(12, 16));
+    *a = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 16), KV_EVEN(4, 16), KV_EVEN(8, 16), KV_EVEN(12, 16));
+    *b = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 16), KV_ODD(4, 16), KV_ODD(8, 16), KV_ODD(12, 16));
 #endif
 }
 
@@ -188,8 +195,16 @@ KV_LANES_INLINE void kv_float_stage(kv_floats *a, kv_floats *b)
 
 KV_LANES_INLINE kv_ints kv_larger(kv_ints a, kv_ints b)
 {
+#if defined(__x86_64__) && KV_LANES == 4
+    return (kv_ints)_mm_max_epi32((__m128i)a, (__m128i)b);
+#elif defined(__x86_64__) && KV_LANES == 8
+    return (kv_ints)_mm256_max_epi32((__m256i)a, (__m256i)b);
+#elif defined(__x86_64__)
+    return (kv_ints)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#else
     const kv_ints is_a = a > b;
     return (a & is_a) | (b & ~is_a);
+#endif
 }
 
 /* y = butterfly(flip(row)); returns the largest magnitudes, a lane each. */
@@ -314,7 +329,7 @@ kv_pack_rows(const kv_plane *plane, const char *rows, kv_codec_parts parts, uint
 {
     const uint32_t dim = plane->row_bytes / 2, log2_dim = (uint32_t)__builtin_ctz(dim), bits = plane->bits;
     uint8_t spare_low[KV_CODEC_GROUP * KV_CODEC_MAX_DIM], spare_high[KV_CODEC_GROUP * KV_CODEC_MAX_DIM / 4];
-    float y[KV_CODEC_GROUP * KV_CODEC_MAX_DIM];
+    float y[KV_CODEC_GROUP * KV_CODEC_MAX_DIM] __attribute__((aligned(64)));
     uint32_t flag = 0;
     for (uint32_t done = 0; done < count; done += KV_CODEC_GROUP) {
         const uint64_t row = (uint64_t)first + done;
@@ -498,7 +513,7 @@ kv_unpack_rows(const kv_plane *plane, kv_codec_parts parts, char *rows, uint32_t
 {
     const uint32_t dim = plane->row_bytes / 2, bits = plane->bits;
     uint8_t spare_low[KV_CODEC_GROUP * KV_CODEC_MAX_DIM], spare_high[KV_CODEC_GROUP * KV_CODEC_MAX_DIM / 4];
-    int16_t sums[KV_CODEC_GROUP * KV_CODEC_MAX_DIM];
+    int16_t sums[KV_CODEC_GROUP * KV_CODEC_MAX_DIM] __attribute__((aligned(64)));
     for (uint32_t done = 0; done < count; done += KV_CODEC_GROUP) {
         const uint64_t row = (uint64_t)first + done;
         const uint32_t now = count - done < KV_CODEC_GROUP ? count - done : KV_CODEC_GROUP, elements = now * dim;
