@@ -2,11 +2,12 @@
  *
  * Invariants
  *   - Every kv_codec_set writes the same bytes, in both directions and for any input (codec_rows.h is the measure).
- *   - Packing writes the packed plane, its padding included (zeros), and nothing else. Unpacking any bytes whatever reads
- *     the packed plane alone and writes the rows alone.
+ *   - Packing writes the packed plane, its padding included (zeros), and nothing else. Unpacking any bytes whatever
+ *     reads the packed plane alone and writes the rows alone.
  *   - Nothing is allocated. Addresses need no alignment. Needs a little-endian processor.
  *
- * Costs: COSTS
+ * Costs: with AVX-512 on an EPYC of 2022, a vector of 128 numbers takes 36 ns to pack into 8 bits and 23 ns to unpack;
+ * in portable C 800 ns. (bench/bench_codec.py)
  */
 #ifndef KVORTEX_CODEC_H
 #define KVORTEX_CODEC_H
@@ -17,7 +18,8 @@
 
 typedef struct kv_codec_set {
     const char *name;
-    uint32_t (*pack_rows)(const kv_plane *plane, const char *rows, kv_codec_parts parts, uint32_t first, uint32_t count);
+    uint32_t (*pack_rows)(const kv_plane *plane, const char *rows, kv_codec_parts parts, uint32_t first,
+                          uint32_t count);
     void (*unpack_rows)(const kv_plane *plane, kv_codec_parts parts, char *rows, uint32_t first, uint32_t count);
 } kv_codec_set;
 
@@ -28,7 +30,7 @@ typedef struct kv_codec_set {
 #include "codec_lanes.h"
 #define KV_LANES 8
 #define KV_LANES_SET avx2
-#define KV_LANES_TARGET __attribute__((target("avx2")))
+#define KV_LANES_TARGET __attribute__((target("avx2,fma")))
 #include "codec_lanes.h"
 #define KV_LANES 16
 #define KV_LANES_SET avx512
@@ -53,7 +55,7 @@ static inline const kv_codec_set *kv_codec_set_at(uint32_t i)
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
         && i-- == 0)
         return &avx512;
-    if (__builtin_cpu_supports("avx2") && i-- == 0)
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && i-- == 0)
         return &avx2;
     if (__builtin_cpu_supports("sse4.1") && i-- == 0)
         return &sse4;
@@ -82,7 +84,8 @@ kv_plane_pack_by(const kv_codec_set *set, const kv_plane *plane, const char *row
         return 0;
     }
     const kv_codec_parts parts = kv_codec_parts_of(plane, packed);
-    const uint64_t elements = (uint64_t)plane->num_rows * (plane->row_bytes / 2), scale_bytes = 2 * (uint64_t)plane->num_rows;
+    const uint64_t elements = (uint64_t)plane->num_rows * (plane->row_bytes / 2);
+    const uint64_t scale_bytes = 2 * (uint64_t)plane->num_rows;
     const uint64_t low_bytes = kv_codec_low_bytes(elements, plane->bits);
     const uint64_t high_bytes = kv_codec_high_bytes(elements, plane->bits);
     memset(parts.low + low_bytes, 0, kv_plane_low_bytes(plane) - low_bytes);

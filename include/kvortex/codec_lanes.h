@@ -7,17 +7,17 @@
  *
  * Why it gives the bytes of codec_rows.h
  *   - Packing does the same operations in the same order, on float32; what the vectors change is where numbers lie. A
- *     stage of the butterfly adds and subtracts whole vectors, so the bit of the element's index that the stage is about
- *     must be one that tells vectors apart ("register bit"). Between stages a shuffle of two vectors exchanges the
- *     register bit for a bit within the vector ("lane bit"). The comments tell the bits of the index as R (register bit)
- *     and l0, l1 .. (lane bits, lowest first); b0, b1 .. are the bits of an element's index in its row.
+ *     stage of the butterfly adds and subtracts whole vectors, so the bit of the element's index that the stage is
+ *     about must be one that tells vectors apart ("register bit"). Between stages a shuffle of two vectors exchanges
+ *     the register bit for a bit within the vector ("lane bit"). The comments tell the bits of the index as R (register
+ *     bit) and l0, l1 .. (lane bits, lowest first); b0, b1 .. are the bits of an element's index in its row.
  *   - Unpacking adds integers: q * s has 8 + 8 bits, and a sum of 256 of them 24 at the most, so no sum of the
  *     specification is ever rounded, and the scale may be multiplied in at the end. That holds as long as nothing
- *     overflows or becomes denormal: rows with a scale outside 2^-100 .. 2^100 go through codec_rows.h. The sums fit into
- *     16 bits: each has the first element with a plus, so it is at most 127 + 255 * 128.
+ *     overflows or becomes denormal: rows with a scale outside 2^-100 .. 2^100 go through codec_rows.h. The sums fit
+ *     into 16 bits: each has the first element with a plus, so it is at most 127 + 255 * 128.
  *   - A row with a number of 2^100 or more goes through codec_rows.h, too. Such a row shows in the largest magnitude
- *     behind the butterfly, since max(|a + b|, |a - b|) = |a| + |b| is at least max(|a|, |b|) in every stage, rounded or not,
- *     and Inf and NaN stay Inf or NaN.
+ *     behind the butterfly, since max(|a + b|, |a - b|) = |a| + |b| is at least max(|a|, |b|) in every stage, rounded
+ *     or not, and Inf and NaN stay Inf or NaN.
  *
  * Rows are taken 16 at a time, so that their scales are computed side by side.
  */
@@ -36,7 +36,11 @@
 #include <immintrin.h>
 #endif
 
-enum { KV_CODEC_GROUP = 16 /* rows */, KV_CODEC_FAST_MIN = 0x0D80 /* 2^-100 */, KV_CODEC_FAST_MAX = 0x7180 /* 2^100 */ };
+enum {
+    KV_CODEC_GROUP = 16,        /* rows */
+    KV_CODEC_FAST_MIN = 0x0D80, /* 2^-100 */
+    KV_CODEC_FAST_MAX = 0x7180  /* 2^100 */
+};
 
 #define KV_LANES_PASTE(name, set) name##_##set
 #define KV_LANES_EXPAND(name, set) KV_LANES_PASTE(name, set)
@@ -98,7 +102,7 @@ typedef uint8_t kv_half_bytes __attribute__((vector_size(2 * KV_LANES)));
 /* R, l0, l1 -> l0, l1, R within each quad, of numbers of 32 bits. */
 KV_LANES_INLINE void kv_swap_lane(kv_ints *a, kv_ints *b)
 {
-    const kv_floats x = (kv_floats)*a, y = (kv_floats)*b; /* of these, GCC knows a shuffle without a vector of indices */
+    const kv_floats x = (kv_floats)*a, y = (kv_floats)*b; /* for these, GCC knows a shuffle without an index vector */
 #if KV_LANES == 4
     *a = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_EVEN(0, 4));
     *b = (kv_ints)KV_SHUFFLE(kv_ints, x, y, KV_ODD(0, 4));
@@ -179,7 +183,6 @@ KV_LANES_INLINE kv_bytes kv_join_nibbles(kv_bytes a, kv_bytes b)
 /* --- Packing ----------------------------------------------------------------------------------------------------- */
 
 #define kv_float_stage KV_LANES_NAME(kv_float_stage)
-#define kv_float_swap KV_LANES_NAME(kv_float_swap)
 #define kv_rotate_row KV_LANES_NAME(kv_rotate_row)
 #define kv_scale_group KV_LANES_NAME(kv_scale_group)
 #define kv_put_group KV_LANES_NAME(kv_put_group)
@@ -381,6 +384,7 @@ kv_pack_rows(const kv_plane *plane, const char *rows, kv_codec_parts parts, uint
 #define kv_mix_words KV_LANES_NAME(kv_mix_words)
 #define kv_get_group KV_LANES_NAME(kv_get_group)
 #define kv_finish_row KV_LANES_NAME(kv_finish_row)
+#define kv_to_8_bits KV_LANES_NAME(kv_to_8_bits)
 
 KV_LANES_INLINE void kv_word_stage(kv_words *a, kv_words *b)
 {
@@ -389,7 +393,7 @@ KV_LANES_INLINE void kv_word_stage(kv_words *a, kv_words *b)
     *b = x - y;
 }
 
-/* Stages b3, b2, and b1 if asked for, of two vectors with R = b3 and l0, l1, l2 = b0, b1, b2, as they are afterwards. */
+/* Stages b3, b2, and b1 if asked for, of two vectors with R = b3; l0, l1, l2 = b0, b1, b2, then and afterwards. */
 KV_LANES_INLINE void kv_mix_words(kv_words *a, kv_words *b, int with_b1)
 {
     kv_word_stage(a, b);
@@ -482,6 +486,14 @@ kv_get_group(const uint8_t *low, const uint8_t *high, uint32_t elements, uint32_
                      sums + first);
 }
 
+/* Rounds to the 8 significant bits of a bfloat16, ties to even: beside 1.5 * 2^16 times its own power of two, a number
+ * has no more. Products and sums are exact but for the one that rounds, so it makes no difference what is fused. */
+KV_LANES_INLINE kv_floats kv_to_8_bits(kv_floats x)
+{
+    const kv_floats large = (kv_floats)((kv_uints)x & 0x7F800000) * 98304.0f;
+    return (x + large) - large;
+}
+
 /* The last stages, then the scale, the signs, and bfloat16. */
 KV_LANES_INLINE void kv_finish_row(const int16_t *sums, float scale, uint32_t dim, char *row)
 {
@@ -497,13 +509,11 @@ KV_LANES_INLINE void kv_finish_row(const int16_t *sums, float scale, uint32_t di
 #pragma GCC unroll 32
     for (uint32_t i = 0; i < num_vectors; i++) {
         const kv_uints pairs = (kv_uints)v[i];
-        kv_uints even = (kv_uints)(__builtin_convertvector((kv_ints)(pairs << 16), kv_floats) * factor);
-        kv_uints odd = (kv_uints)(__builtin_convertvector((kv_ints)(pairs & 0xFFFF0000), kv_floats) * factor);
+        const kv_floats even = __builtin_convertvector((kv_ints)(pairs << 16), kv_floats) * factor;
+        const kv_floats odd = __builtin_convertvector((kv_ints)(pairs & 0xFFFF0000), kv_floats) * factor;
         kv_uints flips;
         memcpy(&flips, kv_codec_flips + i * words % 128, sizeof flips);
-        even += 0x7FFF + (even >> 16 & 1);
-        odd += 0x7FFF + (odd >> 16 & 1);
-        const kv_uints both = ((even >> 16) | (odd & 0xFFFF0000)) ^ flips;
+        const kv_uints both = ((kv_uints)kv_to_8_bits(even) >> 16 | (kv_uints)kv_to_8_bits(odd)) ^ flips;
         memcpy(row + 2 * i * words, &both, sizeof both);
     }
 }
@@ -568,7 +578,6 @@ kv_unpack_rows(const kv_plane *plane, kv_codec_parts parts, char *rows, uint32_t
 #undef kv_join_bytes
 #undef kv_join_nibbles
 #undef kv_float_stage
-#undef kv_float_swap
 #undef kv_rotate_row
 #undef kv_rotate_group
 #undef kv_scale_group
@@ -581,3 +590,4 @@ kv_unpack_rows(const kv_plane *plane, kv_codec_parts parts, char *rows, uint32_t
 #undef kv_mix_words
 #undef kv_get_group
 #undef kv_finish_row
+#undef kv_to_8_bits

@@ -1,5 +1,5 @@
-/* codec_rows.h: rows of a coded plane (pack.h) packed and unpacked one at a time, in portable C: the specification to the
- * letter (kvortex/codec/README.md), with which whatever is faster must agree. codec.h has what is faster.
+/* codec_rows.h: rows of a coded plane (pack.h) packed and unpacked one at a time, in portable C: the specification to
+ * the letter (kvortex/codec/README.md), with which whatever is faster must agree. codec.h has what is faster.
  *
  * Invariants
  *   - No product is fused with the sum behind it (kv_codec_product), and denormal numbers are not flushed.
@@ -224,8 +224,9 @@ kv_codec_unpack_rows(const kv_plane *plane, kv_codec_parts parts, char *rows, ui
 {
     const uint32_t dim = plane->row_bytes / 2, bits = plane->bits;
     for (uint64_t row = first; row < (uint64_t)first + count; row++)
-        kv_codec_unpack_row(parts.low + kv_codec_low_bytes(row * dim, bits), parts.high + kv_codec_high_bytes(row * dim, bits),
-                            parts.scales + 2 * row, bits, dim, rows + row * plane->step_bytes);
+        kv_codec_unpack_row(parts.low + kv_codec_low_bytes(row * dim, bits),
+                            parts.high + kv_codec_high_bytes(row * dim, bits), parts.scales + 2 * row, bits, dim,
+                            rows + row * plane->step_bytes);
 }
 
 #endif

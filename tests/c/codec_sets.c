@@ -1,10 +1,11 @@
 /* Every instruction set of the codecs against the portable C, under sanitizers, and on other processors:
  *
- *   gcc -std=gnu11 -O1 -g -fsanitize=address,undefined -Iinclude tests/c/codec_sets.c -o codec_sets && ./codec_sets
- *   aarch64-linux-gnu-gcc -std=gnu11 -O2 -static -Iinclude tests/c/codec_sets.c -o codec_sets && qemu-aarch64 codec_sets
+ *   gcc -std=gnu11 -O0 -g -fsanitize=address,undefined -Iinclude tests/c/codec_sets.c -o codec_sets && ./codec_sets
+ *   aarch64-linux-gnu-gcc -std=gnu11 -O2 -static -Iinclude tests/c/codec_sets.c -o codec_sets && \
+ *       qemu-aarch64 codec_sets
  *
- * Planes of every head size and width are packed, damaged and unpacked, in memory that ends where the plane does. The sum
- * of all that was written is the same on every processor.
+ * Planes of every head size and width are packed, damaged and unpacked, in memory that ends where the plane does. The
+ * sum of all that was written is the same on every processor.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -28,7 +29,8 @@ static void add_to_sum(const char *bytes, size_t count)
         sum = (sum ^ (uint8_t)bytes[i]) * 0x100000001b3;
 }
 
-static void require_same(const char *a, const char *b, size_t count, const char *set, const kv_plane *plane, const char *what)
+static void
+require_same(const char *a, const char *b, size_t count, const char *set, const kv_plane *plane, const char *what)
 {
     if (memcmp(a, b, count) != 0) {
         fprintf(stderr, "codec_sets: %s %s %u rows of %u numbers in %u bits otherwise than the portable C\n", set, what,
@@ -57,8 +59,10 @@ static void check(uint32_t dim, uint32_t bits, uint32_t num_rows)
 {
     const uint32_t row_bytes = 2 * dim, step_bytes = row_bytes + 16 * random_below(3);
     const kv_plane plane = {.num_rows = num_rows, .row_bytes = row_bytes, .step_bytes = step_bytes, .bits = bits};
-    const size_t rows_bytes = (size_t)(num_rows - 1) * step_bytes + row_bytes, packed_bytes = kv_plane_packed_bytes(&plane);
-    char *const rows = calloc(1, rows_bytes), *const expected_rows = malloc(rows_bytes), *const found_rows = malloc(rows_bytes);
+    const size_t rows_bytes = (size_t)(num_rows - 1) * step_bytes + row_bytes;
+    const size_t packed_bytes = kv_plane_packed_bytes(&plane);
+    char *const rows = calloc(1, rows_bytes);
+    char *const expected_rows = malloc(rows_bytes), *const found_rows = malloc(rows_bytes);
     char *const expected = malloc(packed_bytes), *const found = malloc(packed_bytes);
     const kv_codec_set *portable = kv_codec_best(), *set;
     for (uint32_t i = 0; kv_codec_set_at(i) != NULL; i++)

@@ -175,8 +175,11 @@ def test_keys_and_values_that_alternate(name, seed):
         ]
         packed, kept = packed_by(name, layout, words)
         assert kept and packed == b"".join(planes) + flags(layout, [0, 0])
-        if codec == "exact":
-            assert unpacked_by(name, layout, packed) == words.tobytes()
+        back = np.empty_like(words)
+        for first, plane, width in zip((0, 1), planes, bits, strict=True):
+            half = words[first::2] if width == 16 else reference.unpack(plane, 17, 64, width)
+            back[first::2] = half
+        assert unpacked_by(name, layout, packed) == back.tobytes()
 
 
 @pytest.mark.parametrize("name", instruction_sets())
@@ -257,7 +260,7 @@ def test_what_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    "flags", [["-O2"], ["-O3", "-ffp-contract=fast"], ["-O1", "-g", "-fsanitize=address,undefined"]]
+    "flags", [["-O2"], ["-O3", "-ffp-contract=fast"], ["-O0", "-g", "-fsanitize=address,undefined"]]
 )
 def test_every_set_agrees_in_c(tmp_path, flags):
     program = tmp_path / "codec_sets"

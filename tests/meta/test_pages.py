@@ -280,7 +280,7 @@ def test_the_table_of_layers_is_the_one_that_imports_are_held_against():
     rows = pages.table(pages.section(HOW, "Layers"))
     rank = {part: int(row[0]) for row in rows for part in re.findall(r"`(\w+)`", row[1])}
     there = {part: {other for other in others if other in rank} for part, others in MAY_IMPORT.items() if part in rank}
-    assert rank.keys() == TOP | there.keys() and MAY_IMPORT.keys() - rank.keys() == {"codec"}  # which is still to come
+    assert rank.keys() == TOP | MAY_IMPORT.keys()
     assert not [(part, other) for part, others in there.items() for other in others if rank[other] > rank[part]]
 
 
