@@ -6,7 +6,7 @@
  *     reads the packed plane alone and writes the rows alone.
  *   - Nothing is allocated. Addresses need no alignment. Needs a little-endian processor.
  *
- * Costs: with AVX-512 on an EPYC of 2022, a vector of 128 numbers takes 36 ns to pack into 8 bits and 23 ns to unpack;
+ * Costs: with AVX-512 on an EPYC of 2022, a vector of 128 numbers takes 35 ns to pack into 8 bits and 22 ns to unpack;
  * in portable C 800 ns. (bench/bench_codec.py)
  */
 #ifndef KVORTEX_CODEC_H
