@@ -39,6 +39,7 @@ __device__ void set_signs(uint32_t (&signs)[CHUNK], uint32_t chunk, uint32_t oth
         const uint64_t half = index & 4 ? 0xf39cc0605cedc834u : 0x9e3779b97f4a7c15u;
         const uint32_t bits = (uint32_t)(half >> (48 - 16 * (index & 3))) & 0xFFFF;
         signs[pair] = (bits << shift & 0x8000) | (bits << shift << 17 & 0x80000000);
+        asm volatile("" : "+r"(signs[pair])); // else the compiler makes them anew for every row
     }
 }
 
@@ -88,7 +89,7 @@ __device__ __forceinline__ uint32_t nibbles(uint32_t even, uint32_t odd)
 __device__ __forceinline__ uint32_t fifth_bits(uint32_t even, uint32_t odd)
 {
     const uint32_t pairs = (even >> 4 & 0x01010101) | (odd >> 3 & 0x02020202); // a pair in a byte
-    return pairs * 0x01041040 >> 24;                                             // to four in the highest one
+    return pairs * 0x01041040 >> 24; // all four in the highest byte, then the lowest
 }
 
 __device__ __forceinline__ uint32_t top_bits(uint32_t even, uint32_t odd)
@@ -154,17 +155,20 @@ __device__ __forceinline__ bool pack_rows(const Rows &rows, uint32_t bits)
             top = max(top, __shfl_xor_sync(ALL_LANES, top, h));
         uint32_t scale = (__float_as_uint(__fdiv_rn(__uint_as_float(top), most)) + 0xFFFF) & 0xFFFF0000; // rounded up
         scale = max(scale, LEAST_SCALE);
-        const float inverse = __frcp_rn(__uint_as_float(scale));
+        float inverse = __frcp_rn(__uint_as_float(scale));
         if (__any_sync(ALL_LANES, top >= LARGE) && is_bad(rows, row)) {
             any_bad = true;
             scale = BF16_NAN << 16;
+            inverse = 0.0f; // it may have been infinite
 #pragma unroll
             for (uint32_t i = 0; i < 2 * CHUNK; i++)
                 x[i] = 0.0f;
         }
         if (row >= rows.num_rows)
             continue;
-        uint32_t q[2 * CHUNK]; // the lowest bits are the number's: 1.5 * 2^23 leaves no place for fractions
+        // 1.5 * 2^23 leaves no place for fractions, so the lowest bits are the number's. No clip: the scale is at least
+        // top / most, less one part in 2^24, so a product is at most `most`, and three such parts, before it is rounded.
+        uint32_t q[2 * CHUNK];
 #pragma unroll
         for (uint32_t i = 0; i < 2 * CHUNK; i++)
             q[i] = __float_as_uint(__fadd_rn(__fmul_rn(x[i], inverse), 12582912.0f));
@@ -199,7 +203,7 @@ struct Packed { // what a thread has of a packed row
 __device__ __forceinline__ void load_packed(Packed &packed, const Rows &rows, uint32_t row, uint32_t bits)
 {
     row = min(row, rows.num_rows - 1);
-    packed.scale = (uint32_t)((const uint16_t *)rows.scales)[row] << 16;
+    packed.scale = ((const uint16_t *)rows.scales)[row];
 #pragma unroll
     for (uint32_t c = 0; c < 2; c++) {
         const uint32_t chunk = row * (rows.dim / CHUNK) + c * rows.lanes + rows.lane;
@@ -217,69 +221,132 @@ __device__ __forceinline__ void load_packed(Packed &packed, const Rows &rows, ui
     }
 }
 
-// A byte of a word, less `bias`, as a float32.
-__device__ __forceinline__ float number(uint32_t word, uint32_t byte, float bias)
+// The numbers of a row as bytes without a sign, each 2^(bits - 1) too large: words of four even or four odd elements.
+__device__ __forceinline__ void spread(uint32_t (&words)[8], const Packed &packed, uint32_t bits)
 {
-    return __fsub_rn(__uint_as_float(__byte_perm(word, 0x4B000000, 0x7440 + byte)), bias); // 2^23 + byte
+    if (bits == 8) {
+#pragma unroll
+        for (uint32_t c = 0; c < 2; c++) {
+            const uint4 low = packed.low[c];
+            words[4 * c] = __byte_perm(low.x, low.y, 0x6420);
+            words[4 * c + 1] = __byte_perm(low.x, low.y, 0x7531);
+            words[4 * c + 2] = __byte_perm(low.z, low.w, 0x6420);
+            words[4 * c + 3] = __byte_perm(low.z, low.w, 0x7531);
+        }
+    } else {
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t low = i & 1 ? packed.low[i / 2].y : packed.low[i / 2].x;
+            words[2 * i] = low & 0x0F0F0F0F;
+            words[2 * i + 1] = low >> 4 & 0x0F0F0F0F;
+        }
+        if (bits == 5) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) { // eight bits, to a pair in a byte
+                uint32_t pairs = packed.high[i / 2] >> 8 * (i & 1) & 0xFF;
+                pairs = (pairs | pairs << 12) & 0x000F000F;
+                pairs = (pairs | pairs << 6) & 0x03030303;
+                words[2 * i] |= pairs << 4 & 0x10101010;
+                words[2 * i + 1] |= pairs << 3 & 0x10101010;
+            }
+        } else if (bits == 6) {
+#pragma unroll
+            for (uint32_t i = 0; i < 4; i++) { // sixteen bits, to four in a byte
+                uint32_t pairs = __byte_perm(packed.high[i / 2], 0, i & 1 ? 0x4342 : 0x4140);
+                pairs = (pairs | pairs << 4) & 0x0F0F0F0F;
+                words[2 * i] |= pairs << 4 & 0x30303030;
+                words[2 * i + 1] |= pairs << 2 & 0x30303030;
+            }
+        }
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < 8; i++)
+        words[i] ^= 0x01010101u << (bits - 1);
+}
+
+// The butterfly of a row's numbers times their scale. A sum of 256 numbers times a scale of 8 significant bits has no
+// more than 24, so float32 would round none of them: the sums are made of integers, two in a word, and the scale comes
+// last, with 1 / dim in it. A word's lower half is of an element, its upper half of the one four further on.
+__device__ __forceinline__ void rotate_numbers(float (&x)[2 * CHUNK], const uint32_t (&words)[8], const Rows &rows,
+                                               uint32_t bits, float scale)
+{
+    const float unit = __fmul_rn(scale, 1.0f / (float)rows.dim), offset = __fmul_rn(unit, -8421376.0f); // 2^23 + 2^15
+    uint32_t v[CHUNK];
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        v[4 * i] = words[2 * i] & 0x00FF00FF;
+        v[4 * i + 1] = words[2 * i + 1] & 0x00FF00FF;
+        v[4 * i + 2] = words[2 * i] >> 8 & 0x00FF00FF;
+        v[4 * i + 3] = words[2 * i + 1] >> 8 & 0x00FF00FF;
+    }
+#pragma unroll
+    for (uint32_t h = 1; h < CHUNK / 2; h *= 2)
+#pragma unroll
+        for (uint32_t i = 0; i < CHUNK; i++)
+            if (!(i & h)) {
+                const uint32_t a = v[i], b = v[i + h];
+                v[i] = a + b;
+                v[i + h] = a - b;
+            }
+#pragma unroll 1
+    for (uint32_t h = 1; h < rows.lanes; h *= 2) {
+        const uint32_t sign = threadIdx.x & h ? -1 : 1;
+#pragma unroll
+        for (uint32_t i = 0; i < CHUNK; i++)
+            v[i] = v[i] * sign + __shfl_xor_sync(ALL_LANES, v[i], h);
+    }
+    if (rows.lane == 0) { // what each number was too large by is in the sum of all alone, so far of a quarter of them
+        v[0] -= (rows.dim << (bits - 3)) * 0x00010001;
+        v[CHUNK / 2] -= (rows.dim << (bits - 3)) * 0x00010001;
+    }
+#pragma unroll
+    for (uint32_t i = 0; i < CHUNK; i++) {
+        const uint32_t j = i % (CHUNK / 2), a = v[j], b = v[j + CHUNK / 2];
+        const uint32_t both = (i < CHUNK / 2 ? a + b : a - b) + 0x80008000; // no signs, so no borrow
+        const float low = __fmaf_rn(__uint_as_float(__byte_perm(both, 0x4B000000, 0x7410)), unit, offset);
+        const float high = __fmaf_rn(__uint_as_float(__byte_perm(both, 0x4B000000, 0x7432)), unit, offset);
+        x[i / 4 * 8 + i % 4] = low + high;
+        x[i / 4 * 8 + i % 4 + 4] = low - high;
+    }
+}
+
+// The same in float32, stage by stage, for scales that whoever packs does not write: infinities, NaN and what is lost
+// below 2^-126 then come out as they do on a CPU.
+__device__ __forceinline__ void rotate_floats(float (&x)[2 * CHUNK], const uint32_t (&words)[8], const Rows &rows,
+                                              uint32_t bits, float scale, const uint32_t (&signs)[CHUNK])
+{
+    const float bias = 8388608.0f + (float)(1 << (bits - 1)), share = 1.0f / (float)rows.dim;
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * CHUNK; i++) {
+        const uint32_t bytes = __byte_perm(words[i / 8 * 2 + i % 2], 0x4B000000, 0x7440 + i % 8 / 2);
+        x[i] = __fmul_rn(__fsub_rn(__uint_as_float(bytes), bias), scale);
+    }
+    butterfly(x, rows.lanes);
+#pragma unroll
+    for (uint32_t i = 0; i < 2 * CHUNK; i++) {
+        x[i] = __fmul_rn(x[i], share);
+        if (x[i] != x[i]) // one NaN for all, so that its sign comes out 0
+            x[i] = __uint_as_float(BF16_NAN << 16 ^ (signs[i / 2] << (i & 1 ? 0 : 16) & 0x80000000));
+    }
 }
 
 __device__ __forceinline__ void unpack_rows(const Rows &rows, uint32_t bits)
 {
-    const float bias = 8388608.0f + (float)(1 << (bits - 1)), share = 1.0f / (float)rows.dim;
-    const uint32_t turn = 0x01010101u << (bits - 1); // sign bits turned, a number is a biased one
     uint32_t signs[CHUNK];
     Packed next;
     set_signs(signs, rows.lane, rows.lanes + rows.lane);
     load_packed(next, rows, rows.first, bits);
     for (uint32_t begin = 0; rows.warp_first + begin < rows.num_rows; begin += rows.step) {
-        const uint32_t row = rows.first + begin;
-        const Packed packed = next;
-        const float scale = __uint_as_float(packed.scale);
+        const uint32_t row = rows.first + begin, scale = next.scale << 16;
+        uint32_t words[8];
         float x[2 * CHUNK];
+        spread(words, next, bits);
         if (rows.warp_first + begin + rows.step < rows.num_rows)
             load_packed(next, rows, row + rows.step, bits);
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++) { // eight numbers each
-            const uint4 low = packed.low[i / 2];
-            const uint32_t high = packed.high[i / 2];
-            uint32_t even, odd; // a number in a byte
-            if (bits == 8) {
-                even = i & 1 ? __byte_perm(low.z, low.w, 0x6420) : __byte_perm(low.x, low.y, 0x6420);
-                odd = i & 1 ? __byte_perm(low.z, low.w, 0x7531) : __byte_perm(low.x, low.y, 0x7531);
-            } else {
-                even = (i & 1 ? low.y : low.x) & 0x0F0F0F0F;
-                odd = (i & 1 ? low.y : low.x) >> 4 & 0x0F0F0F0F;
-            }
-            if (bits == 5) { // eight bits to a pair in a byte
-                uint32_t pairs = high >> 8 * (i & 1) & 0xFF;
-                pairs = (pairs | pairs << 12) & 0x000F000F;
-                pairs = (pairs | pairs << 6) & 0x03030303;
-                even |= pairs << 4 & 0x10101010;
-                odd |= pairs << 3 & 0x10101010;
-            }
-            if (bits == 6) { // sixteen bits to four in a byte
-                uint32_t pairs = __byte_perm(high, 0, i & 1 ? 0x4342 : 0x4140);
-                pairs = (pairs | pairs << 4) & 0x0F0F0F0F;
-                even |= pairs << 4 & 0x30303030;
-                odd |= pairs << 2 & 0x30303030;
-            }
-            even ^= turn;
-            odd ^= turn;
-#pragma unroll
-            for (uint32_t j = 0; j < 4; j++) {
-                x[8 * i + 2 * j] = __fmul_rn(number(even, j, bias), scale);
-                x[8 * i + 2 * j + 1] = __fmul_rn(number(odd, j, bias), scale);
-            }
-        }
-        butterfly(x, rows.lanes);
-#pragma unroll
-        for (uint32_t i = 0; i < 2 * CHUNK; i++)
-            x[i] = __fmul_rn(x[i], share);
-        if ((packed.scale & 0x7FFFFFFF) >= LARGE) // of no row that was packed; below it no sum is infinite
-#pragma unroll
-            for (uint32_t i = 0; i < 2 * CHUNK; i++)
-                if (x[i] != x[i]) // one NaN for all, so that its sign comes out 0
-                    x[i] = __uint_as_float(BF16_NAN << 16 ^ (signs[i / 2] << (i & 1 ? 0 : 16) & 0x80000000));
+        if (__any_sync(ALL_LANES, scale - LEAST_SCALE >= LARGE - LEAST_SCALE))
+            rotate_floats(x, words, rows, bits, __uint_as_float(scale), signs);
+        else
+            rotate_numbers(x, words, rows, bits, __uint_as_float(scale));
         if (row >= rows.num_rows)
             continue;
         uint8_t *target = rows.row0 + row * rows.step_bytes + 2 * CHUNK * rows.lane;
@@ -324,48 +391,61 @@ __device__ void copy_rows(const kv_plane &plane, uint8_t *row0, uint8_t *packed,
     }
 }
 
-} // namespace
+// The threads of a block are split into teams. A team takes whole planes, and says by itself whether one of them is bad.
+// A large team waits for its slowest thread once a plane, which costs three quarters of a round; many small ones may
+// leave most of them without a plane at the end. The number of threads that makes the least of both.
+__device__ uint32_t team_threads(const kv_plane &plane, uint32_t units)
+{
+    const uint32_t bytes = plane.num_rows * plane.row_bytes, planes = (units + gridDim.x - 1) / gridDim.x;
+    uint32_t best = KV_PACK_THREADS, least = 0xFFFFFFFF;
+#pragma unroll
+    for (uint32_t teams = 1; teams <= KV_PACK_THREADS / 32; teams *= 2) {
+        const uint32_t threads = KV_PACK_THREADS / teams, round = 4 * CHUNK * threads;
+        const uint32_t cost = (planes + teams - 1) / teams * (4 * ((bytes + round - 1) / round) + 3);
+        if (cost <= least) {
+            least = cost;
+            best = threads;
+        }
+    }
+    return best;
+}
 
-// The threads of a block are split into teams, so that small planes keep all of them busy and that some load while
-// others compute. A team takes whole planes, and says by itself whether one of them is bad.
-#ifndef TEAM_BYTES
-#define TEAM_BYTES 256 /* a thread: four rounds, each of 64 */
-#endif
+} // namespace
 
 extern "C" __global__ void __launch_bounds__(KV_PACK_THREADS) kv_pack_blocks(const kv_pack pack)
 {
     const kv_plane *planes = (const kv_plane *)pack.planes;
-    uint32_t threads = 32;
-    while (threads < KV_PACK_THREADS
-           && (uint64_t)planes->num_rows * planes->row_bytes >= 2 * threads * (uint64_t)TEAM_BYTES)
-        threads *= 2;
+    const uint32_t units = pack.num_blocks * pack.num_planes, threads = team_threads(*planes, units);
     const uint32_t team = threadIdx.x / threads, thread = threadIdx.x % threads;
-    const uint32_t step = gridDim.x * (KV_PACK_THREADS / threads), units = pack.num_blocks * pack.num_planes;
+    const uint32_t step = gridDim.x * (KV_PACK_THREADS / threads); // of all teams
     for (uint32_t unit = team * gridDim.x + blockIdx.x; unit < units; unit += step) {
         const uint32_t block = unit / pack.num_planes, index = unit % pack.num_planes;
         const kv_plane plane = planes[index];
         uint8_t *target = (uint8_t *)(pack.staging + block * pack.block_bytes);
+        uint8_t *row0 = (uint8_t *)(plane.base + pack.block_ids[block] * plane.block_stride);
         uint8_t *packed = target + plane.offset;
-        Rows rows;
-        rows.row0 = (uint8_t *)(plane.base + pack.block_ids[block] * plane.block_stride);
-        rows.step_bytes = plane.step_bytes;
-        rows.num_rows = plane.num_rows;
-        rows.dim = plane.row_bytes / 2;
-        rows.lanes = rows.dim / 32;
-        rows.lane = thread % rows.lanes;
-        rows.first = thread / rows.lanes;
-        rows.warp_first = (thread & ~31u) / rows.lanes;
-        rows.step = threads / rows.lanes;
-        rows.low = packed;
-        rows.high = packed + kv_plane_low_bytes(&plane);
-        rows.scales = rows.high + kv_plane_high_bytes(&plane);
         bool bad = false;
-        if (plane.bits == KV_PACK_EXACT)
-            copy_rows(plane, rows.row0, packed, pack.to_staging, thread, threads);
-        else if (pack.to_staging)
-            bad = pack_rows(rows, plane.bits);
-        else
-            unpack_rows(rows, plane.bits);
+        if (plane.bits == KV_PACK_EXACT) {
+            copy_rows(plane, row0, packed, pack.to_staging, thread, threads);
+        } else {
+            Rows rows;
+            rows.row0 = row0;
+            rows.step_bytes = plane.step_bytes;
+            rows.num_rows = plane.num_rows;
+            rows.dim = plane.row_bytes / 2;
+            rows.lanes = rows.dim / (2 * CHUNK);
+            rows.lane = thread % rows.lanes;
+            rows.first = thread / rows.lanes;
+            rows.warp_first = (thread & ~31u) / rows.lanes;
+            rows.step = threads / rows.lanes;
+            rows.low = packed;
+            rows.high = packed + kv_plane_low_bytes(&plane);
+            rows.scales = rows.high + kv_plane_high_bytes(&plane);
+            if (pack.to_staging)
+                bad = pack_rows(rows, plane.bits);
+            else
+                unpack_rows(rows, plane.bits);
+        }
         if (pack.to_staging) {
             bad = team_any(bad, team, threads);
             if (thread == 0)
