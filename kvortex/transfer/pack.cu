@@ -167,7 +167,7 @@ __device__ __forceinline__ bool pack_rows(const Rows &rows, uint32_t bits)
         if (row >= rows.num_rows)
             continue;
         // 1.5 * 2^23 leaves no place for fractions, so the lowest bits are the number's. No clip: the scale is at least
-        // top / most, less one part in 2^24, so a product is at most `most`, and three such parts, before it is rounded.
+        // top / most less one part in 2^24, so a product is, before it is rounded, at most `most` and three such parts.
         uint32_t q[2 * CHUNK];
 #pragma unroll
         for (uint32_t i = 0; i < 2 * CHUNK; i++)
@@ -391,7 +391,7 @@ __device__ void copy_rows(const kv_plane &plane, uint8_t *row0, uint8_t *packed,
     }
 }
 
-// The threads of a block are split into teams. A team takes whole planes, and says by itself whether one of them is bad.
+// The threads of a block are split into teams. A team takes whole planes, and says by itself whether one is bad.
 // A large team waits for its slowest thread once a plane, which costs three quarters of a round; many small ones may
 // leave most of them without a plane at the end. The number of threads that makes the least of both.
 __device__ uint32_t team_threads(const kv_plane &plane, uint32_t units)
