@@ -1,7 +1,7 @@
 // The kernel that packs and unpacks; pack.h tells what it is told and how packed planes lie. The package carries it as
 // PTX, made anew after a change by
 //   nvcc -ptx -arch=compute_75 -O3 -fmad=false -I include -o - kvortex/transfer/pack.cu |
-//       sed 's/^\.version .*/.version 8.3/; /^\/\//d' > kvortex/transfer/pack.ptx
+//       sed 's/^\.version .*/.version 6.3/; /^\/\//d' > kvortex/transfer/pack.ptx
 // (the kernel uses nothing newer than the version named here, and older drivers refuse newer ones). Results are to be
 // those of the CPU code, bit for bit: no -ftz=true, no -prec-div=false, no contraction that nobody wrote down.
 //
