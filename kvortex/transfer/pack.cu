@@ -125,6 +125,13 @@ __device__ __forceinline__ bool is_bad(const Rows &rows, uint32_t row)
     return bad;
 }
 
+// Zeros behind a part, up to where the next one begins.
+__device__ __forceinline__ void fill_up(uint8_t *part, uint64_t bytes, uint32_t thread)
+{
+    if (thread < kv_pack_align(bytes) - bytes)
+        part[bytes + thread] = 0;
+}
+
 // Pack this thread's part of all its rows. Whether one of them is bad.
 __device__ __forceinline__ bool pack_rows(const Rows &rows, uint32_t bits)
 {
@@ -441,15 +448,21 @@ extern "C" __global__ void __launch_bounds__(KV_PACK_THREADS) kv_pack_blocks(con
             rows.low = packed;
             rows.high = packed + kv_plane_low_bytes(&plane);
             rows.scales = rows.high + kv_plane_high_bytes(&plane);
-            if (pack.to_staging)
+            if (pack.to_staging) {
                 bad = pack_rows(rows, plane.bits);
-            else
+                fill_up(rows.high, (uint64_t)rows.num_rows * rows.dim * (plane.bits & 3) / 8, thread); // 8 or 4: none
+                fill_up(rows.scales, 2 * (uint64_t)rows.num_rows, thread);
+            } else {
                 unpack_rows(rows, plane.bits);
+            }
         }
         if (pack.to_staging) {
+            uint32_t *flags = (uint32_t *)(target + pack.flags_offset);
             bad = team_any(bad, team, threads);
             if (thread == 0)
-                ((uint32_t *)(target + pack.flags_offset))[index] = bad;
+                flags[index] = bad;
+            if (index == pack.num_planes - 1)
+                fill_up((uint8_t *)flags, 4 * (uint64_t)pack.num_planes, thread);
         }
     }
 }
