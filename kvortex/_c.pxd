@@ -261,14 +261,20 @@ cdef extern from "kvortex/sha256_best.h" nogil:
 # kvortex/pack.h, codec.h (codec, transfer) -----------------------------------------------------------------------
 cdef extern from "kvortex/pack.h" nogil:
     enum:
-        KV_PACK_VERSION, KV_PACK_UNIT_BYTES, KV_PACK_EXACT
+        KV_PACK_VERSION, KV_PACK_UNIT_BYTES, KV_PACK_EXACT, KV_PACK_THREADS, KV_PACK_BLOCKS
 
     ctypedef struct kv_plane:
         uint64_t base, block_stride, offset
         uint32_t num_rows, row_bytes, step_bytes, bits
 
+    ctypedef struct kv_pack:
+        uint64_t planes, staging, block_bytes, flags_offset
+        uint32_t num_planes, num_blocks, to_staging
+        uint32_t block_ids[KV_PACK_BLOCKS]
+
     uint64_t kv_pack_align(uint64_t nbytes)
     uint64_t kv_plane_packed_bytes(const kv_plane *plane)
+    bint kv_packed_is_refused(const char *packed, uint64_t flags_offset, uint32_t num_planes)
 
 cdef extern from "kvortex/codec.h" nogil:
     ctypedef struct kv_codec_set:
@@ -282,7 +288,6 @@ cdef extern from "kvortex/codec.h" nogil:
     void kv_unpack_block(const kv_plane *planes, uint32_t num_planes, uint64_t block, const char *packed)
     void kv_unpack_block_by(const kv_codec_set *which, const kv_plane *planes, uint32_t num_planes, uint64_t block,
                             const char *packed)
-    bint kv_packed_is_refused(const char *packed, uint64_t flags_offset, uint32_t num_planes)
 
 
 # kvortex/slots.h (memory), copy_plan.h (transfer) ------------------------------------------------------------------
@@ -329,22 +334,6 @@ cdef extern from "kvortex/copy_plan.h" nogil:
                                  const uint32_t *slot_ids, size_t num_blocks)
     bint kv_group_may_be_strided(const kv_group *group)
     size_t kv_plan_next(kv_plan *plan, kv_copy *copies, size_t capacity)
-
-
-# kvortex/gather.h (transfer) ---------------------------------------------------------------------------------------
-cdef extern from "kvortex/gather.h" nogil:
-    enum:
-        KV_GATHER_UNIT_BYTES
-        KV_GATHER_THREADS
-        KV_GATHER_BLOCKS
-
-    ctypedef struct kv_gather_run:
-        uint64_t base, block_stride, offset, bytes "bytes"
-
-    ctypedef struct kv_gather:
-        uint64_t runs, staging, block_bytes
-        uint32_t num_runs, num_blocks, to_staging
-        uint32_t block_ids[KV_GATHER_BLOCKS]
 
 
 # kvortex/sync.h ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ OTHER_VARIABLES = {
     "KVORTEX_VERDICTS",
     "KVORTEX_WERROR",
 }
+CODECS = ("exact", "q8", "k8v5", "k6v4", "q4")
 # What was a setting once, and what to do about it now.
 REMOVED = {"header_bytes": "is no setting any more: it follows from the tiers; leave it out"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -64,6 +65,8 @@ class OtherSettings(TypedDict, total=False):
     pool_huge_pages: bool
     gather_ctas: int
     gpu_pool_size_bytes: int | str
+    codec: str
+    exact_layers: Sequence[int]
     deferred: bool | Literal["auto"]
     tiers: Sequence[Any]
     namespace: str | None
@@ -114,6 +117,12 @@ class KVortexConfig:
     gpu_pool_size_bytes : int, default 0
         Limit of `engine.device_pool`, a `DevicePool` for device memory: the gather's, and whatever the runtime takes
         from it. 0: there is none. Nothing is taken before it is asked for.
+    codec : {"exact", "q8", "k8v5", "k6v4", "q4"}, default "exact"
+        How blocks lie in their slots: as they are, or packed on the way by a kernel on the device, to half their size
+        and less. All but "exact" are lossy, and need a layout that names its vectors: `kvortex.codec` has what each one
+        costs. `gather_ctas` then counts the thread blocks of that kernel (0: 12).
+    exact_layers : tuple of int, default ()
+        Layers that the codec leaves as they are; negative numbers count from the last one.
     deferred : bool or "auto", default False
         Whether a thread of the engine submits the copies of a save or a load, so that the call returns at once; "auto":
         where there are many. A call may say otherwise; `KVortexEngine.save_blocks` tells what it means for the caller.
@@ -148,6 +157,8 @@ class KVortexConfig:
     pool_huge_pages: bool = True
     gather_ctas: int = 0
     gpu_pool_size_bytes: int = 0
+    codec: str = "exact"
+    exact_layers: tuple[int, ...] = ()
     deferred: bool | Literal["auto"] = False
     tiers: tuple[Any, ...] = ()
     namespace: str | None = None
@@ -314,6 +325,11 @@ class KVortexConfig:
             if len(value) > 1:
                 raise ConfigError(f"there may be one tier below RAM so far, got {len(value)}")
             return tuple(value)
+        elif name == "codec":
+            if value not in CODECS:
+                raise ConfigError(f"codec must be one of {', '.join(CODECS)}, got {shown(value)}")
+        elif name == "exact_layers":
+            return _layers(value)
         elif name == "deferred":
             if not isinstance(value, bool) and value != "auto":
                 raise ConfigError(f"deferred must be True, False or 'auto', got {shown(value)}")
@@ -380,11 +396,21 @@ class KVortexConfig:
             return text
         if name in cls._LIMITS:
             return int(text) if re.fullmatch(r"-?\d{1,20}", text, re.ASCII) else text  # which the check refuses
-        if name in ("device", "namespace", "weights") or (name, text) == ("deferred", "auto"):
+        if name in ("device", "namespace", "weights", "codec", "exact_layers") or (name, text) == ("deferred", "auto"):
             return text
         if text.lower() in (*_TRUE, *_FALSE):
             return text.lower() in _TRUE
         raise ConfigError(f"{name} must be one of {', '.join((*_TRUE, *_FALSE))}, got {shown(text)}")
+
+
+def _layers(value):
+    """Numbers of layers, also from a text such as ``"0,-1"``."""
+    if isinstance(value, str):
+        value = [int(text) if re.fullmatch(r" *-?\d{1,6} *", text, re.ASCII) else text for text in value.split(",")]
+    try:
+        return tuple([whole_number(number, "a layer") for number in value])
+    except TypeError:
+        raise ConfigError(f"exact_layers must be whole numbers such as (0, -1), got {shown(value)}") from None
 
 
 def parse_bytes(text: str) -> int:

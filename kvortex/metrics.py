@@ -27,8 +27,11 @@ COUNTERS = {  # field of EngineStats: (metric, what it counts)
     "blocks_dropped": ("blocks_dropped", "Blocks evicted from host memory before the lower tier had them."),
     "blocks_discarded": ("blocks_discarded", "Blocks that the caller made KVortex forget."),
     "length_mismatches": ("length_mismatches", "Blocks found with another size than asked for; they count as misses."),
-    "bytes_saved": ("saved_bytes", "Bytes saved to host memory."),
+    "blocks_not_packed": ("blocks_not_packed", "Saves whose block has numbers that the codec cannot pack."),
+    "bytes_saved": ("saved_bytes", "Bytes of the KV cache saved to host memory."),
     "bytes_loaded": ("loaded_bytes", "Bytes loaded to the device."),
+    "packed_bytes_saved": ("saved_packed_bytes", "Bytes that saved blocks took in host memory: fewer with a codec."),
+    "packed_bytes_loaded": ("loaded_packed_bytes", "Bytes that loaded blocks took in host memory."),
     "jobs_failed": ("jobs_failed", "Saves and loads that failed."),
 }
 GAUGES = {

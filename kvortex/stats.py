@@ -60,7 +60,8 @@ class EngineStats:
     registered; where registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
     direction and shape of group: which back end moves it, and what the probe measured. `tiers` has a `TierStats` for
     each lower tier; with one, `blocks_dropped` were evicted before it had them, and it has `pool_blocks_clean` of those
-    in RAM. The `device_pool` is that of
+    in RAM. `bytes_saved` and `bytes_loaded` are of the KV cache, `packed_bytes_...` what they took in their slots, less
+    with a codec; `blocks_not_packed` had numbers that it could not pack. The `device_pool` is that of
     `gpu_pool_size_bytes`, zeros without one: its limit, what is handed out, and what it takes from the device.
     """
 
@@ -73,10 +74,13 @@ class EngineStats:
     blocks_refused: int
     blocks_evicted: int
     blocks_dropped: int
+    blocks_not_packed: int
     blocks_discarded: int
     length_mismatches: int
     bytes_saved: int
     bytes_loaded: int
+    packed_bytes_saved: int
+    packed_bytes_loaded: int
     jobs_failed: int
     jobs_in_flight: int
     pool_blocks: int

@@ -15,12 +15,15 @@ import sys
 import numpy as np
 
 import kvortex
+from codec import reference
+from kvortex.codec import CODECS, planes_of
 from kvortex.slots import stride_bytes
+from kvortex.transfer import packed_bytes
 
 _NOISE = np.random.default_rng(20).bytes(1 << 20)
 
-# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it.
-SHAPES = ("one_allocation", "separate_allocations", "gathered", "uneven", "cross_layer", "mla")
+# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it; "packed" is packed by q8, too.
+SHAPES = ("one_allocation", "separate_allocations", "gathered", "packed", "uneven", "cross_layer", "mla")
 
 
 def content(key_id, generation, nbytes):
@@ -59,7 +62,7 @@ class DeviceCache:
                 head_dim=8,
                 itemsize=2,
             )
-        elif shape in ("separate_allocations", "gathered"):  # as vLLM: one tensor a layer, K and V packed in each block
+        elif shape in ("separate_allocations", "gathered", "packed"):  # as vLLM: one tensor a layer, K and V packed in each block
             buffers = [kvortex.DeviceBuffer(2 * layer_bytes, device) for _ in range(num_layers)]
             places = [(layer, 0, 2 * piece_bytes, 2 * piece_bytes) for layer in range(num_layers)]
         elif shape == "uneven":  # one allocation, layers at uneven distances
@@ -76,12 +79,22 @@ class DeviceCache:
             buffers = [kvortex.DeviceBuffer(num_blocks * piece_bytes, device) for _ in range(num_layers)]
             places = [(layer, 0, piece_bytes, piece_bytes) for layer in range(num_layers)]
         self.buffers, self.places = buffers, places
-        if shape != "one_allocation":
-            self.layout = kvortex.KVLayout(
-                [(buffers[buffer].address + start, stride, size) for buffer, start, stride, size in places], num_blocks
-            )
         self.block_bytes = sum(size for _, _, _, size in places)
+        planes = planes_of_layers(num_layers, piece_bytes) if shape == "packed" else ()
+        if shape != "one_allocation":
+            runs = [(buffers[buffer].address + start, stride, size) for buffer, start, stride, size in places]
+            self.layout = kvortex.KVLayout(runs, num_blocks, planes=planes)
         self.fill(0xEE)
+
+    def content(self, key_id, generation=0):
+        """The bytes to write for a key: what a codec can pack, where one does."""
+        data = content(key_id, generation, self.block_bytes)
+        return bytes(np.frombuffer(data, np.uint16) & 0xBFFF) if self.shape == "packed" else data  # magnitudes below 2
+
+    def loaded(self, key_id, generation=0):
+        """The bytes that a load brings for a key: after a codec, what the reference makes of them."""
+        data = self.content(key_id, generation)
+        return there_and_back(data, self.layout.planes) if self.shape == "packed" else data
 
     def write(self, block, data):
         """Put the bytes of a block record into its pieces; complete on return."""
@@ -116,6 +129,30 @@ class DeviceCache:
             buffer.close()
 
 
+def planes_of_layers(num_layers, piece_bytes, dim=64):
+    """K and V of each layer, one after the other, as vectors of `dim` numbers of 16 bits."""
+    rows = piece_bytes // (2 * dim)
+    return [
+        plane
+        for part in range(2 * num_layers)
+        for plane in planes_of("kv"[part % 2], part * piece_bytes, rows, 2 * dim, 2 * dim, part // 2)
+    ]
+
+
+@functools.lru_cache(maxsize=4096)
+def there_and_back(data, planes, codec="q8"):
+    """What the slow reference makes of a block: each plane encoded and decoded."""
+    block = np.frombuffer(data, np.uint8).copy()
+    for plane in planes:
+        rows = np.lib.stride_tricks.as_strided(
+            block[plane.first_byte :], (plane.num_rows, plane.row_bytes), (plane.step_bytes, 1)
+        )
+        vectors = rows.copy().view(np.uint16)
+        bits = CODECS[codec]["kv".index(plane.role)]
+        rows[:] = reference.decode(*reference.encode(vectors, bits)[:2]).view(np.uint8)
+    return block.tobytes()
+
+
 class ConfigWithTiers(kvortex.KVortexConfig):
     """As with tiers below the pool, which are not there yet: they want a header page."""
 
@@ -124,10 +161,12 @@ class ConfigWithTiers(kvortex.KVortexConfig):
 
 def make_engine(cache, num_slots, make_config=kvortex.KVortexConfig, **settings):
     """An engine over `cache` with exactly `num_slots` slots, all of them registered."""
-    settings.setdefault("gather_ctas", 4 if cache.shape == "gathered" else 0)
+    settings.setdefault("gather_ctas", 4 if cache.shape in ("gathered", "packed") else 0)
+    settings.setdefault("codec", "q8" if cache.shape == "packed" else "exact")
     settings = {"cpu_pool_size_bytes": 1, "shutdown_timeout_ms": 20_000, **settings}
     config = make_config(device=cache.device.name, **settings)
-    stride = stride_bytes(cache.block_bytes, config.header_bytes)
+    slot_bytes = packed_bytes(cache.layout, config.codec, config.exact_layers)
+    stride = stride_bytes(slot_bytes, config.header_bytes)
     config = dataclasses.replace(config, cpu_pool_size_bytes=num_slots * stride)
     engine = kvortex.KVortexEngine.create(config, layout=cache.layout)
     if settings.get("pool_chunk_bytes") is None:

@@ -11,7 +11,7 @@ import threading
 from dataclasses import dataclass, field
 
 import numpy as np
-from kvcache import content, keys_of
+from kvcache import keys_of
 
 import kvortex
 
@@ -70,7 +70,7 @@ class _Worker:
         key_ids = self.chain()
         blocks = self.blocks[: len(key_ids)]
         for key_id, block in zip(key_ids, blocks, strict=True):
-            data, done = content(key_id, 0, self.cache.block_bytes), 0
+            data, done = self.cache.content(key_id), 0
             for buffer, start, stride, size in self.cache.places:
                 self.cache.buffers[buffer].copy_from(data[done : done + size], start + int(block) * stride, self.stream)
                 done += size
@@ -94,7 +94,7 @@ class _Worker:
         for position, (key_id, block) in enumerate(zip(key_ids, blocks, strict=True)):
             data = self.cache.read(int(block), self.stream)
             if position < job.num_blocks:
-                right = data == content(key_id, 0, self.cache.block_bytes)
+                right = data == self.cache.loaded(key_id)
                 self.report.loaded_blocks += 1
             else:
                 right = data == bytes([POISON]) * len(data)

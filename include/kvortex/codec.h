@@ -126,11 +126,13 @@ static inline void kv_pack_block_by(const kv_codec_set *set, const kv_plane *pla
                                     uint64_t flags_offset, uint64_t block, char *packed)
 {
     const uint64_t flags_bytes = 4 * (uint64_t)num_planes;
-    memset(packed + flags_offset + flags_bytes, 0, kv_pack_align(flags_bytes) - flags_bytes);
+    if (flags_offset)
+        memset(packed + flags_offset + flags_bytes, 0, kv_pack_align(flags_bytes) - flags_bytes);
     for (uint32_t i = 0; i < num_planes; i++) {
         const char *const rows = kv_codec_address(&planes[i], block);
         const uint32_t flag = kv_plane_pack_by(set, &planes[i], rows, packed + planes[i].offset);
-        memcpy(packed + flags_offset + 4 * (uint64_t)i, &flag, sizeof flag);
+        if (flags_offset)
+            memcpy(packed + flags_offset + 4 * (uint64_t)i, &flag, sizeof flag);
     }
 }
 
@@ -150,18 +152,6 @@ kv_pack_block(const kv_plane *planes, uint32_t num_planes, uint64_t flags_offset
 static inline void kv_unpack_block(const kv_plane *planes, uint32_t num_planes, uint64_t block, const char *packed)
 {
     kv_unpack_block_by(kv_codec_best(), planes, num_planes, block, packed);
-}
-
-/* Whether a packed block has a number that could not be packed, and so must not be kept. */
-static inline int kv_packed_is_refused(const char *packed, uint64_t flags_offset, uint32_t num_planes)
-{
-    for (uint32_t i = 0; i < num_planes; i++) {
-        uint32_t flag;
-        memcpy(&flag, packed + flags_offset + 4 * (uint64_t)i, sizeof flag);
-        if (flag != 0)
-            return 1;
-    }
-    return 0;
 }
 
 #endif

@@ -44,7 +44,8 @@ typedef struct kv_plane {
 typedef struct kv_pack {
     uint64_t planes;  /* device address of num_planes kv_plane */
     uint64_t staging; /* device address of the first packed block; the others follow at block_bytes */
-    uint64_t block_bytes, flags_offset;
+    uint64_t block_bytes;
+    uint64_t flags_offset; /* 0: every plane is exact, and no flag is written */
     uint32_t num_planes, num_blocks;
     uint32_t to_staging; /* pack, or unpack */
     uint32_t block_ids[KV_PACK_BLOCKS];
@@ -79,6 +80,15 @@ KV_PACK_HD uint64_t kv_plane_packed_bytes(const kv_plane *plane)
     if (plane->bits == KV_PACK_EXACT)
         return (uint64_t)plane->num_rows * plane->row_bytes;
     return kv_plane_low_bytes(plane) + kv_plane_high_bytes(plane) + kv_pack_align(2 * (uint64_t)plane->num_rows);
+}
+
+/* Whether a packed block has a flag set. */
+KV_PACK_HD int kv_packed_is_refused(const char *packed, uint64_t flags_offset, uint32_t num_planes)
+{
+    uint32_t any = 0;
+    for (uint32_t i = 0; flags_offset && i < num_planes; i++)
+        any |= ((const uint32_t *)(packed + flags_offset))[i];
+    return any != 0;
 }
 
 #endif

@@ -1,6 +1,8 @@
 """Where rows of one meaning lie in a block, and where a codec puts them in the packed block (as in pack.h)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from kvortex.arguments import shown, whole_number
 
@@ -49,7 +51,9 @@ class Plane:
         return self.first_byte + (self.num_rows - 1) * self.step_bytes + self.row_bytes
 
 
-def planes_of(role, first_byte, num_rows, row_bytes, step_bytes, layer=0):
+def planes_of(
+    role: str, first_byte: int, num_rows: int, row_bytes: int, step_bytes: int, layer: int = 0
+) -> tuple[Plane, ...]:
     """Return the planes of rows whose vectors have any length.
 
     A vector of D numbers is coded in pieces of the largest power of two that divides D, 128 at most, each a plane of
@@ -75,14 +79,14 @@ class PackedBlock:
 
     codec: str
     block_bytes: int
-    planes: tuple
-    bits: tuple
-    offsets: tuple
+    planes: tuple[Plane, ...]
+    bits: tuple[int, ...]
+    offsets: tuple[int, ...]
     flags_offset: int
     packed_bytes: int
 
     @classmethod
-    def of(cls, planes, block_bytes, codec, exact_layers=()):
+    def of(cls, planes: Iterable[Plane], block_bytes: int, codec: str, exact_layers: Iterable[int] = ()) -> Self:
         """Lay out the packed block.
 
         Parameters

@@ -2,7 +2,7 @@
 
 #include "host_memory.h"
 #include "host_rows.h"
-#include "kvortex/gather.h"
+#include "kvortex/pack.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -233,38 +233,37 @@ kv_result kv_host_memset_d8_async(kv_devptr target, unsigned char value, size_t 
 
 /* Kernels: the one there is, named as in its PTX ------------------------------------------------------------------- */
 
-static const char GATHER_NAME[] = "kv_gather_blocks";
-static const char gather_module, gather_function; /* their addresses are the handles */
+static const char PACK_NAME[] = "kv_pack_blocks";
+static const char pack_module, pack_function; /* their addresses are the handles */
 
 kv_result kv_host_module_load_data(void **module, const void *image)
 {
     KV_HOST_BEGIN(module_load_data);
     if (!kv_host_current_device())
         return KV_CUDA_INVALID_CONTEXT;
-    if (!module || !image || !strstr(image, GATHER_NAME))
+    if (!module || !image || !strstr(image, PACK_NAME))
         return KV_CUDA_INVALID_VALUE;
-    *module = (void *)&gather_module;
+    *module = (void *)&pack_module;
     return KV_CUDA_SUCCESS;
 }
 
 kv_result kv_host_module_unload(void *module)
 {
     KV_HOST_BEGIN(module_unload);
-    return module == &gather_module ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_HANDLE;
+    return module == &pack_module ? KV_CUDA_SUCCESS : KV_CUDA_INVALID_HANDLE;
 }
 
 kv_result kv_host_module_get_function(void **function, void *module, const char *name)
 {
     KV_HOST_BEGIN(module_get_function);
-    if (module != &gather_module)
+    if (module != &pack_module)
         return KV_CUDA_INVALID_HANDLE;
-    if (!function || !name || strcmp(name, GATHER_NAME))
+    if (!function || !name || strcmp(name, PACK_NAME))
         return name ? KV_CUDA_NOT_FOUND : KV_CUDA_INVALID_VALUE;
-    *function = (void *)&gather_function;
+    *function = (void *)&pack_function;
     return KV_CUDA_SUCCESS;
 }
 
-/* A gather is a copy of many pieces, which have no order among themselves here either. */
 kv_result kv_host_launch_kernel(void *function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
                                 unsigned int block_x, unsigned int block_y, unsigned int block_z,
                                 unsigned int shared_bytes, void *stream_handle, void **parameters, void **extra)
@@ -274,21 +273,14 @@ kv_result kv_host_launch_kernel(void *function, unsigned int grid_x, unsigned in
     kv_result code = kv_host_find_own_stream(stream_handle, &stream);
     if (code)
         return code;
-    if (function != &gather_function)
+    if (function != &pack_function)
         return KV_CUDA_INVALID_HANDLE;
-    if (!grid_x || grid_y != 1 || grid_z != 1 || block_x != KV_GATHER_THREADS || block_y != 1 || block_z != 1 ||
+    if (!grid_x || grid_y != 1 || grid_z != 1 || block_x != KV_PACK_THREADS || block_y != 1 || block_z != 1 ||
         shared_bytes || !parameters || extra)
         return KV_CUDA_INVALID_VALUE;
-    const kv_gather *gather = parameters[0];
-    const kv_gather_run *runs = pointer(gather->runs);
-    kv_op *op = kv_op_new(KV_OP_COPY, (size_t)gather->num_blocks * gather->num_runs);
-    for (size_t i = 0; op && i < op->count; i++) {
-        const kv_gather_run *run = &runs[i % gather->num_runs];
-        const size_t block = i / gather->num_runs;
-        const char *piece = pointer(run->base + gather->block_ids[block] * run->block_stride);
-        const char *staged = pointer(gather->staging + block * gather->block_bytes + run->offset);
-        op->pieces[i] = (kv_piece){(char *)(gather->to_staging ? staged : piece),
-                                   gather->to_staging ? piece : staged, run->bytes};
-    }
+    const size_t pieces = (sizeof(kv_pack) + sizeof(kv_piece) - 1) / sizeof(kv_piece);
+    kv_op *op = kv_op_new(KV_OP_PACK, pieces);
+    if (op)
+        memcpy(op->pieces, parameters[0], sizeof(kv_pack)); /* taken by value, as a GPU takes it */
     return kv_host_submit(stream, op, 0, NULL);
 }

@@ -1,6 +1,7 @@
 /* Streams and tickets of the host driver; see host_stream.h. */
 
 #include "host_stream.h"
+#include "kvortex/codec.h"
 
 #include <signal.h>
 #include <stdlib.h>
@@ -149,6 +150,19 @@ static void copy_piece(const kv_op *op, const kv_piece *piece)
         memcpy(piece->target + row * op->target_pitch, piece->source + row * op->source_pitch, piece->bytes);
 }
 
+/* The one kernel there is. */
+static void pack(const kv_pack *told)
+{
+    const kv_plane *planes = (const kv_plane *)told->planes;
+    for (uint32_t i = 0; i < told->num_blocks; i++) {
+        char *packed = (char *)told->staging + i * told->block_bytes;
+        if (told->to_staging)
+            kv_pack_block(planes, told->num_planes, told->flags_offset, told->block_ids[i], packed);
+        else
+            kv_unpack_block(planes, told->num_planes, told->block_ids[i], packed);
+    }
+}
+
 static void run(kv_stream *stream, kv_op *op)
 {
     switch (op->kind) {
@@ -159,6 +173,9 @@ static void run(kv_stream *stream, kv_op *op)
         break;
     case KV_OP_FILL:
         memset(op->pieces[0].target, op->value, op->pieces[0].bytes);
+        break;
+    case KV_OP_PACK:
+        pack((const kv_pack *)op->pieces);
         break;
     case KV_OP_COPY: /* drawn without replacement: nobody may count on an order inside a batch */
         for (size_t left = op->count; left > 0; left--) {

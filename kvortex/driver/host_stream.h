@@ -25,7 +25,7 @@ typedef struct kv_piece {
     size_t bytes;
 } kv_piece;
 
-typedef enum kv_op_kind { KV_OP_MARK, KV_OP_WAIT, KV_OP_COPY, KV_OP_FILL } kv_op_kind;
+typedef enum kv_op_kind { KV_OP_MARK, KV_OP_WAIT, KV_OP_COPY, KV_OP_FILL, KV_OP_PACK } kv_op_kind;
 
 typedef struct kv_op {
     struct kv_op *next;
@@ -34,7 +34,7 @@ typedef struct kv_op {
     uint64_t ticket;                         /* WAIT: what for */
     size_t rows, target_pitch, source_pitch; /* COPY: of every piece; one row is a plain copy */
     size_t count;
-    kv_piece pieces[];
+    kv_piece pieces[]; /* PACK: a kv_pack */
 } kv_op;
 
 typedef struct kv_stream {

@@ -18,7 +18,8 @@ from kvortex.transfer._source cimport Source
 cdef struct Counters:
     uint64_t blocks_checked, blocks_hit, blocks_saved, blocks_loaded
     uint64_t blocks_present, blocks_pending, blocks_refused
-    uint64_t bytes_saved, bytes_loaded, jobs_failed
+    uint64_t bytes_saved, bytes_loaded, packed_bytes_saved, packed_bytes_loaded, jobs_failed
+    uint64_t blocks_not_packed
     uint64_t blocks_admitted, blocks_not_admitted  # NEW blocks that a tier was to have, and not
     kv_histogram lookup_ns, save_ns, load_ns
 
@@ -45,7 +46,7 @@ cdef class EngineCore:
     cdef kv_monitor counting             # guards the counters
     cdef Counters count
     cdef bint has_counting
-    cdef bint logged_failure, logged_pool    # what went wrong in the background was logged
+    cdef bint logged_failure, logged_pool, logged_refusal    # what went wrong in the background was logged
     cdef bint leaked                     # pinned memory was left to copies that may still run into it
     cdef int failure                     # sticky CUresult: jobs fail, lookups miss, nothing is reused
     cdef int calls                       # threads inside a verb, where no Python code runs; changed under the GIL
@@ -71,5 +72,6 @@ cdef class EngineCore:
     cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
                               int deferred)
     cdef void retire_job(self, Direction direction, const JobRecord *job, int code) noexcept nogil
+    cdef size_t commit(self, const JobRecord *job, uint64_t *nbytes) noexcept nogil
     cdef bint any_in_flight(self) noexcept
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1

@@ -23,6 +23,7 @@ from kvortex.transfer._copier cimport D2H, H2D, Direction
 from kvortex.transfer._job cimport Job, Loan
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packing
 from kvortex.transfer._source cimport Source, make_source, part_of, require_disjoint
 from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
@@ -437,8 +438,10 @@ cdef class EngineCore:
                 blocks_pending=count.blocks_pending, blocks_refused=count.blocks_refused,
                 blocks_evicted=index["evictions"], blocks_discarded=index["discards"],
                 blocks_dropped=0 if self.tiering is None else index["dirty_evictions"],
+                blocks_not_packed=count.blocks_not_packed,
                 length_mismatches=index["length_mismatches"], bytes_saved=count.bytes_saved,
-                bytes_loaded=count.bytes_loaded, jobs_failed=count.jobs_failed,
+                bytes_loaded=count.bytes_loaded, packed_bytes_saved=count.packed_bytes_saved,
+                packed_bytes_loaded=count.packed_bytes_loaded, jobs_failed=count.jobs_failed,
                 jobs_in_flight=sum([(<TransferQueue>queue).jobs_in_flight for queue in self.queues]),
                 pool_blocks=self.pool.slots_usable, pool_blocks_used=index["slots_added"] - index["num_free"],
                 pool_blocks_clean=index["num_clean"],
@@ -487,7 +490,8 @@ cdef class EngineCore:
         return 0
 
     cdef int log_failures(self) except -1:
-        """Log, once each, what the threads without the GIL could not: a dead context, a pool that stays incomplete.
+        """Log, once each, what the threads without the GIL could not: a dead context, a pool that stays incomplete,
+        blocks that could not be packed.
 
         Returns 1 if there was something to log.
         """
@@ -495,6 +499,12 @@ cdef class EngineCore:
             self.logged_failure = True
             log(logging.ERROR, "engine_failed", "the device's context is dead: jobs fail and lookups miss from now on; "
                 "shut this engine down", device=self.device.name, error=error_name(self.device, self.failure))
+            return 1
+        if self.count.blocks_not_packed and not self.logged_refusal:
+            self.logged_refusal = True
+            log(logging.WARNING, "blocks_not_packed", "blocks have numbers that no codec can pack (Inf, NaN, or 2^100 "
+                "and more), and are not kept; get_stats counts them", device=self.device.name,
+                num_blocks=self.count.blocks_not_packed)
             return 1
         if not self.failure and self.pool.failure and not self.logged_pool:
             self.logged_pool = True
@@ -538,7 +548,7 @@ cdef class EngineCore:
                           object data_ptrs, object sizes, object stream):
         """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
         try:
-            return make_source(self.device, carrier.layout if layout is None else layout, self.pool,
+            return make_source(self.device, carrier.layout if layout is None else layout, carrier.packings, self.pool,
                                carrier.device_memory, direction, n, block_ids, data_ptrs, sizes, stream)
         except (DriverError, EngineClosed):
             self.require_open()
@@ -624,9 +634,9 @@ cdef class EngineCore:
                             record_of_job.num_slots = index
                             break
             moved = record_of_job.num_slots
-            record_of_job.nbytes = 0
-            for index in range(moved):
-                record_of_job.nbytes += source.lengths[0] if source.by_block else record_of_job.lengths[index]
+            record_of_job.nbytes = moved * source.layout.block_bytes if source.by_block else 0
+            for index in range(0 if source.by_block else moved):
+                record_of_job.nbytes += record_of_job.lengths[index]
             if moved:
                 code = carrier.submit(number, record, source, deferred, &has_turn)
             if code and has_turn:
@@ -740,7 +750,7 @@ cdef class EngineCore:
         elif direction == H2D:
             self.index.release_slots(job.slots, job.num_slots)
         elif copied:
-            committed = self.index.commit_slots(job.slots, job.num_slots, False, NULL, &nbytes)
+            committed = self.commit(job, &nbytes)
         else:
             self.index.abort_slots(job.slots, job.num_slots)
         elapsed_ns = _c.kv_now_ns() - job.start_ns
@@ -749,13 +759,39 @@ cdef class EngineCore:
             self.count.jobs_failed += 1
         elif copied and direction == D2H:
             self.count.blocks_saved += committed
-            self.count.bytes_saved += nbytes
+            self.count.packed_bytes_saved += nbytes
+            self.count.bytes_saved += nbytes if job.packing is NULL else committed * (<Packing>job.packing).block_bytes
             _c.kv_histogram_add(&self.count.save_ns, elapsed_ns)
         elif copied:
             self.count.blocks_loaded += job.num_slots
             self.count.bytes_loaded += job.nbytes
+            self.count.packed_bytes_loaded += (job.nbytes if job.packing is NULL
+                                               else job.num_slots * (<Packing>job.packing).packed_bytes)
             _c.kv_histogram_add(&self.count.load_ns, elapsed_ns)
         _c.kv_monitor_unlock(&self.counting)
+
+    cdef size_t commit(self, const JobRecord *job, uint64_t *nbytes) noexcept nogil:
+        """Make saved blocks visible, but those with numbers that the codec could not pack; how many there are."""
+        cdef size_t first, end = 0, committed = 0, refused = 0
+        cdef uint64_t added = 0
+        if job.packing is NULL:
+            return self.index.commit_slots(job.slots, job.num_slots, False, NULL, nbytes)
+        while end < job.num_slots:
+            first = end
+            while end < job.num_slots and not (<Packing>job.packing).is_refused(self.pool, job.slots[end]):
+                end += 1
+            if end > first:
+                committed += self.index.commit_slots(job.slots + first, end - first, False, NULL, &added)
+                nbytes[0] += added
+            if end < job.num_slots:
+                self.index.abort_slots(job.slots + end, 1)
+                refused += 1
+                end += 1
+        if refused:
+            _c.kv_monitor_lock(&self.counting)
+            self.count.blocks_not_packed += refused
+            _c.kv_monitor_unlock(&self.counting)
+        return committed
 
     # ---- layouts ----------------------------------------------------------------------------------------------------
 
@@ -774,7 +810,7 @@ cdef class EngineCore:
 
     cdef bytes digest_for(self, KVLayout layout):
         """What keys of blocks of a layout are xored with; None, for those of the first that there ever was: nothing."""
-        fingerprint = layout.fingerprint
+        fingerprint = self.carriers.fingerprint_of(layout)
         if fingerprint == self.carriers.fingerprint:
             return None
         return digest_of(tag=hashlib.sha256(b"layout" + fingerprint).digest())
@@ -783,10 +819,14 @@ cdef class EngineCore:
     def _signals(self):
         return self.carriers.signals
 
-    def _require_fit(self, KVLayout layout not None):
+    def _require_fit(self, KVLayout layout not None, codec, exact_layers):
         """Refuse a layout that cannot be added."""
         self.require_open()
-        self.carriers.require_fit(layout)
+        self.carriers.require_fit(layout, codec, exact_layers)
+
+    def _fingerprint_of(self, KVLayout layout not None):
+        """`KVLayout.fingerprint` of what lies in slots: packed, it is another one."""
+        return self.carriers.fingerprint_of(layout)
 
     def _add_carrier(self, Carrier carrier not None):
         """From here on calls may name its layout; where this raises, nothing has changed."""

@@ -16,7 +16,7 @@ from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
-from kvortex.transfer import Carrier, KVLayout
+from kvortex.transfer import Carrier, KVLayout, packed_bytes
 
 if TYPE_CHECKING:  # which most engines, and imports of kvortex, do without
     import numpy as np
@@ -87,7 +87,7 @@ class KVortexEngine(EngineCore):
         ------
         ConfigError
             A setting does not fit: no block size, a pool smaller than one slot, blocks of the layout above block_bytes,
-            no such device.
+            no such device, a codec that can pack nothing of the layout.
         PoolExhausted
             The machine or its cgroup cannot hold the pool, asked before any page is touched; or `gpu_pool_size_bytes`
             is too small for the gather.
@@ -102,12 +102,17 @@ class KVortexEngine(EngineCore):
             )
         block_bytes = config.block_bytes
         if layout is not None:
-            block_bytes = layout.block_bytes if block_bytes is None else block_bytes
-            if layout.block_bytes > block_bytes:
+            slot_bytes = packed_bytes(layout, config.codec, config.exact_layers)
+            block_bytes = slot_bytes if block_bytes is None else block_bytes
+            if slot_bytes > block_bytes:
                 raise ConfigError(
-                    f"block_bytes is {block_bytes}, but the layout's blocks have {layout.block_bytes}; "
-                    f"leave block_bytes out"
+                    f"block_bytes is {block_bytes}, but the layout's blocks take {slot_bytes}; leave block_bytes out"
                 )
+        elif config.codec != "exact":
+            raise ConfigError(
+                f"the codec {config.codec!r} packs blocks of a layout, and there is none; pass "
+                f"create(config, layout=...)"
+            )
         if block_bytes is None:
             raise ConfigError("block_bytes is needed without a layout; set it to the size of your largest block")
         # Assigned to names as soon as they are made, so that a signal between two steps loses none.
@@ -166,7 +171,7 @@ class KVortexEngine(EngineCore):
         from kvortex.engine.tiering import Tiering, tag_of  # late: most engines have no tier
 
         config, (settings,) = self.config, self.config.tiers
-        fingerprint = b"" if layout is None else layout.fingerprint
+        fingerprint = b"" if layout is None else self._fingerprint_of(layout)
         space = hashlib.sha256(f"kvortex 1 {self.pool.payload_bytes} {config.namespace}".encode() + b"\0" + fingerprint)
         tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights))
         try:
@@ -285,7 +290,7 @@ class KVortexEngine(EngineCore):
         with self._shutting_down:
             carrier = None
             try:
-                self._require_fit(layout)
+                self._require_fit(layout, self.config.codec, self.config.exact_layers)
                 require_reachable(layout, self.device, self.config)
                 carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self._signals)
                 self._add_carrier(carrier)
@@ -386,6 +391,8 @@ def make_carrier(config, device, pool, layout, device_pool, signals=None):
         signals=signals,
         gather_ctas=config.gather_ctas,
         device_pool=device_pool,
+        codec=config.codec,
+        exact_layers=config.exact_layers,
     )
 
 

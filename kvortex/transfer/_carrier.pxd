@@ -8,6 +8,7 @@ from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport Direction
 from kvortex.transfer._job_table cimport JobRecord
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packings
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
 
@@ -24,6 +25,7 @@ cdef class Carrier:
     cdef readonly Device device
     cdef readonly PinnedPool pool
     cdef readonly KVLayout layout        # None: raw memory only
+    cdef readonly Packings packings      # how its blocks lie in their slots; None: as they are, moved piece by piece
     cdef readonly JobSignals signals
     cdef readonly tuple queues           # D2H ones, then H2D ones; a job's words name them by position
     cdef int num_queues, num_savers
@@ -43,6 +45,7 @@ cdef class Carrier:
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil
     cdef void fill(self, int number, uint32_t record, Source source, size_t n) noexcept nogil
     cdef int submit(self, int number, uint32_t record, Source source, int deferred, bint *has_turn) noexcept nogil
+    cdef void *packing_on(self, int number, Source source) noexcept nogil
     cdef size_t copies_of_block(self, int number, Source source) noexcept nogil
     cdef void hold_met(self, int number, JobRecord *job, const uint64_t *met, size_t num_met) noexcept nogil
     cdef bint names_block_twice(self, const int64_t *ids, size_t n) noexcept nogil

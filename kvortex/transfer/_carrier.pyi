@@ -1,6 +1,9 @@
+from collections.abc import Sequence
+
 from kvortex.driver import Device
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.transfer._layout import KVLayout
+from kvortex.transfer._packing import Packings
 from kvortex.transfer._signals import JobSignals
 from kvortex.transfer._transfer_queue import TransferQueue
 
@@ -8,6 +11,7 @@ class Carrier:
     device: Device
     pool: PinnedPool
     layout: KVLayout | None
+    packings: Packings | None
     signals: JobSignals
     queues: tuple[TransferQueue, ...]
     def __init__(
@@ -22,5 +26,7 @@ class Carrier:
         signals: JobSignals | None = None,
         gather_ctas: int = 0,
         device_pool: DevicePool | None = None,
+        codec: str = "exact",
+        exact_layers: Sequence[int] = (),
     ) -> None: ...
     def close(self, timeout_ms: int = 5000) -> None: ...

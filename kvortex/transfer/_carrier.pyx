@@ -13,6 +13,7 @@ from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, Direction
 from kvortex.transfer._job_table cimport NO_RECORD, JobRecord
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packings
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
 from kvortex.transfer._transfer_queue cimport TransferQueue
@@ -25,6 +26,7 @@ from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._probe import probe_layout
 
 
+CODEC_CTAS = 12  # thread blocks that pack, if nobody says how many
 cdef size_t LONG_COPIES = 256  # from which on "auto" does not let the caller issue them
 
 
@@ -54,13 +56,16 @@ cdef class Carrier:
         Wake-ups shared with other carriers.
     gather_ctas : int, default 0
         Thread blocks of the kernel that moves small pieces (`TransferQueue.use_gather`), where that pays; 0 never.
+        With a codec, of the kernel that packs; 0: `CODEC_CTAS`.
     device_pool : DevicePool, optional
         Where the staging memory of that kernel comes from.
+    codec, exact_layers
+        As for `TransferQueue.use_gather`.
 
     Raises
     ------
     ValueError
-        Too many queues, or a number out of range.
+        Too many queues, or a number out of range; the codec cannot pack any of the layout.
     DriverError, MemoryError, PoolExhausted
         There was no stream, event or memory to be had; nothing is left behind.
 
@@ -76,7 +81,8 @@ cdef class Carrier:
         self.has_hazards = True
 
     def __init__(self, Device device not None, PinnedPool pool not None, KVLayout layout=None, *, num_savers=1,
-                 num_loaders=1, max_jobs=256, JobSignals signals=None, gather_ctas=0, DevicePool device_pool=None):
+                 num_loaders=1, max_jobs=256, JobSignals signals=None, gather_ctas=0, DevicePool device_pool=None,
+                 codec="exact", exact_layers=()):
         cdef bint on_device = False
         if self.queues is not None:
             raise RuntimeError("Carrier.__init__ may be called once")
@@ -101,7 +107,7 @@ cdef class Carrier:
             if layout is not None:
                 for queue in (queues[0], queues[num_savers]):
                     probe_layout(layout, queue, known=known.setdefault(device, {}))
-                self._use_gather(queues, gather_ctas, device_pool)
+                self._use_gather(queues, gather_ctas, device_pool, codec, exact_layers)
         except BaseException:
             for queue in queues:
                 queue.close()
@@ -112,11 +118,17 @@ cdef class Carrier:
         self.num_savers = num_savers
         self.queues = tuple(queues)
 
-    def _use_gather(self, queues, num_ctas, pool):
-        """Move small pieces by a kernel where that was asked for and pays."""
-        gathered = [queue for queue in queues if gather_pays(self.layout, queue.direction)]
-        for queue in gathered if num_ctas else ():
-            queue.use_gather(self.layout, num_ctas, pool)
+    def _use_gather(self, queues, num_ctas, pool, codec, exact_layers):
+        """Move blocks by a kernel where a codec packs them, or where that was asked for and pays."""
+        cdef TransferQueue queue
+        if codec == "exact":
+            gathered = [queue for queue in queues if gather_pays(self.layout, queue.direction)] if num_ctas else []
+        else:
+            gathered, num_ctas = queues, num_ctas or CODEC_CTAS
+        if gathered:
+            self.packings = Packings(self.device, self.layout, codec, exact_layers)
+        for queue in gathered:
+            queue.gather_by(self.packings, num_ctas, pool)
         if num_ctas and not gathered:
             message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
             log(logging.INFO, "gather_unused", message, device=self.device.name, piece_bytes=self.layout.piece_bytes)
@@ -194,8 +206,10 @@ cdef class Carrier:
             met = <uint64_t *>malloc(job.num_slots * sizeof(uint64_t))
             if met is NULL:
                 code = _c.KV_CUDA_OUT_OF_MEMORY
-            (<TransferQueue>self.queue[number]).plan_blocks(record, source.layout, self.pool)
+            (<TransferQueue>self.queue[number]).plan_blocks(record, source.layout, self.packing_on(number, source),
+                                                            self.pool)
         else:
+            job.packing = NULL
             job.plan = _c.kv_plan_of_addresses(job.places, job.lengths, &self.pool.slots, job.slots, job.num_slots)
         if code == 0 and source.ordered:
             code = (<TransferQueue>self.queue[number]).order(record, source.stream)
@@ -217,11 +231,17 @@ cdef class Carrier:
         self.device.leave(mode)
         return code
 
+    cdef void *packing_on(self, int number, Source source) noexcept nogil:
+        """How a queue moves the blocks; NULL: piece by piece, as they are, where the kernel does not pay its way."""
+        if source.packing is None or (<TransferQueue>self.queue[number]).copier.gather is None:
+            return NULL
+        return <void *>source.packing
+
     cdef size_t copies_of_block(self, int number, Source source) noexcept nogil:
         """Calls or descriptors that one block takes."""
         cdef uint32_t index, bit
         cdef size_t copies = 0
-        if not source.by_block:
+        if not source.by_block or self.packing_on(number, source) is not NULL:
             return 1
         bit = source.layout.strided_bit((<TransferQueue>self.queue[number]).direction_)
         for index in range(source.layout.num_groups):

@@ -27,7 +27,7 @@ cdef class Carriers:
     cdef int require_submitter(self) except -1
 
     cdef Carrier of(self, object layout)              # of a layout or a part of one; ValueError: there is none
-    cdef int require_fit(self, KVLayout layout) except -1
+    cdef int require_fit(self, KVLayout layout, object codec, object exact_layers) except -1
     cdef int add(self, Carrier carrier) except -1     # where it raises, nothing has changed
     cdef Carrier refuse(self, object layout)          # no call may use the carrier of a layout any more
     # Until no thread looks at the carrier any more, or `closing`.
@@ -35,3 +35,4 @@ cdef class Carriers:
     cdef bint is_left(self, Carrier carrier) noexcept
     cdef int drop(self, Carrier carrier, bint ended) except -1   # it has no jobs; added or not, its queues are closed
     cdef int choose(self) except -1
+    cdef bytes fingerprint_of(self, KVLayout layout)

@@ -11,10 +11,12 @@ from kvortex.transfer._carrier cimport Carrier
 from kvortex.transfer._completion cimport CompletionThread
 from kvortex.transfer._job_table cimport retire_hook
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packing
 from kvortex.transfer._submitter cimport Submitter
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 from kvortex.errors import ConfigError
+from kvortex.transfer._packing import packed_bytes
 from kvortex.transfer.overlaps import find_shared
 
 cdef uint64_t NAP_NS = 100_000
@@ -55,7 +57,15 @@ cdef class Carriers:
         return tuple([layout for layout, carrier in self.by_layout.items()
                       if layout is not None and not (<Carrier>carrier).refuses])
 
-    cdef int require_fit(self, KVLayout layout) except -1:
+    cdef bytes fingerprint_of(self, KVLayout layout):
+        """What blocks of a layout must have in common with others to be theirs: how they are packed, too."""
+        cdef Carrier carrier = self.by_layout.get(layout.whole or layout)
+        cdef Packing packing = None
+        if carrier is not None and carrier.packings is not None:
+            packing = carrier.packings.of(layout)
+        return layout.fingerprint if packing is None else packing.fingerprint
+
+    cdef int require_fit(self, KVLayout layout, object codec, object exact_layers) except -1:
         """Refuse what could not be moved, and what would share memory with a layout that is there."""
         cdef KVLayout other
         if layout.whole is not None:
@@ -64,9 +74,10 @@ cdef class Carriers:
             raise ValueError(f"{layout!r} was added already" + (
                 "; it is being removed: let remove_layout return first" if (<Carrier>self.by_layout[layout]).refuses
                 else ""))
-        if layout.block_bytes > self.pool.slots.payload_bytes:
-            raise ConfigError(f"the layout's blocks have {layout.block_bytes} bytes, and slots of this engine's pool "
-                              f"hold {self.pool.payload_bytes}; create it with block_bytes={layout.block_bytes}")
+        slot_bytes = packed_bytes(layout, codec, exact_layers)
+        if slot_bytes > self.pool.slots.payload_bytes:
+            raise ConfigError(f"the layout's blocks take {slot_bytes} bytes, and slots of this engine's pool hold "
+                              f"{self.pool.payload_bytes}; create it with block_bytes={slot_bytes}")
         for other in self.by_layout:
             if other is None:
                 continue
@@ -145,8 +156,8 @@ cdef class Carriers:
         layouts = self.layouts
         if layouts:
             if self.fingerprint is None:
-                self.fingerprint = layouts[0].fingerprint
-            alike = [layout for layout in layouts if layout.fingerprint == self.fingerprint]
+                self.fingerprint = self.fingerprint_of(layouts[0])
+            alike = [layout for layout in layouts if self.fingerprint_of(layout) == self.fingerprint]
             first = self.by_layout[(alike or layouts)[0]]
         self.first = first
         return 0

@@ -6,6 +6,7 @@ from kvortex._c cimport KV_BATCH_COPIES, kv_copy, kv_devptr, kv_plan
 from kvortex.driver._device cimport Device
 from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packing
 
 cdef enum Direction:
     D2H = 0
@@ -25,10 +26,10 @@ cdef class Copier:
     cdef int open(self) noexcept nogil
     cdef int synchronize(self) noexcept nogil
     cdef void close(self) noexcept nogil
-    cdef int copy(self, kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil
+    cdef int copy(self, kv_plan *plan, KVLayout layout, void *packing, uint64_t until_ns) noexcept nogil
     cdef int copy_plan(self, kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil
-    cdef int copy_gathered(self, kv_plan *plan, uint64_t until_ns) noexcept nogil
-    cdef int launch(self, const kv_plan *plan, size_t count) noexcept nogil
+    cdef int copy_gathered(self, kv_plan *plan, Packing packing, uint64_t until_ns) noexcept nogil
+    cdef int launch(self, const kv_plan *plan, Packing packing, size_t count) noexcept nogil
     cdef int wait_for(self, void *stream, void *event) noexcept nogil
     cdef int pass_on(self, void *event, void *earlier, void *later) noexcept nogil
     cdef int copy_strided(self, const kv_copy *copy) noexcept nogil

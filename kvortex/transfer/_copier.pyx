@@ -8,6 +8,7 @@ from libc.string cimport memset
 cimport kvortex._c as _c
 from kvortex.driver._device cimport Device
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packing
 
 cdef size_t FIRST_BATCH_COPIES = 32
 
@@ -38,13 +39,13 @@ cdef class Copier:
         if self.stream is not NULL:
             self.device.give_back(self.device.drv.stream_destroy, self.stream)
 
-    cdef int copy(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
-        """Issue the copies of the plan by what moves its layout, as far as time goes. A CUresult.
+    cdef int copy(self, _c.kv_plan *plan, KVLayout layout, void *packing, uint64_t until_ns) noexcept nogil:
+        """Issue the copies of the plan, by a `Packing` where there is one, as far as time goes. A CUresult.
 
         The plan's cursor tells how far that was; another call goes on from there.
         """
-        if self.gather is not None and plan.groups == self.gather.layout.groups:
-            return self.copy_gathered(plan, until_ns)
+        if packing is not NULL:
+            return self.copy_gathered(plan, <Packing>packing, until_ns)
         return self.copy_plan(plan, layout, until_ns)
 
     cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
@@ -92,7 +93,7 @@ cdef class Copier:
                 break
         return code
 
-    cdef int copy_gathered(self, _c.kv_plan *plan, uint64_t until_ns) noexcept nogil:
+    cdef int copy_gathered(self, _c.kv_plan *plan, Packing packing, uint64_t until_ns) noexcept nogil:
         """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
 
         While one half of the staging goes through the second step, the other is in the first. What the job has to wait
@@ -108,22 +109,22 @@ cdef class Copier:
         if saving and not _c.kv_plan_is_begun(plan):
             code = self.pass_on(self.gather.began, self.stream, self.gather.stream)
         while code == 0 and not _c.kv_plan_is_done(plan):
-            count = min(plan.num_blocks - plan.block, self.gather.blocks_at_once)
+            count = min(plan.num_blocks - plan.block, self.gather.blocks_at_once(packing))
             for index in range(count):
                 staged = (self.gather.staging + self.gather.half * self.gather.half_bytes
-                          + index * self.gather.layout.block_bytes)
+                          + index * packing.packed_bytes)
                 self.targets[index] = staged
                 self.sources[index] = <_c.kv_devptr>_c.kv_slots_payload(plan.slots, plan.slot_ids[plan.block + index])
                 if saving:
                     self.targets[index], self.sources[index] = self.sources[index], staged
-                self.sizes[index] = self.gather.layout.block_bytes
+                self.sizes[index] = packing.packed_bytes
             code = self.wait_for(first_stream, self.gather.emptied[self.gather.half])
             if code == 0:
-                code = self.launch(plan, count) if saving else self.copy_batch(count)
+                code = self.launch(plan, packing, count) if saving else self.copy_batch(count)
             if code == 0:
                 code = self.pass_on(self.gather.filled[self.gather.half], first_stream, second_stream)
             if code == 0:
-                code = self.copy_batch(count) if saving else self.launch(plan, count)
+                code = self.copy_batch(count) if saving else self.launch(plan, packing, count)
             if code == 0:
                 code = _c.kv_call(drv, _c.event_record, self.gather.emptied[self.gather.half], second_stream)
             self.gather.half ^= 1
@@ -136,8 +137,8 @@ cdef class Copier:
                     code = self.wait_for(self.stream, self.gather.emptied[index])
         return code
 
-    cdef int launch(self, const _c.kv_plan *plan, size_t count) noexcept nogil:
-        return self.gather.launch(plan.block_ids + plan.block, count, self.direction == D2H)
+    cdef int launch(self, const _c.kv_plan *plan, Packing packing, size_t count) noexcept nogil:
+        return self.gather.launch(packing, plan.block_ids + plan.block, count, self.direction == D2H)
 
     cdef int wait_for(self, void *stream, void *event) noexcept nogil:
         return _c.kv_call(self.device.drv, _c.stream_wait_event, stream, event, 0)

@@ -57,6 +57,7 @@ cdef struct JobRecord:
     size_t num_slots, capacity         # the arrays are kept from job to job
     kv_plan plan                       # and how far the copies have come
     void *layout                       # KVLayout of the blocks, borrowed; NULL: addresses
+    void *packing                      # how they lie in their slots, borrowed; NULL: as they are
     JobWait waits[MAX_WAITS]           # not yet on the stream
     uint32_t num_waits
     bint is_ordered                    # after source_event

@@ -20,6 +20,7 @@ cdef class KVLayout:
     cdef readonly KVLayout whole       # of a part: what it is a part of
     cdef object parts                  # WeakSet: they follow what a probe finds; None: there are none
     cdef readonly object runs          # tuple of (base, block_stride, piece_bytes), merged
+    cdef readonly tuple planes         # what is known of a block's bytes, for codecs: `kvortex.codec.Plane`s
     cdef readonly object owners        # tensors the addresses come from; held as long as the layout
     cdef tuple borrowed                # what holds their memory: buffers, DLPack tensors
     cdef readonly bint read_only       # some of it may not be written: no loads

@@ -1,9 +1,10 @@
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvortex.codec import Plane
 from kvortex.memory import PinnedPool
 
 class KVLayout:
@@ -14,6 +15,7 @@ class KVLayout:
     name: str
     whole: KVLayout | None
     runs: tuple[tuple[int, int, int], ...]
+    planes: tuple[Plane, ...]
     owners: tuple[Any, ...]
     read_only: bool
     on_gpu: bool
@@ -26,6 +28,7 @@ class KVLayout:
         block_size: int = 0,
         owners: Iterable[Any] = (),
         name: str = "",
+        planes: Iterable[Plane] = (),
     ) -> None: ...
     @property
     def fingerprint(self) -> bytes: ...
@@ -46,6 +49,7 @@ class KVLayout:
         head_dim: int,
         itemsize: int,
         name: str = "",
+        dtype: Any = None,
     ) -> Self: ...
     @classmethod
     def mla(
@@ -57,10 +61,19 @@ class KVLayout:
         latent_dim: int,
         itemsize: int,
         name: str = "",
+        dtype: Any = None,
+        rope_dim: int = 64,
     ) -> Self: ...
     @classmethod
     def cross_layer(
-        cls, base: Any, *, num_blocks: int, block_bytes: int, block_size: int = 0, name: str = ""
+        cls,
+        base: Any,
+        *,
+        num_blocks: int,
+        block_bytes: int,
+        block_size: int = 0,
+        name: str = "",
+        planes: Iterable[Plane] = (),
     ) -> Self: ...
     @classmethod
     def from_tensors(
@@ -71,6 +84,7 @@ class KVLayout:
         block_size: int = 0,
         name: str = "",
         num_blocks: int | None = None,
+        roles: str | Sequence[str] | None = None,
     ) -> Self: ...
     def part(self, runs: Iterable[Any], *, fingerprint: bytes | None = None) -> KVLayout: ...
     def slot_mapping(self, block_ids: ArrayLike, num_tokens: int | None = None) -> NDArray[np.int64]: ...

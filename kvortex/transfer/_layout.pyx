@@ -13,6 +13,7 @@ import weakref
 
 import numpy as np
 
+from kvortex.codec import planes_of
 from kvortex.transfer._runs import (
     MAX_RUNS,
     distinct_runs,
@@ -22,6 +23,7 @@ from kvortex.transfer._runs import (
     spans_of_part,
 )
 from kvortex.transfer.fingerprint import fingerprint_of_layout, fingerprint_of_part, piece_of_axes
+from kvortex.transfer.planes import is_bfloat16, planes_of_part, planes_of_runs, planes_of_tensor, roles_of_tensors
 
 
 @cython.no_gc_clear  # in a garbage cycle the owners must outlive the engine that ends its copies
@@ -49,6 +51,9 @@ cdef class KVLayout:
     name : str, default ""
         Of the cache. Layouts that are otherwise alike but have different content, as those of two models, need
         different names, or one may be given what was saved from the other; see `fingerprint`.
+    planes : iterable of Plane, default ()
+        Which bytes of a block, counted over the runs in their order, are vectors of K and V, for a codec to pack; each
+        lies in one run. Bytes of no plane are opaque: every codec keeps them as they are.
 
     Raises
     ------
@@ -66,7 +71,7 @@ cdef class KVLayout:
     whether strided copies are used changes: a probe allows them, a refused one forbids them.
     """
 
-    def __init__(self, runs, num_blocks, *, block_size=0, owners=(), name=""):
+    def __init__(self, runs, num_blocks, *, block_size=0, owners=(), name="", planes=()):
         cdef bint apart = True  # each run begins where the one before it is over, as in most layouts
         cdef uint64_t end = 0
         if self.groups is not NULL:
@@ -87,12 +92,13 @@ cdef class KVLayout:
             runs[number] = base, stride, piece = read_run(run, number, num_blocks, bases)
             apart &= <uint64_t>base >= end
             end = base + (num_blocks - 1) * stride + piece
-        num_named = len(runs)
+        num_named, named_pieces = len(runs), [piece for _, _, piece in runs]
         if not apart:
             self.kept = distinct_runs(runs, num_blocks)
             runs = [runs[number] for number in self.kept]
             if len(runs) == num_named:
                 self.kept = None
+        self.planes = planes_of_runs(planes, named_pieces, self.kept)
         self.pieces = [piece for _, _, piece in runs]
         runs = merge_touching(runs, num_blocks)
         block_bytes = sum(piece for _, _, piece in runs)
@@ -165,11 +171,12 @@ cdef class KVLayout:
     # ---- constructors -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize, name=""):
+    def contiguous(cls, base, *, kv=2, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize, name="",
+                   dtype=None):
         """One allocation of shape ``(kv, num_layers, num_blocks, block_size, num_heads, head_dim)``.
 
         `base` is an address or memory that says where it is (see `from_tensors`), without gaps and large enough;
-        `itemsize` is in bytes.
+        `itemsize` is in bytes. A codec can pack blocks whose `dtype` is ``"bfloat16"``: of the two parts K comes first.
         """
         borrowed = []
         kv, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize = as_sizes(dict(
@@ -182,11 +189,19 @@ cdef class KVLayout:
         runs = [(start + (part * num_layers + layer) * num_blocks * piece, piece, piece)
                 for layer in range(num_layers) for part in range(kv)]
         layer = piece_of_axes(itemsize, enumerate((kv, block_size, num_heads, head_dim)))
-        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * num_layers)
+        planes = []
+        if is_bfloat16(dtype, itemsize) and kv <= 2:
+            for number in range(kv * num_layers):
+                planes += planes_of("kv"[number % kv], number * piece, block_size * num_heads, 2 * head_dim,
+                                    2 * head_dim, number // kv)
+        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * num_layers, planes)
 
     @classmethod
-    def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize, name=""):
-        """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention."""
+    def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize, name="", dtype=None, rope_dim=64):
+        """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention.
+
+        A codec can pack blocks whose `dtype` is ``"bfloat16"``, but the last `rope_dim` numbers of each token.
+        """
         borrowed = []
         num_blocks, block_size, latent_dim, itemsize = as_sizes(dict(
             num_blocks=num_blocks, block_size=block_size, latent_dim=latent_dim, itemsize=itemsize))
@@ -194,18 +209,26 @@ cdef class KVLayout:
         runs = [(take_whole(base, borrowed, f"base {number}", num_blocks * piece), piece, piece)
                 for number, base in enumerate(as_list(bases, "bases"))]
         layer = piece_of_axes(itemsize, enumerate((block_size, latent_dim)))
-        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * len(runs))
+        planes = []
+        if is_bfloat16(dtype, itemsize):
+            for number in range(len(runs)):
+                planes += planes_of("k", number * piece, block_size, 2 * (latent_dim - rope_dim), 2 * latent_dim, number)
+        return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * len(runs), planes)
 
     @classmethod
-    def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0, name=""):
-        """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``."""
+    def cross_layer(cls, base, *, num_blocks, block_bytes, block_size=0, name="", planes=()):
+        """One allocation in which all layers of a block lie together: ``(num_blocks, block_bytes)``.
+
+        `planes` as for the constructor.
+        """
         borrowed = []
         num_blocks, block_bytes = as_sizes(dict(num_blocks=num_blocks, block_bytes=block_bytes))
         start = take_whole(base, borrowed, "base", num_blocks * block_bytes)
-        return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed, name, [block_bytes])
+        return lay_out(cls, [(start, block_bytes, block_bytes)], num_blocks, block_size, borrowed, name, [block_bytes],
+                       planes)
 
     @classmethod
-    def from_tensors(cls, tensors, block_dim=0, *, block_size=0, name="", num_blocks=None):
+    def from_tensors(cls, tensors, block_dim=0, *, block_size=0, name="", num_blocks=None, roles=None):
         """Read the runs from the strides of tensors, in the order of the tensors.
 
         Parameters
@@ -219,6 +242,11 @@ cdef class KVLayout:
             Which dimension counts blocks.
         num_blocks : int, optional
             How many blocks there must be.
+        roles : str or sequence of str, optional
+            What a block of each tensor is, or of all of them, so that a codec can pack it: ``"k"``, ``"v"``; ``"kv"``,
+            K's part and then V's; ``"interleaved"``, rows of K beside V in the last dimension; ``"exact"``, none of
+            these. The last dimension is the head's, or twice as long. Tensors of bfloat16 can be packed, and of 16-bit
+            integers, which are taken for its bits; all others stay exact.
 
         Raises
         ------
@@ -229,14 +257,16 @@ cdef class KVLayout:
             within its stride leave gaps, or blocks interleave. Moving it would move foreign bytes. Or two of them share
             bytes and are not the same one.
         """
-        runs, borrowed, pieces = [], [], []
+        runs, borrowed, pieces, planes, block_bytes = [], [], [], [], 0
         expected = None if num_blocks is None else whole_number(num_blocks, "num_blocks")
         num_blocks = None
         block_dim = whole_number(block_dim, "block_dim")
         if hasattr(tensors, "shape"):
             raise TypeError(f"from_tensors takes a list of tensors, one a layer, got one {type(tensors).__name__}; "
                             f"write from_tensors([tensor]), or list(tensor) where its first dimension counts layers")
-        for number, tensor in enumerate(as_list(tensors, "tensors")):
+        tensors = as_list(tensors, "tensors")
+        roles = roles_of_tensors(roles, len(tensors))
+        for number, tensor in enumerate(tensors):
             memory = borrow_memory(tensor)
             tensor_runs, count, piece = runs_of_tensor(memory, block_dim, f"tensor {number}")
             if num_blocks not in (None, count):
@@ -245,10 +275,14 @@ cdef class KVLayout:
             borrowed.append(memory)
             runs += tensor_runs
             pieces.append(piece)
+            nbytes = sum([run[2] for run in tensor_runs])
+            planes += planes_of_tensor(roles[number], memory.shape, memory.strides, memory.itemsize,
+                                       getattr(memory.owner, "dtype", ""), block_bytes, nbytes, number)
+            block_bytes += nbytes
         if expected not in (None, num_blocks):
             raise ValueError(f"the tensors have {num_blocks} blocks along dimension {block_dim}, and num_blocks says "
                              f"{expected}; check block_dim")
-        return lay_out(cls, runs, num_blocks or 0, block_size, borrowed, name, pieces)
+        return lay_out(cls, runs, num_blocks or 0, block_size, borrowed, name, pieces, planes)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -289,6 +323,7 @@ cdef class KVLayout:
         if fingerprint is not None:
             part.known_fingerprint = bytes(fingerprint)
         part.whole, part.read_only, part.on_gpu = whole, self.read_only, self.on_gpu
+        part.planes = planes_of_part(whole.planes, spans)
         part.follow()
         if whole.parts is None:
             whole.parts = weakref.WeakSet()
@@ -341,8 +376,8 @@ cdef class KVLayout:
 
 
 cdef object lay_out(object cls, object runs, object num_blocks, object block_size, list borrowed, object name,
-                    list pieces):
-    layout = cls(runs, num_blocks, block_size=block_size, name=name)
+                    list pieces, object planes):
+    layout = cls(runs, num_blocks, block_size=block_size, name=name, planes=planes)
     (<KVLayout>layout).hold(borrowed, ())
     (<KVLayout>layout).pieces, (<KVLayout>layout).is_described = pieces, True
     return layout

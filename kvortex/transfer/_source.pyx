@@ -9,6 +9,7 @@ from kvortex.driver._memory cimport BorrowedMemory, borrow_memory, is_integer
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport H2D, Direction
 from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
+from kvortex.transfer._packing cimport Packings
 
 import numpy as np
 
@@ -17,8 +18,9 @@ cdef class Source:
     pass
 
 
-cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint device_memory, Direction direction,
-                        Py_ssize_t n, object block_ids, object data_ptrs, object sizes, object stream):
+cdef Source make_source(Device device, KVLayout layout, Packings packings, PinnedPool pool, bint device_memory,
+                        Direction direction, Py_ssize_t n, object block_ids, object data_ptrs, object sizes,
+                        object stream):
     cdef Source source = Source.__new__(Source)
     cdef BorrowedMemory memory
     cdef Py_ssize_t index
@@ -33,9 +35,15 @@ cdef Source make_source(Device device, KVLayout layout, PinnedPool pool, bint de
         layout.require_reachable(device, direction == H2D)
         source.by_block, source.layout = True, layout
         source.block_ids = as_block_ids(block_ids, layout)
-        source.lengths = np.array([layout.block_bytes], dtype=np.uint32)
+        if packings is not None:
+            source.packing = packings.of(layout)
+        source.lengths = np.array([layout.block_bytes if source.packing is None else source.packing.packed_bytes],
+                                  dtype=np.uint32)
         named = source.block_ids.shape[0]
     else:
+        if packings is not None and packings.codec != "exact":
+            raise ValueError(f"this engine packs blocks by the codec {packings.codec!r}, and nobody knows what the bytes "
+                             f"at data_ptrs mean; pass block_ids of a layout")
         if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
             source.memory = borrow_all(device, data_ptrs, stream, direction == H2D)
             data_ptrs = [borrowed.address for borrowed in source.memory]
@@ -73,6 +81,7 @@ cdef Source part_of(Source whole, Py_ssize_t first, Py_ssize_t count):
     cdef Source part = Source.__new__(Source)
     part.by_block, part.layout, part.length_step = whole.by_block, whole.layout, whole.length_step
     part.memory, part.lengths, part.ordered, part.stream = whole.memory, whole.lengths, whole.ordered, whole.stream
+    part.packing = whole.packing
     if whole.by_block:
         part.block_ids = whole.block_ids[first:first + count]
     else:

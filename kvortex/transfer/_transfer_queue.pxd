@@ -2,10 +2,12 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from kvortex.memory._device_pool cimport DevicePool
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport Copier
 from kvortex.transfer._job_table cimport JobOutcome, JobTable
 from kvortex.transfer._layout cimport KVLayout
+from kvortex.transfer._packing cimport Packings
 
 
 cdef class TransferQueue(JobTable):
@@ -27,8 +29,9 @@ cdef class TransferQueue(JobTable):
     cdef int hand_over(self, uint32_t record) noexcept nogil
     cdef int issue_next(self, uint64_t slice_ns) noexcept nogil
 
-    cdef uint32_t claim_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+    cdef uint32_t claim_blocks(self, KVLayout layout, void *packing, const int64_t *block_ids, PinnedPool pool,
                                const uint32_t *slot_ids, size_t n) noexcept nogil
-    cdef void plan_blocks(self, uint32_t record, KVLayout layout, PinnedPool pool) noexcept nogil
+    cdef int gather_by(self, Packings packings, object num_ctas, DevicePool pool) except -1
+    cdef void plan_blocks(self, uint32_t record, KVLayout layout, void *packing, PinnedPool pool) noexcept nogil
     cdef int submit_claimed(self, uint32_t record, void *caller, bint deferred, JobOutcome *outcome) noexcept nogil
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1

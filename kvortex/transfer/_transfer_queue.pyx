@@ -16,6 +16,7 @@ from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._copier cimport D2H, H2D, Copier
 from kvortex.transfer._gather cimport Gather
 from kvortex.transfer._layout cimport KVLayout, as_block_ids, integers
+from kvortex.transfer._packing cimport Packing, Packings
 from kvortex.transfer._job cimport Job
 from kvortex.transfer._job_table cimport (
     ENTER_NS,
@@ -127,7 +128,7 @@ cdef class TransferQueue(JobTable):
                     drop(wait)
                     job.num_waits -= 1
         if code == 0 and not job.is_withdrawn:
-            code = self.copier.copy(&job.plan, <KVLayout>job.layout, until_ns)
+            code = self.copier.copy(&job.plan, <KVLayout>job.layout, job.packing, until_ns)
         return code
 
     cdef int seal(self, uint32_t record, int code) noexcept nogil:
@@ -243,7 +244,7 @@ cdef class TransferQueue(JobTable):
         ValueError
             Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream; a
             layout over read-only memory for a load, or over a GPU's for the host device; `deferred` without a
-            `Submitter`.
+            `Submitter`; a layout that is not the one, nor a part of the one, that the queue packs.
         DriverError
             The driver refused; no copy is in flight, unless the context is dead.
         """
@@ -251,6 +252,7 @@ cdef class TransferQueue(JobTable):
         cdef uint32_t[::1] slots = as_slot_ids(slot_ids, pool)
         cdef size_t n = ids.shape[0]
         cdef uint32_t record
+        cdef Packing packing
         cdef int code
         self._require_open()
         cdef void *caller = self.device.borrow_stream(stream)
@@ -260,16 +262,18 @@ cdef class TransferQueue(JobTable):
         pool._require_open()
         if slots.shape[0] != <Py_ssize_t>n:
             raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
-        if layout.block_bytes > pool.slots.payload_bytes:
-            raise ValueError(f"blocks of {layout.block_bytes} bytes exceed the payload of a slot "
-                             f"({pool.payload_bytes})")
+        packing = None if self.copier.gather is None else self.copier.gather.packing_of(layout)
+        block_bytes = layout.block_bytes if packing is None else packing.packed_bytes
+        if block_bytes > pool.slots.payload_bytes:
+            raise ValueError(f"blocks of {block_bytes} bytes exceed the payload of a slot ({pool.payload_bytes})")
         layout.require_reachable(self.device, self.direction_ == H2D)
         if deferred and not (self.signals.has_submitter and self.is_served):
             raise ValueError("deferred jobs need a Submitter over this queue; make one, or leave `deferred` out")
         if n == 0:
             return job
         with nogil:
-            record = self.claim_blocks(layout, &ids[0], pool, &slots[0], n)
+            record = self.claim_blocks(layout, NULL if packing is None else <void *>packing, &ids[0], pool,
+                                       &slots[0], n)
         if record == NO_RECORD:
             self._require_open()
             check(self.device, self.failure)
@@ -281,7 +285,7 @@ cdef class TransferQueue(JobTable):
         check(self.device, code)
         return job
 
-    cdef uint32_t claim_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool,
+    cdef uint32_t claim_blocks(self, KVLayout layout, void *packing, const int64_t *block_ids, PinnedPool pool,
                                const uint32_t *slot_ids, size_t n) noexcept nogil:
         """`claim`, filled."""
         cdef uint32_t record = self.claim(n)
@@ -291,13 +295,13 @@ cdef class TransferQueue(JobTable):
             memcpy(job.slots, slot_ids, n * sizeof(uint32_t))
             job.num_slots = n
             job.nbytes = n * layout.block_bytes
-            self.plan_blocks(record, layout, pool)
+            self.plan_blocks(record, layout, packing, pool)
         return record
 
-    cdef void plan_blocks(self, uint32_t record, KVLayout layout, PinnedPool pool) noexcept nogil:
-        """The plan of a filled job over blocks of a layout."""
+    cdef void plan_blocks(self, uint32_t record, KVLayout layout, void *packing, PinnedPool pool) noexcept nogil:
+        """The plan of a filled job over blocks of a layout; without a packing they lie in their slots as they are."""
         cdef JobRecord *job = &self.records[record]
-        job.layout = <void *>layout
+        job.layout, job.packing = <void *>layout, packing
         job.plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(self.direction_),
                                         <const int64_t *>job.places, &pool.slots, job.slots, job.num_slots)
 
@@ -320,8 +324,12 @@ cdef class TransferQueue(JobTable):
 
     cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil:
-        cdef uint32_t record = self.claim_blocks(layout, block_ids, pool, slot_ids, n)
+        cdef void *packing = NULL
+        cdef uint32_t record
         cdef int code
+        if self.copier.gather is not None and layout is self.copier.gather.layout:
+            packing = <void *>self.copier.gather.whole
+        record = self.claim_blocks(layout, packing, block_ids, pool, slot_ids, n)
         if record != NO_RECORD:
             self.watch(record, outcome)
             code = self.submit_claimed(record, stream, False, outcome)
@@ -369,11 +377,12 @@ cdef class TransferQueue(JobTable):
             job.is_withdrawn = True
         return job.is_withdrawn
 
-    def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None):
+    def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None, *, codec="exact", exact_layers=()):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
 
-        For small pieces in separate allocations, where copy engines alone stay far below the link; it takes streaming
-        multiprocessors from whatever else runs on the device. `gather_pays` says what it is for.
+        For small pieces in separate allocations, where copy engines alone stay far below the link, and for blocks that
+        a codec packs; it takes streaming multiprocessors from whatever else runs on the device. `gather_pays` says what
+        it is for without a codec.
 
         Parameters
         ----------
@@ -383,20 +392,31 @@ cdef class TransferQueue(JobTable):
             Thread blocks of the kernel, 1 to 1024; four are enough for the link of an H200.
         pool : DevicePool, optional
             Where the staging memory comes from, and goes back to when the queue is closed.
+        codec : str, default "exact"
+            With any other, blocks of the layout and of its parts lie packed in their slots (`kvortex.codec`). Look at
+            `refused_slots` before you keep what was saved.
+        exact_layers : sequence of int, default ()
+            Layers that the codec leaves as they are; negative numbers count from the last.
 
         Raises
         ------
         ValueError
-            Numbers that do not fit, the queue gathers already, or copies of a job are just being submitted.
+            Numbers that do not fit, the queue gathers already, or copies of a job are just being submitted; the codec
+            cannot pack any of the layout.
         DriverError
             The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
         PoolExhausted
             The pool has no such memory; nothing has changed.
         """
         self._require_open()
+        self.gather_by(Packings(self.device, layout, codec, exact_layers), num_ctas, pool)
+
+    cdef int gather_by(self, Packings packings, object num_ctas, DevicePool pool) except -1:
+        """`use_gather`, with packings that other queues may use as well."""
+        cdef KVLayout layout = packings.layout
         if self.copier.gather is not None:
             raise ValueError("this queue gathers already; use one queue a layout")
-        cdef Gather gather = Gather(self.device, layout, num_ctas, pool)
+        cdef Gather gather = Gather(packings, num_ctas, pool)
         _c.kv_monitor_lock(&self.monitor)
         if self.issue_head == NO_RECORD:
             self.copier.gather = gather
@@ -406,6 +426,7 @@ cdef class TransferQueue(JobTable):
             raise ValueError("copies of a job are being submitted; call use_gather before, or when they are")
         layout.planner = tuple([row._replace(backend="gather") if row.direction == self.direction else row
                                 for row in layout.planner])
+        return 0
 
     def poll(self):
         """Retire the jobs whose copies are over; returns how many. Never blocks on one.

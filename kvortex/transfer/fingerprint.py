@@ -58,6 +58,28 @@ def fingerprint_of_part(whole, spans):
     return digest(["kvortex part 1", whole.hex(), joined])
 
 
+def fingerprint_of_packed(layout, version, planes):
+    """Compute the SHA-256 of this JSON text, in ASCII and without blanks::
+
+        ["kvortex packed 1", version, layout, [[first_byte, num_rows, row_bytes, step_bytes, bits, offset], ...]]
+
+    Parameters
+    ----------
+    layout : bytes
+        The fingerprint of the layout; in hexadecimal digits.
+    version : int
+        Of the packed format.
+    planes : list of tuple
+        Where each plane lies in a block, how it is coded, and where it lies in the packed block.
+
+    Returns
+    -------
+    bytes
+        32.
+    """
+    return digest(["kvortex packed 1", version, layout.hex(), planes])
+
+
 def digest(content):
     """SHA-256 of something as JSON."""
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()

@@ -55,6 +55,8 @@ def test_every_setting_can_be_given_each_way(toml):
         "pool_huge_pages": ("0", False),
         "gather_ctas": ("4", 4),
         "gpu_pool_size_bytes": ("8GiB", 8 << 30),
+        "codec": ("k8v5", "k8v5"),
+        "exact_layers": ("0,-1", (0, -1)),
         "deferred": ("auto", "auto"),
         "namespace": ("a model", "a model"),
         "weights": ("step-1200", "step-1200"),
@@ -68,7 +70,7 @@ def test_every_setting_can_be_given_each_way(toml):
     assert KVortexConfig.load(environ=variables) == expected
     lines = []
     for name, (text, value) in given.items():
-        if name.endswith("_bytes") or isinstance(value, str):
+        if name.endswith("_bytes") or isinstance(value, str | tuple):
             lines.append(f'{name} = "{text}"')
         else:
             lines.append(f"{name} = {str(value).lower()}")

@@ -285,11 +285,11 @@ def test_the_table_under_test_is_that_of_the_device_asked_for(device):
     assert device.is_host == (KIND == "host")
 
 
-def test_the_gather_kernel_is_found_by_its_name_alone(calls):
-    image = (resources.files("kvortex.transfer") / "gather.ptx").read_bytes()
+def test_the_kernel_is_found_by_its_name_alone(calls):
+    image = (resources.files("kvortex.transfer") / "pack.ptx").read_bytes()
     assert calls.module_load_data(ctypes.byref(ctypes.c_void_p()), b"no kernel at all") != 0
     module = calls.out("module_load_data", ctypes.c_void_p, image)
-    calls.out("module_get_function", ctypes.c_void_p, module, b"kv_gather_blocks")
+    calls.out("module_get_function", ctypes.c_void_p, module, b"kv_pack_blocks")
     assert calls.module_get_function(ctypes.byref(ctypes.c_void_p()), module, b"kv_scatter_blocks") == NOT_FOUND
     calls.ok("module_unload", module)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from kvcache import DeviceCache, content, keys_of, make_engine
+from kvcache import DeviceCache, keys_of, make_engine
 
 
 class Bench:
@@ -15,7 +15,7 @@ class Bench:
         """Write the contents of the keys into blocks (0, 1, ... unless given) and save them; returns the job."""
         blocks = range(len(key_ids)) if blocks is None else blocks
         for key_id, block in zip(key_ids, blocks, strict=True):
-            self.cache.write(block, content(key_id, generation, self.cache.block_bytes))
+            self.cache.write(block, self.cache.content(key_id, generation))
         return self.engine.save_blocks(keys_of(key_ids), np.asarray(blocks), stream=self.stream)
 
     def saved(self, key_ids, generation=0):
@@ -26,7 +26,7 @@ class Bench:
 
     def holds(self, block, key_id, generation=0):
         """Whether the device block has the content of that key, byte by byte."""
-        return self.cache.read(block) == content(key_id, generation, self.cache.block_bytes)
+        return self.cache.read(block) == self.cache.loaded(key_id, generation)
 
     def leading(self, key_ids):
         return self.engine.check_blocks(keys_of(key_ids)).leading

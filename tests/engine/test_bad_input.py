@@ -176,7 +176,7 @@ def test_engine_without_a_block_size_or_with_one_below_the_layouts(device):
     with pytest.raises(ConfigError, match="block_bytes is needed"):
         KVortexEngine.create(config)
     small = KVortexConfig(cpu_pool_size_bytes=1 << 20, device=device.name, block_bytes=64)
-    with pytest.raises(ConfigError, match="layout's blocks have 2048"):
+    with pytest.raises(ConfigError, match="layout's blocks take 2048"):
         KVortexEngine.create(small, layout=cache.layout)
     with pytest.raises(ConfigError, match="holds no slot"):
         KVortexEngine.create(KVortexConfig(cpu_pool_size_bytes=100, device=device.name), layout=cache.layout)

@@ -52,7 +52,7 @@ def test_eight_threads_on_two_late_devices_get_no_wrong_block(host, seed):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("shape", ["one_allocation", "separate_allocations", "gathered", "cross_layer"])
+@pytest.mark.parametrize("shape", ["one_allocation", "separate_allocations", "gathered", "packed", "cross_layer"])
 def test_eight_threads_get_no_wrong_block(device, shape, seed):
     with ExitStack() as stack:
         built = list(pairs(stack, [device], shape, 60))

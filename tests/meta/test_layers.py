@@ -30,7 +30,7 @@ MAY_IMPORT = {  # part of kvortex: the other parts it may name
     "index": BASE | {"keys"},
     "codec": BASE | {"keys"},
     "memory": BASE | {"driver"},
-    "transfer": BASE | {"keys", "driver", "memory"},
+    "transfer": BASE | {"keys", "driver", "codec", "memory"},
     "tiers": BASE | {"keys", "index", "memory", "codec"},
     "engine": BASE | {"keys", "driver", "index", "codec", "memory", "transfer", "tiers"},
     "capi": BASE | {"keys", "driver", "index", "memory", "transfer"},

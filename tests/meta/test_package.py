@@ -31,7 +31,7 @@ def test_import_loads_nothing_heavy():
     assert done.returncode == 0, done.stderr
     loaded, libcuda, count = done.stdout.splitlines()
     assert (loaded, libcuda) == ("[]", "False")
-    assert int(count) < 82, f"import kvortex loads {count} modules besides numpy's"
+    assert int(count) < 88, f"import kvortex loads {count} modules besides numpy's"
 
 
 def test_the_version_stands_in_one_place():

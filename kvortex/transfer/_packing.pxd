@@ -1,0 +1,38 @@
+"""Packing: how the blocks of one layout lie packed in their slots. The code is in _packing.pyx."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from kvortex._c cimport kv_devptr, kv_plane
+from kvortex.driver._device cimport Device
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._layout cimport KVLayout
+
+
+cdef class Packing:
+    cdef Device device
+    cdef kv_devptr table               # the planes, in device memory; ours
+    cdef readonly uint32_t num_planes
+    cdef readonly size_t block_bytes   # of a block on the device
+    cdef readonly size_t packed_bytes  # of a block in its slot
+    cdef uint64_t flags_offset         # 0: a block has no flags
+    cdef readonly bytes fingerprint    # the layout's; of coded blocks one that says how they are coded, too
+
+    # Whether the block in a slot has numbers that the codec cannot pack: its bytes are no block then. To be asked when
+    # its save is over.
+    cdef bint is_refused(self, PinnedPool pool, uint32_t slot) noexcept nogil
+    cdef int place(self, const kv_plane *planes) noexcept nogil
+    cdef void close(self) noexcept
+
+
+cdef class Packings:
+    """The packings of a layout and of its parts by one codec, each made when it is first asked for."""
+    cdef Device device
+    cdef readonly KVLayout layout
+    cdef readonly str codec
+    cdef readonly tuple exact_layers
+    cdef readonly Packing whole        # that of `layout`
+    cdef object known                  # WeakKeyDictionary: part -> Packing
+    cdef int num_users                 # gathers; the last one gives the memory back
+
+    cdef Packing of(self, KVLayout layout)  # None: exact, and copied piece by piece
+    cdef void let_go(self) noexcept         # by a gather that is closed: none of its kernels is running

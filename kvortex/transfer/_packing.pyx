@@ -1,0 +1,170 @@
+"""Packing: from the planes of a layout and a codec to the table by which a kernel packs blocks and unpacks them."""
+
+from libc.stdint cimport uint32_t
+from libc.stdlib cimport calloc, free
+from posix.unistd cimport getpid
+
+cimport kvortex._c as _c
+from kvortex.driver._device cimport Device, check
+from kvortex.memory._pinned_pool cimport PinnedPool
+from kvortex.transfer._layout cimport KVLayout
+
+import weakref
+from bisect import bisect_right
+from itertools import accumulate
+
+from kvortex.codec import PackedBlock
+from kvortex.errors import ConfigError
+from kvortex.transfer.fingerprint import fingerprint_of_packed
+from kvortex.transfer.planes import covering
+
+
+def misfit(KVLayout layout not None):
+    """The first run that the kernel cannot move, or None."""
+    for run in layout.runs:
+        if any(number % _c.KV_PACK_UNIT_BYTES for number in run):
+            return run
+    return None
+
+
+def packed_block(KVLayout layout not None, codec, exact_layers=()):
+    """The `PackedBlock` of a layout's blocks by a codec other than "exact"; None if it could pack nothing of them."""
+    pieces = [piece for _, _, piece in layout.runs]
+    packed = PackedBlock.of(covering(layout.planes, pieces), layout.block_bytes, codec, exact_layers)
+    return None if all(bits == _c.KV_PACK_EXACT for bits in packed.bits) else packed
+
+
+def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
+    """What a block of a layout takes in its slot.
+
+    Raises
+    ------
+    ConfigError
+        The codec can pack nothing of it, or there are no such layers.
+    """
+    if codec == "exact":
+        return layout.block_bytes
+    try:
+        packed = packed_block(layout, codec, exact_layers)
+    except ValueError as error:
+        raise ConfigError(f"the codec {codec!r} cannot pack {layout!r}: {error}") from None
+    if packed is None:
+        raise ConfigError(f"the codec {codec!r} can pack nothing of {layout!r}: no vectors of bfloat16 are known in it, "
+                          f"or all of their layers are exact_layers; name their roles (KVLayout.from_tensors(..., "
+                          f"roles='kv')), or leave codec out")
+    return packed.packed_bytes
+
+
+cdef list pieces_of(object runs):
+    """(first byte in a block, bytes) of each run's piece."""
+    sizes = [piece for _, _, piece in runs]
+    return list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+
+
+cdef class Packing:
+    """Made by `Packings`; gives its memory back when nobody holds it any more."""
+
+    def __init__(self, Device device not None, KVLayout layout not None, packed=None):
+        cdef _c.kv_plane *planes
+        cdef uint32_t index
+        cdef int code, mode = 0
+        if self.device is not None:
+            raise RuntimeError("Packing.__init__ may be called once")
+        run = misfit(layout)
+        if run is not None:
+            raise ValueError(f"run {run} (base, block_stride, piece_bytes) is not made of multiples of "
+                             f"{_c.KV_PACK_UNIT_BYTES} bytes, so the kernel that gathers and packs cannot move it")
+        if layout.num_blocks > 0xFFFFFFFF:
+            raise ValueError(f"the kernel counts blocks in 32 bits, the layout has {layout.num_blocks}")
+        if packed is None:  # every piece as it is
+            rows = [(start, 1, piece, piece, _c.KV_PACK_EXACT, start) for start, piece in pieces_of(layout.runs)]
+            self.packed_bytes, self.fingerprint = layout.block_bytes, layout.fingerprint
+        else:
+            rows = [(plane.first_byte, plane.num_rows, plane.row_bytes, plane.step_bytes, bits, offset)
+                    for plane, bits, offset in zip(packed.planes, packed.bits, packed.offsets, strict=True)]
+            self.packed_bytes, self.flags_offset = packed.packed_bytes, packed.flags_offset
+            self.fingerprint = fingerprint_of_packed(layout.fingerprint, _c.KV_PACK_VERSION, rows)
+        self.num_planes, self.block_bytes = len(rows), layout.block_bytes
+        starts = [start for start, _ in pieces_of(layout.runs)]
+        planes = <_c.kv_plane *>calloc(self.num_planes, sizeof(_c.kv_plane))
+        if planes is NULL:
+            raise MemoryError(f"no memory for a table of {self.num_planes} planes")
+        try:
+            for index, (first_byte, num_rows, row_bytes, step_bytes, bits, offset) in enumerate(rows):
+                run = bisect_right(starts, first_byte) - 1
+                base, stride, _ = layout.runs[run]
+                planes[index].base, planes[index].block_stride = base + first_byte - starts[run], stride
+                planes[index].offset, planes[index].bits = offset, bits
+                planes[index].num_rows, planes[index].row_bytes = num_rows, row_bytes
+                planes[index].step_bytes = step_bytes
+            self.device = device
+            with nogil:
+                code = device.enter(&mode)
+                if code == 0:
+                    code = self.place(planes)
+                    device.leave(mode)
+            check(device, code)
+        finally:
+            free(planes)
+
+    cdef bint is_refused(self, PinnedPool pool, uint32_t slot) noexcept nogil:
+        return _c.kv_packed_is_refused(_c.kv_slots_payload(&pool.slots, slot), self.flags_offset, self.num_planes)
+
+    cdef int place(self, const _c.kv_plane *planes) noexcept nogil:
+        """Copy the table to the device. A CUresult; the context is current."""
+        cdef const _c.kv_driver *drv = self.device.drv
+        cdef size_t nbytes = self.num_planes * sizeof(_c.kv_plane)
+        cdef void *stream = NULL
+        cdef int code = _c.kv_call(drv, _c.mem_alloc, &self.table, nbytes)
+        if code == 0:
+            code = _c.kv_call(drv, _c.stream_create, &stream, _c.KV_STREAM_NON_BLOCKING)
+        if code == 0:
+            code = _c.kv_call(drv, _c.memcpy_htod_async, self.table, <const void *>planes, nbytes, stream)
+        if code == 0:  # from here on the table is there for other streams, too
+            code = _c.kv_call(drv, _c.stream_synchronize, stream)
+        if stream is not NULL:
+            self.device.give_back(drv.stream_destroy, stream)
+        return code
+
+    cdef void close(self) noexcept:
+        """Give the table back; no kernel reads it any more."""
+        cdef _c.kv_devptr table = self.table
+        self.table = 0  # taken under the GIL, so that nobody frees it twice
+        if table and not self.device.closed and self.device.pid == getpid():
+            with nogil:
+                self.device.give_memory_back(table)
+
+    def __dealloc__(self):  # of a part that nobody names any more, nor a job
+        self.close()
+
+
+cdef class Packings:
+    def __init__(self, Device device not None, KVLayout layout not None, codec="exact", exact_layers=()):
+        self.device, self.layout, self.codec, self.exact_layers = device, layout, codec, tuple(exact_layers)
+        self.known = weakref.WeakKeyDictionary()
+        if codec != "exact":
+            packed_bytes(layout, codec, exact_layers)  # says what is wrong
+        self.whole = Packing(device, layout, None if codec == "exact" else packed_block(layout, codec, exact_layers))
+
+    cdef Packing of(self, KVLayout layout):
+        cdef Packing packing
+        if layout is self.layout:
+            return self.whole
+        if self.codec == "exact":
+            return None
+        packing = self.known.get(layout)
+        if packing is None:
+            packing = Packing(self.device, layout, packed_block(layout, self.codec, self.exact_layers))
+            if packing.packed_bytes > self.whole.packed_bytes:
+                raise ValueError(f"packed, a block of {layout!r} takes {packing.packed_bytes} bytes, and a slot holds "
+                                 f"{self.whole.packed_bytes}: the part cuts through planes, which then stay exact; "
+                                 f"choose parts that have planes whole")
+            self.known[layout] = packing
+        return packing
+
+    cdef void let_go(self) noexcept:
+        cdef Packing packing
+        self.num_users -= 1
+        if self.num_users == 0:
+            for packing in (self.whole, *self.known.values()):
+                packing.close()

@@ -1,0 +1,115 @@
+"""Which bytes of a block are vectors of K and V: from what is said of tensors and runs to the planes of a layout."""
+
+from bisect import bisect_right
+from dataclasses import replace
+from itertools import accumulate
+
+from kvortex.codec.planes import planes_of, uncovered
+
+ROLES = ("k", "v", "kv", "interleaved", "exact")
+
+
+def is_bfloat16(dtype, itemsize):
+    """Whether numbers of this type can be packed; integers of 16 bits are taken for the bits of such."""
+    name = str(dtype).rpartition(".")[2]  # "torch.bfloat16"
+    return itemsize == 2 and name in ("bfloat16", "uint16", "int16")
+
+
+def roles_of_tensors(roles, num_tensors):
+    """One role for each tensor; refuses what is none."""
+    roles = ["exact" if roles is None else roles] * num_tensors if roles is None or isinstance(roles, str) else [*roles]
+    if len(roles) != num_tensors:
+        raise ValueError(f"roles must be one for all tensors or one each: got {len(roles)} for {num_tensors} tensors")
+    for role in roles:
+        if role not in ROLES:
+            raise ValueError(f"a role must be one of {', '.join(ROLES)}, got {role!r}")
+    return roles
+
+
+def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, layer):
+    """The planes of a block of one tensor, `nbytes` from `first_byte` on.
+
+    Raises
+    ------
+    ValueError
+        The tensor's shape does not go with the role.
+    """
+    if role == "exact" or not is_bfloat16(dtype, itemsize):
+        return []
+    row_bytes = shape[-1] * itemsize
+    num_rows, rest = divmod(nbytes, row_bytes)
+    if strides[-1] != itemsize or rest:
+        return []  # its rows are not the heads' vectors
+    if role in ("k", "v"):
+        return planes_of(role, first_byte, num_rows, row_bytes, row_bytes, layer)
+    if role == "kv":
+        if num_rows % 2:
+            raise ValueError(f"the role 'kv' needs as many rows of V as of K, got {num_rows} rows a block in {shape}")
+        half = num_rows // 2 * row_bytes
+        return [
+            *planes_of("k", first_byte, num_rows // 2, row_bytes, row_bytes, layer),
+            *planes_of("v", first_byte + half, num_rows // 2, row_bytes, row_bytes, layer),
+        ]
+    if shape[-1] % 2:
+        raise ValueError(f"the role 'interleaved' needs rows of K beside V, got a last dimension of {shape[-1]}")
+    return [
+        *planes_of("k", first_byte, num_rows, row_bytes // 2, row_bytes, layer),
+        *planes_of("v", first_byte + row_bytes // 2, num_rows, row_bytes // 2, row_bytes, layer),
+    ]
+
+
+def planes_of_runs(planes, pieces, kept):
+    """The planes in the bytes of a block, from those in the bytes of all runs that were named.
+
+    Parameters
+    ----------
+    planes : iterable of Plane
+    pieces : list of int
+        Bytes of each run that was named.
+    kept : list of int or None
+        The numbers of the runs that count; None: all.
+
+    Raises
+    ------
+    ValueError
+        A plane does not lie in one run.
+    """
+    planes = tuple(planes)
+    if not planes:
+        return ()
+    named = list(accumulate(pieces, initial=0))
+    kept = range(len(pieces)) if kept is None else kept
+    moved = dict(zip(kept, accumulate((pieces[number] for number in kept), initial=0), strict=False))
+    found = []
+    for plane in planes:
+        run = bisect_right(named, plane.first_byte) - 1
+        if not 0 <= run < len(pieces) or plane.end_byte > named[run + 1]:
+            raise ValueError(f"{plane} does not lie in one of the layout's runs, which are the pieces of a block")
+        if run in moved:
+            found.append(replace(plane, first_byte=plane.first_byte - named[run] + moved[run]))
+    return tuple(found)
+
+
+def planes_of_part(planes, spans):
+    """The planes of a whole layout that lie in one of the spans (offset, length) of its part, where they lie there."""
+    found, start = [], 0
+    for offset, length in spans:
+        for plane in planes:
+            if offset <= plane.first_byte and plane.end_byte <= offset + length:
+                found.append(replace(plane, first_byte=plane.first_byte - offset + start))
+        start += length
+    return tuple(found)
+
+
+def covering(planes, pieces):
+    """The planes of a block and exact ones for the bytes between them, each of these in one of the block's pieces."""
+    ends = list(accumulate(pieces))
+    inside = [[] for _ in pieces]
+    for plane in planes:
+        inside[bisect_right(ends, plane.first_byte)].append(plane)
+    found = [*planes]
+    for piece, end, known in zip(pieces, ends, inside, strict=True):
+        first = end - piece
+        moved = [replace(plane, first_byte=plane.first_byte - first) for plane in known]
+        found += [replace(gap, first_byte=gap.first_byte + first) for gap in uncovered(moved, piece)]
+    return found
