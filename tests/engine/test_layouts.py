@@ -267,7 +267,7 @@ def test_unfit_layouts_are_refused_before_anything_is_changed(bench):
     unfit = {
         "added already": first.layout,
         "is a part": first.layout.part([0, 1]),
-        f"have {large.block_bytes} bytes, .* hold \\d+; create it with block_bytes={large.block_bytes}": large.layout,
+        f"take {large.block_bytes} bytes, .* hold \\d+; create it with block_bytes={large.block_bytes}": large.layout,
         "share bytes.*remove_layout": shifted(first, 256 * 31),
         "share bytes, ": KVLayout([(first.layout.runs[-1][0] + 31 * 256 + 255, 64, 1)], 1),
         "block 0 of the layout .* and block 2 of KVLayout": shifted(first, 256 * 2, num_blocks=1),
