@@ -13,16 +13,16 @@ import subprocess
 import sys
 
 import numpy as np
+from codec import reference
 
 import kvortex
-from codec import reference
 from kvortex.codec import CODECS, planes_of
 from kvortex.slots import stride_bytes
 from kvortex.transfer import packed_bytes
 
 _NOISE = np.random.default_rng(20).bytes(1 << 20)
 
-# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it; "packed" is packed by q8, too.
+# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it; q8 packs what is "packed", too.
 SHAPES = ("one_allocation", "separate_allocations", "gathered", "packed", "uneven", "cross_layer", "mla")
 
 
@@ -62,7 +62,11 @@ class DeviceCache:
                 head_dim=8,
                 itemsize=2,
             )
-        elif shape in ("separate_allocations", "gathered", "packed"):  # as vLLM: one tensor a layer, K and V packed in each block
+        elif shape in (
+            "separate_allocations",
+            "gathered",
+            "packed",
+        ):  # as vLLM: one tensor a layer, K and V packed in each block
             buffers = [kvortex.DeviceBuffer(2 * layer_bytes, device) for _ in range(num_layers)]
             places = [(layer, 0, 2 * piece_bytes, 2 * piece_bytes) for layer in range(num_layers)]
         elif shape == "uneven":  # one allocation, layers at uneven distances

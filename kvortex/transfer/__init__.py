@@ -4,7 +4,7 @@ from kvortex.transfer._carrier import Carrier
 from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
-from kvortex.transfer._packing import packed_bytes
+from kvortex.transfer._packing import packed_block, packed_bytes
 from kvortex.transfer._probe import PlannerRow, probe_layout
 from kvortex.transfer._signals import JobSignals
 from kvortex.transfer._submitter import Submitter
@@ -19,6 +19,7 @@ __all__ = [
     "Submitter",
     "TransferQueue",
     "gather_pays",
+    "packed_block",
     "packed_bytes",
     "probe_layout",
 ]

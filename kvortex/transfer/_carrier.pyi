@@ -1,5 +1,7 @@
 from collections.abc import Sequence
 
+from numpy.typing import ArrayLike
+
 from kvortex.driver import Device
 from kvortex.memory import DevicePool, PinnedPool
 from kvortex.transfer._layout import KVLayout
@@ -29,4 +31,5 @@ class Carrier:
         codec: str = "exact",
         exact_layers: Sequence[int] = (),
     ) -> None: ...
+    def refused_slots(self, slot_ids: ArrayLike) -> list[int]: ...
     def close(self, timeout_ms: int = 5000) -> None: ...

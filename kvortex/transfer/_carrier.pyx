@@ -16,7 +16,7 @@ from kvortex.transfer._layout cimport KVLayout
 from kvortex.transfer._packing cimport Packings
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._source cimport Source
-from kvortex.transfer._transfer_queue cimport TransferQueue
+from kvortex.transfer._transfer_queue cimport TransferQueue, as_slot_ids
 
 import logging
 import weakref
@@ -132,6 +132,17 @@ cdef class Carrier:
         if num_ctas and not gathered:
             message = "gather_ctas has no effect: strided copies move this layout, or its pieces are not small"
             log(logging.INFO, "gather_unused", message, device=self.device.name, piece_bytes=self.layout.piece_bytes)
+
+    def refused_slots(self, slot_ids):
+        """Of slots into which blocks of the layout were saved, those whose block the codec could not pack.
+
+        A list of them, to be asked for when the job is done: their bytes are no block, and must not be kept.
+        """
+        cdef uint32_t slot
+        cdef const uint32_t[::1] slots = as_slot_ids(slot_ids, self.pool)
+        if self.packings is None:
+            return []
+        return [slot for slot in slots if self.packings.whole.is_refused(self.pool, slot)]
 
     def close(self, timeout_ms=5000):
         """`TransferQueue.close` of each queue, `timeout_ms` at the most in all."""

@@ -35,3 +35,6 @@ cdef class TransferQueue(JobTable):
     cdef void plan_blocks(self, uint32_t record, KVLayout layout, void *packing, PinnedPool pool) noexcept nogil
     cdef int submit_claimed(self, uint32_t record, void *caller, bint deferred, JobOutcome *outcome) noexcept nogil
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1
+
+
+cdef uint32_t[::1] as_slot_ids(object slot_ids, PinnedPool pool) except *

@@ -31,12 +31,14 @@ from kvortex.integrations.vllm.options import (
     require_host_memory,
 )
 from kvortex.integrations.vllm.per_request import Wishes
+from kvortex.integrations.vllm.planes import with_planes
 from kvortex.integrations.vllm.plugin import register
 from kvortex.integrations.vllm.scheduler import SchedulerHalf
 from kvortex.integrations.vllm.start import tell_limits, tell_sizes
 from kvortex.integrations.vllm.worker import BLOCKS, NOTHING, REQUESTS, WorkerHalf
 from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
+from kvortex.transfer import packed_bytes
 
 logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what a connector says
 logging.getLogger("kvortex").parent = logging.getLogger("vllm")  # and so what the library below it says
@@ -358,8 +360,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     @property
     def prefer_cross_layer_blocks(self):
-        """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it."""
-        return True
+        """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it; a codec wants to see each layer."""
+        return self.worker is None or self.worker.options.engine.codec == "exact"
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
@@ -470,7 +472,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             names = {id(tensor): name for name, tensor in reversed(kv_caches.items())}  # layers may share a tensor
             tensors = [tensor for name, tensor in kv_caches.items() if names[id(tensor)] == name]
             backends = {str(self._backend_of(name)) for name in kept}
-            self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor), backends)
+            self._register(tensors, lambda tensor: self._block_dimension(names[id(tensor)], tensor), backends,
+                           [names[id(tensor)] for tensor in tensors])  # fmt: skip
 
     def register_cross_layers_kv_cache(self, kv_cache, attn_backend):
         if self.worker:  # in physical order: whatever vLLM calls the dimensions, blocks are the outermost
@@ -478,9 +481,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     def _block_dimension(self, layer_name, tensor):
         """Which dimension of a layer's tensor counts blocks."""
-        group = next(one for one in self._kv_cache_config.kv_cache_groups if layer_name in one.layer_names)
-        spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)
+        spec = self._spec_of(layer_name)
         return block_dimension(self._backend_of(layer_name), spec, tensor, self.worker.shape.num_device_blocks)
+
+    def _spec_of(self, layer_name):
+        group = next(one for one in self._kv_cache_config.kv_cache_groups if layer_name in one.layer_names)
+        return getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(layer_name, group.kv_cache_spec)
 
     def _backend_of(self, layer_name):
         """The attention backend of a layer, where there is one."""
@@ -489,7 +495,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             return config.compilation_config.static_forward_context[layer_name].get_attn_backend()
         return None
 
-    def _register(self, tensors, block_dim_of, backends):
+    def _register(self, tensors, block_dim_of, backends, names=()):
         again = self.worker.layout is not None
         if again and not self._starts_anew(tensors):
             return
@@ -498,16 +504,22 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             layout = layout_of(
                 tensors, self.worker.shape.num_device_blocks, block_dims, overlap=self.has_several_groups
             )
-            if layout.block_bytes > self.worker.shape.block_bytes:
+            engine = self.worker.options.engine
+            if engine.codec != "exact":
+                specs = [self._spec_of(name) for name in names]
+                layout = with_planes(layout, tensors, block_dims, specs, self.worker.shape.num_device_blocks)
+            slot_bytes = packed_bytes(layout, engine.codec, engine.exact_layers)
+            if slot_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(
-                    f"the KV cache has {layout.block_bytes} bytes a block, and vLLM's configuration of it says "
+                    f"the KV cache takes {slot_bytes} bytes a block, and vLLM's configuration of it says "
                     f"{self.worker.shape.block_bytes}; please report this with your model and vLLM version"
                 )
         except ConfigError as error:
             raise ConfigError(ANOTHER_ENGINE) if again else error from None
         began = time.perf_counter()
         if self.worker.open_store is not None:
-            self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name})
+            codec = f"codec {engine.codec} {sorted(engine.exact_layers)}"  # with the planes, how blocks are packed
+            self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name, codec})
         self.worker.register(layout)
         self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end
         logger.info(

@@ -6,6 +6,7 @@ from kvortex import ConfigError, DiskTier, KVortexConfig, ObjectTier, PoolExhaus
 from kvortex.arguments import shown
 from kvortex.config import nearest, parse_bytes
 from kvortex.integrations.vllm.groups import STATE, align_tokens
+from kvortex.integrations.vllm.planes import packed_bytes_of
 from kvortex.integrations.vllm.sights import MOST_COUNTED
 from kvortex.memory.limits import lacking_memory
 from kvortex.slots import PAGE_BYTES, Slots, stride_bytes
@@ -20,6 +21,8 @@ ENGINE_OPTIONS = (
     "pool_driver_allocated",
     "pool_huge_pages",
     "gather_ctas",
+    "codec",
+    "exact_layers",
     "enable_numa",
 )
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
@@ -252,9 +255,11 @@ class PoolShape:
         Raises
         ------
         ConfigError
-            The pool does not hold one block a rank.
+            The pool does not hold one block a rank, or the codec cannot pack such blocks.
         """
         engine, block_bytes = options.engine, bytes_of_block(kv_cache_config)
+        if engine.codec != "exact":
+            block_bytes = packed_bytes_of(kv_cache_config, block_bytes, engine.codec, engine.exact_layers)
         rank_bytes, stride = engine.cpu_pool_size_bytes // num_ranks, stride_bytes(block_bytes, engine.header_bytes)
         if rank_bytes < stride:
             raise ConfigError(

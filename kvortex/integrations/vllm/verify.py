@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from kvortex.codec import pack_block, unpack_block
 from kvortex.log import Guarded
+from kvortex.transfer import packed_block
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
@@ -42,9 +44,13 @@ class Verifier:
         Made from torch tensors, which it owns; of them only the memory is held.
     pool : PinnedPool
     torch_device : torch.device
+    codec, exact_layers
+        How blocks lie in their slots. A block that was saved must be packed to what its slot holds, and what a slot
+        holds must be unpacked to the block that was loaded.
     """
 
-    def __init__(self, layout, pool, torch_device):
+    def __init__(self, layout, pool, torch_device, codec="exact", exact_layers=()):
+        self.packed = None if codec == "exact" else packed_block(layout, codec, exact_layers)
         self.block_bytes, self.pool, self.torch_device = layout.block_bytes, pool, torch_device
         self.pieces = [piece_view(layout, *run) for run in layout.runs]
         self.on_gpu = torch_device.type == "cuda"
@@ -107,12 +113,24 @@ class Verifier:
     def mismatches(self, capture):
         """Device blocks whose slot holds something else."""
         self.wait(capture)
+        if self.packed is not None:
+            content, pairs = capture.content.numpy(), zip(capture.block_ids, capture.slots, strict=True)
+            return [int(block) for row, (block, slot) in enumerate(pairs) if not self.agree(content[row], slot)]
         first, nbytes = capture.content.data_ptr(), self.block_bytes
         return [
             int(block)
             for row, (block, slot) in enumerate(zip(capture.block_ids, capture.slots, strict=True))
             if _memcmp(first + row * nbytes, self.pool.address(int(slot)), nbytes)
         ]
+
+    def agree(self, block, slot):
+        """Whether a packed slot is of this block: as it was saved, or as it was loaded."""
+        held = np.frombuffer(self.pool.view(int(slot)), np.uint8)[: self.packed.packed_bytes]
+        packed, unpacked = np.empty_like(held), np.empty_like(block)
+        unpack_block(self.packed, held, unpacked)
+        if np.array_equal(unpacked, block):
+            return True
+        return pack_block(self.packed, block, packed) and np.array_equal(packed, held)
 
     def close(self):
         self.threads.shutdown()

@@ -120,7 +120,7 @@ class WorkerHalf:
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
-        self.has_failed, self.is_incomplete = False, False
+        self.has_failed, self.is_incomplete, self.has_refused = False, False, False
         # The slots as the scheduler's half counts them, when it has said so; it relies on the first chunk of one stage.
         self.counted, self.next_chunk = None, int(shape.num_stages == 1)
         self.counters = {}
@@ -144,18 +144,24 @@ class WorkerHalf:
             driver_allocated=engine.pool_driver_allocated,
         )
         self.tensors = [weakref.ref(tensor) for tensor in layout.owners]
-        self.layout = KVLayout(layout.runs, layout.num_blocks)
+        self.layout = KVLayout(layout.runs, layout.num_blocks, planes=layout.planes)
         self.carrier = Carrier(
-            self.device, self.pool, self.layout, max_jobs=engine.max_jobs, gather_ctas=engine.gather_ctas
+            self.device,
+            self.pool,
+            self.layout,
+            max_jobs=engine.max_jobs,
+            gather_ctas=engine.gather_ctas,
+            codec=engine.codec,
+            exact_layers=engine.exact_layers,
         )
         self.saver, self.loader = self.carrier.queues
         self.submitter = Submitter(self.device, self.carrier.signals, self.carrier.queues)
         if self.options.verify:
             from kvortex.integrations.vllm.verify import Verifier
 
-            self.verifier = Verifier(layout, self.pool, tensor.device)
+            self.verifier = Verifier(layout, self.pool, tensor.device, engine.codec, engine.exact_layers)
         if self.open_store is not None:
-            self.tier = WorkerTier(self.open_store(self.pool), self.layout.block_bytes, self.put_lag)
+            self.tier = WorkerTier(self.open_store(self.pool), self.shape.block_bytes, self.put_lag)
 
     def live_addresses(self):
         """Where the KV cache is that was registered, or what is left of it once no copy of ours uses it."""
@@ -302,7 +308,20 @@ class WorkerHalf:
             amounts = {"blocks": num_blocks, "bytes": num_blocks * self.layout.block_bytes}
             amounts["seconds"] = time.perf_counter() - running.began
             self.count(**{f"{what}_{unit}": amount for unit, amount in amounts.items()})
-            self.end(running)
+            self.end(running, bad=self.not_packed(running))
+
+    def not_packed(self, running):
+        """Slots of a save whose block has numbers that the codec cannot pack."""
+        if running.is_load or self.options.engine.codec == "exact":
+            return ()
+        refused = self.carrier.refused_slots(running.transfer.slots)
+        if len(refused):
+            self.count(blocks_not_packed=len(refused))
+            if not self.has_refused:
+                logger.warning("KVortex: blocks have numbers that no codec can pack (Inf, NaN, or 2^100 and more), and "
+                               "are not kept")  # fmt: skip
+            self.has_refused = True
+        return refused
 
     def is_tried_again(self, running):
         """Whether a load that failed is offered once more, because vLLM could not be told of it."""
