@@ -181,6 +181,8 @@ def test_two_vllms_save_the_same_at_once(start, prompts):
         ({"remote_url": "redis://:hush@host"}, "password_env"),
         ({"remote_url": "redis://host", "remote_options": {"password": "hush"}}, "password_"),
         ({"remote_url": "redis://host", "remote_options": {"tll_s": 3}}, "did you mean 'ttl_s'"),
+        ({"remote_url": "redis://host", "remote_options": {"blocks_per_objects": 3}}, "did you mean .blocks_"),
+        ({"remote_options": {"blocks_per_object": 3}}, "lower tier"),
         ({"remote_url": "redis://host", "remote_options": "x"}, "table"),
         ({"remote_url": "redis://host", "remote_options": {"ttl_s": 1.5}}, "ttl_s"),
         ({"remote_url": "redis://host", "disk_path": "/x", "disk_bytes": 1 << 30}, "two tiers"),

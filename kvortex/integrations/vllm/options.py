@@ -216,7 +216,8 @@ def remote_tier_of(extra):
     options = extra.get("remote_options", {})
     if not isinstance(options, dict):
         raise ConfigError(f"remote_options must be a table of settings, got {shown(options)}")
-    tier = tier_at(extra["remote_url"], options, write_bytes_per_s=extra.get("write_bytes_per_s", 0))
+    rate = extra.get("write_bytes_per_s", 0)
+    tier = tier_at(extra["remote_url"], options, beside=(BLOCKS_PER_OBJECT,), write_bytes_per_s=rate)
     return {"tiers": (tier,), "namespace": extra.get("namespace", "as loaded")}
 
 

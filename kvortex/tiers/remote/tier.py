@@ -307,7 +307,7 @@ class ObjectTier(RemoteTier):
         )
 
 
-def tier_at(url, options, **others):
+def tier_at(url, options, beside=(), **others):
     """The settings of a tier by its URL: an `ObjectTier`, or a `RedisTier`.
 
     Parameters
@@ -315,6 +315,8 @@ def tier_at(url, options, **others):
     url : str
     options : dict
         Settings by name, as somebody wrote them down.
+    beside : iterable of str, default ()
+        Names that may have been meant, too, but are not the tier's.
     **others
         Settings that are not to be among these.
 
@@ -327,7 +329,7 @@ def tier_at(url, options, **others):
     known = {field.name for field in fields(kind)} - {"url", *others}
     for name in options:
         if name not in known:
-            near = nearest(name, known)
+            near = nearest(name, [*known, *beside])
             raise ConfigError(
                 f"remote_options has an unknown setting {name!r}; "
                 + (f"did you mean {near!r}?" if near else f"{kind.__name__} has {', '.join(sorted(known))}")
