@@ -55,8 +55,8 @@ class Writing:
     tier_slots: np.ndarray
     is_new: np.ndarray  # in the catalogue; the others other objects have, too
     batch: object
+    tag: bytes
     is_late: bool = False
-    is_cleared: bool = False
 
 
 class ObjectWriter:
@@ -166,20 +166,21 @@ class ObjectWriter:
         ends = np.cumsum([len(each) for each in blocks]).tolist()
         rows = [slice(end - len(each), end) for each, end in zip(blocks, ends, strict=True)]
         keys = np.concatenate(blocks)
-        batch = self.tier.store.put(
-            np.zeros(len(keys), np.uint32), slots, keys, None, tag=self.tier.tag, timeout_ms=PUT_TIMEOUT_MS,
-            objects=objects,
-        )  # fmt: skip
-        self._out.append(Writing(names, rows, keys, slots, tier_slots, is_new, batch))
+        tag, places = self.tier.tag, np.zeros(len(keys), np.uint32)  # no slot stands for an object
+        batch = self.tier.store.put(places, slots, keys, None, tag=tag, timeout_ms=PUT_TIMEOUT_MS, objects=objects)
+        self._out.append(Writing(names, rows, keys, slots, tier_slots, is_new, batch, tag))
         self._names_out.update(names)
 
     def _end(self, writing, now_s):
-        """Let blocks be found on the server where the pool has had them all the time; what it discarded goes."""
-        statuses = writing.batch.statuses
+        """Let blocks be found on the server where the pool has had them all the time; what it discarded goes.
+
+        But what is of the weights before a reset stays, for others: the pool has forgotten it, and nothing is wrong.
+        """
+        statuses, is_current = writing.batch.statuses, writing.tag == self.tier.tag
         is_same = self.index.slots_of(writing.keys) == writing.slots
         for name, rows in zip(writing.names, writing.rows, strict=True):
             keys, new = writing.keys[rows], writing.tier_slots[rows][writing.is_new[rows]]
-            is_kept = bool(is_same[rows].all()) and not writing.is_cleared
+            is_kept = is_current and bool(is_same[rows].all())
             is_ok = bool((statuses[rows] == BlockStatus.OK).all())
             self._names_out.discard(name)
             if is_ok and is_kept:
@@ -188,10 +189,10 @@ class ObjectWriter:
             else:
                 self.tier.catalogue.abort(new)
                 self.num_failed += len(keys)
-            if not is_kept and not writing.is_cleared:  # some block of it was wrong
+            if is_current and not is_kept:  # some block of it was wrong
                 self.tier.erase_objects(keys[-1:], len(keys))
                 self.tier.catalogue.discard(keys)
-            elif not is_ok and not writing.is_cleared:
+            elif is_current and not is_ok:
                 self._pending.setdefault(name, keys)
                 self._not_before_s = now_s + RETRY_S
         if not writing.is_late:
@@ -213,7 +214,5 @@ class ObjectWriter:
             self._to_touch.append((keys, names))
 
     def clear(self):
-        """The pool is empty. What is on its way is of the weights of before, which others may have."""
-        for writing in self._out:
-            writing.is_cleared = True
+        """The pool is empty."""
         self._pending, self._num_to_look_at, self._to_touch = {}, 0, []
