@@ -1,6 +1,7 @@
 """Small blocks that share an object on a server: one request for several, and never a wrong block."""
 
 import random
+import threading
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from test_faults import refused
 from test_schedules import SCHEDULES, live, refuse_some
 
 from kvortex import ConfigError
+from kvortex.integrations.vllm import joined
 from kvortex.integrations.vllm.groups import RUN, STATE, Group
 from kvortex.integrations.vllm.keys import as_bytes, keys_of
 from kvortex.integrations.vllm.options import ConnectorOptions, PoolShape
@@ -237,6 +239,25 @@ def test_what_a_server_did_not_take_is_written_when_it_does(start, prompts, tmp_
     rig.half.tier.write_breaker.allows = lambda now_s: True
     rig.half.tier.writer._not_before_s = 0
     rig.serve("b", prompts[0])
+    rig.require_clean()
+    assert len(files(tmp_path)) == 12
+
+
+def test_an_engine_rests_while_a_server_hangs_at_a_write(start, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr(joined, "PUT_TIMEOUT_MS", 50)
+    rig = start()
+    client, answers = rig.halves[0].tier.store.client, threading.Event()
+    put = client.put
+    client.put = lambda *value: answers.wait(30) and put(*value)
+    for number, prompt in enumerate(prompts):
+        rig.add(f"a{number}", prompt)
+    rig.run(most_s=20)
+    assert rig.index.num_pinned == rig.half.tier.writer.num_pinned == 8, "what is being written, and no more"
+    answers.set()
+    while rig.half.tier.writer.num_pinned:
+        rig.step()
+    rig.serve("b", prompts[0])
+    rig.run()
     rig.require_clean()
     assert len(files(tmp_path)) == 12
 

@@ -93,8 +93,9 @@ class ObjectWriter:
 
     @property
     def is_busy(self):
-        """Whether the next step may begin to write something."""
-        return self._num_to_look_at > 0 and self.breaker.allows(time.monotonic())
+        """Whether the next step may begin to write something; nothing hurries while a server hangs."""
+        hangs = any(writing.is_late for writing in self._out)
+        return self._num_to_look_at > 0 and not hangs and self.breaker.allows(time.monotonic())
 
     def add(self, blocks):
         """These, (n, count, 32) uint8, are objects; those that the server lacks are written when they can be."""
