@@ -22,7 +22,7 @@ from kvortex.transfer import packed_bytes
 
 _NOISE = np.random.default_rng(20).bytes(1 << 20)
 
-# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it; q8 packs what is "packed", too.
+# "gathered" lies as "separate_allocations" does, and `make_engine` lets a kernel move it; "packed" so, packed by q8.
 SHAPES = ("one_allocation", "separate_allocations", "gathered", "packed", "uneven", "cross_layer", "mla")
 
 

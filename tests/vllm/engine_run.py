@@ -389,9 +389,11 @@ class Engine:
         """
         if self.core is None:
             return None
+        import torch
+
         crc = 0
         for _, weight in self.core.model_executor.driver_worker.worker.model_runner.model.named_parameters():
-            crc = zlib.crc32(weight.detach().contiguous().numpy().tobytes(), crc)
+            crc = zlib.crc32(weight.detach().contiguous().view(torch.uint8).numpy().tobytes(), crc)
         return crc
 
     def wait_ready(self):
