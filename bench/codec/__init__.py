@@ -1,0 +1,1 @@
+"""What a codec costs a model: `python -m bench.codec`."""
