@@ -103,7 +103,6 @@ cdef class Gather:
 
     cdef int allocate(self) noexcept nogil:
         cdef const _c.kv_driver *drv = self.device.drv
-        cdef int code
         if self.pool is None:
             return _c.kv_call(drv, _c.mem_alloc, &self.staging, 2 * self.half_bytes)
         with gil:

@@ -212,7 +212,8 @@ cdef class KVLayout:
         planes = []
         if is_bfloat16(dtype, itemsize):
             for number in range(len(runs)):
-                planes += planes_of("k", number * piece, block_size, 2 * (latent_dim - rope_dim), 2 * latent_dim, number)
+                planes += planes_of("k", number * piece, block_size, 2 * (latent_dim - rope_dim), 2 * latent_dim,
+                                    number)
         return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * len(runs), planes)
 
     @classmethod

@@ -49,8 +49,8 @@ def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
     except ValueError as error:
         raise ConfigError(f"the codec {codec!r} cannot pack {layout!r}: {error}") from None
     if packed is None:
-        raise ConfigError(f"the codec {codec!r} can pack nothing of {layout!r}: no vectors of bfloat16 are known in it, "
-                          f"or all of their layers are exact_layers; name their roles (KVLayout.from_tensors(..., "
+        raise ConfigError(f"the codec {codec!r} can pack nothing of {layout!r}: no vectors of bfloat16 are known in it,"
+                          f" or all of their layers are exact_layers; name their roles (KVLayout.from_tensors(..., "
                           f"roles='kv')), or leave codec out")
     return packed.packed_bytes
 

@@ -42,8 +42,8 @@ cdef Source make_source(Device device, KVLayout layout, Packings packings, Pinne
         named = source.block_ids.shape[0]
     else:
         if packings is not None and packings.codec != "exact":
-            raise ValueError(f"this engine packs blocks by the codec {packings.codec!r}, and nobody knows what the bytes "
-                             f"at data_ptrs mean; pass block_ids of a layout")
+            raise ValueError(f"this engine packs blocks by the codec {packings.codec!r}, and nobody knows what the "
+                             f"bytes at data_ptrs mean; pass block_ids of a layout")
         if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
             source.memory = borrow_all(device, data_ptrs, stream, direction == H2D)
             data_ptrs = [borrowed.address for borrowed in source.memory]

@@ -42,6 +42,7 @@ RUNS = {
     "async": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
     "sync": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "sync"],
     "other process": ["restore", *FEW_BLOCKS, *SMALL_POOL, "--by-name"],
+    "packed": [*STRESS, "--options", '{"dtype": "bfloat16"}', "--extra", '{"codec": "q8"}'],
     "leave": ["leave", *FEW_BLOCKS, *SMALL_POOL, "--late-us", "500000"],
     "after-save": [*STRESS, "--mutant", "after-save"],
     "after-load": [*STRESS, "--mutant", "after-load"],
@@ -227,6 +228,13 @@ def test_blocks_that_are_saved_when_they_are_evicted_are_right(plain, runs):
         part = parts[name]
         assert part["verify_blocks"] == part["blocks_saved"] + part["blocks_loaded"] > 0
         assert part["verify_mismatches"] == part["verify_skipped"] == part["transfers_failed"] == 0
+
+
+def test_every_packed_block_that_moved_was_right(runs):
+    """Verify compares what a slot holds with what the codec makes of the block, both ways."""
+    run = runs("packed")
+    assert run["verify_blocks"] == run["blocks_saved"] + run["blocks_loaded"] > run["blocks_saved"] > 0
+    assert run["verify_mismatches"] == run["verify_skipped"] == run["transfers_failed"] == 0
 
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault in RUNS])

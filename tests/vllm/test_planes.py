@@ -1,0 +1,115 @@
+"""Where K and V lie in vLLM's KV caches, for codecs: whatever the order of K, V, heads and tokens in memory."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from kvortex import ConfigError
+from kvortex.integrations.vllm.layouts import layout_of
+from kvortex.integrations.vllm.planes import packed_bytes_of, with_planes
+from kvortex.transfer import packed_bytes
+
+BLOCKS, TOKENS, HEADS, DIM, LAYERS = 6, 32, 2, 64, 3
+K, V = 1.0, 2.0  # what every number of K is, and of V
+
+
+class FullAttentionSpec(SimpleNamespace):
+    pass
+
+
+class MLAAttentionSpec(SimpleNamespace):
+    pass
+
+
+class MambaSpec(SimpleNamespace):
+    pass
+
+
+def spec(kind=FullAttentionSpec, tokens=TOKENS, heads=HEADS, dim=DIM, dtype=torch.bfloat16, parts=2):
+    page = parts * tokens * heads * dim * 2
+    return kind(block_size=tokens, num_kv_heads=heads, head_size=dim, dtype=dtype, page_size_bytes=page)
+
+
+def config_of(*specs, layers=LAYERS):
+    """vLLM's ``KVCacheConfig``, as far as it is looked at."""
+    return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
+
+
+def k_before_v(blocks, tokens):
+    cache = torch.empty(2, blocks, tokens, HEADS, DIM, dtype=torch.bfloat16)
+    cache[0], cache[1] = K, V
+    return cache, 1
+
+
+def in_a_block(blocks, tokens):
+    cache = torch.empty(blocks, 2, tokens, HEADS, DIM, dtype=torch.bfloat16)
+    cache[:, 0], cache[:, 1] = K, V
+    return cache, 0
+
+
+def heads_first(blocks, tokens):
+    cache, dim = in_a_block(blocks, tokens)
+    return cache.permute(0, 1, 3, 2, 4).contiguous().permute(0, 1, 3, 2, 4), dim  # so in memory, tokens first to see
+
+
+def side_by_side(blocks, tokens):
+    cache = torch.empty(blocks, tokens, HEADS, 2 * DIM, dtype=torch.bfloat16)
+    cache[..., :DIM], cache[..., DIM:] = K, V
+    return cache, 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])  # blocks of the kernel in one of the scheduler
+@pytest.mark.parametrize("shape", [k_before_v, in_a_block, heads_first, side_by_side])
+def test_every_row_of_k_and_of_v_is_in_a_plane_of_its_kind(shape, parts):
+    caches, dims = zip(*[shape(BLOCKS * parts, TOKENS // parts) for _ in range(LAYERS)], strict=True)
+    layout = with_planes(layout_of(caches, BLOCKS, dims), caches, dims, [spec()] * LAYERS, BLOCKS)
+    block = b"".join(bytes_at(base + 2 * stride, piece) for base, stride, piece in layout.runs)
+    numbers = np.frombuffer(block, np.uint16)
+    seen = {"k": 0, "v": 0}
+    for plane in layout.planes:
+        for row in range(plane.num_rows):
+            first = (plane.first_byte + row * plane.step_bytes) // 2
+            assert set(numbers[first : first + plane.row_bytes // 2]) == {{"k": 0x3F80, "v": 0x4000}[plane.role]}
+        seen[plane.role] += plane.num_rows
+    assert seen == {"k": LAYERS * TOKENS * HEADS, "v": LAYERS * TOKENS * HEADS}
+    most = packed_bytes_of(config_of(spec()), layout.block_bytes, "k6v4", (0,))
+    assert most - 4096 < packed_bytes(layout, "k6v4", (0,)) <= most
+
+
+def bytes_at(address, nbytes):
+    import ctypes
+
+    return ctypes.string_at(address, nbytes)
+
+
+def test_the_end_of_a_latent_is_left_as_it_is():
+    latent = spec(MLAAttentionSpec, heads=1, dim=576, parts=1)
+    caches = [torch.zeros(BLOCKS, TOKENS, 576, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    layout = with_planes(layout_of(caches, BLOCKS, 0), caches, [0] * LAYERS, [latent] * LAYERS, BLOCKS)
+    assert {plane.row_bytes for plane in layout.planes} == {256} and len(layout.planes) == 4 * LAYERS
+    most = packed_bytes_of(config_of(latent), layout.block_bytes, "q8", ())
+    assert most - 4096 < packed_bytes(layout, "q8") <= most
+
+
+@pytest.mark.parametrize(
+    "specs, why",
+    [
+        ([spec(dtype=torch.float16)], "float16"),
+        ([spec(dtype=torch.uint8)], "uint8"),
+        ([spec(), spec(dim=128)], "one shape"),
+        ([spec(), MambaSpec(block_size=TOKENS, page_size_bytes=8192)], "MambaSpec"),
+        ([spec(dim=40)], "heads of 40"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_at_start(specs, why):
+    block_bytes = LAYERS * specs[0].page_size_bytes
+    with pytest.raises(ConfigError, match=why):
+        packed_bytes_of(config_of(*specs), block_bytes, "q8", ())
+
+
+def test_a_cache_of_unknown_shape_is_refused():
+    cache = torch.zeros(BLOCKS, TOKENS, HEADS, DIM, 2, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="does not know where K and V lie"):
+        with_planes(layout_of([cache], BLOCKS, 0), [cache], [0], [spec()], BLOCKS)
