@@ -23,7 +23,14 @@ from kvortex.transfer._runs import (
     spans_of_part,
 )
 from kvortex.transfer.fingerprint import fingerprint_of_layout, fingerprint_of_part, piece_of_axes
-from kvortex.transfer.planes import is_bfloat16, planes_of_part, planes_of_runs, planes_of_tensor, roles_of_tensors
+from kvortex.transfer.planes import (
+    is_bfloat16,
+    layers_of_roles,
+    planes_of_part,
+    planes_of_runs,
+    planes_of_tensor,
+    roles_of_tensors,
+)
 
 
 @cython.no_gc_clear  # in a garbage cycle the owners must outlive the engine that ends its copies
@@ -267,6 +274,7 @@ cdef class KVLayout:
                             f"write from_tensors([tensor]), or list(tensor) where its first dimension counts layers")
         tensors = as_list(tensors, "tensors")
         roles = roles_of_tensors(roles, len(tensors))
+        layers = layers_of_roles(roles)
         for number, tensor in enumerate(tensors):
             memory = borrow_memory(tensor)
             tensor_runs, count, piece = runs_of_tensor(memory, block_dim, f"tensor {number}")
@@ -278,7 +286,7 @@ cdef class KVLayout:
             pieces.append(piece)
             nbytes = sum([run[2] for run in tensor_runs])
             planes += planes_of_tensor(roles[number], memory.shape, memory.strides, memory.itemsize,
-                                       getattr(memory.owner, "dtype", ""), block_bytes, nbytes, number)
+                                       getattr(memory.owner, "dtype", ""), block_bytes, nbytes, layers[number])
             block_bytes += nbytes
         if expected not in (None, num_blocks):
             raise ValueError(f"the tensors have {num_blocks} blocks along dimension {block_dim}, and num_blocks says "

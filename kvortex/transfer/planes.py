@@ -26,6 +26,16 @@ def roles_of_tensors(roles, num_tensors):
     return roles
 
 
+def layers_of_roles(roles):
+    """The layer of each tensor: where K and V are tensors of their own, the first of each is layer 0, and so on."""
+    counts, layers = {"k": 0, "v": 0}, []
+    for role in roles:
+        parts = [role] if role in counts else ["k", "v"]
+        layers.append(max(counts[part] for part in parts))
+        counts.update(dict.fromkeys(parts, layers[-1] + 1))
+    return layers
+
+
 def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, layer):
     """The planes of a block of one tensor, `nbytes` from `first_byte` on.
 

@@ -94,6 +94,16 @@ def test_exact_layers_come_back_byte_by_byte(make):
 
 
 @pytest.mark.host
+def test_exact_layers_count_layers_where_k_and_v_are_tensors_of_their_own(make):
+    arrays, _, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, ["k", "v"] * 2, num_layers=4, exact_layers=(-1,))
+    before = [array[1].copy() for array in arrays]
+    assert save_and_load(arrays, engine, save=(1,), load=(7,)) == 1
+    assert [bool((array[7] == was).all()) for array, was in zip(arrays, before, strict=True)] == [False] * 2 + [
+        True
+    ] * 2
+
+
+@pytest.mark.host
 @pytest.mark.parametrize("bits", [0x7F80, 0xFFC1, 0x7180])  # Inf, NaN, 2^100
 def test_a_block_with_a_number_that_cannot_be_packed_is_not_kept_and_its_neighbours_are(make, caplog, bits):
     arrays, _, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, "v")
