@@ -96,8 +96,11 @@ class DeviceCache:
         return bytes(np.frombuffer(data, np.uint16) & 0xBFFF) if self.shape == "packed" else data  # magnitudes below 2
 
     def loaded(self, key_id, generation=0):
-        """The bytes that a load brings for a key: after a codec, what the reference makes of them."""
-        data = self.content(key_id, generation)
+        """The bytes that a load brings for a key."""
+        return self.back(self.content(key_id, generation))
+
+    def back(self, data):
+        """The bytes that a block of these comes back with: after a codec, what the reference makes of them."""
         return there_and_back(data, self.layout.planes) if self.shape == "packed" else data
 
     def write(self, block, data):

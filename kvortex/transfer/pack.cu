@@ -1,8 +1,10 @@
 // The kernel that packs and unpacks; pack.h tells what it is told and how packed planes lie. The package carries it as
-// PTX, made anew after a change by
-//   nvcc -ptx -arch=compute_75 -O3 -fmad=false -I include -o - kvortex/transfer/pack.cu |
-//       sed 's/^\.version .*/.version 6.3/; /^\/\//d' > kvortex/transfer/pack.ptx
-// (the kernel uses nothing newer than the version named here, and older drivers refuse newer ones). Results are to be
+// PTX, made anew after a change of either by
+//   { cat kvortex/transfer/pack.cu include/kvortex/pack.h | sha256sum | sed 's/^/\/\/ /'
+//     nvcc -ptx -arch=compute_75 -O3 -fmad=false -I include -o - kvortex/transfer/pack.cu |
+//         sed 's/^\.version .*/.version 6.3/; /^\/\//d'; } > kvortex/transfer/pack.ptx
+// (the kernel uses nothing newer than the version named here, and older drivers refuse newer ones; the first line tells a
+// test that the PTX is of these sources). Results are to be
 // those of the CPU code, bit for bit: no -ftz=true, no -prec-div=false, no contraction that nobody wrote down.
 //
 // A thread has 32 elements of a row: chunk `lane` and chunk `lanes + lane`, of 16 each. So five stages of the butterfly
@@ -456,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(KV_PACK_THREADS) kv_pack_blocks(con
                 unpack_rows(rows, plane.bits);
             }
         }
-        if (pack.to_staging) {
+        if (pack.to_staging && pack.flags_offset) { // blocks without flags have something else there
             uint32_t *flags = (uint32_t *)(target + pack.flags_offset);
             bad = team_any(bad, team, threads);
             if (thread == 0)

@@ -1,6 +1,7 @@
 """The source of the kernel, run on a CPU, writes the bytes of the numpy reference; `make test-gpu` runs it on a GPU."""
 
 import ctypes
+import hashlib
 import re
 import subprocess
 from pathlib import Path
@@ -40,6 +41,13 @@ def launch(tmp_path_factory):
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-w", "-shared", "-fPIC", f"-I{ROOT / 'include'}"]
     subprocess.run(["g++", *flags, f"-I{Path(__file__).parent}", "-o", "pack.so", "pack.cpp"], cwd=folder, check=True)
     return ctypes.CDLL(folder / "pack.so").launch
+
+
+def test_the_ptx_is_of_these_sources():
+    sources = [ROOT / "kvortex/transfer/pack.cu", ROOT / "include/kvortex/pack.h"]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    first_line = (ROOT / "kvortex/transfer/pack.ptx").read_text().split("\n", 1)[0]
+    assert first_line.split()[1] == digest, "make pack.ptx anew; pack.cu says how"
 
 
 def aligned(nbytes):
@@ -131,6 +139,18 @@ def test_planes_are_packed_like_the_reference_packs_them(launch, seed, bits, dim
     blocks.launch(launch, True, thread_blocks=2)
     assert (blocks.staging == expected).all()
     assert (blocks.cache == cache).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 40])
+def test_blocks_without_flags_are_their_planes_and_nothing_else(launch, seed, num_rows):
+    rng, blocks = np.random.default_rng(seed), Blocks(num_rows, [(64, EXACT), (48, EXACT)], 3)
+    blocks.block_bytes, blocks.flags_offset = blocks.flags_offset, 0
+    blocks.cache[:] = rng.integers(0, 256, len(blocks.cache))
+    whole = b"".join(blocks.rows(block, index).tobytes() for block in range(3) for index in range(2))
+    expected = blocks.staging.copy()
+    expected[: len(whole)] = np.frombuffer(whole, np.uint8)
+    blocks.launch(launch, True, thread_blocks=2)
+    assert (blocks.staging == expected).all()
 
 
 @pytest.mark.parametrize("bits", BITS)
