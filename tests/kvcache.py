@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 import numpy as np
-from codec import reference
+import reference
 
 import kvortex
 from kvortex.codec import CODECS, planes_of
