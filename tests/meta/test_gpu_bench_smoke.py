@@ -47,6 +47,13 @@ def test_the_ways_of_submitting_are_compared():
     assert "| deferred |" in done.stdout and "8 blocks of 32 x 64 KiB" in done.stdout
 
 
+def test_codecs_are_compared_with_the_exact_path():
+    command = [sys.executable, "-m", "bench.gpu.packed", "--device", "host", "--blocks", "2", "--rounds", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| q8 | 12 |" in done.stdout and "| 0.00, 0.00 | 256 |" in done.stdout
+
+
 class DriftingKernels:
     """A kernel that slows down from run to run, by more than any transfer costs it."""
 
