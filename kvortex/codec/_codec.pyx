@@ -9,6 +9,9 @@ from kvortex.arguments import shown
 from kvortex.codec.planes import PackedBlock
 
 
+FORMAT_VERSION = _c.KV_PACK_VERSION  # of packed blocks: part of the names under which they are kept
+
+
 def instruction_sets():
     """Return the names of the instruction sets that this processor has code for, the fastest first and "c" last."""
     cdef const _c.kv_codec_set *found

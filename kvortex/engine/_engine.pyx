@@ -579,7 +579,7 @@ cdef class EngineCore:
             keys = keys.copy()  # the index reads a key twice, and nobody may change it in between
         if source.memory is not None or (source.by_block and source.layout.whole is not None):
             loan = Loan.__new__(Loan)
-            loan.memory = (source.layout,) if source.memory is None else source.memory
+            loan.memory = (source.layout, source.packing) if source.memory is None else source.memory
             self.loans = (*self.loans, loan)
         try:
             self.enter_call()
@@ -902,6 +902,9 @@ cdef class EngineCore:
             Py_INCREF(self.carriers)  # pool and layouts, which these threads may still look at
             self.pool.abandon()
             return True
+        if self.any_in_flight():  # giving device memory back waits for all copies, and theirs may never end
+            for queue in self.queues:
+                (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
         for queue in self.queues:
             (<TransferQueue>queue).end(deadline, False)
             dead |= (<TransferQueue>queue).failure != 0

@@ -1,6 +1,7 @@
 # cython: nonecheck=False
 """Carrier: what moves the blocks of one layout between its device and one pool, in the order that the blocks demand."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
@@ -38,6 +39,7 @@ cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) n
     return <uint64_t>queue << 56 | <uint64_t>record << 32 | generation
 
 
+@cython.no_gc_clear  # the engine ends its copies by it
 cdef class Carrier:
     """The queues of one layout over one pool, how its pieces move best, and the order of jobs on its blocks.
 
@@ -147,8 +149,12 @@ cdef class Carrier:
     def close(self, timeout_ms=5000):
         """`TransferQueue.close` of each queue, `timeout_ms` at the most in all."""
         cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
-        for queue in self.queues or ():
+        for queue in sorted(self.queues or (), key=lambda queue: not queue.jobs_in_flight):
             (<TransferQueue>queue).end(deadline, True)
+            if (<TransferQueue>queue).is_abandoned:  # giving device memory back would wait for its copies
+                for other in self.queues:
+                    if not (<TransferQueue>other).ended:
+                        (<TransferQueue>other).fail_all(_c.KV_CUDA_DEINITIALIZED)
 
     cdef void refuse(self) noexcept nogil:
         """Take no more jobs. A call that claims one at the same time either is refused, or counts as in flight."""

@@ -1,6 +1,7 @@
 # cython: nonecheck=False
 """Which carrier moves the blocks of which layout, and which layouts may be there together. Everything under the GIL."""
 
+cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport uint64_t
 
@@ -22,6 +23,7 @@ from kvortex.transfer.overlaps import find_shared
 cdef uint64_t NAP_NS = 100_000
 
 
+@cython.no_gc_clear  # the engine ends its copies by it
 cdef class Carriers:
     def __cinit__(self, PinnedPool pool not None):
         self.pool, self.by_layout, self.queues = pool, {}, ()

@@ -7,6 +7,7 @@ into staging memory on the device instead, while a copy engine moves what it gat
 blocks, the same kernel does it on the way.
 """
 
+cimport cython
 from libc.stdint cimport int64_t, uint32_t
 from libc.string cimport memset
 
@@ -43,6 +44,7 @@ def gather_pays(KVLayout layout not None, direction):
     return layout.piece_bytes < MAX_PIECE_BYTES and misfit(layout) is None
 
 
+@cython.no_gc_clear  # close needs all of it
 cdef class Gather:
     """Made by `TransferQueue.use_gather`, used by the job whose turn it is, closed or leaked with the queue."""
 
@@ -59,6 +61,7 @@ cdef class Gather:
         self.device, self.layout, self.num_ctas = device, packings.layout, num_ctas
         self.packings, self.whole = packings, packings.whole
         packings.num_users += 1
+        self.whole.require_table()
         self.half_bytes = max(HALF_BYTES, self.whole.packed_bytes)
         memset(&self.told, 0, sizeof(self.told))
         self.pool = pool
@@ -77,8 +80,12 @@ cdef class Gather:
 
     cdef Packing packing_of(self, KVLayout layout):
         """How blocks of a layout are moved; None: piece by piece."""
+        cdef Packing packing
         if (layout.whole or layout) is self.layout:
-            return self.packings.of(layout)
+            packing = self.packings.of(layout)
+            if packing is not None:
+                packing.require_table()
+            return packing
         if self.packings.codec != "exact":
             raise ValueError(f"this queue packs blocks of {self.layout!r}, not of {layout!r}; use one queue a layout")
         return None

@@ -10,7 +10,8 @@ from kvortex.transfer._layout cimport KVLayout
 
 cdef class Packing:
     cdef Device device
-    cdef kv_devptr table               # the planes, in device memory; ours
+    cdef kv_plane *planes
+    cdef kv_devptr table               # the same in device memory, ours; 0: nobody has asked for it
     cdef readonly uint32_t num_planes
     cdef readonly size_t block_bytes   # of a block on the device
     cdef readonly size_t packed_bytes  # of a block in its slot
@@ -20,7 +21,8 @@ cdef class Packing:
     # Whether the block in a slot has numbers that the codec cannot pack: its bytes are no block then. To be asked when
     # its save is over.
     cdef bint is_refused(self, PinnedPool pool, uint32_t slot) noexcept nogil
-    cdef int place(self, const kv_plane *planes) noexcept nogil
+    cdef int require_table(self) except -1
+    cdef int place(self, kv_devptr *table) noexcept nogil
     cdef void close(self) noexcept
 
 
@@ -30,6 +32,7 @@ cdef class Packings:
     cdef readonly KVLayout layout
     cdef readonly str codec
     cdef readonly tuple exact_layers
+    cdef object exact                  # numbers of these, from 0
     cdef readonly Packing whole        # that of `layout`
     cdef object known                  # WeakKeyDictionary: part -> Packing
     cdef int num_users                 # gathers; the last one gives the memory back

@@ -1,5 +1,6 @@
 """Packing: from the planes of a layout and a codec to the table by which a kernel packs blocks and unpacks them."""
 
+cimport cython
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport calloc, free
 from posix.unistd cimport getpid
@@ -14,6 +15,7 @@ from bisect import bisect_right
 from itertools import accumulate
 
 from kvortex.codec import PackedBlock
+from kvortex.codec.planes import exact_numbers
 from kvortex.errors import ConfigError
 from kvortex.transfer.fingerprint import fingerprint_of_packed
 from kvortex.transfer.planes import covering
@@ -21,9 +23,20 @@ from kvortex.transfer.planes import covering
 
 def misfit(KVLayout layout not None):
     """The first run that the kernel cannot move, or None."""
-    for run in layout.runs:
-        if any(number % _c.KV_PACK_UNIT_BYTES for number in run):
-            return run
+    for base, stride, piece in layout.runs:
+        if (base | piece | (stride if layout.num_blocks > 1 else 0)) % _c.KV_PACK_UNIT_BYTES:
+            return base, stride, piece
+    return None
+
+
+cdef str why_misfit(KVLayout layout):
+    """What is wrong with it, in words; None: nothing."""
+    run = misfit(layout)
+    if run is not None:
+        return (f"run {run} (base, block_stride, piece_bytes) is not made of multiples of {_c.KV_PACK_UNIT_BYTES} bytes, "
+                f"so the kernel that gathers and packs cannot move it")
+    if layout.num_blocks > 0xFFFFFFFF:
+        return f"the kernel counts blocks in 32 bits, the layout has {layout.num_blocks}"
     return None
 
 
@@ -44,6 +57,9 @@ def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
     """
     if codec == "exact":
         return layout.block_bytes
+    why = why_misfit(layout)
+    if why is not None:
+        raise ConfigError(f"the codec {codec!r} cannot pack {layout!r}: {why}")
     try:
         packed = packed_block(layout, codec, exact_layers)
     except ValueError as error:
@@ -61,21 +77,18 @@ cdef list pieces_of(object runs):
     return list(zip(accumulate(sizes, initial=0), sizes, strict=False))
 
 
+@cython.no_gc_clear  # __dealloc__ needs the device
 cdef class Packing:
     """Made by `Packings`; gives its memory back when nobody holds it any more."""
 
     def __init__(self, Device device not None, KVLayout layout not None, packed=None):
-        cdef _c.kv_plane *planes
         cdef uint32_t index
-        cdef int code, mode = 0
+        cdef _c.kv_plane *planes
         if self.device is not None:
             raise RuntimeError("Packing.__init__ may be called once")
-        run = misfit(layout)
-        if run is not None:
-            raise ValueError(f"run {run} (base, block_stride, piece_bytes) is not made of multiples of "
-                             f"{_c.KV_PACK_UNIT_BYTES} bytes, so the kernel that gathers and packs cannot move it")
-        if layout.num_blocks > 0xFFFFFFFF:
-            raise ValueError(f"the kernel counts blocks in 32 bits, the layout has {layout.num_blocks}")
+        why = why_misfit(layout)
+        if why is not None:
+            raise ValueError(why)
         if packed is None:  # every piece as it is
             rows = [(start, 1, piece, piece, _c.KV_PACK_EXACT, start) for start, piece in pieces_of(layout.runs)]
             self.packed_bytes, self.fingerprint = layout.block_bytes, layout.fingerprint
@@ -86,40 +99,50 @@ cdef class Packing:
             self.fingerprint = fingerprint_of_packed(layout.fingerprint, _c.KV_PACK_VERSION, rows)
         self.num_planes, self.block_bytes = len(rows), layout.block_bytes
         starts = [start for start, _ in pieces_of(layout.runs)]
-        planes = <_c.kv_plane *>calloc(self.num_planes, sizeof(_c.kv_plane))
+        self.planes = planes = <_c.kv_plane *>calloc(self.num_planes, sizeof(_c.kv_plane))
         if planes is NULL:
             raise MemoryError(f"no memory for a table of {self.num_planes} planes")
-        try:
-            for index, (first_byte, num_rows, row_bytes, step_bytes, bits, offset) in enumerate(rows):
-                run = bisect_right(starts, first_byte) - 1
-                base, stride, _ = layout.runs[run]
-                planes[index].base, planes[index].block_stride = base + first_byte - starts[run], stride
-                planes[index].offset, planes[index].bits = offset, bits
-                planes[index].num_rows, planes[index].row_bytes = num_rows, row_bytes
-                planes[index].step_bytes = step_bytes
-            self.device = device
+        for index, (first_byte, num_rows, row_bytes, step_bytes, bits, offset) in enumerate(rows):
+            run = bisect_right(starts, first_byte) - 1
+            base, stride, _ = layout.runs[run]
+            planes[index].base = base + first_byte - starts[run]
+            planes[index].block_stride = stride if layout.num_blocks > 1 else 0
+            planes[index].offset, planes[index].bits = offset, bits
+            planes[index].num_rows, planes[index].row_bytes = num_rows, row_bytes
+            planes[index].step_bytes = step_bytes
+        self.device = device
+
+    cdef int require_table(self) except -1:
+        """Have the table on the device; who only looks blocks up never needs it."""
+        cdef _c.kv_devptr table = 0
+        cdef int code, mode = 0
+        if self.table:
+            return 0
+        with nogil:
+            code = self.device.enter(&mode)
+            if code == 0:
+                code = self.place(&table)
+                self.device.leave(mode)
+        if code == 0 and self.table == 0:  # no other thread did so meanwhile
+            self.table, table = table, 0
+        if table:
             with nogil:
-                code = device.enter(&mode)
-                if code == 0:
-                    code = self.place(planes)
-                    device.leave(mode)
-            check(device, code)
-        finally:
-            free(planes)
+                self.device.give_memory_back(table)
+        return check(self.device, code)
 
     cdef bint is_refused(self, PinnedPool pool, uint32_t slot) noexcept nogil:
         return _c.kv_packed_is_refused(_c.kv_slots_payload(&pool.slots, slot), self.flags_offset, self.num_planes)
 
-    cdef int place(self, const _c.kv_plane *planes) noexcept nogil:
-        """Copy the table to the device. A CUresult; the context is current."""
+    cdef int place(self, _c.kv_devptr *table) noexcept nogil:
+        """Copy the table to new device memory. A CUresult; the context is current."""
         cdef const _c.kv_driver *drv = self.device.drv
         cdef size_t nbytes = self.num_planes * sizeof(_c.kv_plane)
         cdef void *stream = NULL
-        cdef int code = _c.kv_call(drv, _c.mem_alloc, &self.table, nbytes)
+        cdef int code = _c.kv_call(drv, _c.mem_alloc, table, nbytes)
         if code == 0:
             code = _c.kv_call(drv, _c.stream_create, &stream, _c.KV_STREAM_NON_BLOCKING)
         if code == 0:
-            code = _c.kv_call(drv, _c.memcpy_htod_async, self.table, <const void *>planes, nbytes, stream)
+            code = _c.kv_call(drv, _c.memcpy_htod_async, table[0], <const void *>self.planes, nbytes, stream)
         if code == 0:  # from here on the table is there for other streams, too
             code = _c.kv_call(drv, _c.stream_synchronize, stream)
         if stream is not NULL:
@@ -136,14 +159,17 @@ cdef class Packing:
 
     def __dealloc__(self):  # of a part that nobody names any more, nor a job
         self.close()
+        free(self.planes)
 
 
+@cython.no_gc_clear  # as above
 cdef class Packings:
     def __init__(self, Device device not None, KVLayout layout not None, codec="exact", exact_layers=()):
         self.device, self.layout, self.codec, self.exact_layers = device, layout, codec, tuple(exact_layers)
         self.known = weakref.WeakKeyDictionary()
         if codec != "exact":
             packed_bytes(layout, codec, exact_layers)  # says what is wrong
+            self.exact = exact_numbers(exact_layers, 1 + max([plane.layer for plane in layout.planes]))
         self.whole = Packing(device, layout, None if codec == "exact" else packed_block(layout, codec, exact_layers))
 
     cdef Packing of(self, KVLayout layout):
@@ -154,17 +180,18 @@ cdef class Packings:
             return None
         packing = self.known.get(layout)
         if packing is None:
-            packing = Packing(self.device, layout, packed_block(layout, self.codec, self.exact_layers))
+            named = [plane.layer for plane in layout.planes if plane.layer in self.exact]
+            packing = Packing(self.device, layout, packed_block(layout, self.codec, named))
             if packing.packed_bytes > self.whole.packed_bytes:
                 raise ValueError(f"packed, a block of {layout!r} takes {packing.packed_bytes} bytes, and a slot holds "
                                  f"{self.whole.packed_bytes}: the part cuts through planes, which then stay exact; "
                                  f"choose parts that have planes whole")
-            self.known[layout] = packing
+            packing = self.known.setdefault(layout, packing)  # another thread may have made one meanwhile
         return packing
 
     cdef void let_go(self) noexcept:
         cdef Packing packing
         self.num_users -= 1
         if self.num_users == 0:
-            for packing in (self.whole, *self.known.values()):
+            for packing in (self.whole, *getattr(self.known, "data", {}).values()):
                 packing.close()

@@ -1,6 +1,7 @@
 # cython: nonecheck=False
 """A list of queues that others may change while a thread goes round it."""
 
+cimport cython
 from libc.string cimport memcpy
 from posix.unistd cimport getpid
 
@@ -10,6 +11,7 @@ from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 
+@cython.no_gc_clear  # a thread goes round it
 cdef class QueueList:
     """Each round works on a copy of the list; whoever takes queues out asks until no round has them in its copy.
 

@@ -37,6 +37,8 @@ cdef Source make_source(Device device, KVLayout layout, Packings packings, Pinne
         source.block_ids = as_block_ids(block_ids, layout)
         if packings is not None:
             source.packing = packings.of(layout)
+            if source.packing is not None:
+                source.packing.require_table()
         source.lengths = np.array([layout.block_bytes if source.packing is None else source.packing.packed_bytes],
                                   dtype=np.uint32)
         named = source.block_ids.shape[0]

@@ -18,7 +18,8 @@ cdef class TransferQueue(JobTable):
     # For callers without the GIL, who keep queue, layout and pool alive, and `outcome` in its place, until it is no
     # longer pending. Nothing is checked: blocks within the layout, slots that are registered, no larger than a payload,
     # a stream of the device that is not capturing, n not 0.
-    # 0, or why nothing was submitted, as outcome.code says too: NOT_READY when all jobs are in flight, else a CUresult.
+    # 0, or why nothing was submitted, as outcome.code says too: NOT_READY when all jobs are in flight, else a CUresult;
+    # INVALID_VALUE where the queue packs blocks of another layout, or of the layout that this is a part of.
     cdef int submit_blocks(self, KVLayout layout, const int64_t *block_ids, PinnedPool pool, const uint32_t *slot_ids,
                            size_t n, void *stream, JobOutcome *outcome) noexcept nogil
 

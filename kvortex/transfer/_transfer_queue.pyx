@@ -257,12 +257,12 @@ cdef class TransferQueue(JobTable):
         self._require_open()
         cdef void *caller = self.device.borrow_stream(stream)
         cdef Job job = Job.__new__(Job)
-        self.used.update((pool, layout))
+        packing = None if self.copier.gather is None else self.copier.gather.packing_of(layout)
+        self.used.update((pool, layout, packing))
         self._require_open()  # again: what came before may run other people's code, and from here on nothing does
         pool._require_open()
         if slots.shape[0] != <Py_ssize_t>n:
             raise ValueError(f"{n} block ids but {slots.shape[0]} slots; they must pair up")
-        packing = None if self.copier.gather is None else self.copier.gather.packing_of(layout)
         block_bytes = layout.block_bytes if packing is None else packing.packed_bytes
         if block_bytes > pool.slots.payload_bytes:
             raise ValueError(f"blocks of {block_bytes} bytes exceed the payload of a slot ({pool.payload_bytes})")
@@ -329,6 +329,9 @@ cdef class TransferQueue(JobTable):
         cdef int code
         if self.copier.gather is not None and layout is self.copier.gather.layout:
             packing = <void *>self.copier.gather.whole
+        elif self.copier.gather is not None and self.copier.gather.whole.flags_offset:  # a part, or another layout
+            outcome.state, outcome.code = OUTCOME_FAILED, _c.KV_CUDA_INVALID_VALUE
+            return _c.KV_CUDA_INVALID_VALUE
         record = self.claim_blocks(layout, packing, block_ids, pool, slot_ids, n)
         if record != NO_RECORD:
             self.watch(record, outcome)
@@ -510,6 +513,7 @@ cdef class TransferQueue(JobTable):
                 self.device.leave(mode)
         if self.is_abandoned:
             Py_INCREF(self.used)  # copies may still use them, and a submitter
+            Py_INCREF(self.copier)  # and kernels the tables of its gather
         else:
             self.used.clear()
         return 0

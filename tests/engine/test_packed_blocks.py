@@ -1,8 +1,11 @@
 """An engine with a codec: what comes back is what the slow reference makes of a block, and nothing else is served."""
 
+import gc
+import threading
+
 import numpy as np
 import pytest
-from kvcache import DeviceCache, keys_of, make_engine, there_and_back
+from kvcache import DeviceCache, keys_of, leaves_its_engine_behind, make_engine, there_and_back
 
 import kvortex
 from kvortex import ConfigError, KVLayout, KVortexConfig, KVortexEngine
@@ -257,3 +260,105 @@ def test_a_packed_save_copies_what_the_callers_stream_wrote_before_and_not_after
     assert cache.read(9) == there_and_back(b"\x11" * cache.block_bytes, cache.layout.planes)
     engine.shutdown()
     cache.close()
+
+
+@pytest.mark.host
+def test_exact_layers_are_those_of_the_whole_layout_for_its_parts_too(make):
+    arrays, layout, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, "k", exact_layers=(-1,))
+    before = [array[1].copy() for array in arrays]
+    for number in range(LAYERS):
+        part = layout.part([number])
+        engine.save_blocks(keys_of([number]), np.array([1]), layout=part).wait(20_000)
+        engine.load_blocks(keys_of([number]), np.array([5]), layout=part).wait(20_000)
+    same = [bool((array[5] == was).all()) for array, was in zip(arrays, before, strict=True)]
+    assert same == [False, False, True]
+
+
+@pytest.mark.host
+def test_a_lookup_for_a_part_that_is_named_for_the_first_time_asks_no_driver(make, host):
+    _, layout, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, "k")
+    before = host.live_objects()
+    host.fail_call(1, 999)
+    assert engine.check_blocks(keys_of([1]), layout=layout.part([1])).leading == 0
+    host.fail_call(0, 0)
+    assert host.live_objects() == before
+    engine.shutdown()
+    with pytest.raises(kvortex.EngineClosed):
+        engine.check_blocks(keys_of([1]), layout=layout.part([2]))
+
+
+@pytest.mark.host
+def test_parts_leave_no_table_behind(make, host):
+    arrays, layout, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, "k")
+    before = host.live_objects()["device_allocations"]
+    for number in range(20):
+        part = layout.part([number % LAYERS])
+        engine.save_blocks(keys_of([number]), np.array([1]), layout=part).wait(20_000)
+        del part
+    engine.check_blocks(keys_of([1]))  # lets go of what jobs used
+    gc.collect()
+    assert host.live_objects()["device_allocations"] == before
+
+
+@pytest.mark.host
+def test_two_threads_that_name_a_part_first_share_what_was_made_for_it(make, host):
+    """One of two tables would be freed while a kernel reads it."""
+    arrays, layout, engine = make((NUM_BLOCKS, TOKENS, HEADS, DIM), 0, "k", num_slots=64)
+    for round_ in range(20):
+        part, keys = layout.part([round_ % LAYERS]), keys_of([2 * round_, 2 * round_ + 1])
+        source = arrays[round_ % LAYERS][1:3].copy()
+        host.set_delay_us(0, 300, seed=round_)
+        threads = [
+            threading.Thread(target=engine.save_blocks, args=(keys[one : one + 1], np.array([1 + one])),
+                             kwargs={"layout": part})
+            for one in range(2)
+        ]  # fmt: skip
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        host.set_delay_us(0, 0)
+        job = engine.load_blocks(keys, np.array([5, 6]), layout=part)
+        job.wait(20_000)
+        while job.num_blocks < 2:
+            job = engine.load_blocks(keys, np.array([5, 6]), layout=part)
+            job.wait(20_000)
+        expected = [there_and_back(block.tobytes(), part.planes) for block in source]
+        assert [arrays[round_ % LAYERS][block].tobytes() for block in (5, 6)] == expected
+
+
+@leaves_its_engine_behind
+@pytest.mark.host
+@pytest.mark.parametrize("codec", ["q8", "exact"])
+def test_shutdown_keeps_its_limit_where_a_copy_does_not_come_back(device, stream, host, codec):
+    """Giving the staging of another queue back would wait for it."""
+    cache = DeviceCache(device, "packed" if codec == "q8" else "gathered")
+    engine = make_engine(cache, 8, shutdown_timeout_ms=200)
+    host.hold()
+    engine.save_blocks(keys_of([7]), [3], stream=stream)
+    thread = threading.Thread(target=engine.shutdown)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    host.release()
+
+
+@pytest.mark.host
+def test_a_layout_of_one_block_may_have_any_stride(device):
+    array = numbers(1, 1, TOKENS, DIM)
+    plane = Plane("k", 0, TOKENS, 2 * DIM, 2 * DIM)
+    layout = KVLayout([(array.ctypes.data, 7, array.nbytes)], 1, planes=[plane])
+    config = KVortexConfig(device=device.name, codec="q8", cpu_pool_size_bytes=MIB)
+    with KVortexEngine.create(config, layout=layout) as engine:
+        before = array.tobytes()
+        engine.save_blocks(keys_of([1]), np.array([0])).wait(20_000)
+        array[:] = 0
+        engine.load_blocks(keys_of([1]), np.array([0])).wait(20_000)
+    assert array.tobytes() == there_and_back(before, layout.planes)
+
+
+def test_pieces_that_no_kernel_can_move_are_refused(device):
+    layout = KVLayout([(1 << 20, 24, 24)], 2)
+    config = KVortexConfig(device=device.name, codec="q8", cpu_pool_size_bytes=MIB)
+    with pytest.raises(ConfigError, match="not made of multiples of 16 bytes"):
+        KVortexEngine.create(config, layout=layout)

@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
 from kvortex import ConfigError
+from kvortex.codec import FORMAT_VERSION
 from kvortex.integrations.vllm.events import BlockEvents
 from kvortex.integrations.vllm.groups import RUN, STATE, groups_of, way_out_of_groups
 from kvortex.integrations.vllm.identity import namespace_of, require_stable_hashes
@@ -518,7 +519,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             raise ConfigError(ANOTHER_ENGINE) if again else error from None
         began = time.perf_counter()
         if self.worker.open_store is not None:
-            codec = f"codec {engine.codec} {sorted(engine.exact_layers)}"  # with the planes, how blocks are packed
+            codec = f"codec {engine.codec} {sorted(engine.exact_layers)} {FORMAT_VERSION}"  # with the planes, how they lie
             self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name, codec})
         self.worker.register(layout)
         self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end

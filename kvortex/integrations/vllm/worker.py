@@ -463,4 +463,4 @@ class WorkerHalf:
         for number, running in self.running.items():
             if not running.is_load:
                 with contextlib.suppress(DriverError, MemoryError):
-                    self.tier.saved(number, is_good=bool(running.num_blocks()))
+                    self.tier.saved(number, is_good=bool(running.num_blocks()) and not len(self.not_packed(running)))
