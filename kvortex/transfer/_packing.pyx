@@ -33,8 +33,8 @@ cdef str why_misfit(KVLayout layout):
     """What is wrong with it, in words; None: nothing."""
     run = misfit(layout)
     if run is not None:
-        return (f"run {run} (base, block_stride, piece_bytes) is not made of multiples of {_c.KV_PACK_UNIT_BYTES} bytes, "
-                f"so the kernel that gathers and packs cannot move it")
+        return (f"run {run} (base, block_stride, piece_bytes) is not made of multiples of {_c.KV_PACK_UNIT_BYTES} "
+                f"bytes, so the kernel that gathers and packs cannot move it")
     if layout.num_blocks > 0xFFFFFFFF:
         return f"the kernel counts blocks in 32 bits, the layout has {layout.num_blocks}"
     return None

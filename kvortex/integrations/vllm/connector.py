@@ -519,7 +519,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             raise ConfigError(ANOTHER_ENGINE) if again else error from None
         began = time.perf_counter()
         if self.worker.open_store is not None:
-            codec = f"codec {engine.codec} {sorted(engine.exact_layers)} {FORMAT_VERSION}"  # with the planes, how they lie
+            codec = f"codec {engine.codec} {sorted(engine.exact_layers)} {FORMAT_VERSION}"
             self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name, codec})
         self.worker.register(layout)
         self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end
