@@ -36,7 +36,7 @@ OTHER_VARIABLES = {
     "KVORTEX_VERDICTS",
     "KVORTEX_WERROR",
 }
-CODECS = ("exact", "q8", "k8v5", "k6v4", "q4")
+CODECS = ("exact", "q8", "k8v5", "k6v4", "q4")  # of kvortex.codec, which this layer may not import; a test compares
 # What was a setting once, and what to do about it now.
 REMOVED = {"header_bytes": "is no setting any more: it follows from the tiers; leave it out"}
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")

@@ -60,8 +60,9 @@ class EngineStats:
     registered; where registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
     direction and shape of group: which back end moves it, and what the probe measured. `tiers` has a `TierStats` for
     each lower tier; with one, `blocks_dropped` were evicted before it had them, and it has `pool_blocks_clean` of those
-    in RAM. `bytes_saved` and `bytes_loaded` are of the KV cache, `packed_bytes_...` what they took in their slots, less
-    with a codec; `blocks_not_packed` had numbers that it could not pack. The `device_pool` is that of
+    in RAM. `bytes_saved` and `bytes_loaded` count bytes of the KV cache; `packed_bytes_saved` and
+    `packed_bytes_loaded` count what these blocks take in their slots, which is less with a codec. `blocks_not_packed`
+    were not kept, because the codec cannot pack one of their numbers. The `device_pool` is that of
     `gpu_pool_size_bytes`, zeros without one: its limit, what is handed out, and what it takes from the device.
     """
 

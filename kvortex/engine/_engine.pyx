@@ -135,15 +135,16 @@ cdef class EngineCore:
             right after the call waits until they are submitted.
         layout : KVLayout, optional
             Which of the engine's layouts the blocks are of, or a part of one; by default ``engine.layout``. It also
-            says whose the keys are: layouts of one `KVLayout.fingerprint` share blocks, and to any other a key names
-            another block.
+            says whose the keys are: layouts of one `KVLayout.fingerprint` whose blocks are packed alike share blocks,
+            and to any other a key names another block.
 
         Returns
         -------
         Job
             ``job.statuses`` has a `ReserveStatus` for each key: NEW, PRESENT, PENDING (another save of the key is in
             flight) or FULL (no slot could be freed, or too many jobs); ``job.num_blocks`` counts the NEW ones. A NEW
-            block is visible once the job is done.
+            block is visible once the job is done, unless it has a number that the codec cannot pack: then it is not
+            kept (`get_stats().blocks_not_packed`), though its status stays NEW.
 
         Raises
         ------
@@ -772,21 +773,22 @@ cdef class EngineCore:
 
     cdef size_t commit(self, const JobRecord *job, uint64_t *nbytes) noexcept nogil:
         """Make saved blocks visible, but those with numbers that the codec could not pack; how many there are."""
-        cdef size_t first, end = 0, committed = 0, refused = 0
+        cdef size_t first, end = job.num_slots, committed = 0, refused = 0
         cdef uint64_t added = 0
         if job.packing is NULL:
             return self.index.commit_slots(job.slots, job.num_slots, False, NULL, nbytes)
-        while end < job.num_slots:
+        while end:  # from the tail on, as `commit_slots` links them: heads outlive tails
             first = end
-            while end < job.num_slots and not (<Packing>job.packing).is_refused(self.pool, job.slots[end]):
-                end += 1
+            while first and not (<Packing>job.packing).is_refused(self.pool, job.slots[first - 1]):
+                first -= 1
             if end > first:
                 committed += self.index.commit_slots(job.slots + first, end - first, False, NULL, &added)
                 nbytes[0] += added
-            if end < job.num_slots:
-                self.index.abort_slots(job.slots + end, 1)
+            if first:
+                first -= 1
+                self.index.abort_slots(job.slots + first, 1)
                 refused += 1
-                end += 1
+            end = first
         if refused:
             _c.kv_monitor_lock(&self.counting)
             self.count.blocks_not_packed += refused

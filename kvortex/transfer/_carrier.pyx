@@ -39,7 +39,7 @@ cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) n
     return <uint64_t>queue << 56 | <uint64_t>record << 32 | generation
 
 
-@cython.no_gc_clear  # the engine ends its copies by it
+@cython.no_gc_clear  # in a garbage cycle the engine still closes its queues through it
 cdef class Carrier:
     """The queues of one layout over one pool, how its pieces move best, and the order of jobs on its blocks.
 
@@ -149,9 +149,11 @@ cdef class Carrier:
     def close(self, timeout_ms=5000):
         """`TransferQueue.close` of each queue, `timeout_ms` at the most in all."""
         cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
+        # Busy queues first: if one must be abandoned, the idle ones may not give device memory back, since that would
+        # wait for its copies. They leak theirs.
         for queue in sorted(self.queues or (), key=lambda queue: not queue.jobs_in_flight):
             (<TransferQueue>queue).end(deadline, True)
-            if (<TransferQueue>queue).is_abandoned:  # giving device memory back would wait for its copies
+            if (<TransferQueue>queue).is_abandoned:
                 for other in self.queues:
                     if not (<TransferQueue>other).ended:
                         (<TransferQueue>other).fail_all(_c.KV_CUDA_DEINITIALIZED)

@@ -23,7 +23,7 @@ from kvortex.transfer.overlaps import find_shared
 cdef uint64_t NAP_NS = 100_000
 
 
-@cython.no_gc_clear  # the engine ends its copies by it
+@cython.no_gc_clear  # in a garbage cycle the engine still closes its queues through it
 cdef class Carriers:
     def __cinit__(self, PinnedPool pool not None):
         self.pool, self.by_layout, self.queues = pool, {}, ()
@@ -60,7 +60,10 @@ cdef class Carriers:
                       if layout is not None and not (<Carrier>carrier).refuses])
 
     cdef bytes fingerprint_of(self, KVLayout layout):
-        """What blocks of a layout must have in common with others to be theirs: how they are packed, too."""
+        """`KVLayout.fingerprint`, or for packed blocks one that also says how they are packed.
+
+        Only blocks of one fingerprint answer for each other.
+        """
         cdef Carrier carrier = self.by_layout.get(layout.whole or layout)
         cdef Packing packing = None
         if carrier is not None and carrier.packings is not None:

@@ -1,10 +1,10 @@
-"""The opt-in way for small pieces in separate allocations, and the only one of a codec: gathered, and packed, on the
-device, moved as whole blocks.
+"""A kernel gathers the pieces of blocks on the device, and a copy engine moves them as whole blocks.
+
+Opt-in for small pieces in separate allocations; a codec always needs it, because the same kernel packs.
 
 Copy engines need 0.4 us of CPU time and about as much of their own for each piece, whatever its size, so that 16 KiB
 pieces stay at two thirds of the link and smaller ones below that. A kernel of a few thread blocks gathers the pieces
-into staging memory on the device instead, while a copy engine moves what it gathered before. Where a codec packs
-blocks, the same kernel does it on the way.
+into staging memory on the device instead, while a copy engine moves what it gathered before.
 """
 
 cimport cython
@@ -60,8 +60,8 @@ cdef class Gather:
             raise ValueError(f"num_ctas must be 1 to 1024, got {num_ctas}")
         self.device, self.layout, self.num_ctas = device, packings.layout, num_ctas
         self.packings, self.whole = packings, packings.whole
-        packings.num_users += 1
         self.whole.require_table()
+        packings.num_users += 1
         self.half_bytes = max(HALF_BYTES, self.whole.packed_bytes)
         memset(&self.told, 0, sizeof(self.told))
         self.pool = pool

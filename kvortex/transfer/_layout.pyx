@@ -13,7 +13,7 @@ import weakref
 
 import numpy as np
 
-from kvortex.codec import planes_of
+from kvortex.codec.planes import UNIT_BYTES, planes_of
 from kvortex.transfer._runs import (
     MAX_RUNS,
     distinct_runs,
@@ -197,7 +197,7 @@ cdef class KVLayout:
                 for layer in range(num_layers) for part in range(kv)]
         layer = piece_of_axes(itemsize, enumerate((kv, block_size, num_heads, head_dim)))
         planes = []
-        if is_bfloat16(dtype, itemsize) and kv <= 2:
+        if is_bfloat16(dtype, itemsize) and kv <= 2 and 2 * head_dim % UNIT_BYTES == 0:
             for number in range(kv * num_layers):
                 planes += planes_of("kv"[number % kv], number * piece, block_size * num_heads, 2 * head_dim,
                                     2 * head_dim, number // kv)
@@ -216,8 +216,10 @@ cdef class KVLayout:
         runs = [(take_whole(base, borrowed, f"base {number}", num_blocks * piece), piece, piece)
                 for number, base in enumerate(as_list(bases, "bases"))]
         layer = piece_of_axes(itemsize, enumerate((block_size, latent_dim)))
-        planes = []
-        if is_bfloat16(dtype, itemsize):
+        rope_dim, planes = whole_number(rope_dim, "rope_dim"), []
+        if not 0 <= rope_dim <= latent_dim:
+            raise ValueError(f"rope_dim must be 0 to latent_dim ({latent_dim}), got {rope_dim}")
+        if is_bfloat16(dtype, itemsize) and rope_dim < latent_dim and (latent_dim - rope_dim) % 8 == 0:
             for number in range(len(runs)):
                 planes += planes_of("k", number * piece, block_size, 2 * (latent_dim - rope_dim), 2 * latent_dim,
                                     number)

@@ -11,15 +11,15 @@ from kvortex.transfer._layout cimport KVLayout
 cdef class Packing:
     cdef Device device
     cdef kv_plane *planes
-    cdef kv_devptr table               # the same in device memory, ours; 0: nobody has asked for it
+    cdef kv_devptr table               # the same in device memory, ours; 0 until require_table
     cdef readonly uint32_t num_planes
     cdef readonly size_t block_bytes   # of a block on the device
     cdef readonly size_t packed_bytes  # of a block in its slot
     cdef uint64_t flags_offset         # 0: a block has no flags
-    cdef readonly bytes fingerprint    # the layout's; of coded blocks one that says how they are coded, too
+    cdef readonly bytes fingerprint    # of the layout; of packed blocks one that also says how they are packed
 
-    # Whether the block in a slot has numbers that the codec cannot pack: its bytes are no block then. To be asked when
-    # its save is over.
+    # Whether the packed block in a slot has a flag set (pack.h), so that it must not be kept. To be asked when its save
+    # is done.
     cdef bint is_refused(self, PinnedPool pool, uint32_t slot) noexcept nogil
     cdef int require_table(self) except -1
     cdef int place(self, kv_devptr *table) noexcept nogil
@@ -38,4 +38,4 @@ cdef class Packings:
     cdef int num_users                 # gathers; the last one gives the memory back
 
     cdef Packing of(self, KVLayout layout)  # None: exact, and copied piece by piece
-    cdef void let_go(self) noexcept         # by a gather that is closed: none of its kernels is running
+    cdef void let_go(self) noexcept         # when a gather is closed; the last one frees the tables

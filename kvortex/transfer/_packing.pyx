@@ -162,7 +162,7 @@ cdef class Packing:
         free(self.planes)
 
 
-@cython.no_gc_clear  # as above
+@cython.no_gc_clear  # in a garbage cycle gathers still close its tables
 cdef class Packings:
     def __init__(self, Device device not None, KVLayout layout not None, codec="exact", exact_layers=()):
         self.device, self.layout, self.codec, self.exact_layers = device, layout, codec, tuple(exact_layers)
@@ -193,5 +193,5 @@ cdef class Packings:
         cdef Packing packing
         self.num_users -= 1
         if self.num_users == 0:
-            for packing in (self.whole, *getattr(self.known, "data", {}).values()):
+            for packing in (self.whole, *self.known.data.values()):  # one step, so that no thread adds one meanwhile
                 packing.close()

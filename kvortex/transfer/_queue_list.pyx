@@ -11,7 +11,7 @@ from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
 
-@cython.no_gc_clear  # a thread goes round it
+@cython.no_gc_clear  # in a garbage cycle a thread may still read the list
 cdef class QueueList:
     """Each round works on a copy of the list; whoever takes queues out asks until no round has them in its copy.
 

@@ -4,7 +4,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
 
-from kvortex.codec.planes import planes_of, uncovered
+from kvortex.codec.planes import UNIT_BYTES, planes_of, uncovered
 
 ROLES = ("k", "v", "kv", "interleaved", "exact")
 
@@ -16,7 +16,7 @@ def is_bfloat16(dtype, itemsize):
 
 
 def roles_of_tensors(roles, num_tensors):
-    """One role for each tensor; refuses what is none."""
+    """Return one role for each tensor; ValueError for an unknown role or a wrong number of them."""
     roles = ["exact" if roles is None else roles] * num_tensors if roles is None or isinstance(roles, str) else [*roles]
     if len(roles) != num_tensors:
         raise ValueError(f"roles must be one for all tensors or one each: got {len(roles)} for {num_tensors} tensors")
@@ -48,8 +48,8 @@ def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, 
         return []
     row_bytes = shape[-1] * itemsize
     num_rows, rest = divmod(nbytes, row_bytes)
-    if strides[-1] != itemsize or rest:
-        return []  # its rows are not the heads' vectors
+    if strides[-1] != itemsize or rest or row_bytes // (2 if role == "interleaved" else 1) % UNIT_BYTES:
+        return []  # its rows are not the heads' vectors, or too short for any codec
     if role in ("k", "v"):
         return planes_of(role, first_byte, num_rows, row_bytes, row_bytes, layer)
     if role == "kv":
@@ -69,7 +69,7 @@ def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, 
 
 
 def planes_of_runs(planes, pieces, kept):
-    """The planes in the bytes of a block, from those in the bytes of all runs that were named.
+    """Move planes from offsets over the runs as they were listed to offsets over the runs that are kept.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def planes_of_runs(planes, pieces, kept):
 
 
 def planes_of_part(planes, spans):
-    """The planes of a whole layout that lie in one of the spans (offset, length) of its part, where they lie there."""
+    """Return the planes that lie whole in one of the spans (offset, length) of a part, at their offsets in it."""
     found, start = [], 0
     for offset, length in spans:
         for plane in planes:
@@ -112,7 +112,7 @@ def planes_of_part(planes, spans):
 
 
 def covering(planes, pieces):
-    """The planes of a block and exact ones for the bytes between them, each of these in one of the block's pieces."""
+    """Return the planes and, for all other bytes, exact ones, none of which crosses from one piece to the next."""
     ends = list(accumulate(pieces))
     inside = [[] for _ in pieces]
     for plane in planes:

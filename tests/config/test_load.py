@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import kvortex
-from kvortex import ConfigError, KVortexConfig
+from kvortex import ConfigError, KVortexConfig, codec, config
 from kvortex.config import OTHER_VARIABLES, PREFIX, REMOVED, parse_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -293,3 +293,7 @@ def test_the_constructor_gives_the_nearest_name_too():
 def test_other_sizes_are_refused(text):
     with pytest.raises(kvortex.ConfigError, match="bytes are expected"):
         parse_bytes(text)
+
+
+def test_codecs_are_those_that_there_are():
+    assert tuple(codec.CODECS) == config.CODECS

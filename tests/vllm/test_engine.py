@@ -42,7 +42,6 @@ RUNS = {
     "async": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "async"],
     "sync": [*ALL, *SMALL_POOL, *LATE, "--verify", "--load", "sync"],
     "other process": ["restore", *FEW_BLOCKS, *SMALL_POOL, "--by-name"],
-    "packed": [*STRESS, "--options", '{"dtype": "bfloat16"}', "--extra", '{"codec": "q8"}'],
     "leave": ["leave", *FEW_BLOCKS, *SMALL_POOL, "--late-us", "500000"],
     "after-save": [*STRESS, "--mutant", "after-save"],
     "after-load": [*STRESS, "--mutant", "after-load"],
@@ -58,6 +57,7 @@ OTHER_RUNS = {
     "mixed plain": [*MIXED, "--mode", "none"],
     "mixed async": [*MIXED, *LATE, "--verify", "--host-gib", "0.002"],
 }
+PACKED_RUNS = {"packed": [*STRESS, "--options", '{"dtype": "bfloat16"}', "--extra", '{"codec": "q8"}']}
 only_on_0_32 = pytest.mark.skipif(VERSION != "0.32.0", reason="vLLM's CPU engine has neither MLA nor fp8 before")
 if VERSION != "0.15.1":  # which refuses it, see test_multi.py
     RUNS |= {
@@ -90,7 +90,7 @@ def run(name, folder, model):
         install_entry_points(folder)
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment["PYTHONPATH"]])
-    options = {**RUNS, **OTHER_RUNS}[name]
+    options = {**RUNS, **PACKED_RUNS, **OTHER_RUNS}[name]
     command = [sys.executable, str(HERE / "engine_run.py"), *options, "--model", str(model)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     tail = "\n".join(process.stderr.splitlines()[-40:])
@@ -104,7 +104,7 @@ def runs(tmp_path_factory):
     models = {size: tmp_path_factory.mktemp(size) for size in ("tiny", "mla")}
     for size, model in models.items():
         write_model(model, size, with_weights=True)
-    names = [*RUNS, *OTHER_RUNS] if VERSION == "0.32.0" else RUNS
+    names = [*RUNS, *PACKED_RUNS, *(OTHER_RUNS if VERSION == "0.32.0" else ())]
     with ThreadPoolExecutor(2) as threads:
         futures = {
             name: threads.submit(run, name, tmp_path_factory.mktemp("run"), models["mla" if "mla" in name else "tiny"])

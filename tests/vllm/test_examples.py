@@ -32,7 +32,7 @@ def test_vllm_takes_the_configuration_that_readme_shows():
 def test_the_table_of_options_names_those_that_there_are():
     rows = pages.table(pages.section(CONNECTOR, "Options"))
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
-    own = {field.name for field in fields(options.ConnectorOptions)} - {"engine"}
+    own = {field.name for field in fields(options.ConnectorOptions)} - {"engine", options.BLOCKS_PER_OBJECT}
     assert named == {*own, *options.ENGINE_OPTIONS, "disk_path", *options.TIER_SIZES, *options.REMOTE}
 
 

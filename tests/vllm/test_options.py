@@ -33,7 +33,7 @@ def test_what_is_given_is_taken():
     [
         ({"cpu_pool_size_byte": 1 << 30}, "'cpu_pool_size_byte'; did you mean 'cpu_pool_size_bytes'?"),
         ({"cpu_pool_size_bytes": 1 << 30, "loadasync": True}, "did you mean 'load_async'?"),
-        ({"cpu_pool_size_bytes": 1 << 30, "xyzzy": 1}, "known are cpu_pool_size_bytes, "),
+        ({"cpu_pool_size_bytes": 1 << 30, "xyzzy": 1}, "known are codec, cpu_pool_size_bytes, "),
         ({"cpu_bytes_to_use": 1 << 30}, "what another connector calls so is here cpu_pool_size_bytes"),
         ({"cpu_pool_size_bytes": 1 << 30, "num_cpu_blocks": 9}, "calls so is here cpu_pool_size_bytes, in bytes"),
         ({"cpu_pool_size_bytes": 1 << 30, "lazy_offload": True}, 'calls so is here save, with "on_evict"'),

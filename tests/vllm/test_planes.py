@@ -84,11 +84,12 @@ def bytes_at(address, nbytes):
     return ctypes.string_at(address, nbytes)
 
 
-def test_the_end_of_a_latent_is_left_as_it_is():
-    latent = spec(MLAAttentionSpec, heads=1, dim=576, parts=1)
-    caches = [torch.zeros(BLOCKS, TOKENS, 576, dtype=torch.bfloat16) for _ in range(LAYERS)]
+@pytest.mark.parametrize("tokens, parts", [(16, 1), (32, 1), (32, 2), (64, 1), (64, 4)])
+def test_the_end_of_a_latent_is_left_as_it_is(tokens, parts):
+    latent = spec(MLAAttentionSpec, tokens=tokens, heads=1, dim=576, parts=1)
+    caches = [torch.zeros(BLOCKS * parts, tokens // parts, 576, dtype=torch.bfloat16) for _ in range(LAYERS)]
     layout = with_planes(layout_of(caches, BLOCKS, 0), caches, [0] * LAYERS, [latent] * LAYERS, BLOCKS)
-    assert {plane.row_bytes for plane in layout.planes} == {256} and len(layout.planes) == 4 * LAYERS
+    assert {plane.row_bytes for plane in layout.planes} == {256} and len(layout.planes) == 4 * LAYERS * parts
     most = packed_bytes_of(config_of(latent), layout.block_bytes, "q8", ())
     assert most - 4096 < packed_bytes(layout, "q8") <= most
 
@@ -107,6 +108,13 @@ def test_what_cannot_be_packed_is_refused_at_start(specs, why):
     block_bytes = LAYERS * specs[0].page_size_bytes
     with pytest.raises(ConfigError, match=why):
         packed_bytes_of(config_of(*specs), block_bytes, "q8", ())
+
+
+def test_layers_of_several_groups_that_share_a_page_have_one_number():
+    (one, dim), (other, _) = (in_a_block(BLOCKS, TOKENS) for _ in range(2))
+    layout = layout_of([one, one, other, other], BLOCKS, [dim] * 4, overlap=True)
+    layout = with_planes(layout, [one, one, other, other], [dim] * 4, [spec()] * 4, BLOCKS)
+    assert {plane.layer for plane in layout.planes} == {0, 1}
 
 
 def test_a_cache_of_unknown_shape_is_refused():

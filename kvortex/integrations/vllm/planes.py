@@ -6,6 +6,7 @@ from itertools import accumulate
 
 from kvortex import ConfigError, KVLayout
 from kvortex.codec import PackedBlock, planes_of
+from kvortex.transfer.planes import covering
 
 ROPE_DIM = 64  # numbers at the end of a latent (MLA) that a codec leaves as they are
 TOKENS_OF_KERNELS = 16  # the smallest blocks that attention kernels have within those of the scheduler
@@ -43,7 +44,7 @@ def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers):
         )
     ]
     try:
-        packed = PackedBlock.of(planes, block_bytes, codec, exact_layers)
+        packed = PackedBlock.of(covering(planes, [page_bytes] * num_layers), block_bytes, codec, exact_layers)
     except ValueError as error:
         raise ConfigError(f"the codec {codec!r} cannot pack this KV cache: {error}") from None
     if all(bits == 16 for bits in packed.bits):
@@ -92,8 +93,9 @@ def with_planes(layout, tensors, block_dims, specs, num_blocks):
         (base, base + piece, start) for (base, _, piece), start in zip(layout.runs, starts, strict=False)
     )
     bases = [base for base, _, _ in by_address]
-    found = {}
-    for layer, (tensor, dim, spec) in enumerate(zip(tensors, block_dims, specs, strict=True)):
+    found, numbers = {}, {}
+    for tensor, dim, spec in zip(tensors, block_dims, specs, strict=True):
+        layer = numbers.setdefault(tensor.data_ptr(), len(numbers))  # groups share pages: one layer of each has it
         for address, plane in planes_in_memory(tensor, dim, spec, num_blocks, layer):
             base, end, start = by_address[bisect_right(bases, address) - 1]
             if not base <= address < end:
