@@ -396,8 +396,8 @@ cdef class TransferQueue(JobTable):
         pool : DevicePool, optional
             Where the staging memory comes from, and goes back to when the queue is closed.
         codec : str, default "exact"
-            With any other, blocks of the layout and of its parts lie packed in their slots (`kvortex.codec`). Look at
-            `refused_slots` before you keep what was saved.
+            With any other, blocks of the layout and of its parts lie packed in their slots (`kvortex.codec`). A block
+            that could not be packed must not be kept: `Carrier.refused_slots` names them, a queue alone does not.
         exact_layers : sequence of int, default ()
             Layers that the codec leaves as they are; negative numbers count from the last.
 
