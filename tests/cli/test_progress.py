@@ -15,6 +15,7 @@ import pytest
 
 from kvortex.replay import report
 
+END = b"\0"
 
 class Terminal:
     """A pseudo-terminal: `out` is what a program writes to, `text` what arrived."""
@@ -30,18 +31,17 @@ class Terminal:
         fcntl.ioctl(self.out, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
     def _read(self):
-        try:
-            while part := os.read(self._reader, 65536):
-                self._parts.append(part)
-        except OSError:  # the last writer is gone
-            pass
+        while not self._parts or END not in self._parts[-1]:
+            self._parts.append(os.read(self._reader, 65536))
 
     def text(self):
-        """Everything that was written, after its end."""
-        self.out.close()
+        """Everything that was written. The kernel may lose what was not read when the writer is closed."""
+        self.out.write(END.decode())
+        self.out.flush()
         self._thread.join()
+        self.out.close()
         os.close(self._reader)
-        return b"".join(self._parts).decode()
+        return b"".join(self._parts).removesuffix(END).decode()
 
 
 def lines_of(text):
