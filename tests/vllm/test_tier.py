@@ -273,7 +273,7 @@ def test_values_that_are_none_are_refused_by_name(more):
 
 @pytest.mark.parametrize("name", ["disk_bytes", "namespace", "promote_timeout_ms", "write_bytes_per_s"])
 def test_a_setting_of_a_disk_without_one_is_refused(name):
-    with pytest.raises(ConfigError, match=f"{name} is of a lower tier"):
+    with pytest.raises(ConfigError, match=f"{name} needs a lower tier"):
         ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", name: 5})
 
 

@@ -41,14 +41,14 @@ from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
 from kvortex.transfer import packed_bytes
 
-logger = Guarded(init_logger("vllm.kvortex"))  # under this name vLLM shows what a connector says
-logging.getLogger("kvortex").parent = logging.getLogger("vllm")  # and so what the library below it says
+logger = Guarded(init_logger("vllm.kvortex"))  # vLLM shows the log of this name
+logging.getLogger("kvortex").parent = logging.getLogger("vllm")  # and so the library's log
 
 # vLLM 0.15 has no message from workers to the scheduler but the statistics.
 HAS_WORKER_METADATA = hasattr(base.KVConnectorBase_V1, "build_connector_worker_meta")
-# Without it a request may start on states that are not there, as soon as there is any connector.
+# A vLLM without it may start a request on states that are not there, as soon as it has any connector.
 SERVES_STATES = hasattr(base.KVConnectorBase_V1, "supports_divergent_local_hybrid_hits")
-# What vLLM before 0.32 is told of a load that failed names blocks, of one group.
+# Before 0.32, a load that failed is reported to vLLM as blocks of one group; since then, as a request.
 HAS_TRANSFER_RESULTS = hasattr(base.KVConnectorBase_V1, "get_transfer_results")
 # From 0.32 on layouts have names, and all attention backends share one logical shape.
 HAS_LAYOUT_NAMES = importlib.util.find_spec("vllm.v1.kv_cache_layout") is not None
@@ -69,7 +69,7 @@ def saves_after_drafting():
 
 
 def steps_at_once(vllm_config):
-    """Steps of which the scheduler has not heard, one of them just begun."""
+    """How many steps may have begun whose results the scheduler has not got, the one that just began included."""
     is_async = vllm_config.scheduler_config.async_scheduling
     return max(2 if is_async else 1, vllm_config.parallel_config.pipeline_parallel_size)
 
@@ -85,20 +85,20 @@ def layout_name(vllm_config, kv_cache_config):
 
 
 def is_one_of_several():
-    """Whether a `MultiConnector` is asking. It tells its connectors nowhere, hence a look at who calls."""
+    """Whether a `MultiConnector` makes this call. It does not say so to its connectors, hence the look at the stack."""
     codes = MultiConnector.__init__.__code__, MultiConnector.get_required_kvcache_layout.__func__.__code__
     return any(frame.f_code in codes for frame, _ in traceback.walk_stack(None))
 
 
 def transfers_of_vllm(vllm_config):
-    """The `KVTransferConfig` by which vLLM goes. A `MultiConnector` shows its connectors another one, which it made."""
+    """The `KVTransferConfig` that vLLM itself uses. A `MultiConnector` gives its connectors others, which it made."""
     frames = [frame for frame, _ in traceback.walk_stack(None) if frame.f_code is MultiConnector.__init__.__code__]
     return (frames[-1].f_locals["vllm_config"] if frames else vllm_config).kv_transfer_config
 
 
 @contextmanager
 def naming(vllm_config):
-    """What is refused is refused of this model and of this vLLM."""
+    """Add the name of the model and the version of vLLM to the message of a `ConfigError`."""
     try:
         yield
     except ConfigError as error:
@@ -106,7 +106,7 @@ def naming(vllm_config):
 
 
 def hears_of_blocks_of_others():
-    """Whether `MultiConnector` tells a connector which blocks another one fills. 0.15 shows it empty ones."""
+    """Whether `MultiConnector` tells a connector which blocks another one fills. That of 0.15 passes no blocks."""
     return "new_empty" not in MultiConnector.update_state_after_alloc.__code__.co_names
 
 
@@ -147,7 +147,7 @@ def groups_to_keep(vllm_config, kv_cache_config):
 
 
 def retention_interval(kv_cache_config):
-    """What vLLM's own cache keeps of groups that forget, see `Group.worth_keeping`: all, before 0.32."""
+    """The interval at which vLLM's own cache keeps blocks, see `Group.worth_keeping`; before 0.32 it keeps all."""
     if hasattr(kv_cache_config, "prefix_cache_retention_interval"):
         return kv_cache_config.prefix_cache_retention_interval
     from vllm import envs
@@ -156,7 +156,7 @@ def retention_interval(kv_cache_config):
 
 
 def require_evictions(vllm_config, writes_early):
-    """Refuse to save blocks when they are evicted where that would come too late, or never.
+    """Refuse the option ``save: on_evict`` where a save on eviction would come too late, or never.
 
     Raises
     ------
@@ -199,14 +199,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     Notes
     -----
-    After a weight update, what is kept is of the old weights: forget it by ``LLM.reset_prefix_cache(reset_connector=
-    True)``, or on a server, started with ``VLLM_SERVER_DEV_MODE=1``, by ``POST /reset_prefix_cache?reset_external=
-    true``. The server passes over a wrong name, and answers that all is well.
+    After a weight update, the blocks that are kept are of the old weights. Forget them by
+    ``LLM.reset_prefix_cache(reset_connector=True)``, or on a server, started with ``VLLM_SERVER_DEV_MODE=1``, by ``POST
+    /reset_prefix_cache?reset_external=true``. If a name is wrong, the server ignores it, and answers that all is well.
 
     ``kv_role`` is heeded: a ``kv_producer`` loads nothing, and a ``kv_consumer`` saves nothing.
 
-    Of layers with a sliding window, with chunks or with states (Mamba, linear attention, short convolutions), which
-    forget, it keeps what a request needs that continues a prompt.
+    Layers with a sliding window, with chunks or with states (Mamba, linear attention, short convolutions) forget. Of
+    these the connector keeps the blocks that a request needs which continues a prompt.
     """
 
     def __init__(self, vllm_config, role, kv_cache_config=None):
@@ -244,7 +244,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         if role == base.KVConnectorRole.SCHEDULER:
             if options.tier:
                 require_stable_hashes(vllm_config)
-            # Else an executor has asked before (`ask_early`), and its workers have their pools.
+            # If there are pools, an executor has asked before (`ask_early`).
             if not has_pools():
                 require_host_memory(self._kv_transfer_config, parallel)
             events, scheduling = vllm_config.kv_events_config, vllm_config.scheduler_config
@@ -315,11 +315,11 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             )
 
     def _store_opener(self, vllm_config, options):
-        """What opens this rank's store, when the layout of its KV cache is known; it keeps nothing of vLLM alive."""
+        """Return a function that opens this rank's store once the KV cache is registered. It holds nothing of vLLM."""
         began = time.perf_counter()
         self._layout_name = layout_name(vllm_config, self._kv_cache_config)
         parallel, namespace = vllm_config.parallel_config, namespace_of(vllm_config, name=options.namespace)
-        logger.info("KVortexConnector: it took %.2f s to tell the model from others", time.perf_counter() - began)
+        logger.info("KVortexConnector: identifying the model and its weights took %.2f s", time.perf_counter() - began)
         whose = {
             "rank": parallel.rank,
             "num_ranks": num_ranks_of(parallel),
@@ -340,10 +340,10 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return open_store
 
     def _load_as_this_vllm_can(self, options, groups, way_out):
-        """The options, loading inside steps where this vLLM cannot wait for several groups' loads between them."""
+        """The options, without `load_async` if this vLLM cannot wait for the loads of several groups between steps."""
         if self.has_several_groups and options.load_async and not HAS_WORKER_METADATA:
             logger.info(
-                "KVortexConnector loads inside steps: between them, this vLLM waits for one KV cache group only; use "
+                "KVortexConnector loads inside steps: this vLLM loads between steps for one KV cache group only; use "
                 "vLLM 0.26 or later%s", way_out,
             )  # fmt: skip
             return replace(options, load_async=False)
@@ -361,15 +361,15 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
 
     @property
     def prefer_cross_layer_blocks(self):
-        """One piece a block where the V1 runner of vLLM 0.15 to 0.26 can give it; a codec wants to see each layer."""
+        """Whether vLLM's V1 runner (0.15 to 0.26) shall keep a block as one piece. A codec must see each layer."""
         return self.worker is None or self.worker.options.engine.codec == "exact"
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
-        """The same from 0.32 on: blocks outermost, then layers. vLLM passes over it where a backend says it cannot.
+        """The same from 0.32 on: blocks outermost, then layers. If a backend cannot take that, vLLM passes over it.
 
-        Not for MLA, whose backends say that they take any layout, and on the CPU does not; nor on the CPU at all, where
-        no backend takes it; nor beside other connectors: vLLM refuses two that differ, and NIXL's needs another one.
+        None for MLA: its backends say that they take any layout, and on the CPU they do not. None on the CPU, where no
+        backend takes it. None beside other connectors: vLLM refuses two that differ, and NIXL needs another one.
         """
         takes_it = HAS_LAYOUT_NAMES and current_platform.is_cuda() and not vllm_config.model_config.use_mla
         return "BLNHC" if takes_it and not is_one_of_several() else None
@@ -402,7 +402,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 self.scheduler.events.watch(gpu_block_pool)
 
     def _let_go_before_resets(self, gpu_block_pool):
-        """Where blocks are held vLLM cannot reset its prefix cache, and it asks a connector only afterwards."""
+        """Give held blocks back before vLLM resets its prefix cache: with held blocks it cannot reset the cache."""
         reset = gpu_block_pool.reset_prefix_cache
 
         def let_go_and_reset():
@@ -435,7 +435,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 self.scheduler.reported(report)
 
     def request_finished(self, request, block_ids):
-        """For all we care, blocks may be freed at once, copies in flight or not: whoever writes them next is fenced."""
+        """Let vLLM free the blocks at once, copies in flight or not: the step that writes them next is fenced."""
         if self.scheduler:
             self.scheduler.finished(request)
         return False, None
@@ -444,7 +444,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return self.request_finished(request, block_ids)
 
     def has_pending_push_work(self):
-        """Whether steps must go on without requests: blocks are held until a report comes, or are written to disk."""
+        """Whether steps must go on without requests: blocks are held until a report comes, or a lower tier works."""
         return self.has_pending_block_frees() or bool(
             self.scheduler and self.scheduler.tier and self.scheduler.tier.is_busy
         )
@@ -477,7 +477,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                            [names[id(tensor)] for tensor in tensors])  # fmt: skip
 
     def register_cross_layers_kv_cache(self, kv_cache, attn_backend):
-        if self.worker:  # in physical order: whatever vLLM calls the dimensions, blocks are the outermost
+        if self.worker:  # whatever vLLM calls the dimensions, blocks are outermost in memory
             self._register([kv_cache], lambda tensor: 0, {str(attn_backend)})
 
     def _block_dimension(self, layer_name, tensor):
@@ -522,7 +522,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             codec = f"codec {engine.codec} {sorted(engine.exact_layers)} {FORMAT_VERSION}"
             self._layout_text = text_of(layout, tensors, block_dims, backends | {self._layout_name, codec})
         self.worker.register(layout)
-        self._vllm_config = None  # it knows the layers, and they the KV cache: a dropped engine could not end
+        self._vllm_config = None  # it holds the layers, and they the KV cache: a dropped engine could not free it
         logger.info(
             "KVortexConnector: %r, registered in %.2f s; %.1f GiB of host memory follow in the background",
             self.worker.layout, time.perf_counter() - began, self.worker.pool.nbytes / 2**30,
@@ -533,14 +533,14 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     def _starts_anew(self, tensors):
         """Whether a KV cache takes the place of one that is gone; False if it is the one that is registered.
 
-        vLLM keeps the connector for the next engine when one is dropped and not shut down.
+        If an engine is dropped and not shut down, vLLM keeps its connector for the next engine.
         """
         old = self.worker
         if addresses := old.live_addresses():
             if addresses == {tensor.data_ptr() for tensor in tensors}:
                 return False
             raise ConfigError(ANOTHER_ENGINE)
-        if old.open_store is not None:  # of the other engine's model
+        if old.open_store is not None:  # the store is of the other engine's model
             raise ConfigError(ANOTHER_ENGINE)
         old.close()
         self.worker = WorkerHalf(
@@ -552,7 +552,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         return True
 
     def handle_preemptions(self, kv_connector_metadata):
-        """The first call of a step from vLLM 0.26 on, before anything writes; 0.15 makes it with ids, at times."""
+        """From vLLM 0.26 on the first call of a step, before anything writes. 0.15 passes ids, in some steps."""
         if isinstance(kv_connector_metadata, StepMetadata):
             self._begin(kv_connector_metadata)
 
@@ -563,7 +563,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.worker.start_loads(connector_metadata)
 
     def _begin(self, connector_metadata):
-        """Once a step."""
+        """Begin a step, whichever call of vLLM comes first. Later calls do nothing."""
         if self.begun is connector_metadata:
             return
         self.begun = connector_metadata
@@ -579,7 +579,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.worker.begin(connector_metadata)
 
     def start_load_kv(self, forward_context, **kwargs):
-        """Nothing: loads have begun. vLLM from 0.32 on calls this after the forward, for which no load need wait."""
+        """Nothing: loads have begun already. vLLM from 0.32 on calls this after the forward, which no load needs."""
 
     def wait_for_layer_load(self, layer_name):
         """Nothing: whole blocks are loaded before a forward begins."""
@@ -644,12 +644,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     # ---- sleep and end -----------------------------------------------------------------------------------------------
 
     def unregister_kv_caches(self):
-        """Before sleep unmaps the KV cache (0.33)."""
+        """Wait for copies before sleep unmaps the KV cache (vLLM 0.33)."""
         if self.worker:
             self.worker.drain()
 
     def restore_kv_caches(self):
-        """After sleep: the KV cache is back at its addresses."""
+        """Nothing: after sleep the KV cache has its old addresses again."""
 
     def shutdown(self):
         if self.worker:
@@ -658,4 +658,4 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             self.scheduler.tier.close()
 
 
-register()  # MultiConnector's statistics look it up by its name, also where vLLM was told its module
+register()  # MultiConnector's statistics look the class up by name, even if vLLM got it by its module

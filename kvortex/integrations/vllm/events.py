@@ -1,4 +1,4 @@
-"""KV events: which blocks came into host memory and which left it, for whoever routes requests by them."""
+"""KV events: which blocks came into host memory and which left it, for routers of requests."""
 
 import numpy as np
 from vllm.distributed.kv_events import BlockRemoved, BlockStored
@@ -11,7 +11,7 @@ HASH = f"V{KEY_BYTES}"
 
 
 class BlockEvents:
-    """What vLLM is told of blocks in host memory, as it tells of its own.
+    """Collect the events of blocks in host memory, which vLLM publishes with those of its own blocks.
 
     Parameters
     ----------
@@ -20,13 +20,13 @@ class BlockEvents:
         The scheduler's.
     num_slots : int
     num_device_blocks : int, default 0
-        If blocks are saved when vLLM gives them to others; what they hold is noted before.
+        Needed only if blocks are saved when vLLM gives them to others: what they hold is noted before.
 
     Notes
     -----
-    A router knows a block by its tokens and what is before them, and forgets all blocks when vLLM empties the cache of
-    the device, those in host memory too. They are announced again then, with their tokens: hence a slot's are kept as
-    long as its block is there, in some hundred bytes beside a block's megabytes.
+    A router knows a block by its tokens and what is before them. When vLLM empties the cache of the device, the
+    router forgets all blocks, those in host memory too, and they are announced again with their tokens. So the tokens
+    of a slot are kept as long as its block is there: some hundred bytes beside a block's megabytes.
     """
 
     def __init__(self, groups, kv_cache_config, num_slots, num_device_blocks=0):
@@ -34,7 +34,7 @@ class BlockEvents:
         self.kinds = {group.index: kind_of(all_groups[group.index].kv_cache_spec) for group in groups}
         most_tokens = max(group.block_tokens for group in groups)
         self.num_slots = num_slots
-        self.blocks = np.zeros(  # by slot, from the moment that it is reserved; then by device block
+        self.blocks = np.zeros(  # a row for each slot, set when it is reserved; then one for each device block
             num_slots + num_device_blocks,
             dtype=[
                 ("hash", HASH),
@@ -46,18 +46,18 @@ class BlockEvents:
         )
         self.hash_bytes = KEY_BYTES  # vLLM's have 32, or 16 with xxhash
         self.sources = []  # (group, id of the LoRA, its name)
-        self.places = {}  # of them in `sources`
+        self.places = {}  # source -> its place in `sources`
         self.extra_keys = {}  # slot -> what vLLM hashes beside tokens, where there is any
         self.is_told = np.zeros(num_slots, dtype=bool)
         self.events = []
         self.pool = self.device_cache = None
 
     def watch(self, pool):
-        """vLLM's BlockPool, which vLLM before 0.26 does not show: there nothing is announced again."""
+        """Watch vLLM's BlockPool for a reset. Before 0.26 vLLM passes none: then nothing is announced again."""
         self.pool, self.device_cache = pool, pool.cached_block_hash_to_block
 
     def reserved(self, request, group, numbers, slots):
-        """These slots are for these blocks of the request in a group: arrays, ascending numbers."""
+        """Note what these slots are reserved for: blocks of a request in a group, as arrays with ascending numbers."""
         if not len(numbers):
             return
         first, end, step, num_tokens = int(numbers[0]), int(numbers[-1]) + 1, group.hashes_per_block, group.block_tokens
@@ -85,11 +85,11 @@ class BlockEvents:
                 self.extra_keys.pop(slot, None)
 
     def row_of(self, block_ids):
-        """Where in `blocks` stands what these device blocks hold."""
+        """The rows of `blocks` for these device blocks."""
         return self.num_slots + block_ids
 
     def move(self, rows, slots):
-        """What is noted in these rows is going into these slots."""
+        """Copy the notes of these rows to these slots, into which their blocks are saved."""
         self.blocks[slots] = self.blocks[rows]
         for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
             self.extra_keys.pop(slot, None)
@@ -97,19 +97,19 @@ class BlockEvents:
                 self.extra_keys[slot] = self.extra_keys.pop(row)
 
     def store(self, slots):
-        """The blocks in these slots can be loaded from now on. Those of one request stand in their order."""
+        """Announce the blocks in these slots, which can be loaded from now on; those of a request in their order."""
         self.events += self.runs(slots)
         self.is_told[slots] = True
 
     def came_back(self, request, group, first, slots):
-        """The blocks from the number `first` on are in these slots, some of which a lower tier has brought."""
+        """Announce those blocks in these slots that are not announced yet; the first one has the number `first`."""
         new = np.flatnonzero(~self.is_told[slots])
         if new.size:
             self.reserved(request, group, first + new, slots[new])
             self.store(slots[new])
 
     def remove(self, slots):
-        """The blocks in these slots are gone. Those that were never announced are passed over."""
+        """Announce that the blocks in these slots are gone, as far as they were ever announced."""
         slots, hashes = slots[self.is_told[slots]], {}
         for source, name in zip(self.blocks["source"][slots].tolist(), self.names("hash", slots), strict=True):
             hashes.setdefault(self.sources[source][0].index, []).append(name)
@@ -120,17 +120,17 @@ class BlockEvents:
     def take(self):
         """The events since the last call, in their order.
 
-        vLLM asks when it has taken its own of the same step, which come first.
+        vLLM takes its own events of the step first, and then these.
         """
         if self.pool is not None and self.device_cache is not self.pool.cached_block_hash_to_block:
-            self.device_cache = self.pool.cached_block_hash_to_block  # emptied, so vLLM has told that all is cleared
+            self.device_cache = self.pool.cached_block_hash_to_block  # it was emptied, and vLLM announced that
             told = np.flatnonzero(self.is_told)
             self.events = self.runs(told[np.argsort(self.blocks["number"][told], kind="stable")])
         events, self.events = self.events, []
         return events
 
     def runs(self, slots):
-        """One event for each run of blocks of which every one continues that before it."""
+        """One event for each run of blocks, in which each block continues the one before it."""
         rows = self.blocks[slots]
         runs, ends = [], {}
         keys = zip(rows["source"].tolist(), rows["parent"].tolist(), rows["hash"].tolist(), strict=True)
@@ -166,7 +166,7 @@ class BlockEvents:
 
 
 def event(kind, **fields):
-    """One of vLLM's events of a block in host memory, with those of the fields that it has in this version."""
+    """An event of vLLM about host memory, with those of the fields that this version of vLLM knows."""
     fields |= {"medium": "CPU", "locality": "LOCAL"}
     return kind(**{name: value for name, value in fields.items() if name in kind.__struct_fields__})
 
@@ -176,13 +176,13 @@ def as_hashes(names):
 
 
 def as_event_keys(extra_keys):
-    """What vLLM publishes of these; from 0.32 on it hashes them with tags that it does not publish."""
+    """The extra keys as vLLM publishes them: from 0.32 on without the tags that it only hashes."""
     convert = getattr(kv_cache_utils, "to_event_extra_keys", list)
     return convert(extra_keys)
 
 
 def kind_of(spec):
-    """What an event says of its group, from vLLM 0.26 on."""
+    """The fields of an event that describe its group, from vLLM 0.26 on."""
     if not hasattr(kv_cache_interface, "get_kv_cache_spec_kind"):
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Device blocks that vLLM gives to somebody else: what they hold is saved in the step that overwrites them."""
+"""Device blocks that vLLM gives to another request: their content is saved in the step that overwrites them."""
 
 from itertools import islice
 
@@ -19,10 +19,10 @@ class Evictions:
     -----
     vLLM knows a block by its hash as soon as the block's last token is scheduled, which may never be computed: the
     request may be preempted in the same step. Hence a block is worth saving only if a step that was sent to the workers
-    completes it (`completed`), nobody was given it since, and vLLM still knows it: after a reset, or when a load of it
-    has failed, vLLM does not.
+    completes it (`completed`), no request was given it since, and vLLM still knows it. After a reset, or when a load of
+    it has failed, vLLM does not.
 
-    For the thread that schedules.
+    Only the thread that schedules calls this.
     """
 
     def __init__(self, num_blocks):
@@ -31,7 +31,7 @@ class Evictions:
         self.evicted = []  # in this step, the least recently used first
 
     def watch(self, pool):
-        """See whom vLLM's BlockPool gives blocks to."""
+        """Wrap `get_new_blocks` of vLLM's BlockPool, to see which blocks it gives away."""
         get_new_blocks, queue = pool.get_new_blocks, pool.free_block_queue
 
         def get_and_tell(num_blocks):
@@ -43,7 +43,7 @@ class Evictions:
         pool.get_new_blocks = get_and_tell
 
     def given_away(self, block_ids, known):
-        """These blocks are somebody's from now on; vLLM's prefix cache had those that are in the set `known`."""
+        """Note that these blocks have a new owner; vLLM's prefix cache had those that are in the set `known`."""
         self.evicted += [block for block in block_ids if block in known and self.is_complete[block]]
         self.is_complete[block_ids] = False
 
@@ -54,10 +54,10 @@ class Evictions:
         return block_ids, self.keys[block_ids]
 
     def completed(self, block_ids, keys):
-        """The step completes these blocks. To be called after `take`."""
+        """Note that the step completes these blocks. Call it after `take`."""
         self.keys[block_ids], self.is_complete[block_ids] = keys, True
 
     def forget(self):
-        """What blocks hold is not to be saved."""
+        """Save nothing of what blocks hold now."""
         self.is_complete[:] = False
         self.evicted = []

@@ -1,7 +1,7 @@
 """vLLM's KV cache groups: which blocks of each a request needs to go on from some token, and which are worth keeping.
 
-The layers of a model that forget alike make a group, which has a block table of its own. All groups share the device's
-blocks, one after the other, so a slot holds a block of any of them.
+Layers that forget alike make a group, which has a block table of its own. All groups draw their blocks from one pool
+on the device, so a slot holds a block of any of them.
 """
 
 import math
@@ -12,13 +12,13 @@ import numpy as np
 from kvortex import ConfigError
 from kvortex.integrations.vllm.keys import as_bytes, keys_of
 
-# What a request needs of a group to go on from some length.
+# Which blocks of a group a request needs to go on from some length.
 RUN = "run"  # every block before it
 WINDOW = "window"  # those with the last tokens
-CHUNK = "chunk"  # those from the beginning of a chunk of so many tokens
+CHUNK = "chunk"  # those from the beginning of the chunk that the next token is in
 STATE = "state"  # the last one
 
-# By name: later versions derive kinds that forget otherwise from these, and not every version has all.
+# By name, because not every version has all. And later versions derive kinds that forget otherwise from these.
 KINDS = {
     "FullAttentionSpec": RUN,
     "MLAAttentionSpec": RUN,
@@ -38,19 +38,19 @@ class Group:
     Attributes
     ----------
     index : int
-        Among vLLM's groups.
+        Place among vLLM's groups.
     kind : {RUN, WINDOW, CHUNK, STATE}
     block_tokens : int
         Tokens of a block.
     hashes_per_block : int, default 1
-        vLLM hashes a request in pieces that may be smaller than a block; so many are one.
+        How many of vLLM's hashes a block has: vLLM may hash a request in pieces smaller than a block.
     reach_tokens : int, default 0
-        Of a WINDOW, those that a token sees, itself included; of a CHUNK, its tokens.
+        WINDOW: tokens that a token sees, itself included. CHUNK: tokens of a chunk.
     hit_tokens : int, default 1
-        Hits are multiples of it, whatever the groups that are kept: vLLM aligns to those that are left alone, too.
+        Hits are multiples of it, whichever groups are kept: vLLM also aligns hits to groups that are left alone.
     peek_blocks : int, default 0
-        Blocks behind a hit that must be there too. With EAGLE or MTP vLLM computes the last block that it finds once
-        more, so the hit is shorter by it.
+        Blocks behind a hit that must be there too: with EAGLE or MTP, vLLM computes the last block that it finds once
+        more, so the hit ends before that block.
     """
 
     index: int
@@ -67,9 +67,9 @@ class Group:
         return self.block_tokens // self.hashes_per_block
 
     def first_needed(self, length):
-        """The first block that a request with so many tokens computed still needs; for ints and for arrays of them.
+        """The first block that a request still needs when `length` tokens are computed; ints, or arrays of them.
 
-        vLLM gives back no block from this one on.
+        vLLM frees no block from this one on.
         """
         if self.kind == WINDOW:
             return not_negative(length - self.reach_tokens + 1) // self.block_tokens
@@ -80,12 +80,12 @@ class Group:
         return length * 0
 
     def needed(self, length, first_tokens=0):
-        """First and end of the blocks for a hit of this length, without those that the device has up to a token."""
+        """First and end of the blocks for a hit of this length, without what the device has for `first_tokens`."""
         begin = max(self.first_needed(length), first_tokens // self.block_tokens)
         return begin, max(begin, -(-length // self.block_tokens))
 
     def most_blocks(self, num_tokens, step_tokens):
-        """Device blocks that a request holds with so many tokens and the next one, at the most."""
+        """Most device blocks that a request holds for `num_tokens` and the next one."""
         whole = num_tokens // self.block_tokens + 1
         if self.kind == STATE:
             return 2
@@ -102,7 +102,7 @@ class Group:
         boundaries : iterable of int
             Lengths of hits to be expected.
         interval : int or None
-            Tokens from one further such length to the next, 0 for no further ones. None: all blocks.
+            Distance in tokens of further such lengths, 0: no further ones. None: all blocks are kept.
         """
         if self.kind in (RUN, CHUNK) or interval is None:  # vLLM's own cache keeps all of a chunk, too
             return [(first, end)] if first < end else []
@@ -120,7 +120,7 @@ class Group:
 
 
 def not_negative(number):
-    """The number or 0, of two the larger; `max` is for ints alone, and numpy's slow for them."""
+    """The larger of the number and 0, for ints and arrays: `max` takes ints only, and numpy's is slow for them."""
     return (number + abs(number)) // 2
 
 
@@ -131,20 +131,20 @@ def groups_of(kv_cache_config, *, hash_tokens=None, parallel_tokens=1, drafts=Fa
     ----------
     kv_cache_config : KVCacheConfig
     hash_tokens : int, optional
-        Of one of vLLM's block hashes; a block's, if not given.
+        Tokens of one of vLLM's block hashes; by default those of a block.
     parallel_tokens : int, default 1
         Ranks that share the tokens of a block of attention (context parallelism).
     drafts : bool, default False
-        Whether a drafter reads the KV cache that finds less of a hit, see `Group.peek_blocks`.
+        Whether a drafter shortens hits, see `Group.peek_blocks`.
 
     Raises
     ------
     ConfigError
-        A kind of group that is not known, or blocks that are no whole number of hashes.
+        A kind of group is not known, or blocks are no whole number of hashes.
     """
     all_groups = kv_cache_config.kv_cache_groups
     none_is_marked = not any(getattr(group, "is_eagle_group", False) for group in all_groups)
-    # vLLM does not look for blocks of the others, so nothing of them would be loaded.
+    # vLLM looks for no blocks of groups that are not cacheable, so none would be loaded.
     is_kept = [getattr(group.kv_cache_spec, "prefix_cacheable", True) for group in all_groups]
     left_alone = [group for group, kept in zip(all_groups, is_kept, strict=True) if not kept]
     hit_tokens = math.lcm(*(getattr(group.kv_cache_spec, "block_size", 1) for group in left_alone))
@@ -201,7 +201,7 @@ def require_plain(index, group):
 
 
 def one_of_all(spec):
-    """The spec of a group, or that of one of its layers where they differ in what does not matter here."""
+    """The spec of a group. If its layers have their own, that of one: they do not differ in what matters here."""
     specs = list(getattr(spec, "kv_cache_specs", {0: spec}).values())
     for one in specs:
         if type(one).__name__ not in KINDS:
@@ -214,10 +214,10 @@ def one_of_all(spec):
 
 
 def way_out_of_groups(groups, num_groups):
-    """What helps where the groups are in the way, as the end of a sentence; nothing where that is no help.
+    """The end of an error message: the option that helps if the groups are the problem, or nothing if it would not.
 
-    Told so, vLLM gives layers with a window or with chunks the blocks of full attention if the model has layers of full
-    attention, too, and if all windows, all chunks and all blocks are of one size. It does so with no other layers.
+    With that option vLLM gives layers with a window or with chunks the blocks of full attention, if the model has
+    layers of full attention, too, and if all windows, all chunks and all blocks are of one size. Otherwise it does not.
     """
     kinds = {group.kind for group in groups}
     sizes = {(group.kind, group.block_tokens, group.reach_tokens) for group in groups}
@@ -238,7 +238,7 @@ class Hit:
 
     length: int  # tokens, those before included
     run: int  # tokens that groups of full attention alone could serve
-    is_growing: bool  # what it lacks next is just being saved
+    is_growing: bool  # the next block is being saved
 
 
 def longest_hit(index, groups, request, first_tokens, limit_tokens, writing):
@@ -253,11 +253,11 @@ def longest_hit(index, groups, request, first_tokens, limit_tokens, writing):
     request
         vLLM's.
     first_tokens : int
-        Tokens that the device has, a multiple of `align_tokens`; at least so long is the hit.
+        Tokens that the device has, a multiple of `align_tokens`. The hit is at least as long.
     limit_tokens : int
-        All tokens of the request, or all but the last. If a request's last token ends a block that is there, a hit may
-        end before that token: vLLM computes it into the loaded block once more. Not with states: that at the block's
-        end has seen the token already.
+        All tokens of the request, or all but the last. If the last token ends a block that is there, a hit may end
+        before that token: vLLM computes it into the loaded block once more. Not with states: the state at the block's
+        end includes that token already.
     writing : set of bytes
         Keys of blocks that are being saved.
     """
@@ -265,7 +265,7 @@ def longest_hit(index, groups, request, first_tokens, limit_tokens, writing):
     kinds = {group.kind for group in groups}
     if limit_tokens < request.num_tokens and request.num_tokens % align == 0 and STATE not in kinds and kinds != {RUN}:
         most = request.num_tokens
-    # Behind a hit that is longer, the request itself would lack a whole block to peek at.
+    # Behind a longer hit, the request itself has no whole block to peek at.
     longest = min((most // group.block_tokens - group.peek_blocks) * group.block_tokens for group in groups)
     longest = most if not any(group.peek_blocks for group in groups) else max(first_tokens, longest)
     for group in groups:

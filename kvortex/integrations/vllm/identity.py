@@ -22,15 +22,15 @@ FROM_THE_FOLDER = {  # load formats of vLLM that read the weights from the model
     "auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "pt", "npcache", "gguf", "bitsandbytes",
     "runai_streamer", "runai_streamer_sharded", "sharded_state",
 }  # fmt: skip
-# What vLLM's own digests cover though it changes no KV. Fields that no vLLM here has yet count, as they should: a
-# namespace too many costs a cold start, one too few serves KV of another model.
+# Fields that vLLM's own digests cover though they change no KV. Fields that no vLLM here has yet stay in the digest, as
+# they should: a namespace too many costs a cold start, one too few serves KV of another model.
 CHANGE_NO_KV = {
     "hf_config", "hf_text_config",  # stand in `model_facts`, without paths
     "model", "model_weights", "revision", "code_revision", "max_model_len", "trust_remote_code", "max_logprobs",
     "generation_config", "override_generation_config", "enable_sleep_mode",
     "cpu_offload_gb", "kv_cache_memory_bytes", "kv_offloading_size", "kv_offloading_backend",
 }  # fmt: skip
-OF_NO_FILE = {"_name_or_path", "auto_map", "transformers_version"}  # in a configuration: who read it, and from where
+OF_NO_FILE = {"_name_or_path", "auto_map", "transformers_version"}  # these say who read a configuration, and where
 SPLITS = (
     "tensor_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
     "cp_kv_cache_interleave_size", "dcp_kv_cache_interleave_size",
@@ -60,16 +60,16 @@ def require_stable_hashes(vllm_config):
 
 
 def namespace_of(vllm_config, *, name=None):
-    """Digest of everything that decides the bytes of a KV block, but for its tokens and for where they lie in it.
+    """Digest of everything that decides the bytes of a KV block, except its tokens and their place in it.
 
-    Equal for equal servers, whenever, wherever and from whichever folder they run. To be called when the model has been
-    loaded: some models change their configuration then.
+    Equal servers have equal digests, whenever, wherever and from whichever folder they run. Call this when the model
+    is loaded: some models change their configuration then.
 
     Parameters
     ----------
     vllm_config : VllmConfig
     name : str, optional
-        Names the weights in place of a digest of their files; the configuration counts all the same.
+        Names the weights, instead of a digest of their files. The configuration is in the digest all the same.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def namespace_of(vllm_config, *, name=None):
 
     Notes
     -----
-    Adapters (LoRA) are not in it: block hashes name them, before vLLM 0.32 by their name alone, later by path too.
+    Adapters (LoRA) are not in it, because block hashes name them: before vLLM 0.32 by name alone, later by path too.
     """
     require_stable_hashes(vllm_config)
     model, cache, parallel = vllm_config.model_config, vllm_config.cache_config, vllm_config.parallel_config
@@ -95,13 +95,13 @@ def namespace_of(vllm_config, *, name=None):
         )
     speculative = vllm_config.speculative_config
     draft = speculative and speculative.draft_model_config
-    if draft and model_facts(draft) == model_facts(model):  # so vLLM says that there is none
+    if draft and model_facts(draft) == model_facts(model):  # vLLM has no draft model then
         draft = None
     facts = {
         "version": 1,
         "vllm": vllm.__version__,
         "device": vllm_config.device_config.device_type,
-        # What the scheduler's NONE_HASH is made of, which no worker has.
+        # What the scheduler makes its NONE_HASH of; workers do not have that hash.
         "hashes": [cache.prefix_caching_hash_algo,
                    os.environ.get("PYTHONHASHSEED", getattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED", None))],
         "model": model_facts(model),
@@ -120,16 +120,16 @@ def namespace_of(vllm_config, *, name=None):
 
 
 def model_facts(model):
-    """What vLLM's `ModelConfig` says of the model, without paths."""
+    """What vLLM's `ModelConfig` says about the model, without paths."""
     configs = [normalize_value(without_paths(config.to_dict())) for config in (model.hf_config, model.hf_text_config)]
     seen = [getattr(model.multimodal_config, field, None) for field in ("mm_processor_kwargs", "video_pruning_rate")]
-    # Only this kind of rotary embedding looks at the longest request that is allowed.
+    # Only this kind of rotary embedding depends on the longest request that is allowed.
     longest = model.max_model_len if "longrope" in str(configs) else None
     return [own_digest(model), configs, normalize_value(seen), longest]
 
 
 def own_digest(config):
-    """The digest that vLLM makes of one of its configurations, but for what changes no KV."""
+    """The digest that vLLM makes of one of its configurations, without the fields that change no KV."""
     config = copy.copy(config)
     vars(config).update(dict.fromkeys(CHANGE_NO_KV & vars(config).keys()))
     return config.compute_hash()
@@ -145,7 +145,7 @@ def without_paths(value):
 
 
 def weights_of(model, load):
-    """What tells these weights from others: of vLLM's dummies that they are, else a digest of the files."""
+    """What identifies the weights: "dummy" for vLLM's dummies, otherwise a digest of their files."""
     if load.load_format == "dummy":  # from one seed that vLLM fixes
         return "dummy"
     where = getattr(model, "model_weights", "") or model.model
@@ -156,17 +156,17 @@ def weights_of(model, load):
         raise ConfigError(f"the weights of {where} cannot be read ({error}); mend that, or {NAME_IT}") from error
     if digests is None:
         raise ConfigError(
-            f"load_format {load.load_format!r} of {where} leaves no files here that would tell its weights from "
-            f"others; {NAME_IT}"
+            f"load_format {load.load_format!r} of {where} leaves no files here by which its weights could be "
+            f"recognised; {NAME_IT}"
         )
     return [os.path.basename(where) if os.path.isfile(where) else "", digests]  # one GGUF of several in a folder
 
 
 def folder_of(where, revision, load):
-    """The folder of a model that vLLM has loaded, or None where it is not in this machine's cache of the hub."""
+    """The folder of a model that vLLM has loaded, or None if this machine's cache of the hub does not have it."""
     if os.path.isdir(where):
         return where
-    if envs.VLLM_USE_MODELSCOPE:  # the model of that name is another hub's
+    if envs.VLLM_USE_MODELSCOPE:  # the hub asked below may have another model of that name
         return None
     try:
         return huggingface_hub.snapshot_download(
@@ -177,10 +177,10 @@ def folder_of(where, revision, load):
 
 
 def files_digest(folder):
-    """Digest over the weights' files in a folder and those below it, by name; None where there are none.
+    """Digest over the files of weights in a folder and the folders below it; None if there are none.
 
-    Names are relative to the folder and count, as sizes do: vLLM chooses files by their names. Links are followed,
-    hidden folders are not entered. Of a file that differs only beyond the samples, nothing is noticed.
+    The names relative to the folder count, and the sizes: vLLM chooses files by their names. Links are followed,
+    hidden folders are not entered. If two files differ only outside the samples, their digests are equal.
     """
     names = sorted(
         name
@@ -192,7 +192,7 @@ def files_digest(folder):
 
 
 def file_digest(path):
-    """Size, and a digest of the start of each tensor where the file says where those lie, else of 64 places."""
+    """Size and digest of a file: of the start of each tensor if the file says where tensors are, else of 64 places."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -206,7 +206,7 @@ def file_digest(path):
 
 
 def tensor_starts(fd, size):
-    """Where the tensors of a safetensors file start; none where its header is damaged, which vLLM refuses to load."""
+    """Where the tensors of a safetensors file start; [] if its header is damaged (vLLM refuses to load it)."""
     length = int.from_bytes(os.pread(fd, 8, 0), "little")
     if length > min(size - 8, MOST_HEADER_BYTES):
         return []

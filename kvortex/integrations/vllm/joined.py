@@ -1,8 +1,8 @@
-"""Small blocks that share an object on a server: which ones, and when they are written.
+"""Small blocks that share an object on a server: which ones, and when the object is written.
 
-The scheduler's half alone knows chains, so it says which blocks an object has and what it is called; the workers do
-what they are told. `count` consecutive blocks of a chain are an object, from multiples of `count` on, by the key of the
-last. Its catalogue stays one of blocks: `Homes` says where the block of a tier slot lies.
+Only the scheduler's half knows chains: it says which blocks an object has and under which key, and the workers write
+and read. An object has `count` consecutive blocks of a chain, from a multiple of `count` on, and the key of the last
+one. The catalogue stays one of blocks: `Homes` says in which object the block of a tier slot is.
 """
 
 import time
@@ -22,14 +22,14 @@ TOUCHED_LATER = 64  # most requests whose touch is repeated when an object was w
 
 
 class Homes:
-    """For each tier slot, in which object its block lies, and where. What it says of a free slot means nothing."""
+    """For each tier slot, the object that has its block, and the place in it. Entries of free slots mean nothing."""
 
     def __init__(self, num_slots):
         self._keys = np.zeros((num_slots, KEY_BYTES), np.uint8)
         self._places, self._counts = np.zeros(num_slots, np.uint8), np.ones(num_slots, np.uint16)
 
     def note(self, tier_slots, objects):
-        """Blocks lie there from now on. To be called while nobody can find them by these slots."""
+        """Note where the blocks of these slots are. Call it while no lookup can find these slots."""
         self._keys[tier_slots], self._places[tier_slots], self._counts[tier_slots] = objects
 
     def of(self, tier_slots):
@@ -37,7 +37,7 @@ class Homes:
         return Objects(self._keys[tier_slots], self._places[tier_slots], self._counts[tier_slots])
 
     def beside(self, tier_slots):
-        """All slots whose blocks lie in the same objects as those of these, some that are free meanwhile too."""
+        """All slots whose blocks are in the same objects as the blocks of these slots; some may be free meanwhile."""
         words = self._keys.view(np.uint64)[:, 0]
         near = np.flatnonzero(np.isin(words, words[tier_slots]))
         objects = set(as_bytes(self._keys[tier_slots]))
@@ -46,14 +46,14 @@ class Homes:
 
 @dataclass
 class Writing:
-    """Objects on their way, as one batch."""
+    """Objects that are written as one batch."""
 
     names: list  # keys of their last blocks
-    rows: list  # of each, a slice of the blocks
+    rows: list  # for each object, its slice of the arrays below
     keys: np.ndarray
     slots: np.ndarray
     tier_slots: np.ndarray
-    is_new: np.ndarray  # in the catalogue; the others other objects have, too
+    is_new: np.ndarray  # per block, whether its entry in the catalogue is new; else another object has it, too
     batch: object
     tag: bytes
     is_late: bool = False
@@ -62,8 +62,8 @@ class Writing:
 class ObjectWriter:
     """Write each object when all of its blocks have been saved; they are pinned meanwhile.
 
-    Blocks are in the index when every rank has saved them, and a load that failed has by then taken back what was
-    computed from it. An object of which the pool has lost a block is not written.
+    When a block is in the index, every rank has saved it, and what a failed load made wrong has been discarded. If the
+    pool has lost a block of an object, the object is not written.
 
     Parameters
     ----------
@@ -93,12 +93,12 @@ class ObjectWriter:
 
     @property
     def is_busy(self):
-        """Whether the next step may begin to write something; nothing hurries while a server hangs."""
+        """Whether the next step may begin to write something. While a server hangs, it may not."""
         hangs = any(writing.is_late for writing in self._out)
         return self._num_to_look_at > 0 and not hangs and self.breaker.allows(time.monotonic())
 
     def add(self, blocks):
-        """These, (n, count, 32) uint8, are objects; those that the server lacks are written when they can be."""
+        """Note objects, as keys (n, count, 32) uint8. Those that the server lacks are written when they can be."""
         for i in np.flatnonzero(self.tier.catalogue.slots_of(np.ascontiguousarray(blocks[:, -1])) == NO_SLOT):
             self._pending[blocks[i, -1].tobytes()] = blocks[i]
         while len(self._pending) > self.most_pending:
@@ -106,7 +106,7 @@ class ObjectWriter:
         self.look_again()
 
     def look_again(self):
-        """Something was saved."""
+        """Look at all pending objects again, because something was saved."""
         self._num_to_look_at = len(self._pending)
 
     def step(self, now_s):
@@ -116,7 +116,7 @@ class ObjectWriter:
                 self._out.remove(writing)
                 self._end(writing, now_s)
             elif not writing.is_late and (writing.batch.statuses == BlockStatus.LATE).all():
-                writing.is_late = True  # its slots are the stores' until it is over
+                writing.is_late = True  # until the batch is over, its slots belong to the store
                 self.breaker.saw(writing.batch.statuses, now_s)
         if now_s < self._not_before_s or not self.breaker.allows(now_s):
             return
@@ -129,7 +129,7 @@ class ObjectWriter:
             del self._pending[name]
             if not self.index.lookup(blocks)[0].all():
                 if self._saves_late or (self.index.slots_of(blocks) != NO_SLOT).all():
-                    self._pending[name] = blocks  # not yet
+                    self._pending[name] = blocks  # not saved yet
                 else:
                     self.num_failed += len(blocks)
             elif (begun := self._reserve(name, blocks)) is not None:
@@ -141,7 +141,7 @@ class ObjectWriter:
             self._begin(window)
 
     def _reserve(self, name, blocks):
-        """Pin the blocks of an object and make its entries; None where it is not to be written now."""
+        """Pin the blocks of an object and reserve its entries; None if it is not to be written now."""
         num_admitted = self.budget.admit(len(blocks), self._stride_bytes)
         tier_slots, statuses = np.zeros(0, np.uint32), np.zeros(0, np.uint8)
         if num_admitted == len(blocks):
@@ -167,15 +167,15 @@ class ObjectWriter:
         ends = np.cumsum([len(each) for each in blocks]).tolist()
         rows = [slice(end - len(each), end) for each, end in zip(blocks, ends, strict=True)]
         keys = np.concatenate(blocks)
-        tag, places = self.tier.tag, np.zeros(len(keys), np.uint32)  # no slot stands for an object
+        tag, places = self.tier.tag, np.zeros(len(keys), np.uint32)  # slots do not matter where objects are named
         batch = self.tier.store.put(places, slots, keys, None, tag=tag, timeout_ms=PUT_TIMEOUT_MS, objects=objects)
         self._out.append(Writing(names, rows, keys, slots, tier_slots, is_new, batch, tag))
         self._names_out.update(names)
 
     def _end(self, writing, now_s):
-        """Let blocks be found on the server where the pool has had them all the time; what it discarded goes.
+        """Make objects visible whose blocks the pool had all the time; erase those of which it discarded a block.
 
-        But what is of the weights before a reset stays, for others: the pool has forgotten it, and nothing is wrong.
+        After a reset, objects of the earlier weights stay on the server for others: they are not wrong.
         """
         statuses, is_current = writing.batch.statuses, writing.tag == self.tier.tag
         is_same = self.index.slots_of(writing.keys) == writing.slots
@@ -209,11 +209,11 @@ class ObjectWriter:
         return self._names_out.isdisjoint(names) and not any(name in self._pending for name in names)
 
     def touch_later(self, keys):
-        """A request has ended that had these blocks: they are to become most recent once more behind the last write."""
+        """Touch these blocks of an ended request again when the last of their objects is written."""
         names = {name for name in as_bytes(keys) if name in self._pending or name in self._names_out}
         if names and len(self._to_touch) < TOUCHED_LATER:
             self._to_touch.append((keys, names))
 
     def clear(self):
-        """The pool is empty."""
+        """Forget what is pending, because the pool is empty."""
         self._pending, self._num_to_look_at, self._to_touch = {}, 0, []

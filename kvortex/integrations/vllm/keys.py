@@ -16,7 +16,7 @@ OF_THIS_PROCESS = os.urandom(16).hex()
 def keys_of(request, group, first, end):
     """Keys of the request's blocks `first` to `end` in a group, as far as it has hashes.
 
-    vLLM's hashes are chained, so that of a block is the one that ends where the block does.
+    vLLM's hashes are chained: the hash of a block is the one that ends where the block ends.
     """
     step = group.hashes_per_block
     hashes = request.block_hashes[(first + 1) * step - 1 : end * step : step]
@@ -30,11 +30,11 @@ def keys_of_all(request, spans):
 
 
 def digest_for(request, group):
-    """What a block's hash does not say.
+    """A digest of what vLLM's hash of a block leaves out: the group, and which LoRA was loaded.
 
-    The group; and vLLM before 0.32 hashes the name of a LoRA alone, and later ones its path besides. A LoRA that is
-    loaded anew under its name has another id. What lies at a path may be another LoRA when the next server finds blocks
-    of this one on disk: so their keys are this process's own.
+    vLLM before 0.32 hashes only the name of a LoRA, later versions its path, too. A LoRA that is loaded anew under its
+    name has another id. At its path, the next server may have another LoRA and find blocks of this one on disk: so the
+    keys of blocks with a LoRA belong to this process alone.
     """
     lora = request.lora_request
     return digest_of_name(

@@ -1,4 +1,4 @@
-"""From the tensors that vLLM registers to a `KVLayout`: opaque bytes by strides, asserted, never guessed."""
+"""Make a `KVLayout` of the tensors that vLLM registers: opaque bytes by strides, checked, never guessed."""
 
 from kvortex import ConfigError, KVLayout
 
@@ -11,17 +11,17 @@ def layout_of(tensors, num_blocks, block_dims, overlap=False):
     tensors : iterable of torch.Tensor
         In the order of the layers. A tensor that several layers share counts once.
     num_blocks : int
-        Blocks that vLLM's scheduler counts. A kernel's blocks may be smaller: then so many of the tensor's blocks,
-        side by side, are one.
+        Blocks that vLLM's scheduler counts. If a kernel's blocks are smaller, several of the tensor's blocks, side by
+        side, make one.
     block_dims : int or sequence of int
         Which dimension counts blocks, of all tensors or of each, see `block_dimension`.
     overlap : bool, default False
-        Whether layers share memory, as those of several KV cache groups do: whoever has a block has all of its bytes.
+        Whether layers share memory, as those of several KV cache groups do: the owner of a block owns all of its bytes.
 
     Raises
     ------
     ConfigError
-        Not so many blocks, or blocks that are not contiguous.
+        The tensors do not have `num_blocks` blocks, or a block is not contiguous.
     """
     tensors = list(tensors)
     if isinstance(block_dims, int):
@@ -33,7 +33,7 @@ def layout_of(tensors, num_blocks, block_dims, overlap=False):
     runs = []
     for tensor, dim in distinct.values():
         runs += runs_of(tensor, num_blocks, dim)
-    runs.sort(key=lambda part_and_run: part_and_run[0])  # what lies side by side becomes one piece
+    runs.sort(key=lambda part_and_run: part_and_run[0])  # runs that are neighbours become one piece
     runs = [run for _, run in runs]
     if overlap:
         runs = union_of(runs)
@@ -44,9 +44,9 @@ def layout_of(tensors, num_blocks, block_dims, overlap=False):
 
 
 def union_of(runs):
-    """Runs of the same bytes that name none twice, in the order in which the first run of each stands.
+    """Runs of the same bytes that name no byte twice, each at the place of its first run.
 
-    It is the order of a block's bytes in its slot and on disk. That of addresses is another one in the next process.
+    A block's bytes have this order in its slot and on disk. The order of addresses differs between processes.
     """
     merged = []
     for place, (base, stride, piece) in sorted(enumerate(runs), key=lambda numbered: numbered[1]):
@@ -60,7 +60,7 @@ def union_of(runs):
 
 
 def text_of(layout, tensors, block_dims, names):
-    """What a block's bytes are, in a text that differs where a block of one server means nothing to another.
+    """A text that says what a block's bytes mean: it differs if a block of one server is no block of the other.
 
     Parameters
     ----------
@@ -79,7 +79,7 @@ def text_of(layout, tensors, block_dims, names):
 
 
 def runs_of(tensor, num_blocks, block_dim):
-    """The runs of one tensor, in as many blocks as the scheduler counts, each with the kernel's block in it."""
+    """The runs of one tensor in the scheduler's blocks, each with the number of the kernel's block within its block."""
     try:
         layout = KVLayout.from_tensors([tensor], block_dim)
     except ValueError as error:
@@ -101,9 +101,9 @@ def runs_of(tensor, num_blocks, block_dim):
 def block_dimension(backend, spec, tensor, num_blocks):
     """Which dimension of a layer's tensor counts blocks.
 
-    Up to vLLM 0.31 the attention backend says how it shapes a cache, and shows it by a number of blocks that no other
-    size of a model equals. Later ones know one logical shape for all, blocks first, whatever lies where in memory.
-    Without a backend it is the only dimension that can be.
+    Up to vLLM 0.31 the attention backend says how it shapes a cache: it is asked with a number of blocks that no other
+    size of a model equals. From 0.32 on all have one logical shape, blocks first, whatever the order in memory. If
+    there is no backend, only one dimension may fit the number of blocks.
     """
     if hasattr(backend, "get_kv_cache_shape"):
         marker = 1234567

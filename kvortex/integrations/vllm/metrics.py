@@ -4,30 +4,30 @@ from dataclasses import dataclass
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-CAUSES = {  # why a block that was on the lower tier did not come back
-    "late": "they did not come in time",
+CAUSES = {  # why a request did not get a block that was on the lower tier
+    "late": "they were not read in time",
     "full": "host memory had no room for them",
     "slower_than_computing": "reading them would have taken longer than computing them",
-    "gone": "they left the tier, or were being saved anew, meanwhile",
-    "unreadable": "what lies there is damaged, or is not the block",
+    "gone": "meanwhile they left the tier, or were being saved anew",
+    "unreadable": "the data there is damaged, or is of another block",
 }
 SUMS = {
     "save_blocks": "KV blocks saved to host memory",
     "save_bytes": "Bytes saved to host memory",
     "save_seconds": "Seconds from the start of a save until it was seen to be over, summed",
-    "saves_dropped": "KV blocks not saved because every job was in flight",
+    "saves_dropped": "KV blocks not saved because every job record was in use",
     "load_blocks": "KV blocks loaded from host memory",
     "load_bytes": "Bytes loaded from host memory",
     "load_seconds": "Seconds from the start of a load until it was seen to be over, summed",
     "transfers_failed": "Saves and loads that the driver refused",
-    "blocks_matched": "KV blocks found in host memory and asked for",
+    "blocks_matched": "KV blocks found in host memory and requested from there",
     "blocks_evicted": "KV blocks evicted from host memory",
     "saves_not_held": "KV blocks not saved in a step because too many device blocks were held already",
     "pins_refused": "KV blocks that requests wanted to pin beyond a quarter of host memory",
     "tier_blocks_written": "KV blocks written to the lower tier",
-    "tier_blocks_not_written": "KV blocks that were to go to the lower tier and did not",
-    "tier_blocks_read": "KV blocks that came back from the lower tier into host memory",
-    "tier_read_seconds": "Seconds in which blocks came back from the lower tier",
+    "tier_blocks_not_written": "KV blocks that should have been written to the lower tier and were not",
+    "tier_blocks_read": "KV blocks read from the lower tier into host memory",
+    "tier_read_seconds": "Seconds in which blocks were read from the lower tier",
     "tier_saved_seconds": "Seconds that computing these blocks would have taken, as far as that is known",
     **{
         f"tier_misses_{cause}": f"KV blocks on the lower tier that a request did not get: {why}"
@@ -48,7 +48,7 @@ LEVELS = {
 
 @dataclass
 class KVortexStats(KVConnectorStats):
-    """Numbers by name; `report` is what vLLM 0.15 has no other way to carry from the workers to the scheduler."""
+    """Numbers by name. With vLLM 0.15, which has no other way, `report` goes from the workers to the scheduler, too."""
 
     report: object = None
 

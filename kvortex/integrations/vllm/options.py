@@ -30,7 +30,7 @@ REMOTE = ("remote_url", "remote_options")
 BLOCKS_PER_OBJECT, MOST_JOINED, OBJECT_BYTES = "blocks_per_object", 256, 4 << 20
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
 MOST = 1 << 40
-# What vLLM's own connectors call what KVortex has, too.
+# Options of vLLM's own connectors -> the same thing here.
 NAMES_OF_OTHERS = {
     "cpu_bytes_to_use": "cpu_pool_size_bytes",
     "cpu_bytes_to_use_per_rank": "cpu_pool_size_bytes, for all ranks together",
@@ -50,46 +50,46 @@ NUMBERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorOptions:
-    """Options of the connector; those of the engine stand in `engine`, by the names of `KVortexConfig`.
+    """Options of the connector. Those of the engine are in `engine`, by the names of `KVortexConfig`.
 
     Parameters
     ----------
     engine : KVortexConfig
-        ``cpu_pool_size_bytes`` counts for all ranks together; each rank's pool is an equal part. Sizes may be texts
+        ``cpu_pool_size_bytes`` counts for all ranks together: each rank's pool is an equal part. Sizes may be texts
         such as ``"32GiB"``.
     load_async : bool, default True
-        Load between the steps of the engine, while others are served; False loads before the step that needs it.
+        Load between the steps of vLLM, while it serves others. False: load inside the step that needs the blocks.
     window_interval_tokens : int, optional
-        Of layers with a sliding window or chunks, keep what a prompt needs that ends so many tokens on, or twice as
-        many, and so forth; 0: only what the same prompt needs again, and what vLLM sees prompts to share. As vLLM's own
-        cache does (``prefix_cache_retention_interval``) where it is not given.
+        For layers with a sliding window or states: keep the blocks that a prompt needs which goes on at a multiple of
+        so many tokens. 0: only those that the same prompt needs again, or where vLLM sees that prompts share a prefix.
+        By default what vLLM's own cache does (``prefix_cache_retention_interval``).
     save : {"at_once", "on_evict"}, default "at_once"
-        When a block is saved: as soon as its KV is written, or when vLLM gives its device block to somebody else.
+        When a block is saved: as soon as its KV is written, or when vLLM gives its device block to another request.
     save_after_hits : int, default 0
-        Save a block only for a request before which so many others, this server's most recent ones, had it. 0: at once.
+        Save a block only if this many earlier requests had it, among the most recent ones. 0: save it the first time.
     disk_path : str or list of str, optional
-        Folders, one a disk, where blocks go that the pool cannot hold, and where they outlive the server.
+        Folders, one for each disk. Blocks that the pool cannot hold go there, and outlive the server.
     disk_bytes : int or str
-        With `disk_path`: what all ranks and replicas together may take there.
+        Needed with `disk_path`: how much all ranks and replicas together may store there.
     write_bytes_per_s : int or str, default 256 MiB
-        What each rank may write there a second, up to ten seconds of it at once; 0: no limit, the default on a server.
+        What each rank may write there a second, ten seconds of it at once; 0: no limit, the default of `remote_url`.
     remote_url : str, optional
         Instead of a disk, a server or folder that several vLLMs share: ``"redis://host"``, ``"s3://bucket/prefix"``,
         ``"file:///folder"``; see `kvortex.RedisTier` and `kvortex.ObjectTier`.
     remote_options : dict, optional
-        Their settings, by name: ``{"ttl_s": 86400}``. And ``"blocks_per_object"``: how many blocks of full attention
-        that follow each other share a value there; 1 for Redis, for objects as many as make 4 MiB, up to 32.
+        Settings of that tier: ``{"ttl_s": 86400}``. And ``"blocks_per_object"``: how many consecutive blocks of full
+        attention share a value there; 1 for Redis, and for objects as many as make 4 MiB, up to 32.
     namespace : str, optional
-        Names the weights on disk. Without it they are known by samples of their files.
+        Names the weights in a lower tier. Without a name, samples of their files identify them.
     promote_timeout_ms : int, default 2000
-        How long a request may wait for blocks from the disk; then it takes what the pool has.
+        How long a request may wait for blocks from a lower tier. After that it gets only what the pool has.
     flush_timeout_ms : int, default 10000
-        How long the end of the server may wait for what is still to be written.
+        How long the server may go on writing blocks to a lower tier when it ends.
     prefill_tokens_per_s : int, optional
-        What the model computes: blocks stay on disk where reading them would take longer than computing them. 0: they
-        never do. Learnt from the server's own steps where it is not given.
+        What the model computes. If reading blocks from a lower tier takes longer than computing them, they are not
+        read. 0: they always are. By default measured in the server's own steps.
     verify : bool, default False
-        Compare every block saved and loaded with what the GPU held, and count the differences. For tests: costs device
+        Compare every saved and loaded block with what the GPU held, and count differences. For tests: costs device
         memory, and bandwidth of the link.
     """
 
@@ -107,7 +107,7 @@ class ConnectorOptions:
 
     @property
     def tier(self):
-        """The `DiskTier`, or None."""
+        """The lower tier, or None."""
         return self.engine.tiers[0] if self.engine.tiers else None
 
     @classmethod
@@ -127,7 +127,7 @@ class ConnectorOptions:
                 near = nearest(name, known)
                 hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}"
                 if name in NAMES_OF_OTHERS:
-                    hint = f"what another connector calls so is here {NAMES_OF_OTHERS[name]}"
+                    hint = f"another connector's name; here it is {NAMES_OF_OTHERS[name]}"
                 raise ConfigError(f"kv_connector_extra_config has an unknown option {name!r}; {hint}")
         if "cpu_pool_size_bytes" not in extra:
             raise ConfigError(
@@ -139,7 +139,7 @@ class ConnectorOptions:
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number <= MOST:
                 raise ConfigError(f"{name} must be a whole number of {what}, 0 to 2^40, got {shown(number)}")
         if extra.get("save_after_hits", 0) > MOST_COUNTED:
-            raise ConfigError(f"save_after_hits is {extra['save_after_hits']}, and at most {MOST_COUNTED} are counted")
+            raise ConfigError(f"save_after_hits must be at most {MOST_COUNTED}, got {extra['save_after_hits']}")
         if extra.get("save", AT_ONCE) not in (AT_ONCE, ON_EVICT):
             raise ConfigError(f"save must be {AT_ONCE!r} or {ON_EVICT!r}, got {extra['save']!r}")
         for name in own & extra.keys() - NUMBERS.keys() - {"save", "namespace"}:
@@ -152,7 +152,7 @@ class ConnectorOptions:
                 except ConfigError as error:
                     raise ConfigError(f"{name} of kv_connector_extra_config: {error}") from None
         count = None
-        if isinstance(extra.get("remote_options"), dict):  # of its settings, that of this connector alone
+        if isinstance(extra.get("remote_options"), dict):  # one of its settings is the connector's, not the tier's
             extra["remote_options"] = dict(extra["remote_options"])
             count = extra["remote_options"].pop(BLOCKS_PER_OBJECT, None)
         is_number = isinstance(count, int) and not isinstance(count, bool)
@@ -164,12 +164,12 @@ class ConnectorOptions:
     def joined_blocks(self, shape):
         """How many blocks of full attention share a value on a server.
 
-        Not with states, by default: a hit ends where vLLM has kept one, which is seldom where an object ends.
+        By default 1 for models with states: a hit ends where vLLM kept a state, and that is seldom an object's end.
 
         Raises
         ------
         ConfigError
-            The server does not take so long values.
+            A value would be longer than the server takes.
         """
         if self.tier is None or not self.tier.is_remote:
             return 1
@@ -186,14 +186,14 @@ class ConnectorOptions:
 
 
 def tier_of(extra):
-    """The settings of `KVortexConfig` for a tier that these options ask for."""
+    """The settings of `KVortexConfig` for the tier that these options ask for, {} if they ask for none."""
     if "remote_url" in extra:
         return remote_tier_of(extra)
     if "disk_path" not in extra:
         of_tiers = {"namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s", "remote_options"}
         alone = sorted({*TIER_SIZES, *of_tiers} & {*extra})
         if alone:
-            raise ConfigError(f"{alone[0]} is of a lower tier; name one, disk_path or remote_url, or leave it out")
+            raise ConfigError(f"{alone[0]} needs a lower tier; set disk_path or remote_url, or leave it out")
         return {}
     if "disk_bytes" not in extra:
         raise ConfigError('disk_path needs disk_bytes: what all ranks may take there together, e.g. "500GiB"')
@@ -212,7 +212,7 @@ def remote_tier_of(extra):
     """The settings of `KVortexConfig` for a tier on a server."""
     others = sorted({"disk_path", "disk_bytes"} & {*extra})
     if others:
-        raise ConfigError(f"remote_url and {others[0]} are of two tiers, and there may be one; leave one of them out")
+        raise ConfigError(f"remote_url and {others[0]} name two lower tiers, and one is possible; leave one out")
     options = extra.get("remote_options", {})
     if not isinstance(options, dict):
         raise ConfigError(f"remote_options must be a table of settings, got {shown(options)}")
@@ -225,14 +225,14 @@ def remote_tier_of(extra):
 class PoolShape:
     """What both halves must agree on: the slots of one rank's pool, numbered alike in all ranks.
 
-    Both make it of the same things, and still the scheduler's half tells the workers', which compares. Only with
-    several stages the slots differ: the scheduler's half, which sees the first, has those that every rank reports.
+    Both halves compute it from vLLM's configuration; the scheduler's half sends its own to the workers, which compare.
+    If there are several stages, it sees the first, and uses the slots that every rank reports.
     """
 
     num_device_blocks: int
     groups: tuple  # of `Group`, see `groups_of`
     num_ranks: int
-    num_stages: int  # of a pipeline: each has layers, hence sizes, of its own
+    num_stages: int  # of a pipeline; each has its own layers, hence its own sizes
     slots: Slots  # of one rank; chunk 0 is registered from the start
 
     @property
@@ -241,12 +241,12 @@ class PoolShape:
         return self.slots.payload_bytes
 
     def agrees_with(self, other):
-        """Whether a rank of this shape and a scheduler's half of the other mean the same blocks by the same numbers."""
+        """Whether a rank of this shape and a scheduler's half of the other one number the same blocks alike."""
         return other == (replace(self, slots=other.slots) if self.num_stages > 1 else self)
 
     @property
     def align_tokens(self):
-        """Hits are multiples of it."""
+        """Every hit is a multiple of this many tokens."""
         return align_tokens(self.groups)
 
     @classmethod
@@ -284,10 +284,10 @@ class PoolShape:
 
 
 def bytes_of_block(kv_cache_config):
-    """What one device block takes in all layers of a rank, padding included.
+    """Bytes of one device block in all layers of a rank, padding included.
 
-    The scheduler sees the spec of one layer alone, whatever the others are, so the specs cannot say it. The sizes of
-    the tensors are the same for both halves; from vLLM 0.32 on each is that of the whole allocation.
+    The scheduler sees the spec of one layer alone, and layers may differ; so the specs do not tell. The sizes of the
+    tensors are the same for both halves. From vLLM 0.32 on, each of them is that of the whole allocation.
 
     Raises
     ------
@@ -310,14 +310,14 @@ def num_ranks_of(parallel):
 
 
 def require_host_memory(transfer, parallel):
-    """Refuse pools that this node cannot hold: those of all its ranks together, before any of them is there.
+    """Refuse pools that this node cannot hold: the pools of all its ranks together, before any of them is allocated.
 
     Parameters
     ----------
     transfer : KVTransferConfig or None
-        Of vLLM. In a MultiConnector each of ours counts.
+        vLLM's. In a MultiConnector every KVortexConnector counts.
     parallel : ParallelConfig
-        With Ray, which puts ranks where it likes, only each pool asks for itself.
+        With Ray, which may put ranks on any node, nothing is checked here: each pool checks for itself.
 
     Raises
     ------
@@ -328,7 +328,7 @@ def require_host_memory(transfer, parallel):
     """
     found = [] if transfer is None else [(transfer.kv_connector, transfer.kv_connector_extra_config or {})]
     asked = 0
-    for name, extra in found:  # which grows
+    for name, extra in found:  # the list grows meanwhile
         if name == "MultiConnector":
             found += [(one.get("kv_connector"), one.get("kv_connector_extra_config") or {})
                       for one in extra.get("connectors", ())]  # fmt: skip

@@ -17,7 +17,7 @@ MOST_PIN_S = 10**9
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """What is done for a request.
+    """What KVortex may do for a request.
 
     Parameters
     ----------
@@ -26,9 +26,9 @@ class Wishes:
     load : bool, default True
         Look for its blocks in host memory.
     max_save_tokens : int, optional
-        Of its tokens, those whose blocks are kept; the others are left.
+        How many of its tokens, from the first on, are kept.
     pin_s : float, default 0
-        Seconds from its end on in which its blocks are not evicted, as far as there is room for such pins.
+        Seconds after its end in which its blocks are not evicted, as far as there is room for such pins.
     """
 
     save: bool = True
@@ -67,9 +67,9 @@ EVERYTHING, NOTHING = Wishes(), Wishes(save=False, load=False)
 
 
 def wishes_of(request, role=EVERYTHING):
-    """The wishes of a request, as far as the server's `role` allows both ways.
+    """The wishes of a request, without what the server's `role` forbids.
 
-    With a name or value that is wrong, nothing is done for it, and the log says why.
+    If a name or value is wrong, nothing is done for the request, and the log says why.
     """
     given = request.kv_transfer_params
     if not isinstance(given, dict) or "kvortex" not in given:
@@ -88,26 +88,26 @@ class Pins:
     Parameters
     ----------
     index : BlockIndex
-        At most a quarter of its blocks are pinned so at a time; what is beyond is not, and counted in `blocks_refused`.
+        Pins for requests hold at most a quarter of its blocks; `blocks_refused` counts the blocks beyond that.
     """
 
     def __init__(self, index):
         self.index = index
         self.count = self.blocks_refused = 0
-        self.pinned, self.waiting = [], []  # of (when it ends, slots), and of (when it ends, keys)
+        self.pinned, self.waiting = [], []  # of (end time, slots), and of (end time, keys)
 
     @property
     def most(self):
-        """Blocks that may be pinned so: of a pipeline, the stage with the fewest slots says how many there are."""
+        """Most blocks that may be pinned. Of a pipeline, the stage with the fewest slots decides."""
         return self.index.slots_added // 4
 
     def want(self, keys, seconds, writing):
-        """Pin the blocks with these keys for so long, from now on, as soon as none of them is in the set `writing`."""
+        """Pin the blocks with these keys for `seconds` from now on, as soon as none of them is in the set `writing`."""
         self.waiting.append((time.monotonic() + seconds, keys))
         self.pin_what_is_written(writing)
 
     def pin_what_is_written(self, writing):
-        """Look whether those that were being saved are there now."""
+        """Pin what waited for saves that are over now."""
         waiting, self.waiting = self.waiting, []
         for until, keys in waiting:
             if writing.isdisjoint(as_bytes(keys)):
@@ -116,7 +116,7 @@ class Pins:
                 self.waiting.append((until, keys))
 
     def pin(self, keys, until):
-        """Pin the blocks with these keys that are there, the first ones first."""
+        """Pin those of these blocks that are in the index, from the first one on."""
         slots = self.index.acquire(keys[: self.most - self.count], gaps=True)
         self.blocks_refused += len(keys) - len(slots)
         slots = slots[slots != NO_SLOT]

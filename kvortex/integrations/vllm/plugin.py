@@ -15,9 +15,9 @@ def register():
 
 
 def ask_early():
-    """Let vLLM's executors ask whether there is memory for the pools before they load weights, which takes minutes.
+    """Let vLLM's executors check that there is memory for the pools before they load weights, which takes minutes.
 
-    vLLM shows a connector its configuration after that only. An executor is made once for all ranks, in every version.
+    vLLM makes connectors only after that. An executor is made once for all ranks, in every version.
     """
     from vllm.v1.executor.abstract import Executor
 

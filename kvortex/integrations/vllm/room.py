@@ -1,4 +1,4 @@
-"""Which device blocks are taken, and whether a request finds room beside those that have them."""
+"""Which device blocks are taken, and whether one more request finds room on the device."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from kvortex.integrations.vllm.groups import RUN
 
 
 class Room:
-    """Count who has each device block.
+    """Count the owners of each device block.
 
     Parameters
     ----------
@@ -14,41 +14,41 @@ class Room:
     num_blocks : int
         vLLM's null block included.
     step_tokens : int
-        Most tokens that are scheduled before vLLM gives back what left a window.
+        Most tokens that vLLM schedules before it frees the blocks that left a window.
     """
 
     def __init__(self, groups, num_blocks, step_tokens):
         self.groups, self.num_blocks, self.step_tokens = groups, num_blocks, step_tokens
         self.forgetful = [group for group in groups if group.kind != RUN]
         self.holders = np.zeros(num_blocks, dtype=np.int32)  # requests, and saves, that have a device block
-        self.counted = 0  # blocks that somebody has, None: to be counted
+        self.counted = 0  # blocks with an owner; None: not counted yet
 
     @property
     def num_taken(self):
-        """Device blocks that somebody has."""
+        """Device blocks that have an owner."""
         if self.counted is None:
             self.counted = np.count_nonzero(self.holders)
         return self.counted
 
     @property
     def num_free(self):
-        """Device blocks that nobody has, and vLLM's null block."""
+        """Device blocks without an owner, vLLM's null block included."""
         return self.num_blocks - self.num_taken
 
     def take(self, state, tables):
-        """From now on the request has these device blocks, instead of those it had."""
+        """Note that a request has these device blocks now, instead of those that it had."""
         self.count(blocks_of(state), -1)
         state.tables, state.left = [list(table) for table in tables], {}
         state.num_blocks = self.count(blocks_of(state), 1)
 
     def extend(self, state, tables):
-        """It has these besides."""
+        """Note that a request has these device blocks, too."""
         for table, ids in zip(state.tables, tables, strict=True):
             table.extend(ids)
         state.num_blocks += self.count(flat(tables), 1)
 
     def give_back(self, state):
-        """Of groups that forget, it has no more than it needs."""
+        """Note that a request has lost the blocks of groups that forget which it no longer needs."""
         for group in self.forgetful:
             first, end = state.left.get(group.index, 0), group.first_needed(state.request.num_computed_tokens)
             if first < end:
@@ -56,7 +56,7 @@ class Room:
                 state.left[group.index] = end
 
     def count(self, block_ids, change):
-        """So many more have these blocks; the number of blocks, without vLLM's null block, which nobody has."""
+        """Change the number of these blocks' owners; return how many blocks these are, without vLLM's null block."""
         if not len(block_ids):
             return 0
         block_ids = np.asarray(block_ids, dtype=np.int64)
@@ -65,9 +65,9 @@ class Room:
         return np.count_nonzero(block_ids)
 
     def has_room(self, request, hit_tokens, states):
-        """Whether a request fits beside the blocks that are taken, and those that their holders need next.
+        """Whether a request fits beside the blocks that are taken and those that their owners need next.
 
-        It finds `hit_tokens` on the device; their blocks that nobody has count as well, they are free until then.
+        It finds `hit_tokens` on the device. Hits without an owner are free until then, so they count as needed, too.
         """
         needed, shared = self.blocks_to_go_on(request), 0
         hash_tokens = self.groups[0].hash_tokens
@@ -88,10 +88,10 @@ class Room:
 
 
 def blocks_of(state):
-    """The device blocks of a request, with vLLM's null block for those it does not have."""
+    """The device blocks of a request; vLLM's null block stands for each one that it does not have."""
     return flat(table[state.left.get(index, 0) :] for index, table in enumerate(state.tables))
 
 
 def flat(tables):
-    """Their numbers, in one list."""
+    """The numbers of all tables, in one list."""
     return [block for table in tables for block in table]

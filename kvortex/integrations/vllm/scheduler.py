@@ -34,37 +34,37 @@ class SchedulerHalf:
     load_async : bool
         Whether requests wait for their load between steps or inside one.
     save_late : bool, default False
-        Save what earlier steps wrote, not what this one writes: a drafter has yet to write its part of it.
+        Save what earlier steps wrote, not what this step writes: when its saves start, a drafter has not written yet.
     whole_prompts : bool, default True
-        Whether all of a prompt may be loaded between steps. Not where vLLM 0.33 keeps outputs beside the KV: it refuses
-        hits that leave no token.
+        Whether all of a prompt may be loaded between steps. Where vLLM 0.33 keeps outputs beside the KV, it may not:
+        there vLLM refuses a hit that leaves no token to compute.
     reload_preempted : bool, default True
-        Whether a request that was preempted may load inside a step. Not with vLLM 0.15, which goes on with garbage when
-        such a load fails: it looks only at blocks that were computed when the request ran first.
+        Whether a request that was preempted may load inside a step. With vLLM 0.15 it may not: if such a load fails,
+        vLLM goes on with garbage, because it looks only at blocks that were computed when the request ran first.
     extends_hits : bool, default True
-        Whether more may be loaded behind what a request found on the device. Not with several groups in vLLM 0.15: to
-        make room for what one group loads, it gives away what another one has found.
+        Whether more may be loaded behind what a request found on the device. With several groups in vLLM 0.15 it may
+        not: to make room for the blocks that one group loads, vLLM gives away blocks that another group found.
     events : BlockEvents or None, default None
-        To be told of blocks that come and go.
+        Publishes which blocks enter host memory and which leave it.
     interval : int or None, default None
-        Of groups that forget, see `Group.worth_keeping`.
+        Tokens between the hits that groups that forget can serve, see `Group.worth_keeping`.
     step_tokens : int, default 0
-        Most tokens that are scheduled before vLLM gives back what left a window.
+        Most tokens that vLLM schedules before it frees the blocks that left a window.
     holds_all : bool, default False
-        Whether a block may be written before the workers hear of it: vLLM zeroes blocks, or copies states into them.
+        Hold blocks of every group: before the workers are called, vLLM zeroes blocks or copies states into them.
     save_after_hits : int, default 0
-        Requests that must have had a block before it is saved.
+        How many requests must have used a block before it is saved.
     save_on_evict : bool, default False
-        Save a block when vLLM gives it to somebody else, not when it is complete. Not with `holds_all`.
+        Save a block when vLLM gives it to another request, not when it is complete. Not with `holds_all`.
     tier : dict, optional
-        Of a tier below the pool, what `Tier` is to be told beyond the pool and the model.
+        If there is a tier below the pool: the arguments of `Tier` that do not follow from the pool and the model.
     role : Wishes, optional
-        What is done for any request, whatever it asks for.
+        What vLLM's ``kv_role`` allows, whatever a request asks for.
 
     Notes
     -----
-    Called by one thread. A slot is READY only when every rank has reported its copy, and pinned from the step in which
-    its load was decided until every rank has reported that one.
+    Called by one thread. A slot becomes READY only when every rank has reported the copy into it. From the step that
+    decides a load until every rank has reported it, the slots that it reads are pinned.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SchedulerHalf:
         self.hash_tokens = shape.groups[0].hash_tokens
         self.forgetful = [group for group in shape.groups if group.kind != RUN]
         self.whole_prompts = whole_prompts and load_async and not self.forgetful
-        self.interval = None if save_on_evict else interval  # vLLM gives away without a hash what it does not keep
+        self.interval = None if save_on_evict else interval  # blocks that vLLM does not keep are freed without a hash
         self.evictions = Evictions(shape.num_device_blocks) if save_on_evict else None
         self.runs = [group.index for group in shape.groups if group.kind == RUN]
         self.block_step = math.gcd(*(group.block_tokens for group in shape.groups))  # every block ends on a multiple
@@ -94,12 +94,12 @@ class SchedulerHalf:
         num_keys = KEYS_PER_SLOT * shape.slots.num_slots * shape.groups[0].hashes_per_block
         self.sights = Sights(num_keys) if save_after_hits else None
         self.requests, self.matches, self.wishes, self.role = {}, {}, {}, role
-        self.runs_found = {}  # request id -> tokens whose blocks of full attention are there
+        self.runs_found = {}  # request id -> tokens whose blocks of full attention are in the pool
         self.pins = Pins(self.index)
         # Request id -> keys of the blocks that it loads, until its next step, when others find them on the device.
         self.loading = {}
-        self.waits_for = {}  # request id -> that of the request whose load it waits for, or has waited for
-        self.landed, self.idle = set(), False  # those of them whose load is over
+        self.waits_for = {}  # request id -> id of the request whose load it waits for, or waited for
+        self.landed, self.idle = set(), False  # `landed`: ids of requests whose load is over
         self.room = Room(shape.groups, shape.num_device_blocks, step_tokens)
         self.no_room = False
         self.in_flight, self.chunk_ranks, self.chunk_lacking = {}, {}, {}
@@ -109,7 +109,7 @@ class SchedulerHalf:
         self.last_transfer = np.zeros(shape.num_device_blocks, dtype=np.int64)
         self.last_number = 0
         self.fences, self.loads = set(), []
-        # Request id -> tokens found on the device, of those admitted in this step for whom nothing is loaded from here.
+        # Request id -> tokens found on the device, for each request admitted in this step that loads nothing from here.
         self.not_ours = {}
         self.events = events
         self.blocks_matched = 0
@@ -127,28 +127,28 @@ class SchedulerHalf:
     def match(self, request, num_computed_tokens):
         """Tokens in host memory beyond the first `num_computed_tokens`, and whether to load them between steps.
 
-        Changes nothing in the index; a request that is asked about has no load any more. If it was admitted before and
-        not preempted since, its load failed, ours or another connector's. Then it computes, and at once: until it does
-        vLLM from 0.26 on keeps room for all its blocks, in the way of any load, its own too. One token is computed in
-        any case: after a load between steps vLLM does that into the last block it loaded, whole as it is, so that all
-        of a prompt may come from here; not for that block alone, whose tokens are computed sooner.
+        Changes nothing in the index; a request that is asked about has no load in flight. If it was admitted before and
+        not preempted since, a load for it failed, ours or another connector's. It then computes at once: until it does,
+        vLLM from 0.26 on reserves room for all its blocks, and no load fits. Every request computes at least one token.
+        After a load between steps, vLLM writes its KV into the last loaded block once more, so all of a prompt may be
+        loaded. If only that block is missing, it is not loaded: computing it takes less time.
 
-        None instead of a number asks vLLM to go on with the next request and to ask again in the next step:
+        If the number is None, vLLM goes on with the next request and asks again in the next step. It is None if:
 
-        * the next block is just being saved, and waiting for it costs less than computing it and what follows;
-        * most of what would be loaded is being loaded for another request already, and is on the device afterwards; a
-          load of its own would end no earlier, because loads are done one after the other. Once that has landed, vLLM
-          goes on with it before it asks, but for one with less priority (before 0.32), which may have to wait long;
-        * a lower tier has more of it, which is on its way into host memory;
-        * nothing ran in the last step though a load has landed, which vLLM before 0.32 would not look at behind a
-          request that finds no free blocks;
-        * it would load, and admitting it would leave too few free blocks: a request that loads could not go on, or one
-          that runs would be preempted as soon as it wants a block. vLLM counts the blocks to be loaded alone. Who comes
-          later waits, too: otherwise small loads could overtake a large one for ever.
+        * the next block is being saved: waiting for it costs less than computing it and what follows;
+        * most of what the request would load is being loaded for another request: afterwards it is on the device, and a
+          second load would end no earlier, because loads run one after the other. When the load is over, vLLM goes on
+          with its request before it asks again; before 0.32 not if that has less priority and so may wait long;
+        * a lower tier has more of the prompt, which is on its way into host memory;
+        * a load is over, but nothing ran in the last step: if a request finds no free blocks, vLLM before 0.32 does not
+          look at those behind it, not even at one whose load is over;
+        * the request would load, and admitting it would leave too few free blocks: a request that loads could not go
+          on, or one that runs would be preempted as soon as it needs a block. vLLM itself counts only the blocks to be
+          loaded. Later requests wait, too: otherwise small loads could overtake a large one for ever.
         """
         state = self.requests.get(request.request_id)
         self.loading.pop(request.request_id, None)
-        if state is not None:  # nor has it blocks: vLLM 0.15 does not tell whom a reset preempted
+        if state is not None:  # and it has no blocks: vLLM 0.15 does not name those that a reset preempted
             state.load_failed |= state.num_preemptions == request.num_preemptions
             self.room.take(state, ())
         first = num_computed_tokens
@@ -159,7 +159,7 @@ class SchedulerHalf:
         if self.no_room or (self.idle and self.landed):
             return None, False
         waits_for = self.waits_for.get(request.request_id)
-        if waits_for in self.loading and waits_for not in self.landed:  # a thousand may wait for one: no look-up
+        if waits_for in self.loading and waits_for not in self.landed:  # no look-up: a thousand may wait for one
             return None, False
         # A token is left to compute.
         least = min(request.num_tokens - 1, len(request.block_hashes) * self.hash_tokens)
@@ -178,7 +178,7 @@ class SchedulerHalf:
         if self.tier is not None and hit.length < least and self.waits_for_tier(request, first, most, hit):
             return None, False
         blocks = sum(end - begin for begin, end in (group.needed(hit.length, first) for group in self.groups))
-        if not blocks:  # with chunks alone nothing is needed at the end of one, of a prompt never seen neither
+        if not blocks:  # with chunks alone, no block is needed where a chunk ends, not even of a new prompt
             return 0, False
         load_async = self.load_async
         if load_async and self.loading:
@@ -186,18 +186,18 @@ class SchedulerHalf:
             begin, end = group.needed(hit.length, first)
             middle = (begin + end - 1) // 2
             middle = keys_of(request, group, middle, middle + 1).tobytes()
-            for name, others in self.loading.items():  # those before it are in whatever prefix it is in
+            for name, others in self.loading.items():  # a prompt with this block has those before it
                 if middle in others and name not in self.landed:
                     self.waits_for[request.request_id] = name
                     return None, False
-        # What cannot fit at all vLLM refuses itself, and then asks nobody else: a look at each of a long queue is dear.
+        # vLLM itself refuses what cannot fit at all, and admits no other then: asking about each would cost much.
         if load_async and blocks < self.room.num_free and not self.has_room(request, first):
             self.no_room = True
             return None, False
         return hit.length - first, load_async
 
     def waits_for_tier(self, request, first, most, hit):
-        """Whether more than this hit is on its way into the pool, or is to be as soon as others have made room."""
+        """Whether a lower tier brings more than this hit into the pool, or will when others have made room."""
         name = request.request_id
         if self.tier.is_answered(name):
             return False
@@ -224,7 +224,7 @@ class SchedulerHalf:
         return True
 
     def asked_chains(self, request, first, most):
-        """Of each group of full attention, what a server is asked for first, see `Tier.must_ask`."""
+        """Yield, for each group of full attention, the keys to ask a server for first, see `Tier.must_ask`."""
         for group in self.groups:
             if group.kind == RUN:
                 count, end = self.tier.joined(group), most // group.block_tokens
@@ -234,9 +234,9 @@ class SchedulerHalf:
                 yield keys[leading - leading % count :], True, count
 
     def asked_ends(self, request, first, most):
-        """Of the other groups, what the hit of full attention needs at its end, and the pool lacks.
+        """Yield, for each other group, the keys at the end of the hit of full attention that the pool lacks.
 
-        Where there is no full attention, any block may be of use.
+        If no group has full attention, any block may be of use.
         """
         runs, end = tuple(group for group in self.groups if group.kind == RUN), most
         if runs:
@@ -254,13 +254,13 @@ class SchedulerHalf:
         return self.wishes[request.request_id]
 
     def has_room(self, request, hit_tokens):
-        """Whether a request fits, see `Room`; it does, whatever is taken, when nothing runs that would give it back."""
+        """Whether a request fits, see `Room`. If nothing runs that could give blocks back, every request fits."""
         if not self.room.num_taken or (self.idle and not self.loading):
             return True
         return self.room.has_room(request, hit_tokens, self.requests.values())
 
     def used(self, request, length, first_tokens=0):
-        """Keys of the blocks for a hit of this length, in the order of their use, and where they are in their tables.
+        """Keys of the blocks for a hit of this length, in the order of their use, and their places in the block tables.
 
         The last key is the first to be evicted.
         """
@@ -280,16 +280,16 @@ class SchedulerHalf:
         first = self.matches.pop(request.request_id, None)  # None: its load between steps is over
         self.landed.discard(request.request_id)
         self.loading.pop(request.request_id, None)
-        if request.num_computed_tokens == 0:  # admitted anew; a request whose load has landed has more, and goes on
+        if request.num_computed_tokens == 0:  # admitted anew; after a load it has computed tokens, and goes on
             state.outdated, state.is_cut, state.stop, state.loaded_tokens = False, False, None, 0
         if first is not None:
             state.boundaries = self.boundaries_of(state)
-        if first:  # hits on the device are hits
+        if first:  # hits on the device are a use, too
             keys, _ = self.used(request, first)
             self.index.touch(keys)
         if num_external_tokens:
             keys, spans = self.used(request, first + num_external_tokens, first)
-        if first or num_external_tokens:  # both are used now, and what is loaded last
+        if first or num_external_tokens:  # both are used now, the loaded blocks last
             state.stop = keys[-1].tobytes() if len(keys) else None
             state.is_cut = False
         if not num_external_tokens:
@@ -327,13 +327,13 @@ class SchedulerHalf:
         return state
 
     def keys_seen(self, request, first, end):
-        """Keys of some of its hashes, whatever the groups."""
+        """Keys of some hashes of a request, the same for all groups."""
         return as_keys(request.block_hashes[first:end], digest_for(request, self.groups[0]))
 
     def boundaries_of(self, state):
-        """Lengths of hits to be expected of whoever asks like this request, or shares what another one shared with it.
+        """Lengths of the hits to expect for requests like this one, or with a prefix in common.
 
-        From vLLM 0.32 on it says where that ends.
+        From 0.32 on, vLLM says where a common prefix ends.
         """
         request, limit = state.request, state.most_saved_tokens
         most = request.num_tokens - 1
@@ -341,7 +341,7 @@ class SchedulerHalf:
             request.num_prompt_tokens - 1 - self.peek_tokens,
             most - self.peek_tokens,
             getattr(request, "shared_prefix_boundary", 0),
-            self.runs_found.pop(request.request_id, 0),  # another request has so much of it
+            self.runs_found.pop(request.request_id, 0),  # what other requests saved of it
             min(limit, most) - self.peek_tokens,
         )
         if self.tier is not None and self.tier.blocks_per_object > 1:  # hits on a server end where objects do
@@ -357,7 +357,7 @@ class SchedulerHalf:
         if self.pins.count:
             self.pins.end()
         for request_id in output.preempted_req_ids or ():
-            if request_id in self.requests and request_id not in self.loading:  # or it is back already, with others
+            if request_id in self.requests and request_id not in self.loading:  # else admitted again, with others
                 self.room.take(self.requests[request_id], ())
         for new in output.scheduled_new_reqs:
             self.replace_blocks(new.req_id, new.block_ids, new.num_computed_tokens)
@@ -378,7 +378,7 @@ class SchedulerHalf:
             # KV is written for the tokens computed after this step; a token just sampled has a hash, and no KV yet.
             written = computed if self.save_late else computed + num_scheduled
             written = min(written, hashed * self.hash_tokens, state.most_saved_tokens)
-            # Fewer are computed than before when a load failed, and what was computed on top of it.
+            # After a failed load fewer tokens are computed than before: what was computed on top of it is lost, too.
             state.offered_tokens = min(state.offered_tokens, computed)
             if written // self.block_step > state.offered_tokens // self.block_step:
                 self.room.give_back(state)
@@ -398,29 +398,29 @@ class SchedulerHalf:
         if self.evictions is not None:
             self.note_complete(offers.values())
         elif offers and (save := self.save(list(offers.values()))) is not None:
-            # What leaves a window in this step it may give to others at once.
+            # vLLM may give blocks that leave a window in this step to others at once.
             (step.evictions if self.save_late and self.forgetful else step.transfers).append(save)
-        for load in step.of(LOAD) if step.evictions else ():  # which come after these
+        for load in step.of(LOAD) if step.evictions else ():  # they come after these saves
             self.last_transfer[load.block_ids] = load.number
         if self.tier is not None:
             step.tier = self.tier.build(output.total_num_scheduled_tokens)
         return step
 
     def replace_blocks(self, request_id, tables, num_computed_tokens):
-        """The request starts anew, with these blocks; those with computed tokens are shared, or its own by a load."""
+        """Start a request anew with these blocks. Those of computed tokens are shared or loaded: they need no fence."""
         state = self.requests[request_id]
         self.room.take(state, tables)
         state.offered_tokens, state.computed_tokens = 0, num_computed_tokens
         self.fence(flat(table[num_computed_tokens // self.tokens_of(at) :] for at, table in enumerate(tables)))
 
     def tokens_of(self, group_index):
-        """Tokens of a block; where nothing is kept of a group, none are taken for computed."""
+        """Tokens of a block of this group; of a group that is left alone, more than any request has."""
         return next((group.block_tokens for group in self.groups if group.index == group_index), 1 << 40)
 
     def take_waits(self):
-        """Transfers in flight on device blocks that another connector fills: what is computed and was not found.
+        """Transfers in flight on device blocks that another connector fills: of computed tokens that were no hit here.
 
-        It may do so from this step on, on any stream or on none: the copies must be over, a fence would not do.
+        That connector may write them from this step on, on any stream or on none: only copies that are over will do.
         """
         waits = set()
         for request_id, first in self.not_ours.items():
@@ -432,10 +432,10 @@ class SchedulerHalf:
         return sorted(waits)
 
     def offer(self, state, written, offers):
-        """Add what the step completes of a request and a later hit can use, as `save` takes it.
+        """Add to `offers` the blocks that the step completes for a request and that a later hit can use.
 
-        Of groups that forget, only blocks that the request still needs are its own; or, where what earlier steps wrote
-        is saved, before this step writes anything, those that it needed in the last one.
+        Of a group that forgets, the request owns only the blocks that it still needs. With `save_late`, the blocks are
+        saved before the step writes anything: then it also owns those that it needed in the last step.
         """
         parts, offered = [], state.offered_tokens
         owned = state.computed_tokens if self.save_late else state.request.num_computed_tokens
@@ -448,13 +448,13 @@ class SchedulerHalf:
                 spans = group.worth_keeping(first, written // group.block_tokens, state.boundaries, self.interval)
                 parts += [(group, first, table[first:end]) for first, end in spans if 0 not in table[first:end]]
         if not self.holds.have_room_for(self.num_to_hold(state.request, parts)):
-            return  # as far as vLLM has the blocks in the next step, they are offered then
+            return  # those that vLLM still has in the next step are offered again
         state.offered_tokens = written
         if parts:
             offers.setdefault(state.request.request_id, Offer(state, offered)).parts.extend(parts)
 
     def num_to_hold(self, request, parts):
-        """How many blocks of these parts of an offer would be held: others are there already, or are not held."""
+        """How many blocks of these parts would be held: those of held groups that are not in the pool yet."""
         spans = [(group, first, first + len(ids)) for group, first, ids in parts if group.index in self.holds.groups]
         return np.count_nonzero(self.index.slots_of(keys_of_all(request, spans)) == NO_SLOT) if spans else 0
 
@@ -476,16 +476,16 @@ class SchedulerHalf:
         return offers
 
     def save(self, offers):
-        """Reserve slots for blocks that requests offer and that are not there yet; the transfer of them, or None.
+        """Reserve slots for the offered blocks that are not in the pool; return the transfer that saves them, or None.
 
-        No request evicts what its blocks continue: eviction for it ends at the least recently used block of its chain,
-        as long as no other request uses that one too.
+        A request does not evict the blocks before its own: eviction for it ends at the least recently used block of its
+        chain. That holds until another request uses that block, too.
         """
         keys, block_ids, groups, stops, kept = [], [], [], [], []
         slots = self.index.slots_of(as_keys([offer.state.stop or NO_KEY for offer in offers])).tolist()
         for offer, stop in zip(offers, slots, strict=True):
             state, first_row = offer.state, len(stops)
-            if stop == NO_SLOT:  # none yet; or it was evicted for others, the tail of a chain first
+            if stop == NO_SLOT:  # none yet; or evicted for others: tails of chains go first
                 state.stop = None
                 loaded = min(state.loaded_tokens, state.request.num_computed_tokens)
                 state.is_cut = self.lacks_one_of(state.request, max(offer.offered_tokens, loaded))
@@ -511,7 +511,7 @@ class SchedulerHalf:
                 state.offered_tokens = offer.offered_tokens
             if is_full:
                 state.is_cut = bool((found == ReserveStatus.FULL)[np.isin(groups[rows], self.runs)].any())
-            if state.stop is None:  # the tail of what was there was used first; what is new will be used later
+            if state.stop is None:  # the last block that was there is the least recent
                 some = np.flatnonzero(found == ReserveStatus.PRESENT)
                 some = some if some.size else np.flatnonzero(found != ReserveStatus.FULL)
                 state.stop = keys[rows.start + some[-1]].tobytes() if some.size else None
@@ -533,7 +533,7 @@ class SchedulerHalf:
         return save
 
     def join(self, offer):
-        """Tell the tier what blocks these are that share an object with others, of those that an offer completes."""
+        """Tell the tier which blocks share an object on a server, for each object that an offer completes."""
         writer = self.tier and self.tier.writer
         for group, first, ids in offer.parts if writer else ():
             count = self.tier.joined(group)
@@ -543,7 +543,7 @@ class SchedulerHalf:
                 writer.add(keys.reshape(-1, count, KEY_BYTES))
 
     def note_complete(self, offers):
-        """Note what the step writes into the blocks that requests offer, for when vLLM gives these to others."""
+        """Note what the step writes into the offered blocks: they are saved when vLLM gives them to others."""
         for offer in offers:
             request = offer.state.request
             self.join(offer)
@@ -554,10 +554,10 @@ class SchedulerHalf:
                     self.events.reserved(request, group, numbers, self.events.row_of(np.array(ids)))
 
     def save_evicted(self):
-        """Reserve slots for what vLLM gave to others in this step; a list of the one transfer of it, or of none.
+        """Reserve slots for the blocks that vLLM gave to others in this step; return a list of at most one transfer.
 
         Nothing is reserved before every load of the step has pinned its blocks. vLLM gives away the tail of a chain
-        before the head, which is therefore the more recent in the index, too.
+        before its head: so the head is the more recent one in the index, too.
         """
         block_ids, keys = self.evictions.take()
         if not len(block_ids):
@@ -588,7 +588,7 @@ class SchedulerHalf:
         return is_coming
 
     def start_save(self, slots, block_ids, keys, num_admitted):
-        """Save these blocks, for which there are slots now; None where there are none."""
+        """Save these blocks into the slots reserved for them; None if there are no blocks."""
         save = None
         if len(slots):
             self.writing.update(as_bytes(keys))
@@ -598,7 +598,7 @@ class SchedulerHalf:
         return save
 
     def lacks_one_of(self, request, num_tokens):
-        """Whether a block of these leading tokens is missing: nobody finds those behind it. A window needs none."""
+        """Whether these leading tokens lack a block of full attention: then no hit reaches the blocks behind it."""
         return any(
             NO_SLOT in self.index.slots_of(keys_of(request, group, 0, num_tokens // group.block_tokens))
             for group in self.groups
@@ -614,7 +614,7 @@ class SchedulerHalf:
         return transfer
 
     def fence(self, block_ids):
-        """This step may write these device blocks: transfers in flight on them come first."""
+        """Order this step, which may write these device blocks, after the transfers in flight on them."""
         self.fences |= self.in_flight_on(block_ids)
 
     def in_flight_on(self, block_ids):
@@ -627,7 +627,7 @@ class SchedulerHalf:
     # ---- a transfer's way out ----------------------------------------------------------------------------------------
 
     def reported(self, report):
-        """Finish the transfers that every rank has reported; a block that went wrong in one rank has gone wrong."""
+        """Finish the transfers that every rank has reported. If a block failed in one rank, it failed."""
         for (kind, number), bad in report.bad.items():
             if kind == CHUNK:
                 self.chunk_lacking.setdefault(number, set()).update(bad)
@@ -652,13 +652,13 @@ class SchedulerHalf:
             self.tier.reported(report)
 
     def failed(self, moving, bad):
-        """Some rank could not load the blocks in the slots `bad`: vLLM asks again at once, and must not find them."""
-        self.discard(moving.keys[is_in(moving.transfer.slots, bad)], on_tier=False)  # on the tier it was verified
+        """Forget the blocks in the slots `bad`, which a rank could not load: vLLM asks again at once, and must miss."""
+        self.discard(moving.keys[is_in(moving.transfer.slots, bad)], on_tier=False)  # a tier checks what it reads
 
     def distrust_saves(self):
-        """A load failed, ours or another connector's: what steps computed from garbage is being saved.
+        """Discard all that is being saved: a load failed, ours or another's, and vLLM names no blocks computed from it.
 
-        Which of the saves, vLLM does not tell. To be called before `reported`, which may end them.
+        Call this before `reported`, which may end the saves.
         """
         for moving in self.in_flight.values():
             if moving.transfer.kind == SAVE:
@@ -676,7 +676,7 @@ class SchedulerHalf:
             self.tier.discard(keys)
 
     def finish(self, moving):
-        """Every rank has reported it."""
+        """Release or commit the slots of a transfer that every rank has reported."""
         kind, _, slots, _, request_id = moving.transfer
         self.room.count(moving.held, -1)
         self.holds.give_back(moving.held)
@@ -711,7 +711,7 @@ class SchedulerHalf:
         state = self.requests.pop(request.request_id, None)
         if state is not None:
             self.room.take(state, ())
-            if state.num_seen is not None:  # what it has generated, others may ask for
+            if state.num_seen is not None:  # others may ask for what it has generated
                 keys = self.keys_seen(request, 0, max(state.num_seen, request.num_computed_tokens // self.hash_tokens))
                 self.sights.see(keys[state.num_seen :])
                 self.sights.touch(keys)
@@ -729,7 +729,7 @@ class SchedulerHalf:
                     self.pins.want(keys, state.wishes.pin_s, self.writing)
 
     def let_go(self):
-        """Hold nothing any more, because vLLM is about to forget its own blocks. What was held is not kept."""
+        """Give back every held block, because vLLM is about to forget its own blocks. The pool does not keep them."""
         for moving in self.in_flight.values():
             if len(moving.held):
                 self.discard(moving.keys[np.isin(moving.transfer.block_ids, moving.held)])
@@ -753,7 +753,7 @@ class SchedulerHalf:
             state.outdated = True
 
     def tell_all_removed(self):
-        """Tell that every block is gone: all are about to be forgotten, whoever pins them."""
+        """Publish that every block is gone: all are about to be forgotten, pinned or not."""
         self.events.remove(np.flatnonzero(self.events.is_told))
 
 

@@ -1,4 +1,4 @@
-"""What the log says at start: how large the pool is beside vLLM's own cache, and what is not done, with the way out."""
+"""What the log says at start: the pool's size beside vLLM's own cache, and what is not done, with the way out."""
 
 import logging
 
@@ -11,7 +11,7 @@ logger = Guarded(logging.getLogger("vllm.kvortex"))
 
 
 def tell_sizes(shape, options, *, longest, step_tokens, interval):
-    """Say what the pool holds beside vLLM's own KV cache and the longest prompt, and warn where it is the smallest.
+    """Log what the pool holds beside vLLM's own KV cache and the longest prompt. If it holds less, warn.
 
     Parameters
     ----------
@@ -20,7 +20,7 @@ def tell_sizes(shape, options, *, longest, step_tokens, interval):
     longest : int
         Tokens of the longest prompt, vLLM's ``max_model_len``.
     step_tokens : int
-        Tokens that a request computes before vLLM gives back what has left a window.
+        Tokens that a request computes before vLLM frees the blocks that left a window.
     interval : int or None
         See `Group.worth_keeping`.
     """
@@ -31,7 +31,7 @@ def tell_sizes(shape, options, *, longest, step_tokens, interval):
         for group, end in zip(shape.groups, ends, strict=True)
         for first, last in group.worth_keeping(0, end, (longest,), interval)
     )
-    in_pool = max(1, in_pool)  # no prompt that is shorter than a block is kept
+    in_pool = max(1, in_pool)  # a prompt shorter than a block is not kept
     pool, device = num_slots * longest // in_pool, shape.num_device_blocks * longest // on_device
     logger.info(
         "KVortexConnector: the pool holds %d tokens: %sx of the GPU's KV cache (%d tokens), %sx of the longest prompt "
@@ -40,9 +40,9 @@ def tell_sizes(shape, options, *, longest, step_tokens, interval):
         f" in each of {shape.num_ranks} ranks" if shape.num_ranks > 1 else "",
         ", as the first stage of the pipeline counts" if shape.num_stages > 1 else "",
     )  # fmt: skip
-    least = {"the longest prompt": (longest, "of such a prompt it keeps the beginning only")}
+    least = {"the longest prompt": (longest, "it keeps only the beginning of such a prompt")}
     if options.save != ON_EVICT:  # else the two caches hold different blocks, and add up
-        least["the GPU's KV cache"] = device, "what leaves that has mostly left the pool before"
+        least["the GPU's KV cache"] = device, "most blocks that leave that cache have left the pool before"
     for what, (tokens, so) in least.items():
         if pool < tokens:
             needed = -(-tokens * in_pool // longest) * shape.slots.stride_bytes * shape.num_ranks
@@ -53,25 +53,25 @@ def tell_sizes(shape, options, *, longest, step_tokens, interval):
 
 
 def times(tokens, others):
-    """How many times the others, in a text that is not rounded up to 1."""
+    """The ratio as a text, rounded down: below 1 it does not read 1.00."""
     return f"{100 * tokens // others / 100:.2f}"
 
 
 def tell_limits(shape, options, role, *, fails_requests, fails_engine, num_groups, interval, way_out):
-    """Say what the roles, vLLM's policy and the model leave undone, and what to do about it.
+    """Log what the roles, vLLM's policy and the model leave undone, and what to do about it.
 
     Parameters
     ----------
     shape : PoolShape
     options : ConnectorOptions
     role : Wishes
-        What vLLM's ``kv_role`` asks for.
+        What vLLM's ``kv_role`` allows.
     fails_requests : bool
-        Whether vLLM ends a request with an error when its load failed.
+        Whether a failed load makes vLLM end the request with an error.
     fails_engine : bool
-        Whether vLLM cannot be told of a load that failed.
+        Whether a failed load ends vLLM, because it cannot be told of it.
     num_groups : int
-        Of vLLM's KV cache groups, those included that are left alone.
+        Number of vLLM's KV cache groups, those that are left alone included.
     interval : int or None
         See `Group.worth_keeping`.
     way_out : str
@@ -82,7 +82,7 @@ def tell_limits(shape, options, role, *, fails_requests, fails_engine, num_group
         level = logging.INFO if options.tier else logging.WARNING
         of_no_use = "" if options.tier else ", and without a disk_path the pool is of no use: set kv_role to kv_both"
         logger.log(level, "KVortexConnector: with this kv_role the server %s no blocks%s", never, of_no_use)
-    if role.load and fails_requests and options.load_async and not fails_engine:  # inside a step it is the right one
+    if role.load and fails_requests and options.load_async and not fails_engine:  # inside steps 'fail' is right
         logger.warning(
             "KVortexConnector: kv_load_failure_policy is 'fail', so a request ends with an error where its blocks "
             'could not be loaded; set "kv_load_failure_policy": "recompute" in --kv-transfer-config, and vLLM computes '

@@ -12,23 +12,23 @@ from kvortex.integrations.vllm.per_request import EVERYTHING, Wishes
 class RequestState:
     """A request that has device blocks."""
 
-    request: object  # vLLM's, for its block hashes, which grow
+    request: object  # vLLM's request, for its block hashes (which grow)
     tables: list = field(default_factory=list)  # device blocks, a list for each of vLLM's groups; 0: none
-    left: dict = field(default_factory=dict)  # group -> blocks at the head of its table that the request has no longer
+    left: dict = field(default_factory=dict)  # group -> how many blocks at the head of its table the request has lost
     num_blocks: int = 0  # device blocks that it has
-    offered_tokens: int = 0  # of the leading blocks that were offered to the index
-    computed_tokens: int = 0  # before the last step in which it was scheduled
-    loaded_tokens: int = 0  # of the leading blocks that were in the index when it loaded the last of them
+    offered_tokens: int = 0  # tokens of the leading blocks that were offered to the index
+    computed_tokens: int = 0  # computed tokens before the last step that scheduled it
+    loaded_tokens: int = 0  # tokens of the leading blocks that it found in the index when it loaded
     wishes: Wishes = EVERYTHING
     most_saved_tokens: int = 1 << 60
-    last_save: int = 0  # the last transfer that saves blocks of it
-    num_seen: int | None = None  # of its hashes, those that count as seen; None: they are not counted
-    boundaries: tuple = ()  # lengths of hits to be expected
-    stop: bytes | None = None  # key of the least recently used of its blocks in the index; None: none is there
-    is_cut: bool = False  # blocks that it offered are not in the index: what it saves behind them nobody finds
-    outdated: bool = False  # computed, or being loaded, at a reset: its blocks must not be kept
-    num_preemptions: int = -1  # when it was admitted
-    load_failed: bool = False  # and it has no device blocks since
+    last_save: int = 0  # number of the last transfer that saves blocks of it
+    num_seen: int | None = None  # how many of its hashes were counted as seen; None: none are counted
+    boundaries: tuple = ()  # where hits of later requests will probably end
+    stop: bytes | None = None  # key of its least recently used block in the index; None: there is none
+    is_cut: bool = False  # an offered block is not in the index: no hit reaches the blocks behind it
+    outdated: bool = False  # it had computed tokens, or a load, at a reset: its blocks must not be kept
+    num_preemptions: int = -1  # vLLM's count when the request was admitted
+    load_failed: bool = False  # it has had no device blocks since then
 
     @property
     def keeps_nothing(self):
@@ -38,10 +38,10 @@ class RequestState:
 
 @dataclass
 class Offer:
-    """What a request may have saved in a step."""
+    """The blocks of a request that may be saved in a step."""
 
     state: RequestState
-    offered_tokens: int  # before
+    offered_tokens: int  # `offered_tokens` of the state before this offer
     parts: list = field(default_factory=list)  # of (group, number of the first block, device blocks), by group
 
 
@@ -51,11 +51,11 @@ class InFlight:
 
     transfer: Transfer
     keys: np.ndarray  # of the blocks
-    held: np.ndarray | tuple = ()  # device blocks that nobody else may have until it is over
+    held: np.ndarray | tuple = ()  # device blocks that vLLM must not reuse until it is over
     ranks: int = 0
     bad: set = field(default_factory=set)  # slots whose block one rank could not move
 
 
 def is_session(request):
-    """Whether a request is a streaming session: up to vLLM 0.31 its hashes keep a token that it drops."""
+    """Whether a request is a streaming session. Up to vLLM 0.31, its hashes keep a token that the session drops."""
     return getattr(request, "resumable", False)

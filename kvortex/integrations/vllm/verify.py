@@ -1,7 +1,7 @@
-"""The judge: what the device holds where vLLM's next forward may start, compared with the slot.
+"""`verify`: compare each slot with what the device holds at the point where vLLM's next forward may start.
 
-A copy that ran too early, or memory that was overwritten too early, differs. On vLLM's stream it costs one copy inside
-the device, so it does not change what races with what.
+If a copy ran too early, or memory was overwritten too early, they differ. On vLLM's stream the check costs one copy
+inside the device, so it does not change the races that it looks for.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ from kvortex.transfer import packed_block
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
-SCRATCH_BYTES = 4 << 30  # of captures that wait for their verdict
+SCRATCH_BYTES = 4 << 30  # of captures that are not compared yet
 _memcmp = ctypes.CDLL(None).memcmp  # releases the GIL
 _memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
@@ -30,7 +30,7 @@ class Capture:
     slots: np.ndarray
     block_ids: np.ndarray
     content: torch.Tensor  # (n, block_bytes) uint8 in host memory
-    scratch: torch.Tensor  # the same on the device, held until it has arrived
+    scratch: torch.Tensor  # the same on the device, held until the copy to the host is over
     arrived: object = None  # a CUDA event
     future: object = field(default=None)
 
@@ -41,12 +41,12 @@ class Verifier:
     Parameters
     ----------
     layout : KVLayout
-        Made from torch tensors, which it owns; of them only the memory is held.
+        Made from torch tensors, which are its `owners`. The verifier holds only their memory.
     pool : PinnedPool
     torch_device : torch.device
     codec, exact_layers
-        How blocks lie in their slots. A block that was saved must be packed to what its slot holds, and what a slot
-        holds must be unpacked to the block that was loaded.
+        How blocks are packed in their slots. A saved block must pack to what its slot holds; what a slot holds must
+        unpack to the loaded block.
     """
 
     def __init__(self, layout, pool, torch_device, codec="exact", exact_layers=()):
@@ -60,13 +60,13 @@ class Verifier:
         self.blocks_compared = self.blocks_wrong = self.captures_skipped = 0
 
     def capture(self, block_ids, slots):
-        """Copy blocks aside on torch's current stream; None when too many captures wait already."""
+        """Copy blocks aside on torch's current stream. If too many captures wait already, return None."""
         nbytes = len(block_ids) * self.block_bytes
         if self.bytes_held + nbytes > SCRATCH_BYTES:
             return None
         self.bytes_held += nbytes
         rows = torch.from_numpy(np.asarray(block_ids, dtype=np.int64))
-        if self.on_gpu:  # from pinned memory, or the host would wait for the forward
+        if self.on_gpu:  # pinned, or the host would wait for the forward
             rows = rows.pin_memory().to(self.torch_device, non_blocking=True)
         scratch = torch.empty((len(block_ids), self.block_bytes), dtype=torch.uint8, device=self.torch_device)
         offset = 0
@@ -85,12 +85,12 @@ class Verifier:
         return Capture(slots, block_ids, content, scratch, arrived)
 
     def wait(self, capture):
-        """Until the device's blocks have been read."""
+        """Wait until the device's blocks have been read."""
         if capture.arrived is not None:
             capture.arrived.synchronize()
 
     def verdict(self, capture, wait):
-        """Counters of a capture whose slots are complete; None while it is being compared, unless told to `wait`."""
+        """Compare a capture whose slots are complete. Return counters, or None: ask again (never if `wait`)."""
         if capture is None:
             self.captures_skipped += 1
             return {"verify_skipped": 1}
@@ -107,11 +107,11 @@ class Verifier:
         return {"verify_blocks": len(capture.slots), "verify_mismatches": len(wrong)}
 
     def release(self, capture):
-        """Make room: what was captured is no longer needed."""
+        """Make room for other captures: this one is not needed any more."""
         self.bytes_held -= capture.content.nbytes
 
     def mismatches(self, capture):
-        """Device blocks whose slot holds something else."""
+        """The device blocks whose slots differ from the capture."""
         self.wait(capture)
         if self.packed is not None:
             content, pairs = capture.content.numpy(), zip(capture.block_ids, capture.slots, strict=True)
@@ -124,13 +124,13 @@ class Verifier:
         ]
 
     def agree(self, block, slot):
-        """Whether a packed slot is of this block: as it was saved, or as it was loaded."""
+        """Whether a packed slot has this block: it unpacks to the block, or the block packs to it."""
         held = np.frombuffer(self.pool.view(int(slot)), np.uint8)[: self.packed.packed_bytes]
         packed, unpacked = np.empty_like(held), np.empty_like(block)
         unpack_block(self.packed, held, unpacked)
         if np.array_equal(unpacked, block):
             return True
-        pack_block(self.packed, block, packed)  # of a block that is refused, too
+        pack_block(self.packed, block, packed)  # works for refused blocks, too
         return np.array_equal(packed, held)
 
     def close(self):

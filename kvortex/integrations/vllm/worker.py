@@ -1,7 +1,7 @@
 """The half in each vLLM worker: a pool, a stream to save on, one to load on, and the order between them and vLLM's.
 
-It does what the scheduler's half decided and reports what ended. What it must never get wrong is order; the six waits
-are marked, and `verify` is their judge.
+It does what the scheduler's half decided, and reports what ended. What it must never get wrong is order: comments mark
+the six waits that keep the order, and `verify` checks the result.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from kvortex.transfer import Carrier, Job, Submitter
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
-BLOCKS, REQUESTS, NOTHING = "blocks", "requests", "nothing"  # that vLLM is told of a load that failed
-MOST_REFUSALS = 100  # of a load, in as many steps
-IDLE_WAIT_MS = 1  # that a step which computes nothing waits for a load
+BLOCKS, REQUESTS, NOTHING = "blocks", "requests", "nothing"  # what vLLM is told when a load failed
+MOST_REFUSALS = 100  # of one load by the driver, one a step, before it counts as failed
+IDLE_WAIT_MS = 1  # how long a step that computes nothing waits for a load
 
 
 class HostCompute:
-    """Where vLLM computes on the CPU: its work is over when a call of ours begins, and it waits for nobody."""
+    """vLLM on the CPU: when it calls us its work is over, and it has no stream that could wait for our copies."""
 
     stream = 0
 
@@ -53,12 +53,12 @@ class Running:
     """A transfer that was asked for and is not over."""
 
     transfer: Transfer
-    job: Job | None = None  # None: it found all job records in flight, or could not be submitted
-    error: Exception | None = None  # why it could not
+    job: Job | None = None  # None: no job record was free, or it could not be submitted
+    error: Exception | None = None  # why it could not be submitted
     refusals: int = 0  # by the driver
-    is_given_up: bool = False  # nothing of it was copied, nor will be: somebody else writes what it would load
+    is_given_up: bool = False  # nothing is copied: its target blocks belong to another request
     began: float = field(default_factory=time.perf_counter)
-    is_captured: bool = False  # by `verify`, or there was no room for it
+    is_captured: bool = False  # `verify` has its blocks, or had no room for them
     check: object = None
 
     @property
@@ -71,7 +71,7 @@ class Running:
         return self.job is None and self.error is None and not self.is_given_up
 
     def num_blocks(self):
-        """Blocks that were moved, None while it is not over. Raises what the copies met."""
+        """Blocks that were moved, None while it is not over. If a copy failed, raise its error."""
         if self.is_given_up:
             return 0
         if self.error is not None:
@@ -87,10 +87,10 @@ class WorkerHalf:
     shape : PoolShape
     options : ConnectorOptions
     reports_aborted_loads : bool
-        Whether vLLM wants to hear of loads whose request was aborted meanwhile (it keeps their blocks until then), or
-        must not.
+        Whether vLLM must be told of loads whose request was aborted meanwhile: it keeps their blocks until then. If
+        False, it must not be told.
     failed_loads : {BLOCKS, REQUESTS, NOTHING}, default BLOCKS
-        What vLLM can be told of a load that failed. Blocks it can make out in one group of full attention only.
+        What vLLM can be told when a load failed. BLOCKS only with one group of full attention.
     open_store : callable, optional
         Opens the store of a lower tier for a pool.
     put_lag : int, default 1
@@ -102,7 +102,7 @@ class WorkerHalf:
     just being submitted, fences on the CPU, copies of blocks that another connector fills, `drain` and `close`, and
     loads in steps that compute nothing. The driver takes a microsecond for each piece, 65 ms for a prompt of 32k
     tokens: a thread that never takes the GIL submits loads, which no step waits for. A save is submitted between two
-    steps, because it is of what the last wrote.
+    steps, because it copies what the last one wrote.
     """
 
     def __init__(self, shape, options, *, reports_aborted_loads, failed_loads=BLOCKS, open_store=None,
@@ -114,14 +114,14 @@ class WorkerHalf:
         self.open_store, self.put_lag = open_store, put_lag
         self.running = {}  # by number, ascending
         self.is_idle = False  # this step computes nothing
-        # The KV cache: whether vLLM still has it is only seen if nothing of ours holds it, but while copies use it. It
-        # stands behind the queues, which wait for their copies when they are dropped.
+        # Weak references to the KV cache, to see whether vLLM still has it. While copies use it, `tensors_in_use` holds
+        # it. Set after the queues: a dropped worker then waits for its copies before it frees the memory.
         self.tensors, self.tensors_in_use = [], ()
         self.aborted = set()
         self.received, self.load_errors = set(), set()
         self.report = WorkerReport()
         self.has_failed, self.is_incomplete, self.has_refused = False, False, False
-        # The slots as the scheduler's half counts them, when it has said so; it relies on the first chunk of one stage.
+        # The slots as the scheduler's half counts them; None: not heard yet. With one stage it counts chunk 0 unasked.
         self.counted, self.next_chunk = None, int(shape.num_stages == 1)
         self.counters = {}
 
@@ -164,7 +164,7 @@ class WorkerHalf:
             self.tier = WorkerTier(self.open_store(self.pool), self.shape.block_bytes, self.put_lag)
 
     def live_addresses(self):
-        """Where the KV cache is that was registered, or what is left of it once no copy of ours uses it."""
+        """Addresses of the tensors of the registered KV cache that still live when no copy of ours uses them."""
         self.drain()
         self.tensors_in_use = ()
         return {live.data_ptr() for tensor in self.tensors if (live := tensor()) is not None}
@@ -185,14 +185,14 @@ class WorkerHalf:
             if running is None or self.give_up(running):
                 continue
             self.order(running)  # the wait after a save
-            self.capture(running)  # of an aborted load: whoever has its blocks now may write them from here on
+            self.capture(running)  # of an aborted load: the new owner of its blocks may write from here on
         for number in step.waits:
             running = self.running.get(number)
             if running is not None and not self.give_up(running):
                 self.finish(running)  # the wait before another connector writes
 
     def start_loads(self, step):
-        """After `begin`: loads need not wait for the forward. What finds no job is offered again in the next step."""
+        """After `begin`: loads need not wait for the forward. A load without a job record is tried in the next step."""
         loads = [self.begin_transfer(load) for load in step.of(LOAD)]
         for running in [running for running in self.running.values() if running.is_waiting]:
             self.start_load(running)
@@ -207,7 +207,7 @@ class WorkerHalf:
         """Submit a load, or note why the driver refuses; `retire` tells vLLM."""
         try:
             running.job = self.submit(self.loader, running.transfer, self.compute.stream)  # the wait before a load
-            if running.job is None and not self.options.load_async:  # the step cannot do without it
+            if running.job is None and not self.options.load_async:  # the step needs it
                 self.drain()
                 running.job = self.submit(self.loader, running.transfer, self.compute.stream)
                 if running.job is None:
@@ -216,12 +216,12 @@ class WorkerHalf:
             running.error = error
 
     def start_save(self, step):
-        """After the forward was launched: what it writes is copied when it is over."""
+        """Called when the forward was launched: the copies of what it writes wait, on the device, for its end."""
         for save in step.of(SAVE):
             self.save(save)
 
     def save(self, save):
-        """Copy what the device's blocks hold when vLLM's work so far is over."""
+        """Copy device blocks into slots, after vLLM's work so far."""
         running = self.begin_transfer(save)
         try:
             running.job = self.submit(self.saver, save, self.compute.stream)  # the wait before a save
@@ -250,10 +250,10 @@ class WorkerHalf:
             self.tier.collect()
 
     def wait_for_a_load(self):
-        """Wait until the oldest load is over, or something of a lower tier, `IDLE_WAIT_MS` at the most.
+        """Wait until the oldest load is over, or an operation of a lower tier, for `IDLE_WAIT_MS` at the most.
 
-        The step has nothing else to do, and the next would ask again at once: it would take the core from the threads
-        that submit and copy where there are few, and the GIL from others.
+        The step computes nothing, and the next one would ask again at once. With few cores, that would take the core
+        from the threads that submit and copy, and the GIL from others.
         """
         for running in self.running.values():
             if running.is_load and running.job is not None:
@@ -264,19 +264,19 @@ class WorkerHalf:
             self.tier.wait_a_moment(IDLE_WAIT_MS)
 
     def give_up(self, running):
-        """Load no more; True if nothing was copied. Who fences a load has its blocks: it was aborted (vLLM 0.15)."""
+        """Withdraw a load; True if none of it is copied. A load is fenced when it was aborted (vLLM 0.15)."""
         if running.is_load and not running.is_given_up:
             running.is_given_up = running.job is None or self.loader.withdraw(running.job)
         return running.is_given_up
 
     def order(self, running):
-        """Let vLLM's next work come after this transfer; a copy that failed is over, and `retire` says so."""
+        """Let vLLM's next work come after this transfer. If its copy failed it is over, and `retire` reports that."""
         if running.job is not None:
             with contextlib.suppress(DriverError):
                 self.compute.wait_for(running.job)
 
     def finish(self, running):
-        """Wait until this transfer is over, and judged as far as the device has a part in it."""
+        """Wait until this transfer is over, and the device has done its part of the `verify` check."""
         if running.job is None or running.is_given_up:
             return
         with contextlib.suppress(DriverError):  # as in `order`
@@ -288,7 +288,7 @@ class WorkerHalf:
     def submit(self, queue, transfer, stream):
         if not self.tensors_in_use:
             self.tensors_in_use = [tensor() for tensor in self.tensors]
-        queue.poll()  # what was given up has no handle left that would free its record
+        queue.poll()  # frees the records of withdrawn jobs, which have no handle any more
         deferred = queue is self.loader and self.options.load_async  # a step that waits for a load submits it, too
         return queue.submit(
             self.layout, transfer.block_ids, self.pool, transfer.slots, stream=stream, deferred=deferred
@@ -333,7 +333,7 @@ class WorkerHalf:
         return False
 
     def fail(self, running, error):
-        """A transfer did not happen: blocks loaded are vLLM's to compute, blocks saved are not kept."""
+        """Note that a transfer failed: vLLM computes the blocks of a load, and those of a save are not kept."""
         if not self.has_failed:  # once: when a device dies, every transfer fails
             logger.error("KVortex: a transfer failed, its blocks are computed where they are needed: %s", error)
         self.has_failed = True
@@ -341,7 +341,7 @@ class WorkerHalf:
         if running.check is not None:
             self.verifier.release(running.check)
         kind, _, slots, block_ids, request_id = running.transfer
-        if kind == LOAD and request_id not in self.aborted:  # else they are another's by now
+        if kind == LOAD and request_id not in self.aborted:  # else another request has the blocks by now
             if self.failed_loads == NOTHING:
                 raise RuntimeError(
                     "KVortex could not load blocks, and this vLLM has no way to hear of it for a model with several KV "
@@ -355,7 +355,7 @@ class WorkerHalf:
         self.end(running, bad=slots)
 
     def end(self, running, bad=()):
-        """Report a transfer, with the slots whose blocks did not move, and its request as loaded."""
+        """Report that a transfer is over, the slots whose blocks did not move, and the request of a load as loaded."""
         kind, number, _, _, request_id = running.transfer
         del self.running[number]
         if not self.running:
@@ -381,9 +381,9 @@ class WorkerHalf:
         if self.verifier is None:
             return True
         if running.is_load and self.options.load_async:
-            self.capture(running)  # it has ended: from here on a forward may read it
-        # In such steps this thread lets go of the GIL for moments only, which keeps the judges from it, for a third of
-        # a second at times.
+            self.capture(running)  # the load has ended: from here on a forward may read its blocks
+        # In a step that computes nothing this thread releases the GIL for moments only, and the threads that compare
+        # would not get it, for a third of a second at times: so wait for them.
         verdict = self.verifier.verdict(running.check, wait=self.is_idle)
         if verdict is not None:
             self.count(**verdict)
@@ -393,7 +393,7 @@ class WorkerHalf:
         for name, amount in amounts.items():
             self.counters[name] = self.counters.get(name, 0) + amount
 
-    # ---- what is told ------------------------------------------------------------------------------------------------
+    # ---- reports -----------------------------------------------------------------------------------------------------
 
     def take_received(self):
         received, self.received = self.received, set()
@@ -412,8 +412,8 @@ class WorkerHalf:
         if self.pool is not None and self.pool.slots_usable < self.pool.num_slots and not self.is_incomplete:
             self.is_incomplete = True
             logger.warning(
-                "KVortex: host memory could not be registered, so %d of %d blocks serve; PinnedPool.wait_ready says "
-                "what may be in the way", self.pool.slots_usable, self.pool.num_slots,
+                "KVortex: only %d of %d blocks serve, because host memory could not be registered; "
+                "PinnedPool.wait_ready names what to check", self.pool.slots_usable, self.pool.num_slots,
             )  # fmt: skip
         while self.pool is not None and self.counted is not None:
             first, count = self.counted.chunk(self.next_chunk)
@@ -436,12 +436,12 @@ class WorkerHalf:
     # ---- end ---------------------------------------------------------------------------------------------------------
 
     def drain(self):
-        """Wait for every copy in flight: the memory they use is about to go."""
+        """Wait for every copy in flight, because the memory that copies use may be unmapped next."""
         for running in self.running.values():
             self.finish(running)
 
     def close(self):
-        """Wait for copies in flight, `shutdown_timeout_ms` at the most; memory that one may still use is left alone."""
+        """Wait for copies in flight, `shutdown_timeout_ms` at the most. Memory that a copy may still use is kept."""
         deadline = time.monotonic() + self.options.engine.shutdown_timeout_ms / 1000
         for running in self.running.values():
             self.give_up(running)

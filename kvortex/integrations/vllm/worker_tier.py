@@ -15,7 +15,7 @@ from kvortex.tiers.base import BlockStatus
 from kvortex.tiers.disk.adoption import Adoption
 from kvortex.tiers.disk.tier import NO_TAG
 
-MOST_ROWS = 16_384  # found blocks told in one report
+MOST_ROWS = 16_384  # found blocks in one report
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Waiting:
     """A PUT behind a SAVE."""
 
     transfer: TierTransfer
-    steps: int  # that must begin before it may
+    steps: int  # that must begin before this PUT may begin
     is_saved: bool = False
 
 
@@ -36,36 +36,35 @@ class WorkerTier:
     block_bytes : int
         Of every block in this rank.
     put_lag : int
-        Steps that begin between a SAVE and the scheduler's verdict on it.
+        Steps that begin before the scheduler can know that what a SAVE copied is wrong.
 
     Notes
     -----
-    Called by the thread that runs the model; no call waits for the disk but `wait_a_moment` and `close`. What a step
-    saves may have been computed from a load that failed, which the scheduler hears of when the step is over. So a PUT
-    behind a SAVE begins some steps later, unless its slots are to be erased by then; what waits when the server ends is
-    not kept.
+    Called by the thread that runs the model. Only `wait_a_moment` and `close` wait for I/O. What a step saves may have
+    been computed from a load that failed, which the scheduler learns when the step is over. So a PUT behind a SAVE
+    begins `put_lag` steps later, unless its slots are erased by then. PUTs that wait when the server ends are dropped.
     """
 
     def __init__(self, store, block_bytes, put_lag=1):
         self.store, self.block_bytes, self.put_lag = store, block_bytes, put_lag
         self.waiting = {}  # number of a SAVE -> the PUT behind it, a `Waiting`
         self.running = {}  # number -> batch
-        self.moved = {}  # of those that are over, to be told
-        self.is_told = False  # that the store is open
+        self.moved = {}  # number -> `Moved` of those that are over, for the next report
+        self.is_told = False  # whether a report said that the store is open
         self.ranges = Ranges(store.num_slots)
-        self.names = getattr(store, "names", None)  # on a server, whom the scheduler's half asks itself what is there
+        self.names = getattr(store, "names", None)  # on a server: there the scheduler's half itself asks what it has
         if self.names is None:
             self.adoption = Adoption(store, self.ranges, NO_TAG, store.segments.new_slots)
         else:
             self.adoption = None
             self.ranges.add_slots(0, store.num_slots)
         self.event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.ready = select.poll()  # which takes descriptors of any number
+        self.ready = select.poll()  # takes descriptors of any number, as `select` does not
         self.ready.register(self.event, select.POLLIN)
         store.notify(self.event)
 
     def begin(self, transfers):
-        """Do what a step asks for, before it saves anything."""
+        """Start what a step asks for, before the step saves anything."""
         for waiting in self.waiting.values():
             waiting.steps -= 1
         for transfer in transfers:
@@ -76,7 +75,7 @@ class WorkerTier:
                 self.drop_waiting(transfer.tier_slots)
                 self.store.erase(transfer.tier_slots, timeout_ms=None)
             elif transfer.save:
-                if self.names is not None:  # whose these slots were stays on the server if this is erased
+                if self.names is not None:  # an ERASE of these slots must not delete the old blocks
                     self.store.disown(transfer.tier_slots)
                 self.waiting[transfer.save] = Waiting(transfer, self.put_lag)
             else:
@@ -84,7 +83,7 @@ class WorkerTier:
         self.start_waiting()
 
     def drop_waiting(self, tier_slots):
-        """Drop the PUTs that wait for one of these slots, whole: their other blocks may be wrong, too."""
+        """Drop all of each waiting PUT that has one of these slots: its other blocks may be wrong, too."""
         for save, waiting in list(self.waiting.items()):
             if np.isin(waiting.transfer.tier_slots, tier_slots).any():
                 self.drop(save)
@@ -94,7 +93,7 @@ class WorkerTier:
         self.moved[transfer.number] = Moved(np.full(len(transfer.slots), BlockStatus.DROPPED, np.uint8), 0.0)
 
     def saved(self, save, *, is_good):
-        """A SAVE is over: the PUT behind it may begin in time, or is not worth anything."""
+        """Note that a SAVE is over: the PUT behind it may begin in time or, if the SAVE failed, is dropped."""
         if save in self.waiting and not is_good:
             self.drop(save)
         elif save in self.waiting:
@@ -113,21 +112,21 @@ class WorkerTier:
         self.running[number] = move(tier_slots, slots, keys, self.block_bytes, tag=tag, timeout_ms=timeout_ms, **more)
 
     def collect(self):
-        """Note what is over."""
+        """Note which batches are over."""
         for number, batch in list(self.running.items()):
-            if batch.done():  # until then its slots are the disk's
+            if batch.done():  # until then its slots belong to the store
                 self.moved[number] = Moved(batch.statuses, batch.seconds)
                 del self.running[number]
 
     def wait_a_moment(self, timeout_ms):
-        """Wait until something is over, as the step has nothing else to do."""
+        """Wait until a batch is over, for a step that computes nothing."""
         if self.running:
             self.ready.poll(timeout_ms)
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self.event)
 
     def tell(self, report):
-        """Add to a `WorkerReport` what is new."""
+        """Add what is new since the last report."""
         if not self.is_told:
             self.is_told, report.tier_slots = True, (1, self.store.num_slots)
             if self.names is not None and self.names.rank == 0:
@@ -138,23 +137,23 @@ class WorkerTier:
         report.found.update(found)
 
     def close(self, timeout_ms):
-        """Write what was given to the store and close it; within `timeout_ms`. What waits is dropped."""
+        """Write what the store was given, and close it, within `timeout_ms`. Waiting PUTs are dropped."""
         if self.event is None:
             return
         deadline_s = time.monotonic() + timeout_ms / 1000
         if self.adoption is not None:
             self.adoption.stop()
         self.store.flush(timeout_ms, durable=False)
-        self.store.notify(None)  # I/O that hangs may return when the descriptor is another's
+        self.store.notify(None)  # I/O that hangs may end when the descriptor is in other use
         self.store.close(max(0, int(1000 * (deadline_s - time.monotonic()))))
         os.close(self.event)
         self.event = None
 
 
 class Ranges:
-    """What `Adoption` finds, by ranges of slots that have been read whole; it takes the place of a catalogue there.
+    """What `Adoption` finds, by ranges of slots that were read whole. `Adoption` uses it as its catalogue.
 
-    Which block is where the scheduler decides, when it has heard of all ranks.
+    The catalogue proper is the scheduler's, which decides when every rank has reported.
     """
 
     def __init__(self, num_slots):
@@ -165,15 +164,15 @@ class Ranges:
         self._whole = []  # ranges that were read, and not taken yet
 
     def add_slots(self, first, count):
-        """These slots hold nothing."""
+        """Note that these slots are empty."""
         self.adopt(np.arange(first, first + count), None, np.zeros(count, np.uint32))
 
     def slots_of(self, keys):
-        """Nothing is known of any key."""
+        """No slot for any key: nothing is known here."""
         return np.full(len(keys), NO_SLOT, np.uint32)
 
     def adopt(self, slots, keys, lengths):
-        """These slots hold blocks with these keys where the length is not 0; none was told of before."""
+        """Note what these slots have, each reported once: a key, or nothing (length 0). Return where blocks are."""
         numbers = slots // RANGE_SLOTS
         is_block = lengths != 0
         with self._lock:
@@ -187,9 +186,7 @@ class Ranges:
         return is_block
 
     def take(self, most_rows):
-        """Ranges that were read since, about so many blocks at the most, as `WorkerReport.found` has them; and whether
-        there are more.
-        """
+        """Ranges read since the last call, about `most_rows` blocks, as `WorkerReport.found`; and whether more wait."""
         found = {}
         with self._lock:
             while self._whole and most_rows > 0:
