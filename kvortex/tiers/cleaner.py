@@ -89,7 +89,7 @@ class Cleaner:
             if self.num_taken - num_taken >= self.blocks_a_step or not self._begin_batch(now_s):
                 break
             begun = True
-            self._end_batches(now_s)  # nothing of it may have to be written
+            self._end_batches(now_s)  # a batch with nothing to write is over at once
         return ended or begun
 
     def _begin_pass(self, for_a_flush):
@@ -97,7 +97,7 @@ class Cleaner:
         self._admits_all, self._for_a_flush, self._num_passed = True, for_a_flush, 0
 
     def _end_pass(self):
-        """The pass has come to the hottest block; end it if all its batches are over too."""
+        """End the pass, which has come to the hottest block, if all its batches are over."""
         if self._out:
             return
         self._admits_all = self._for_a_flush = False
@@ -107,7 +107,7 @@ class Cleaner:
 
     def _begin_batch(self, now_s):
         """Take the coldest blocks that this pass has not had, and give the store those that are to be written."""
-        tag = self.tier.tag  # read before any block is taken: no block that RAM has now is older than this tag
+        tag = self.tier.tag  # read before blocks are taken: no block in RAM now is older than this tag
         blocks = self.index.coldest(min(self._window_blocks, self.most_pinned - self.num_pinned))
         if not len(blocks.slots):
             self._end_pass()

@@ -1,10 +1,10 @@
-"""The promoter: brings blocks of a prefix from the tier into RAM, pinned for their reader until it has them.
+"""The promoter brings blocks of a prefix from the tier into RAM, and pins them for their reader.
 
-What RAM has of the prefix is pinned first: no block of it is evicted for a later one. A block that several readers wait
-for is read once; each of them has a pin of its own from the moment it is there.
+The blocks that RAM has of the prefix are pinned first: none of them is evicted for a later one. If several readers wait
+for one block, it is read once, and each of them gets its own pin when the block is in RAM.
 
-One thread comes here. Others clear and discard meanwhile, RAM first and then the tier (`clear` RAM
-once more): so a block is shown only if the tier still has it, with the tag that was asked for, when it has come.
+One thread calls it. Meanwhile others clear and discard, RAM first and then the tier (`clear` RAM once more). So when
+a block was read, it becomes visible only if the tier still has it, under the tag that was asked for.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from kvortex.tiers.base import BlockStatus
 WINDOW_BYTES = 16 << 20  # read as one batch
 MOST_WINDOWS = 4
 GET_TIMEOUT_MS = 60_000  # of the store; readers have deadlines of their own
-NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.PENDING)  # says nothing of what lies there
+NOT_READ = (BlockStatus.LATE, BlockStatus.DROPPED, BlockStatus.PENDING)  # the block in the tier may be good
 LATE_S = 1  # a batch that takes longer counts against the tier
 
 
@@ -30,26 +30,26 @@ class Promotion:
 
     def __init__(self, keys, deadline_s, hold_s):
         self.keys, self.deadline_s, self.hold_s, self.expires_s = keys, deadline_s, hold_s, float("inf")
-        self.slots = np.full(len(keys), NO_SLOT, np.uint32)  # pinned by us, where they are there
-        self.end = self.held = 0  # where the run ends, as far as is known; blocks that count as pinned for it
+        self.slots = np.full(len(keys), NO_SLOT, np.uint32)  # pinned slots; NO_SLOT: not in RAM yet
+        self.end = self.held = 0  # `end`: of the run, as known so far; `held`: blocks counted as pinned for it
         self.num_landed = 0
         self.landings = []
         self.is_begun = self.is_over = self.is_closed = False
         self.future = concurrent.futures.Future()
         self.future.set_running_or_notify_cancel()  # nobody else can cancel it
-        self.progress = queue.SimpleQueue()  # (num_landed, is_over), for who loads block by block
+        self.progress = queue.SimpleQueue()  # (num_landed, is_over), for a load that goes on block by block
 
     def count(self):
-        """Count what has come of the run."""
+        """Count the leading blocks of the run that are in RAM."""
         self.num_landed = int(np.argmax(np.append(self.slots[: self.end], NO_SLOT) == NO_SLOT))
         return self.num_landed
 
     def tell(self):
-        """Tell who waits for it how far it has come."""
+        """Tell the waiting reader how many blocks have come."""
         self.progress.put((self.num_landed, self.is_over))
 
     def finish(self):
-        """No more blocks will come. Once is enough, and more do no harm."""
+        """Note that no more blocks will come. More than one call does no harm."""
         self.is_over = True
         self.count()
         self.tell()
@@ -58,7 +58,7 @@ class Promotion:
 
 
 class Landing:
-    """A block that is being read: who waits for it, and for which of its blocks that is."""
+    """A block that is being read; `readers` has each waiting promotion with the block's position in its run."""
 
     def __init__(self, key, window):
         self.key, self.window, self.readers = key, window, []
@@ -72,41 +72,41 @@ class Window:
         self.begun_s = self.deadline_s = 0.0
 
     def fill(self, keys, lengths, tier_slots, slots):
-        """Say which blocks they are."""
+        """Set the blocks of the window."""
         self.keys, self.lengths, self.tier_slots, self.slots = keys, lengths, tier_slots, slots
 
 
 class Promoter:
-    """Parameters: the index and the pool, the open tier, its breaker, the break-even, and who is told the slots whose
-    blocks are evicted for what comes.
+    """Parameters: the index and the pool, the open tier, its breaker, the break-even, and a function that takes the
+    slots whose blocks are evicted.
     """
 
     def __init__(self, index, pool, tier, breaker, break_even, *, evicted=None):
         self.index, self.tier, self.breaker, self.break_even = index, tier, breaker, break_even
         self.evicted = evicted
-        self.begins_value = None  # tier slots -> per slot whether another value begins: only there windows part
+        self.begins_value = None  # function: tier slots -> where a value begins; windows end only there
         self._stride_bytes = pool.stride_bytes
         self.window_blocks = max(1, min(WINDOW_BYTES // pool.stride_bytes, tier.queue_blocks // MOST_WINDOWS))
         self.most_pinned = pool.num_slots // 2
         self.num_pinned = self.num_writing = self._num_reading = 0
         self.num_promoted = self.num_expired = 0
         self.spent_s, self._landed_at_s = 0.0, 0.0
-        # Of the windows that ended in this step: blocks, when reading the first began, when the last was over.
+        # Of the windows that ended in this step: number of blocks, begin of the first, end of the last.
         self._num_landed, self._since_s, self._until_s = 0, float("inf"), 0.0
-        self.misses = Counter()  # blocks that a reader waited for in vain, by cause
+        self.misses = Counter()  # blocks that a reader waited for and did not get, by cause
         self._landings = {}  # by key
         self._promotions = []  # those that are not over, or hold blocks
         self._waiting, self._reading, self._late = deque(), [], []  # windows
-        self._asking = []  # promotions of which the tier is asked first: with the question, and until when
-        self._unanswered = []  # questions for whose answer nobody waits any more
+        self._asking = []  # (promotion, question, until_s): the tier is asked first what it has
+        self._unanswered = []  # questions whose promotion does not wait for the answer any more
 
     @property
     def is_busy(self):
-        """Whether something is asked, read, waited for, or held."""
+        """Whether anything is asked for, being read, waited for, or held."""
         return bool(self._asking or self._waiting or self._reading or self._late or self._promotions)
 
     def step(self, now_s):
-        """End windows that are over, readers whose time is over; begin others. Return whether anything changed."""
+        """End windows and readers whose time is over, and begin windows. Return whether anything changed."""
         changed = self._end_questions(now_s)
         has_landed = False
         for window in [each for each in self._reading if each.batch.done() or now_s >= each.deadline_s]:
@@ -133,18 +133,18 @@ class Promoter:
         return self._begin_windows(now_s) or changed
 
     def is_bringing(self, keys):
-        """Per key whether it is being read, or is to be."""
+        """For each key, whether its block is being read or will be."""
         return np.array([key.tobytes() in self._landings for key in keys], bool)
 
     @property
     def num_late(self):
-        """Slots of the pool that a disk which is late may still write to, or is to: no reader holds them."""
+        """Slots of the pool that no reader holds, and into which the tier still writes or will write."""
         left = (landing for window in (*self._reading, *self._waiting) for landing in window.landings)
         return sum(len(window.slots) for window in self._late) + sum(not landing.readers for landing in left)
 
     @property
     def num_ahead(self):
-        """Blocks that are being read, or are to be."""
+        """Blocks that are being read or will be."""
         return self._num_reading + sum(len(window.slots) for window in self._waiting)
 
     def next_s(self):
@@ -154,7 +154,7 @@ class Promoter:
         return min(times + [window.deadline_s for window in self._reading], default=float("inf"))
 
     def shut(self):
-        """End all readers where they are."""
+        """End all readers with the blocks that they have."""
         for promotion, _, _ in self._asking:
             promotion.finish()
         self._asking = []
@@ -166,7 +166,7 @@ class Promoter:
     def begin(self, promotion):
         """Bring the leading run of a promotion's keys into RAM, unless its reader has left already.
 
-        Where the tier does not know whether it has them it is asked first, and that may take its `lookup_s`.
+        If the tier does not know whether it has them, it is asked first: that takes its `lookup_s` at the most.
         """
         now_s, leading = time.monotonic(), self.index.lookup(promotion.keys)[1]
         if leading < len(promotion.keys) and self.breaker.allows(now_s) and not promotion.is_closed:
@@ -178,7 +178,7 @@ class Promoter:
         self._begin(promotion)
 
     def _end_questions(self, now_s):
-        """Begin promotions whose question was answered, or has no more time; return whether there were any."""
+        """Begin promotions whose question is answered, or whose time is over. Return whether there were any."""
         over = [each for each in self._asking if each[1].is_over or now_s >= each[2]]
         for promotion, question, until_s in over:
             self._asking.remove((promotion, question, until_s))
@@ -237,19 +237,19 @@ class Promoter:
     # ---- steps ------------------------------------------------------------------------------------------------------
 
     def _fetch(self, promotion, missing):
-        """Reserve a slot for each missing block, or join whoever reads it; the run ends at the first without either."""
+        """Reserve a slot for each missing block, or join a read of it. The run ends at a block that gets neither."""
         keys, tier, tag = promotion.keys[missing], self.tier.catalogue, self.tier.tag
         tier_slots = tier.acquire(keys, gaps=True)
         count = int(np.argmax(np.append(tier_slots, NO_SLOT) == NO_SLOT))
         lengths = tier.lengths_of(tier_slots[:count])
-        slots, statuses, *victims = self.index.reserve(  # admitted: the tier is to go on having them
+        slots, statuses, *victims = self.index.reserve(  # admitted, so that the tier keeps them
             keys[:count], lengths, admit=count, victims=self.evicted is not None
         )
         for blocks in victims:
             self.evicted(blocks.slots)
         may_part = np.ones(count, bool) if self.begins_value is None else self.begins_value(tier_slots[:count])
         window, windows, cause = None, [], "GONE"
-        for i, status in enumerate(statuses[:count].tolist()):  # numpy takes 12 us to compare one with the enum's
+        for i, status in enumerate(statuses[:count].tolist()):  # ints: numpy needs 12 us to compare with an enum
             key, position = keys[i].tobytes(), int(missing[i])
             if status == ReserveStatus.NEW:
                 if window is None or (len(window.landings) >= self.window_blocks and may_part[i]):
@@ -263,7 +263,7 @@ class Promoter:
                 break
             else:
                 landing = self._landings.get(key)
-                if landing is None:  # a save's: it may be there by now
+                if landing is None:  # a save was writing it, and may be over
                     promotion.slots[position : position + 1] = self.index.acquire(keys[i : i + 1], gaps=True)
                     if promotion.slots[position] != NO_SLOT:
                         continue
@@ -286,7 +286,7 @@ class Promoter:
         self._begin_windows(time.monotonic())
 
     def _begin_windows(self, now_s):
-        """Give windows to the store, a few at a time; one that nobody waits for any more is dropped."""
+        """Give windows to the store, a few at a time. A window that no reader waits for any more is dropped."""
         begun = False
         while self._waiting and len(self._reading) < MOST_WINDOWS:
             window = self._waiting.popleft()
@@ -316,7 +316,7 @@ class Promoter:
         self._settle(window, np.zeros(len(window.slots), bool), now_s)
 
     def _land(self, window, now_s):
-        """Show what came, pinned for each reader; forget what did not."""
+        """Commit the blocks of a window that were read, pinned for each reader; abort the others."""
         batch, keys, slots = window.batch, window.keys, window.slots
         is_done, statuses = batch.done(), batch.statuses
         is_ok = statuses == BlockStatus.OK
@@ -329,14 +329,14 @@ class Promoter:
         for i in np.flatnonzero(~has_landed):
             late = statuses[i] == BlockStatus.PENDING
             self.misses["DISCARDED" if is_ok[i] else "LATE" if late else BlockStatus(statuses[i]).name] += 1
-        is_wrong = ~is_ok & ~np.isin(statuses, NOT_READ) & is_known  # damaged, another's, or it cannot be read
+        is_wrong = ~is_ok & ~np.isin(statuses, NOT_READ) & is_known  # damaged, of another block, or unreadable
         if is_wrong.any():
             self.tier.was_wrong(keys[is_wrong], statuses[is_wrong])
         self._num_reading -= len(slots)
         self.num_promoted += int(has_landed.sum())
         self._num_landed += len(ok)
         self._since_s = min(self._since_s, max(window.begun_s, self._landed_at_s))
-        took_s = batch.seconds  # of which we may hear late
+        took_s = batch.seconds  # this step may come later than its end
         self._until_s = max(self._until_s, now_s if took_s is None else min(now_s, window.begun_s + took_s))
         if is_done and not window.is_late:
             self.breaker.saw(statuses, now_s)
@@ -344,7 +344,7 @@ class Promoter:
         rest[ok] = False
         if is_done:
             self._give_back_slots(slots[rest], window.tier_slots)
-        else:  # the disk may still write into these slots: their keys are free, they are not
+        else:  # the disk may still write into these slots, so only their keys are free
             is_ours = rest & (self.index.slots_of(keys) == slots)
             self.index.discard(keys[is_ours])
             window.slots = slots[rest]
@@ -353,20 +353,20 @@ class Promoter:
         self._settle(window, has_landed, now_s, slots)
 
     def _measure(self, now_s):
-        """Learn the tier's rate; windows that ended in one step count as one."""
+        """Measure the tier's rate. Windows that ended in one step count as one."""
         seconds = max(0.0, self._until_s - self._since_s)
         self.spent_s += seconds
-        if self._num_landed and seconds:  # else they were read beside others, and count with the next
+        if self._num_landed and seconds:  # else they overlap with others, and count with the next step's
             self._landed_at_s = self._until_s
             self.break_even.measured(self._num_landed * self._stride_bytes, seconds, now_s)
             self._num_landed = 0
         self._since_s, self._until_s = float("inf"), 0.0
 
     def _settle(self, window, has_landed, now_s, slots=None):
-        """Give each reader its blocks, or end its run at those that did not come."""
+        """Give each reader its blocks, or end its run before the first block that was not read."""
         readers = {}
         for i, landing in enumerate(window.landings):
-            if self._landings.get(landing.key) is landing:  # else forgotten meanwhile, and read anew
+            if self._landings.get(landing.key) is landing:  # else it was discarded meanwhile, and is read again
                 del self._landings[landing.key]
             for reader, position in landing.readers:
                 readers[id(reader)] = reader
@@ -386,7 +386,7 @@ class Promoter:
         self.tier.catalogue.release(tier_slots)
 
     def _end(self, promotion, now_s, num_blocks):
-        """A reader has what it gets: the first so many blocks."""
+        """End a reader's run after `num_blocks`: it gets no more."""
         promotion.end = num_blocks
         for landing in promotion.landings:
             landing.readers = [(reader, at) for reader, at in landing.readers if reader is not promotion]
@@ -396,7 +396,7 @@ class Promoter:
         promotion.finish()
 
     def _hold(self, promotion, end):
-        """Unpin what a reader has behind `end`: it holds so many fewer."""
+        """Unpin the blocks that a reader has behind `end`."""
         behind = promotion.slots[end:]
         self.index.release(behind[behind != NO_SLOT])
         promotion.slots[end:] = NO_SLOT

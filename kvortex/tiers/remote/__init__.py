@@ -1,4 +1,4 @@
-"""Tiers on servers and shared folders: Redis, Valkey, S3, and whatever else several engines reach."""
+"""Tiers on servers and folders that several engines share: Redis, Valkey, S3, files."""
 
 from kvortex.tiers.remote.tier import ObjectTier, RedisTier, RemoteTier, tier_at
 

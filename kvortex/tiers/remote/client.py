@@ -1,4 +1,4 @@
-"""What a client of a server has to do, and how it gets at its secrets."""
+"""What a client of a server has to do, and how its secrets are read."""
 
 import os
 from pathlib import Path
@@ -8,33 +8,33 @@ from kvortex.errors import ConfigError
 
 
 class Value(NamedTuple):
-    """What a client found."""
+    """The value that a client found."""
 
     nbytes: int
-    age_s: float | None = None  # since it was written, where the server tells
+    age_s: float | None = None  # since the value was written, if the server tells
 
 
 class Client(Protocol):
-    """Values by name. Any verb may be called by several threads at once, and raises an `Exception` where it fails.
+    """Values by name. Several threads may call any verb at once. A verb that fails raises an `Exception`.
 
-    A value is whole or absent, whoever writes it meanwhile. A client is made without a connection; a server that is not
-    there shows at the first call. No call lasts much longer than the request timeout that the client was made with.
+    A value is whole or absent, whoever writes it meanwhile. A client is made without a connection: if there is no
+    server, the first call fails. No call lasts much longer than the request timeout that the client was made with.
     """
 
     def put(self, name, record):
         """Write a value, from a buffer, or from a list of them, one after the other."""
 
     def get(self, name, record):
-        """Read a value into a buffer, or a list of them; return a `Value`, or None where there is none.
+        """Read a value into a buffer, or a list of them; return a `Value`, or None if there is none.
 
-        The buffers have the value only if it is as long as they are. They are not written to after this returned.
+        The buffers get the value only if it is exactly as long. Nothing is written to them after the return.
         """
 
     def refresh(self, name, record, age_s):
-        """A value was read, and is right: let it not be the next to go."""
+        """Make a value that was read, and is right, recent on the server, so that it is not the next to be evicted."""
 
     def sizes(self, names, is_chain):
-        """The length of each value, 0 where there is none. Of a chain each value follows the one before it."""
+        """The length of each value, 0 if there is none. `is_chain`: each value continues the one before it."""
 
     def delete(self, name):
         """Remove a value, if it is there."""
@@ -49,14 +49,14 @@ def parts_of(record):
 
 
 def secret_of(name, from_env, from_file):
-    """Read a secret where a setting says it lies.
+    """Read a secret from the place that a setting names.
 
     Parameters
     ----------
     name : str
-        Of the secret; its settings are called ``<name>_env`` and ``<name>_file``.
+        Name of the secret; its settings are ``<name>_env`` and ``<name>_file``.
     from_env, from_file : str or None
-        A variable of the environment, or a file. White space around what is in the file does not count.
+        A variable of the environment, or a file, of which white space at both ends does not count.
 
     Returns
     -------
@@ -65,7 +65,7 @@ def secret_of(name, from_env, from_file):
     Raises
     ------
     ConfigError
-        Both are given, or what is given is not there.
+        Both are given, or the variable or file does not exist.
     """
     if from_env and from_file:
         raise ConfigError(f"give {name}_env or {name}_file, not both")

@@ -14,7 +14,7 @@ MAX_RETRIES = 2
 
 
 def require_package():
-    """Raise ConfigError where the client's package is missing."""
+    """Raise ConfigError if the client's package is missing."""
     try:
         import obstore  # noqa: F401
     except ImportError as error:
@@ -22,10 +22,10 @@ def require_package():
 
 
 def leading_sizes(size_of, names):
-    """The lengths of the values of a chain that are there, asked for by bisection; 0 behind them.
+    """Find by bisection the lengths of the values of a chain that are there; 0 behind them.
 
-    Whoever writes a chain begins at its head, and whoever evicts it begins at its tail: so what comes before a value
-    that is there is taken to be there, too, and as long. An absent chain takes one question, 2 048 values 12.
+    Writers of a chain begin at its head, and evictions at its tail. So if a value is there, the values before it are
+    assumed to be there, too, and to be as long. An absent chain takes one request, one of 2 048 values 12.
     """
     sizes, low, high, at = [0] * len(names), 0, len(names), 0
     while low < high:
@@ -39,7 +39,7 @@ def leading_sizes(size_of, names):
 
 
 def behind(parts, count):
-    """What is left of these buffers behind so many bytes."""
+    """The rest of these buffers after the first `count` bytes."""
     for i, part in enumerate(parts):
         if count < len(part):
             return [part[count:], *parts[i + 1 :]]
@@ -55,11 +55,11 @@ class ObjectClient:
     url : str
         ``s3://bucket/prefix``, or with ``gs`` or ``az``.
     config : dict
-        For obstore: endpoint, region and such. Credentials it finds where its kind of bucket has them as a rule.
+        For obstore: endpoint, region and such. It finds credentials where they usually are for the kind of bucket.
     ca : bytes or None
         Certificates (PEM) to trust besides the system's.
     refresh_s : int
-        An object older than that is written again when it is read; 0: never.
+        If an object older than that is read, it is written again. 0: never.
     request_timeout_ms, connect_timeout_ms : int
     """
 
@@ -108,7 +108,7 @@ class ObjectClient:
             obstore.delete(self._store(), name)
 
     def list(self):
-        """Give each object's name, bytes, and when it was written, in seconds since 1970."""
+        """Yield name, bytes and time of writing (seconds since 1970) of each object."""
         import obstore
 
         for page in obstore.list(self._store(), chunk_size=1000):
@@ -116,7 +116,7 @@ class ObjectClient:
                 yield each["path"], each["size"], each["last_modified"].timestamp()
 
     def remove(self, names):
-        """Remove objects, those that are gone already too."""
+        """Remove objects; those that are gone already do no harm."""
         import obstore
 
         with contextlib.suppress(FileNotFoundError):
@@ -149,7 +149,7 @@ class ObjectClient:
 
 
 class FolderClient(ObjectClient):
-    """Files in a folder. obstore writes them, under another name first; they are read straight into the buffer."""
+    """Files in a folder. obstore writes them, under another name first. They are read directly into the buffers."""
 
     def __init__(self, folder):
         self._folder, self._lock, self._made = folder, threading.Lock(), None

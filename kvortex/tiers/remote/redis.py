@@ -9,7 +9,7 @@ INSTALL = "the Redis tier needs the package valkey-glide-sync; install kvortex[r
 
 
 def require_package():
-    """Raise ConfigError where the client's package is missing."""
+    """Raise ConfigError if the client's package is missing."""
     try:
         import glide_sync  # noqa: F401
     except ImportError as error:
@@ -26,9 +26,9 @@ class RedisClient:
     is_cluster : bool
     username, password : str or None
     tls, ca : bool, bytes or None
-        Whether to encrypt, and the certificates (PEM) of whom to trust instead of the system's.
+        Whether to encrypt, and the certificates (PEM) to trust instead of the system's.
     ttl_s : int
-        Values expire so long after they were written or read; 0: never.
+        Values expire so many seconds after they were last written or read; 0: never.
     request_timeout_ms, connect_timeout_ms : int
     """
 
@@ -54,7 +54,7 @@ class RedisClient:
             found = client.get(name, buffer=value)
         except glide_sync.RequestError:
             nbytes = client.strlen(name)
-            if nbytes <= len(value):  # else it does not fit, and that was all
+            if nbytes <= len(value):  # otherwise the value was too long, and nothing else is wrong
                 raise
             return Value(nbytes)
         if found is None:
@@ -100,7 +100,7 @@ class RedisClient:
         import glide_sync
         from glide_shared import config
 
-        glide_sync.Logger.init(glide_sync.LogLevel.OFF)  # it would write to stderr; what fails is told by the store
+        glide_sync.Logger.init(glide_sync.LogLevel.OFF)  # it would write to stderr; the store reports errors
         username, password, tls, ca, request_timeout_ms, connect_timeout_ms = self._settings
         if isinstance(self._address, str):
             address = config.NodeAddress(unix_socket_path=self._address)

@@ -8,14 +8,14 @@ from operator import itemgetter
 from kvortex.errors import ConfigError, KVortexError, TierError
 
 NAME = re.compile(r"(?:.*/)?[0-9a-f]{8}/[0-9a-f]{2}/[0-9a-f]{64}", re.DOTALL)  # a block
-STAGED = re.compile(NAME.pattern + r"#\d+", re.DOTALL)  # one that obstore is writing, or has left
-STAGED_S = 3600  # nothing is written for so long
+STAGED = re.compile(NAME.pattern + r"#\d+", re.DOTALL)  # a block that obstore is writing, or left unfinished
+STAGED_S = 3600  # no write takes so long
 BATCH = 1000  # objects that one request removes
 
 
 @dataclass
 class Swept:
-    """What was found, and what of it was removed."""
+    """How much was found, and how much of that was removed."""
 
     blocks: int = 0
     bytes: int = 0
@@ -25,7 +25,7 @@ class Swept:
 
 
 def sweep(tier, *, max_bytes=None, older_than_s=None, dry_run=False, progress=None):
-    """Remove blocks until the rest is neither older nor more than it may be, and files that a killed writer left.
+    """Remove blocks until no limit is exceeded, and files that a killed writer left.
 
     Parameters
     ----------
@@ -33,11 +33,11 @@ def sweep(tier, *, max_bytes=None, older_than_s=None, dry_run=False, progress=No
     max_bytes : int, optional
         What may stay, of all models and ranks together.
     older_than_s : float, optional
-        Blocks that were written, or on ``file://`` read, longer ago go.
+        Blocks that were written (on ``file://``: or read) longer ago are removed.
     dry_run : bool, default False
-        Remove nothing, and tell what would be.
+        Remove nothing, and return what would be removed.
     progress : callable, optional
-        Called with the share that is removed, 0 to 1, and a function that returns words for it.
+        Called with the share that is removed, 0 to 1, and a function that returns a text about it.
 
     Returns
     -------
@@ -48,11 +48,11 @@ def sweep(tier, *, max_bytes=None, older_than_s=None, dry_run=False, progress=No
     ConfigError
         Neither limit is given.
     TierError
-        The client failed; what it has removed by then is gone.
+        The client failed; blocks that it removed by then are gone.
 
     Notes
     -----
-    Only files that are named as blocks are, below the URL, are ever removed. What is evicted by size goes oldest first;
+    Only files below the URL whose names are those of blocks are ever removed. By size, the oldest are removed first;
     names and times of all blocks are held in memory.
     """
     if max_bytes is None and older_than_s is None:

@@ -25,28 +25,28 @@ MOST_THREADS = 256
 
 @dataclass(frozen=True)
 class RemoteTier:
-    """What tiers on servers have in common; use `RedisTier` or `ObjectTier`.
+    """The settings that all tiers on servers have; use `RedisTier` or `ObjectTier`.
 
     Attributes
     ----------
     url : str
         Where the server is. A password in it is refused: logs and process lists would show it.
     view_blocks : int, default 262144
-        Blocks that the engine can know to be there; each takes some memory. What is forgotten is asked for again.
+        Blocks of the server that the engine can remember, in some memory each. If it forgot one, it asks again.
     num_threads : int, default 8
         Blocks in flight, 1 to 256.
     queue_blocks : int, default 4096
-        Blocks that may wait; what comes beyond is not written, or a miss.
+        Blocks that may wait. Beyond that, blocks are not written, and reads are misses.
     write_bytes_per_s : int or str, default 0
-        What may be written while blocks are saved, as of a `DiskTier`. 0: no limit.
+        How much may be written while blocks are saved, as for a `DiskTier`. 0: no limit.
     lookup_timeout_ms : int, default 50
-        How long a prefix that is not known may wait for the server's answer; then it is a miss.
+        How long an unknown prefix may wait for the server's answer; then it is a miss.
     negative_ttl_s : float, default 10
         How long a block that was not there counts as missing before it is asked for again.
     request_timeout_ms, connect_timeout_ms : int, default 5000 and 1000
-        Of the client, for each of its calls.
+        Limits of the client for each call, and for a connection.
     ca_file : str or path, optional
-        Certificates (PEM) of whoever signs the server's.
+        Certificates (PEM) of the authority that signed the server's.
     """
 
     url: str
@@ -102,12 +102,12 @@ class RemoteTier:
         try:
             parts = urllib.parse.urlsplit(self.url)
             parts.port  # noqa: B018  (it may be none)
-        except ValueError:  # what it says of the url may be a part of a password
+        except ValueError:  # its text may contain a part of a password
             raise ConfigError(f"url cannot be read; it must be such as {self.EXAMPLE!r}") from None
         return parts
 
     def open(self, pool, *, namespace, tag=NO_TAG, rank=0, **whose):
-        """Begin to use the server, which is not asked for anything yet.
+        """Begin to use the server. No request is sent yet.
 
         Parameters
         ----------
@@ -116,7 +116,7 @@ class RemoteTier:
         namespace, tag : bytes
             32 bytes that name the model as loaded, and its weights.
         rank : int
-            Whose blocks they are.
+            The rank whose blocks are stored.
 
         Returns
         -------
@@ -130,7 +130,7 @@ class RemoteTier:
         return OpenRemoteTier(self, self.open_store(pool, namespace=namespace, rank=rank), tag)
 
     def open_store(self, pool, *, namespace, rank=0, **whose):
-        """Begin to use the server for the blocks of one rank; what of `whose` a `DiskTier` needs changes nothing here.
+        """Begin to use the server for the blocks of one rank; `whose` has arguments that only a `DiskTier` needs.
 
         Returns
         -------
@@ -139,8 +139,8 @@ class RemoteTier:
         Raises
         ------
         ConfigError
-            The client's package is missing, a secret or certificate is not where it is said to be, or the server would
-            not take blocks of this size.
+            The client's package is missing, a secret or certificate cannot be read, or the server would not take blocks
+            of this size.
         """
         return RemoteStore(
             pool,
@@ -170,9 +170,9 @@ class RedisTier(RemoteTier):
     ttl_s : int, default 0
         Seconds after which a block that nobody reads expires; 0: never, so that the server's ``maxmemory`` decides.
     max_value_bytes : int, default 512 MiB
-        Of the longest value that the server takes (its ``proto-max-bulk-len``).
+        The longest value that the server takes (its ``proto-max-bulk-len``).
 
-    The rest is told by ``help(kvortex.tiers.remote.RemoteTier)``.
+    For the other settings see ``help(kvortex.tiers.remote.RemoteTier)``.
     """
 
     cluster: bool = field(default=False, kw_only=True)
@@ -184,7 +184,7 @@ class RedisTier(RemoteTier):
 
     SCHEMES = ("redis", "rediss", "valkey", "valkeys", "unix")
     EXAMPLE = "redis://cache:6379"
-    SECRETS = "name where it lies with password_env or password_file"
+    SECRETS = "name its place with password_env or password_file"
     LIMITS = {"ttl_s": (0, 1 << 31), "max_value_bytes": (1, 1 << 31)}
     TEXTS, FLAGS = ("ca_file", "password_env", "password_file"), ("cluster",)
 
@@ -206,7 +206,7 @@ class RedisTier(RemoteTier):
     name = "redis"
 
     def name_format(self, namespace):
-        """What blocks are called on the server, with ``{name}`` for their own."""
+        """The names of blocks on the server, with ``{name}`` for the part of each block."""
         return self.key_prefix.replace("{", "{{").replace("}", "}}") + namespace[:4].hex() + ":{name}"
 
     def client(self, record_bytes):
@@ -234,23 +234,23 @@ class RedisTier(RemoteTier):
 class ObjectTier(RemoteTier):
     """Blocks as objects of S3 and its kin, or as files of a folder that several engines share.
 
-    Credentials are those that obstore finds: in the environment (``AWS_ACCESS_KEY_ID``, ...), or the machine's role. It
-    does not read the files and profiles of AWS's own tools.
+    Obstore finds the credentials: in the environment (``AWS_ACCESS_KEY_ID``, ...), or in the machine's role. It does
+    not read the files and profiles of AWS's own tools.
 
     Attributes
     ----------
     url : str
         ``s3://bucket[/prefix]``, or with ``gs`` or ``az``, or ``file:///folder``. `kvortex sweep` bounds what is there.
     endpoint : str, optional
-        Of S3 servers other than Amazon's: ``https://host[:port]``.
+        For S3 servers other than Amazon's: ``https://host[:port]``.
     region : str, optional
     virtual_hosted : bool, default False
         Whether the bucket is a part of the host's name, instead of the path.
     refresh_s : int, default 0
-        An object that is older when it is read is written again, so that a sweep by age leaves it: half of the
-        ``--older-than`` of `kvortex sweep`. 0: never. On ``file://`` every read renews the file's time.
+        If an object that is read is older than that, it is written again, so that a sweep by age keeps it. Set it to
+        half of the ``--older-than`` of `kvortex sweep`. 0: never. On ``file://`` every read renews the file's time.
 
-    The rest is told by ``help(kvortex.tiers.remote.RemoteTier)``.
+    For the other settings see ``help(kvortex.tiers.remote.RemoteTier)``.
     """
 
     endpoint: str | None = field(default=None, kw_only=True)
@@ -278,14 +278,14 @@ class ObjectTier(RemoteTier):
 
     @property
     def name(self):
-        """Of the tier, in statistics and logs: "s3", ..."""
+        """Name of the tier in statistics and logs: "s3", ..."""
         return self._parts().scheme
 
     def _folder(self):
         return urllib.parse.unquote(self._parts().path)
 
     def name_format(self, namespace):
-        """What blocks are called below the prefix, with ``{name}`` for their own; 256 folders a model."""
+        """The names of blocks below the prefix, with ``{name}`` for the part of each block; 256 folders a model."""
         return namespace[:4].hex() + "/{name:.2}/{name}"
 
     def client(self, record_bytes=0):
@@ -314,16 +314,16 @@ def tier_at(url, options, beside=(), **others):
     ----------
     url : str
     options : dict
-        Settings by name, as somebody wrote them down.
+        Settings by name, as the user wrote them.
     beside : iterable of str, default ()
-        Names that may have been meant, too, but are not the tier's.
+        Further names for the hint "did you mean", which are no settings of the tier.
     **others
-        Settings that are not to be among these.
+        Further settings, which `options` may not have.
 
     Raises
     ------
     ConfigError
-        There is no such setting, or it cannot be that.
+        There is no such setting, or its value is wrong.
     """
     kind = ObjectTier if isinstance(url, str) and url.partition(":")[0] in ObjectTier.SCHEMES else RedisTier
     known = {field.name for field in fields(kind)} - {"url", *others}
@@ -346,12 +346,12 @@ class OpenRemoteTier:
     Attributes
     ----------
     catalogue : BlockIndex
-        Of what the server is believed to have.
+        The blocks that the server probably has.
     store : RemoteStore
     adoption : View
-        Which fills the catalogue.
+        It fills the catalogue.
     tag : bytes
-        Of the weights: for every put and get from now on.
+        The tag of the weights for every put and get from now on.
     queue_blocks : int
         Blocks that the store lets wait.
     lookup_s : float
@@ -379,14 +379,14 @@ class OpenRemoteTier:
     @tag.setter
     def tag(self, tag):
         self._tag = tag
-        self.store.disown()  # what is being written under the tag of before others have, too
+        self.store.disown()  # blocks that are written under the old tag stay on the server, for others
 
     def ask(self, keys):
-        """A `Question` about what is not known of a chain of keys; None where there is nothing to ask."""
+        """A `Question` about the unknown part of a chain of keys; None if there is nothing to ask."""
         return self.adoption.ask(keys)
 
     def look_up(self, keys):
-        """HIT, MISS or BUSY for each key, as far as is known, without I/O."""
+        """HIT, MISS or BUSY for each key, by the catalogue, without I/O."""
         return look_up(self.catalogue, keys)
 
     def discard(self, keys):
@@ -395,7 +395,7 @@ class OpenRemoteTier:
         return self._forget(keys)
 
     def was_wrong(self, keys, statuses):
-        """Blocks were read that are not what they were taken for: forget them, and remove what is wrong itself."""
+        """Forget blocks whose reads failed, and remove those that are wrong on the server."""
         with contextlib.suppress(EngineClosed):
             self.store.delete(keys[~np.isin(statuses, NOT_TO_BE_ERASED)], self.tag, timeout_ms=None)
         self._forget(keys[statuses == BlockStatus.MISSING])
@@ -407,13 +407,13 @@ class OpenRemoteTier:
         return int((slots != NO_SLOT).sum())
 
     def clear(self, tag):
-        """Forget everything at once. What is on the server stays, for others: it has another tag."""
+        """Forget everything at once. Blocks on the server stay, for others: they have another tag."""
         self.tag = tag
         self.adoption.clear(tag)
         self.catalogue.clear()
 
     def close(self, timeout_ms=5000):
-        """Write what was given, end the threads, close the client. Idempotent."""
+        """Write the blocks that were put, end the threads, close the client. Idempotent."""
         self.adoption.stop()
         deadline_s = time.monotonic() + timeout_ms / 1000
         with contextlib.suppress(EngineClosed):

@@ -1,8 +1,8 @@
-"""The view of a server: what blocks are called there, and which of them it is believed to have.
+"""The view of a server: the names of blocks there, and which blocks it probably has.
 
-A thread of its own asks, so that nobody waits for that. What the view says may be wrong: the server evicts, and others
-write. A block that is not there any more is a miss when it is read; one that came meanwhile is found when what was said
-of it has aged.
+A thread of the view asks the server, so that no other thread waits. The view may be wrong, because the server evicts
+and others write. If a block is not there any more, reading it is a miss. If a block was absent and others wrote it, it
+is found when the answer about it has expired.
 """
 
 import hashlib
@@ -17,12 +17,12 @@ from kvortex.index import NO_SLOT, ReserveStatus
 from kvortex.keys import persistent_names
 from kvortex.tiers._record import HEADER_BYTES
 
-MOST_QUESTIONS = 256  # that wait: beyond, the oldest are dropped, and what they asked for is a miss
+MOST_QUESTIONS = 256  # that wait; beyond that, the oldest are dropped, and their blocks are misses
 MOST_ABSENT = 1 << 18  # keys
 
 
 class Names:
-    """What blocks of one rank are called on a server.
+    """The names of one rank's blocks on a server.
 
     Parameters
     ----------
@@ -30,14 +30,14 @@ class Names:
         32 bytes that name the model as loaded.
     rank : int
     name_format : str
-        With ``{name}`` for 64 hexadecimal digits of a block's own.
+        ``{name}`` stands for the 64 hexadecimal digits of a block.
     """
 
     def __init__(self, namespace, rank, name_format):
         self.namespace, self.rank, self.name_format = namespace, rank, name_format
 
     def of(self, keys, tag, counts=1):
-        """The names of these keys, (n, 32) uint8, under a tag of weights; `counts` tells how many records lie there."""
+        """The names of these keys, (n, 32) uint8, under a tag of weights; `counts`: records in each value."""
         names, counts = np.zeros((len(keys), 32), np.uint8), np.broadcast_to(counts, len(keys))
         for count in np.unique(counts).tolist():
             rows = counts == count
@@ -45,20 +45,20 @@ class Names:
         return [self.name_format.format(name=bytes(row).hex()) for row in names]
 
     def _space_of(self, count):
-        """What names objects of so many records: those of another number are others."""
+        """The namespace of objects of `count` records: each number has its own."""
         return self.namespace if count == 1 else hashlib.sha256(self.namespace + b"%d blocks" % count).digest()
 
 
 class Objects(NamedTuple):
-    """In which objects blocks lie, a row for each block."""
+    """For each block, a row that says in which object it is."""
 
-    keys: np.ndarray  # (n, 32) uint8: of the last block of the object, by which that is called
-    places: np.ndarray  # which of the records of the object is the block's
-    counts: np.ndarray  # how many there are
+    keys: np.ndarray  # (n, 32) uint8: key of the object's last block, which names the object
+    places: np.ndarray  # number of the block's record in the object
+    counts: np.ndarray  # records in the object
 
 
 def objects_of(blocks):
-    """The `Objects` of all blocks of some, (n, count, 32) uint8."""
+    """The `Objects` of blocks (n, count, 32) uint8, of which each row makes an object."""
     n, count = blocks.shape[:2]
     return Objects(
         np.repeat(blocks[:, -1], count, axis=0), np.tile(np.arange(count, dtype=np.uint8), n),
@@ -67,8 +67,8 @@ def objects_of(blocks):
 
 
 class Question:
-    """Objects that a server is asked for, (n, count, 32) keys of their blocks; `is_over` once the view has the answer,
-    or never will: then it `has_failed`.
+    """Objects that a server is asked for, by the keys (n, count, 32) of their blocks. `is_over`: the view has the
+    answer, or, if it `has_failed`, will never have it.
     """
 
     def __init__(self, blocks, tag, is_chain):
@@ -76,7 +76,7 @@ class Question:
 
 
 class View:
-    """Keep a catalogue of what a server is believed to have, and ask the server for what is not known.
+    """Keep a catalogue of what a server probably has, and ask the server about what is not known.
 
     No method waits for the server.
 
@@ -84,20 +84,20 @@ class View:
     ----------
     client : Client
     names : Names
-        Of the rank whose blocks stand for those of all.
+        Names of the rank that is asked about in place of all ranks.
     payload_bytes : int
-        Of the longest block.
+        Length of the longest block.
     catalogue : BlockIndex
-        Of what is believed to be there; the least recently used is forgotten first.
+        Of the blocks that are probably there; the least recently used one is forgotten first.
     tag : bytes
     negative_ttl_s : float
         How long a block that was not there counts as missing before it is asked for again.
     answered : callable, optional
         Called after each answer, by the thread of the view.
     alike : bool, default False
-        All blocks count as `payload_bytes` long, whatever this rank's are.
+        Whether all blocks count as `payload_bytes` long, whatever their length in this rank.
     noted : callable, optional
-        Called with slots of the catalogue and the `Objects` of their blocks, before these are found there.
+        Called with slots of the catalogue and the `Objects` of their blocks, before lookups find these blocks.
     """
 
     def __init__(self, client, names, payload_bytes, catalogue, tag, negative_ttl_s, answered=None, alike=False,
@@ -105,20 +105,20 @@ class View:
         self._noted = noted
         self.client, self.names, self.catalogue, self.tag = client, names, catalogue, tag
         self._payload_bytes, self._ttl_s, self._answered, self._alike = payload_bytes, negative_ttl_s, answered, alike
-        self.num_scanned = self.num_adopted = 0  # blocks that were asked for, that were there
+        self.num_scanned = self.num_adopted = 0  # blocks that were asked for; blocks that were there
         self.last_error = None
         self._lock = threading.Condition()
-        self._absent = OrderedDict()  # key: until when it counts as missing
+        self._absent = OrderedDict()  # key -> until when it counts as missing
         self._questions, self._is_closed = deque(), False
         self.thread = threading.Thread(target=self._run, name="kvortex-remote-view", daemon=True)
         self.thread.start()
 
-    is_over = True  # there is no scan after which everything would be known
+    is_over = True  # as of a scan: a server is never scanned
 
     def ask(self, keys, *, is_chain=True, count=1):
-        """Ask for what is not known of these keys; None where all is, or nobody can be asked.
+        """Ask about the unknown ones of these keys; None if all are known, or the view is closed.
 
-        Of a chain each block is of use only behind the one before it. `count` of them are an object, known by the last.
+        Of a chain, a block is of use only if the one before it is there. `count` keys are an object, named by the last.
         """
         now_s, blocks = time.monotonic(), keys.reshape(-1, count, 32)
         unknown = (self.catalogue.slots_of(keys) == NO_SLOT).reshape(-1, count).any(axis=1)
@@ -128,7 +128,7 @@ class View:
                     unknown[i:] &= not is_chain
                     unknown[i] = False
                 if is_chain:
-                    break  # of what comes behind, nothing is known, or it would have been asked for
+                    break  # of the blocks behind it nothing is known, either
             if not unknown.any() or self._is_closed:
                 return None
             question = Question(blocks[unknown], self.tag, is_chain)
@@ -139,13 +139,13 @@ class View:
         return question
 
     def forget(self, keys):
-        """The server does not have these."""
+        """Note that the server does not have these."""
         with self._lock:
             self._mark_absent(keys)
         self.catalogue.discard(keys)
 
     def clear(self, tag):
-        """Believe nothing any more; what is asked for from now on has another tag."""
+        """Forget all answers, and ask under another tag from now on."""
         with self._lock:
             self.tag = tag
             self._absent.clear()
@@ -160,7 +160,7 @@ class View:
             self._lock.notify()
 
     def wait_forgotten(self, timeout_ms=None):
-        """Whether what was discarded is being removed: at once, here."""
+        """Whether discarded blocks are removed: here that begins at once."""
         return True
 
     def _run(self):
@@ -170,10 +170,10 @@ class View:
                     self._lock.wait()
                 if self._is_closed:
                     return
-                question = self._questions.pop()  # the newest: whoever asked before may wait no more
+                question = self._questions.pop()  # the newest: earlier readers may not wait any more
             try:
                 self._answer(question)
-            except Exception as error:  # of the client, whatever it was: nothing is known, and the next one asks again
+            except Exception as error:  # any error of the client: the next question asks again
                 self.last_error, question.has_failed = f"{type(error).__name__}: {error}"[:500], True
             question.is_over = True
             if self._answered is not None:
@@ -196,7 +196,7 @@ class View:
             self._note(blocks[is_there], lengths[is_there].astype(np.uint32))
 
     def _note(self, blocks, lengths):
-        """The server has these; the head of the chain has room first, and is to be forgotten last."""
+        """Note that the server has these. The head of the chain gets room first, and is forgotten last."""
         if not len(blocks):
             return
         keys = np.ascontiguousarray(blocks).reshape(-1, 32)
