@@ -1,4 +1,4 @@
-"""The one package that joins the parts: whoever needs a key and an address, or a policy, lives here."""
+"""The one package that joins the parts: code that needs a key and an address, or a policy, is here."""
 
 from kvortex.engine._engine import BlockHits
 from kvortex.engine.engine import KVortexEngine

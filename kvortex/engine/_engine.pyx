@@ -43,7 +43,7 @@ from kvortex.log import log
 from kvortex.stats import EngineStats
 
 
-HOLD_MS = 60_000  # what one call promotes and loads; it gives the blocks back itself
+HOLD_MS = 60_000  # for a call that promotes and loads: it unpins the blocks itself
 
 
 class BlockHits(NamedTuple):
@@ -56,13 +56,13 @@ class BlockHits(NamedTuple):
 
 
 cdef class Admission:
-    """What a save was granted of a tier's write budget, and what became of it."""
+    """How much of a tier's write budget a save was granted, and how much of that it used."""
 
     def __init__(self, num_blocks):
         self.num_blocks = num_blocks
 
     def grant(self, num_blocks):
-        """The first so many new blocks may be written."""
+        """Let the first `num_blocks` new blocks be written to the tier."""
         self.granted = num_blocks
 
 
@@ -90,10 +90,10 @@ cdef class EngineCore:
         self.closing = self.ended = False
 
     def _attach_tiering(self, tiering):
-        """From here on blocks go to a tier and come back from it; before any call, and for good.
+        """Use a tier from now on, for good. To be called before any verb.
 
-        What a tier keeps outlives the order in which layouts were added: keys of layouts that `create` was not given
-        must differ from those of raw memory.
+        What a tier keeps outlives the order in which layouts were added. So, if `create` had no layout, keys of layouts
+        that are added later must differ from those of raw memory.
         """
         self.tiering, self.catalogue = tiering, tiering.tier.catalogue
         if self.carriers.fingerprint is None:
@@ -115,28 +115,28 @@ cdef class EngineCore:
             Blocks of the layout; or instead of it:
         data_ptrs : integer array (n,) or sequence, sizes : int or integer array (n,)
             Device addresses (multiples of 4) and bytes, 1 to the slot's payload each; the caller orders its own jobs on
-            them. Instead of an address, a list may hold memory without gaps that says where it is (``data_ptr()``,
-            ``__cuda_array_interface__``, a buffer, DLPack): it is held until the job is over, seen by `done`, `wait` or
-            a later call, `stream` is made to wait for the stream that its owner names, and if all of them are such,
-            `sizes` may be left out.
+            them. Instead of an address, a list may hold an object of contiguous memory that says where it is
+            (``data_ptr()``, ``__cuda_array_interface__``, a buffer, DLPack). The object is held until `done`, `wait` or
+            a later call sees that the job is over, and `stream` waits for the stream that its owner names. If all
+            entries are such objects, `sizes` may be left out.
         stream : int or stream object
             Required for device memory; 0 is the legacy default stream. None means that the memory is the CPU's and is
             ready.
         after : uint8 array (m, 32), optional
             The keys that these blocks continue, from the first block of the prefix on: ``keys[:n]`` where ``keys[n:]``
-            is saved. What is in RAM of them and of `keys` becomes most recently used and is not evicted for a later
-            block of the prefix: where the pool is smaller than the prompt, its tail gets FULL and its head stays.
+            is saved. Those of them and of `keys` that are in RAM become most recently used and are not evicted for a
+            later block of the prefix: if the pool is smaller than the prompt, its tail gets FULL and its head stays.
             Without `after` a prompt longer than the pool evicts its own head.
         deferred : bool or "auto", optional
             Whether a thread of the engine submits the copies, so that the call returns within microseconds: the driver
-            takes one for each piece, 65 ms for a long prompt. "auto": only where that is long. By default what the
-            config says. Until ``job.submitted`` a synchronisation of the device or of `stream` does not cover the
-            copies, and ``cudaFree`` does not wait for them; the memory must live until ``job.done()``. ``job.wait_on``
-            right after the call waits until they are submitted.
+            takes a microsecond for each piece, 65 ms for a long prompt. "auto": only if there are many pieces. By
+            default `KVortexConfig.deferred`. Until ``job.submitted`` a synchronisation of the device or of `stream`
+            does not cover the copies, and ``cudaFree`` does not wait for them; the memory must live until
+            ``job.done()``. ``job.wait_on`` right after the call waits until they are submitted.
         layout : KVLayout, optional
-            Which of the engine's layouts the blocks are of, or a part of one; by default ``engine.layout``. It also
-            says whose the keys are: layouts of one `KVLayout.fingerprint` whose blocks are packed alike share blocks,
-            and to any other a key names another block.
+            Which of the engine's layouts the blocks are of, or a part of one; by default ``engine.layout``. Keys belong
+            to it: layouts of one `KVLayout.fingerprint` whose blocks are packed alike share blocks, and for any other
+            layout a key names another block.
 
         Returns
         -------
@@ -157,12 +157,12 @@ cdef class EngineCore:
 
         Notes
         -----
-        Thread-safe; the GIL is released. Blocks only while another thread submits on the same stream or on the same
-        device blocks, and, when the driver refused, until the copies already issued are over.
+        Thread-safe; the GIL is released. The call waits only while another thread submits on the same stream or on the
+        same device blocks, and, if the driver refuses, until the copies already issued are over.
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows, before
-        cdef Carrier carrier = self.carrier_of(layout)  # with the digest, before Python code of others runs
+        cdef Carrier carrier = self.carrier_of(layout)  # with the digest, before Python code of the caller runs
         cdef bytes digest = self.digest if layout is None else self.digest_for(layout)
         rows = as_keys(keys) if digest is None else ram_keys(keys, digest)
         if after is not None:
@@ -178,7 +178,7 @@ cdef class EngineCore:
             self.tiering.admit(admission)
         try:
             return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admission, None, -1)
-        finally:  # no Python code runs once the copies are under way: what a signal handler raised would lose the job
+        finally:  # no Python code runs once copies are under way: a signal handler that raises would lose the job
             if admission is not None:
                 admission.is_over = True
 
@@ -193,17 +193,17 @@ cdef class EngineCore:
         Parameters
         ----------
         keys, block_ids, data_ptrs, sizes, stream
-            As for `save_blocks`; a target named twice is refused, and read-only memory (`BufferError` if it is one of
-            `data_ptrs`).
+            As for `save_blocks`. A target named twice is refused, and so is read-only memory (`BufferError`, if it is
+            one of `data_ptrs`).
         deferred : bool or "auto", optional
             As for `save_blocks`.
         layout : KVLayout, optional
             As for `save_blocks`. What was saved under another fingerprint is a miss.
         prefetched : Prefetch, optional
-            What `prefetch` brought for these keys: it is closed when this call has pinned blocks itself.
+            The prefetch of these keys. When this call has pinned blocks itself, it closes the prefetch.
         promote_timeout_ms : int, optional
-            Bring what only a lower tier has into RAM first, and wait for that so long at the most; 0 by default. Then
-            this call blocks, the GIL released, and moves what has come by then.
+            First read blocks that only a lower tier has into RAM, and wait for them so long at the most, the GIL
+            released; then load what is in RAM. By default the tier is not read.
 
         Returns
         -------
@@ -214,7 +214,7 @@ cdef class EngineCore:
         Raises
         ------
         ValueError, TypeError, DriverError, EngineClosed
-            As for `save_blocks`. After a `DriverError` the targets hold anything.
+            As for `save_blocks`. After a `DriverError` the content of the targets is undefined.
         """
         cdef Source source
         cdef const uint8_t[:, ::1] rows
@@ -236,7 +236,7 @@ cdef class EngineCore:
         close, promotion = self.tiering_of(prefetched)
         cdef Job job = self.run(carrier, H2D, rows, source, None, self.deferral(deferred), None, None, -1)
         if job.count:
-            close(promotion)  # compiled, as nothing else may run now
+            close(promotion)  # compiled, as no Python code may run now
         return job
 
     def check_blocks(self, keys, *, layout=None):
@@ -343,7 +343,7 @@ cdef class EngineCore:
         Returns
         -------
         int
-            How many were there.
+            How many of the keys were there.
 
         Raises
         ------
@@ -372,13 +372,13 @@ cdef class EngineCore:
     def clear(self, weights=None):
         """Forget every block at once, saves in flight included: after a weight update nothing older is ever served.
 
-        To be called after the last save of old KV has been called and before the first of new.
+        Call it after the last save of old KV was called and before the first save of new KV.
 
         Parameters
         ----------
         weights : str, optional
-            Names the weights that blocks are computed with from now on: a lower tier keeps them for a later engine of
-            ``KVortexConfig(weights=...)``. Without a name what is saved from now on is of no use to another process.
+            Names the weights that blocks are computed with from now on: a later engine of this
+            ``KVortexConfig(weights=...)`` finds them in a lower tier. Without a name no other process can use them.
 
         Raises
         ------
@@ -405,10 +405,10 @@ cdef class EngineCore:
             with nogil:
                 self.index.clear_all()
             if tier is not None:
-                tier.tag = tag  # only now, or what RAM had could be written under this name
+                tier.tag = tag  # after RAM was cleared, or its old blocks could be written under this tag
                 with nogil:
                     self.catalogue.clear_all()
-                    self.index.clear_all()  # of what came from the tier in between
+                    self.index.clear_all()  # again: blocks may have come from the tier in between
         finally:
             self.calls -= 1
 
@@ -460,7 +460,7 @@ cdef class EngineCore:
             free(count)
 
     def _keys_of(self, keys, layout):
-        """The keys that the index has for these; copied, so that nobody changes them."""
+        """The caller's keys as the index knows them, copied so that nobody can change them."""
         return np.array(self.keys_of(keys, layout))
 
     @property
@@ -487,7 +487,7 @@ cdef class EngineCore:
             self.require_open()
         if self.log_failures():  # ran Python code, which may have shut the engine down
             self.require_open()
-        self.calls += 1  # until this is undone shutdown() waits, so no Python code may run, which could call it
+        self.calls += 1  # shutdown() waits until this is undone, so no Python code that could call it may run
         return 0
 
     cdef int log_failures(self) except -1:
@@ -509,14 +509,14 @@ cdef class EngineCore:
             return 1
         if not self.failure and self.pool.failure and not self.logged_pool:
             self.logged_pool = True
-            log(logging.WARNING, "pool_incomplete", "registering the pool's memory failed, so it stays smaller than "
+            log(logging.WARNING, "pool_incomplete", "registering memory failed, so the pool stays smaller than "
                 "asked for; see PinnedPool.wait_ready", device=self.device.name, pool_bytes=self.pool.nbytes,
                 pool_bytes_ready=self.pool.bytes_ready, error=error_name(self.device, self.pool.failure))
             return 1
         return 0
 
     cdef int deferral(self, object deferred) except -1:
-        """Who issues the copies of a call; the submitter is made for the first that wants it."""
+        """Which thread submits the copies of a call. The first call that needs the submitter starts it."""
         if deferred is None:
             deferred = self.deferred
         if deferred is False:
@@ -530,7 +530,7 @@ cdef class EngineCore:
     cdef const uint8_t[:, ::1] keys_of(self, object keys, object layout):
         """The caller's keys as the index knows them: layouts that cannot hold each other's blocks share none.
 
-        Not asked where nothing can change them, as that costs a quarter of a short call.
+        Not called where keys stay as they are, as that costs a quarter of a short call.
         """
         cdef bytes digest = self.digest
         if layout is not None:
@@ -547,7 +547,7 @@ cdef class EngineCore:
 
     cdef Source source_of(self, Carrier carrier, object layout, Direction direction, Py_ssize_t n, object block_ids,
                           object data_ptrs, object sizes, object stream):
-        """Check what a call moves; where it was shut down meanwhile, that is what the error says."""
+        """Check what a call moves. If the engine was shut down meanwhile, the error says so."""
         try:
             return make_source(self.device, carrier.layout if layout is None else layout, carrier.packings, self.pool,
                                carrier.device_memory, direction, n, block_ids, data_ptrs, sizes, stream)
@@ -560,10 +560,10 @@ cdef class EngineCore:
     @cython.initializedcheck(False)
     cdef Job run(self, Carrier carrier, Direction direction, const uint8_t[:, ::1] keys, Source source, object statuses,
                  int deferred, Admission admission, const uint32_t[::1] expected, int number):
-        """Reserve or acquire, submit, and hand out the job; what was reserved or acquired is undone when that fails.
+        """Reserve or acquire, submit, and return the job. If that fails, undo what was reserved or acquired.
 
-        On the queue of that number; -1: on any. A load ends before the first block that lies in another slot than is
-        `expected`, where that is not None.
+        The job goes on the queue `number`, or on any if that is -1. If `expected` is given, a load ends before the
+        first block that is in another slot than the expected one.
         """
         cdef size_t n = keys.shape[0], num_before = source.after.shape[0] if source.chained else 0, moved, index
         cdef TransferQueue queue
@@ -678,24 +678,24 @@ cdef class EngineCore:
         return count
 
     cdef tuple tiering_of(self, object prefetched):
-        """What to call with what, in one step, to close a prefetch of this engine."""
+        """The function and its argument that close a prefetch of this engine."""
         if self.tiering is None or not isinstance(prefetched, self.tiering.Prefetch):
             raise TypeError(f"prefetched must be a Prefetch of this engine, got {prefetched!r}")
         return self.tiering.let_go, prefetched._promotion
 
     cdef Job load_as_it_comes(self, Carrier carrier, const uint8_t[:, ::1] keys, Source source, object timeout_ms,
                               int deferred):
-        """Promote the run and load it piece by piece on one queue, each piece when it has landed.
+        """Promote the run and load it window by window on one queue, each window when it is in RAM.
 
-        The last job speaks for all: its event comes after theirs. All pieces are of what one promotion holds, so that
-        `clear` in between cannot mix two sets of weights; what it does not hold is loaded only if nothing was before.
+        The last job stands for all, because its event comes after theirs. All windows are of blocks that one promotion
+        pins, so that a `clear` cannot mix two sets of weights. Other blocks are loaded only if no window was before.
         """
         cdef Py_ssize_t n = keys.shape[0], first = 0, end = 0, window
         cdef Job job = None, last = None
         cdef size_t moved = 0
         cdef bint is_over = False
         cdef const uint32_t[::1] expected
-        keys = np.array(keys)  # they are read for a while, and nobody may change them
+        keys = np.array(keys)  # they are read for a while: nobody may change them
         if source.by_block and len(np.unique(source.block_ids)) < n:
             raise ValueError("block_ids names a target twice; each target of a load must be its own block")
         prefetch = self.tiering.prefetch(np.asarray(keys), timeout_ms, HOLD_MS)
@@ -734,7 +734,7 @@ cdef class EngineCore:
         return last
 
     cdef void give_loans_back(self) noexcept:
-        """Let go of the memory of jobs that are over."""
+        """Release the caller's memory that is held for jobs which are over."""
         cdef Loan loan
         for loan in self.loans:
             loan.give_back_if_over()
@@ -772,7 +772,7 @@ cdef class EngineCore:
         _c.kv_monitor_unlock(&self.counting)
 
     cdef size_t commit(self, const JobRecord *job, uint64_t *nbytes) noexcept nogil:
-        """Make saved blocks visible, but those with numbers that the codec could not pack; how many there are."""
+        """Make saved blocks visible, but not those that the codec could not pack. Return how many became visible."""
         cdef size_t first, end = job.num_slots, committed = 0, refused = 0
         cdef uint64_t added = 0
         if job.packing is NULL:
@@ -803,7 +803,7 @@ cdef class EngineCore:
         return () if self.carriers is None else self.carriers.layouts
 
     cdef int choose(self) except -1:
-        """Follow the carriers: which of them, and which keys, are meant where a call names no layout."""
+        """Take over from the carriers which carrier and which keys are meant if a call names no layout."""
         cdef KVLayout layout
         self.carrier, self.queues = self.carriers.first, self.carriers.queues
         self.layout = layout = None if self.carrier is None else self.carrier.layout
@@ -811,7 +811,7 @@ cdef class EngineCore:
         return 0
 
     cdef bytes digest_for(self, KVLayout layout):
-        """What keys of blocks of a layout are xored with; None, for those of the first that there ever was: nothing."""
+        """The digest that keys of a layout are xored with; None: nothing, for the first layout that there ever was."""
         fingerprint = self.carriers.fingerprint_of(layout)
         if fingerprint == self.carriers.fingerprint:
             return None
@@ -827,11 +827,11 @@ cdef class EngineCore:
         self.carriers.require_fit(layout, codec, exact_layers)
 
     def _fingerprint_of(self, KVLayout layout not None):
-        """`KVLayout.fingerprint` of what lies in slots: packed, it is another one."""
+        """The fingerprint of a layout's blocks in their slots. If they are packed, it is not that of the layout."""
         return self.carriers.fingerprint_of(layout)
 
     def _add_carrier(self, Carrier carrier not None):
-        """From here on calls may name its layout; where this raises, nothing has changed."""
+        """Let calls name the layout of a carrier. If this raises, nothing has changed."""
         self.require_open()
         self.carriers.add(carrier)
         self.choose()
@@ -855,7 +855,7 @@ cdef class EngineCore:
     # ---- end --------------------------------------------------------------------------------------------------------
 
     def _refuse_calls(self):
-        """Let no call in any more; jobs go on."""
+        """Refuse new calls. Jobs go on."""
         self.closing = True
 
     def _close(self, timeout_ms):
@@ -875,13 +875,13 @@ cdef class EngineCore:
         return False
 
     cdef bint close_parts(self, int64_t timeout_ms, bint interruptible) except -1:
-        """What `_close` does; False if somebody else did it meanwhile.
+        """Do the work of `_close`; False if another call did it meanwhile.
 
-        What signal handlers raise ends it, if it is `interruptible`: while jobs are waited for, whom the completion
-        thread still retires, or while the pool is given back. Each step may be done again.
+        If `interruptible`, an exception of a signal handler ends it, while it waits for jobs (the completion thread
+        goes on retiring them) or gives the pool back. Each step may be done again.
         """
         cdef uint64_t deadline = _c.kv_deadline_ns(timeout_ms)
-        cdef bint dead = self.failure != 0  # whose queues may be gone with their layout
+        cdef bint dead = self.failure != 0  # the queue that failed may be gone with its layout
         cdef bint stuck
         cdef Submitter submitter
         while (self.calls or self.any_in_flight()) and _c.kv_now_ns() < deadline:
@@ -896,15 +896,15 @@ cdef class EngineCore:
         with nogil:
             stuck |= not self.carriers.thread.stop(deadline)
         if self.calls or stuck:
-            # A call, the submitter or the completion thread does not come to its end: leave it its parts.
+            # A call, the submitter or the completion thread does not end: leave it the parts that it uses.
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
             self.leaked = self.ended = True
             Py_INCREF(self.loans)
-            Py_INCREF(self.carriers)  # pool and layouts, which these threads may still look at
+            Py_INCREF(self.carriers)  # pool and layouts, which these threads may still use
             self.pool.abandon()
             return True
-        if self.any_in_flight():  # giving device memory back waits for all copies, and theirs may never end
+        if self.any_in_flight():  # giving device memory back waits for all copies, and these may never end
             for queue in self.queues:
                 (<TransferQueue>queue).fail_all(_c.KV_CUDA_DEINITIALIZED)
         for queue in self.queues:
@@ -936,13 +936,13 @@ cdef class EngineCore:
             self.closing = True
             self.close_parts(1000, False)
         for queue in self.queues or ():
-            (<TransferQueue>queue).hook = NULL  # what a queue left open still retires, it retires without us
+            (<TransferQueue>queue).hook = NULL  # a queue that was left open retires its jobs without us
         if self.has_counting:
             _c.kv_monitor_destroy(&self.counting)
 
 
 cdef int require_parts(Device device, PinnedPool pool, BlockIndex index, Carrier carrier) except -1:
-    """Refuse what a thread without the GIL could not tell."""
+    """Refuse parts that do not fit. A thread without the GIL could not say so later."""
     device.require_open()
     pool._require_open()
     if pool.is_attached:
@@ -964,7 +964,7 @@ cdef str error_name(Device device, int code):
 
 
 cdef size_t join_levels(const uint8_t *in_ram, uint8_t *levels, size_t n) noexcept nogil:
-    """Of what RAM has and what the tier has make which level has it; return the leading run of what any has."""
+    """Write which level has each key into `levels`; return the length of the leading run over all levels."""
     cdef size_t i, leading = n
     for i in range(n):
         levels[i] = 1 if in_ram[i] else 2 * levels[i]
@@ -982,7 +982,7 @@ cdef void add_ready_slots(void *index, uint32_t first, uint32_t count) noexcept 
 
 
 cdef tuple device_pool_bytes(DevicePool pool):
-    """Limit, use and what the device misses; zeros for a pool that there is not, or whose context is dead."""
+    """Limit, use, and what the pool takes from the device, in bytes. Without a pool zeros; after an error the limit."""
     if pool is None:
         return 0, 0, 0
     try:

@@ -42,11 +42,11 @@ class KVortexEngine(EngineCore):
         Of `gpu_pool_size_bytes`; closed with the engine, after its jobs.
     pool : PinnedPool
     index : BlockIndex
-        Both to look at. Slots that the engine moves blocks through are its own to commit, abort and release: who does
-        that beside it ends the process.
+        Pool and index are for reading. Only the engine may commit, abort and release the slots of its jobs: if other
+        code does, the process ends.
     layout : KVLayout or None
-        Whose blocks are meant where a call names no layout: that of `create`. If it was removed: the oldest one of its
-        `KVLayout.fingerprint`, as where a cache moved; or else the oldest.
+        The layout of calls that name none: that of `create`. If it was removed: the oldest one of the same
+        `KVLayout.fingerprint` (a cache that was moved), or else the oldest.
     layouts : tuple of KVLayout
         That of `create` and those of `add_layout`.
     config : KVortexConfig
@@ -160,14 +160,14 @@ class KVortexEngine(EngineCore):
             if engine is not None and engine.tiering is not None:
                 engine.tiering.close(config.shutdown_timeout_ms)
             if engine is not None:
-                EngineCore._close(engine, config.shutdown_timeout_ms)  # a subclass's own may rely on what was not made
+                EngineCore._close(engine, config.shutdown_timeout_ms)  # a subclass's `_close` may need parts not made
             for part in (carrier, device_pool, pool, device):  # what the engine has not closed
                 if part is not None:
                     part.close()
             raise
 
     def _open_tier(self, layout):
-        """Open what lies below RAM, and start the thread that moves blocks to it and back."""
+        """Open the tier below RAM, and start the thread that moves blocks to it and back."""
         from kvortex.engine.tiering import Tiering, tag_of  # late: most engines have no tier
 
         config, (settings,) = self.config, self.config.tiers
@@ -188,16 +188,16 @@ class KVortexEngine(EngineCore):
     def prefetch(
         self, keys: "NDArray[np.uint8]", timeout_ms: int = 2000, hold_ms: int = 5000, *, layout: KVLayout | None = None
     ) -> "Prefetch":
-        """Begin to bring blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
+        """Begin to read blocks that only a lower tier has into RAM, to be loaded from there; returns at once.
 
-        The leading run of keys that RAM and the tier have together is brought, as far as half of the pool allows. All
-        of it is pinned for the caller: what RAM has first, by a thread of the engine, and the rest as it comes.
+        This is done for the leading run of keys that RAM and the tier together have, up to half of the pool. A thread
+        of the engine pins all of it for the caller: first what RAM has, then each block that was read.
 
         Parameters
         ----------
         keys : uint8 array (n, 32)
         timeout_ms : int, default 2000
-            How long it may take: what has not come by then ends the run.
+            How long it may take. The run ends before the first block that is not in RAM by then.
         hold_ms : int, default 5000
             How long the blocks stay pinned after that if nobody closes the prefetch.
         layout : KVLayout, optional
@@ -211,7 +211,7 @@ class KVortexEngine(EngineCore):
         Raises
         ------
         ValueError, TypeError
-            Those are not keys, or a time is negative.
+            `keys` is no uint8 array (n, 32), or a time is negative.
         ConfigError
             The engine has no tier.
         EngineClosed
@@ -229,7 +229,7 @@ class KVortexEngine(EngineCore):
     def flush(self, timeout_ms: int | None = None) -> int:
         """Write every block that only RAM has to the tier, whatever the write budget says, and make the tier durable.
 
-        Saves in flight are waited for and written too. Blocks; the GIL is released meanwhile.
+        It waits for saves in flight, and writes their blocks, too. The GIL is released meanwhile.
 
         Parameters
         ----------
@@ -245,7 +245,7 @@ class KVortexEngine(EngineCore):
         Raises
         ------
         ValueError
-            `timeout_ms` is no time.
+            `timeout_ms` is not a number of milliseconds.
         TierError
             The disk could not make durable what was written.
         EngineClosed
@@ -260,29 +260,29 @@ class KVortexEngine(EngineCore):
         """Let calls name blocks of one more KV cache: ``layout=`` in the verbs.
 
         It shares pool, index and counters with the others and has streams of its own. Two layouts of one
-        `KVLayout.fingerprint` share keys: what was saved from one can be loaded into the other. To layouts of different
-        fingerprints a key names different blocks.
+        `KVLayout.fingerprint` share keys: what was saved from one can be loaded into the other. For layouts of
+        different fingerprints, a key names different blocks.
 
         Parameters
         ----------
         layout : KVLayout
-            Its memory is only read here, as by `create`; what was found out for a shape is not tried again.
-            A part needs no adding: it goes with its layout.
+            Its memory is only read here, as by `create`. A shape that was probed before is not probed again.
+            A part need not be added: it belongs to its layout.
 
         Raises
         ------
         ConfigError
             Its blocks are larger than the pool's slots, or it lies on a GPU and the engine's device is the host.
         ValueError, TypeError
-            It is there already, is a part, or shares memory with a layout that is there; or there are too many.
+            It was added before, is a part, or shares memory with a layout that is there; or there are too many.
         DriverError, MemoryError, PoolExhausted
-            There was no stream, event or memory to be had.
+            The driver or the system had no stream, event or memory left.
         EngineClosed
             After `shutdown`, or in a forked child.
 
         Notes
         -----
-        Thread-safe. Where it raises, nothing has changed. `shutdown` waits for it.
+        Thread-safe. If it raises, nothing has changed. `shutdown` waits for it.
         """
         if not isinstance(layout, KVLayout):
             raise TypeError(f"layout must be a KVLayout, got {type(layout).__name__}")
@@ -302,8 +302,8 @@ class KVortexEngine(EngineCore):
     def remove_layout(self, layout: KVLayout, timeout_ms: int | None = None) -> None:
         """Let no call name a layout any more, wait for its jobs (GIL released), and give its streams back.
 
-        Its blocks stay in the pool, for layouts of the same fingerprint, later ones too. What calls mean then that name
-        no layout stands at `layout`.
+        Its blocks stay in the pool, for layouts of the same fingerprint, later ones too. The attribute `layout` then
+        says which layout is meant by calls that name none.
 
         Parameters
         ----------
@@ -316,8 +316,8 @@ class KVortexEngine(EngineCore):
         ValueError, TypeError
             The engine has no such layout.
         TimeoutError
-            Jobs are still in flight, or the driver did not come back from a call. The layout takes no more; another
-            call goes on waiting. So it is after Ctrl-C.
+            Jobs are still in flight, or a call of the driver has not returned. The layout takes no more jobs, and
+            another call goes on waiting. It is the same after Ctrl-C.
         EngineClosed
             After `shutdown`, which ends the wait too, or in a forked child.
 
@@ -333,7 +333,7 @@ class KVortexEngine(EngineCore):
             self._drop_carrier(carrier)
 
     def _require_ours(self):
-        """Refuse an engine that was never created, and a parent's: somebody there may hold its lock for ever."""
+        """Refuse an engine that was never created, and one of the parent process: its lock may be held for ever."""
         if self.device is None:
             raise EngineClosed("this engine was never created; use KVortexEngine.create")
         if self.device.pid != os.getpid():
@@ -348,14 +348,14 @@ class KVortexEngine(EngineCore):
     def shutdown(self) -> None:
         """Refuse new calls, wait for jobs in flight, give streams and memory back. Idempotent.
 
-        What a tier was to have is written first, for at most half of that time; `flush`, before this, writes all there
-        is. Jobs that are not over within ``config.shutdown_timeout_ms`` are failed, which wakes whoever waits for them;
-        their memory is then leaked on purpose, because a copy may still be running into it. Ctrl-C ends the waiting:
-        then new calls are refused, jobs in flight go on and are retired, and another call, or the end of the engine or
-        of the interpreter, does the rest.
+        Blocks that were admitted to a tier are written first, for at most half of ``config.shutdown_timeout_ms``; to
+        write all blocks, call `flush` before. Jobs that are not over within that time are failed, which wakes whoever
+        waits for them; their memory is leaked on purpose, because a copy may still be running into it. If Ctrl-C ends
+        the waiting, new calls are refused, and jobs in flight go on and are retired; another call, or the end of the
+        engine or of the interpreter, does the rest.
         """
         if self.device is None or self.device.pid != os.getpid():
-            return  # never created; or the engine is the parent's, and so is whoever holds the lock
+            return  # never created, or of the parent process, where the lock may be held for ever
         with self._shutting_down:  # a second caller returns when the first has finished
             if self.tiering is not None:
                 self._refuse_calls()
@@ -398,6 +398,6 @@ def make_carrier(config, device, pool, layout, device_pool, signals=None):
 
 @atexit.register
 def _shutdown_all():
-    """End the threads of engines nobody shut down while driver and interpreter are still there."""
+    """Shut down the engines that the program left open, while driver and interpreter still exist."""
     for engine in list(_engines):
         engine.shutdown()

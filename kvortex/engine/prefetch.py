@@ -1,4 +1,4 @@
-"""Prefetch: the caller's hold on blocks that come into RAM from a lower tier."""
+"""Prefetch: the caller's handle of blocks that are read from a lower tier into RAM."""
 
 import asyncio
 import concurrent.futures
@@ -12,7 +12,7 @@ from kvortex.errors import EngineClosed
 
 
 class Prefetch:
-    """Blocks that come into RAM, and stay there until their reader has them.
+    """Blocks that are being read into RAM, and stay pinned there until their reader has them.
 
     Made by `KVortexEngine.prefetch`. The blocks are pinned until `close`, until ``load_blocks(..., prefetched=this)``
     has pinned them itself, until `hold_ms` after the last of them came, or until this object is dropped. It can be
@@ -51,7 +51,7 @@ class Prefetch:
             raise TimeoutError(f"the prefetch is not done after {timeout_ms} ms") from None
 
     def wait_for_more(self, num_blocks: int) -> tuple[int, bool]:
-        """Block (GIL released) until so many blocks have come, or all that will.
+        """Block (GIL released) until `num_blocks` blocks are in RAM, or no more will come.
 
         Returns
         -------
@@ -65,7 +65,7 @@ class Prefetch:
                 return landed, is_over
 
     def close(self) -> None:
-        """Let the blocks be evicted again, soon; what has not come yet is no longer waited for. Idempotent."""
+        """Unpin the blocks soon, and wait for no more of them. Idempotent."""
         self._finalizer()
 
     def _require_ours(self):

@@ -1,8 +1,8 @@
 """Tiering: the thread that moves blocks between RAM and the tier below, and what an engine asks of it.
 
-The thread decides a batch at a time and does no I/O itself. Saves, loads and lookups never wait for it. What it knows
-of cleaning and promoting belongs to it alone: other threads leave it messages, so that no signal handler and no
-finalizer of the garbage collector, which may run anywhere, ever meets a lock.
+The thread decides a batch at a time and does no I/O itself. Saves, loads and lookups never wait for it. The state of
+cleaning and promoting belongs to it alone: other threads send it messages. So a signal handler, or a finalizer of the
+garbage collector, which may run anywhere, never waits for a lock.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ from kvortex.tiers.disk.tier import NO_TAG
 from kvortex.tiers.plan import BreakEven, WriteBudget
 from kvortex.tiers.promoter import Promoter, Promotion
 
-WATCHED_S = 0.05  # how long something may go unnoticed while anything is under way
-UNWATCHED_S = 0.5
-STALLED_S = 10.0  # for a flush that gets no further: longer than readers hold what they prefetched, as a rule
-PATIENCE_S = 1.0  # for the thread to come to its end: beyond the deadline, or when the engine was dropped
+WATCHED_S = 0.05  # the longest sleep of the thread while anything is under way
+UNWATCHED_S = 0.5  # and while nothing is
+STALLED_S = 10.0  # a flush without progress then ends; readers hold prefetched blocks for less, as a rule
+PATIENCE_S = 1.0  # for the thread to end: after the deadline, or when the engine was dropped
 
 
 def tag_of(weights):
-    """The tag of named weights; of none, where nothing was ever said about them: zeros."""
+    """The tag of named weights; zeros if they have no name."""
     return NO_TAG if weights is None else hashlib.sha256(weights.encode()).digest()
 
 
@@ -49,9 +49,9 @@ class Tiering:
     tier : OpenDiskTier
         Closed with this.
     bytes_per_s : int
-        What may be written; 0: no limit.
+        Write budget; 0: no limit.
     blocks_per_s : float
-        What the model computes; 0: not known.
+        How fast the model computes blocks; 0: not known.
     """
 
     Prefetch = Prefetch
@@ -61,13 +61,13 @@ class Tiering:
         self._stride_bytes = pool.stride_bytes
         self.budget = WriteBudget(bytes_per_s)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
-        # A server that is full may serve all the same.
+        # A server that takes no writes may still serve reads.
         self._write_breaker = Breaker(f"{tier.name} (writing)") if tier.is_remote else self._breaker
-        self._admissions = deque()  # of saves, until what they did not need is given back
+        self._admissions = deque()  # of saves, until their unused credit is given back
         self._messages = deque()  # (what to do, with what); append and popleft are one step each
         self._left = deque()  # promotions whose blocks a load has pinned itself
         self.let_go = self._left.append  # one step without Python code, and without a wake-up
-        self._waking = threading.RLock()  # the collector may wake the thread from within a call that does
+        self._waking = threading.RLock()  # the garbage collector may call `wake` within `wake`
         self._event = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._is_closing = self._closes_itself = self._gives_up = self._is_closed = False
         self._has_ended = self.has_failed = False
@@ -80,26 +80,26 @@ class Tiering:
     # ---- for saves and loads ----------------------------------------------------------------------------------------
 
     def admit(self, admission):
-        """Grant a save of so many blocks that RAM does not have what the budget allows; called before it begins.
+        """Grant a save as many of the blocks that RAM lacks as the budget allows; called before the save begins.
 
-        What it did not need is given back when ``admission.is_over``.
+        When ``admission.is_over``, the blocks that it did not need are given back.
         """
         admission.grant(self.budget.admit(admission.num_blocks, self._stride_bytes))
         self._admissions.append(admission)
         self.wake()
 
     def window_blocks(self):
-        """Blocks that come from the tier together."""
+        """Blocks that are read from the tier as one batch."""
         return self._promoter.window_blocks
 
     def pace(self, clock):
-        """Begin the write budget anew, by another clock than the machine's: replay lets saved blocks be its time."""
+        """Begin the write budget anew with another clock: in replay, the number of saved blocks is the time."""
         self.budget.pace(clock)
 
     # ---- for the other verbs ----------------------------------------------------------------------------------------
 
     def answers(self):
-        """Whether what the tier has can be had now."""
+        """Whether the tier can be read now."""
         return not self._is_in_trouble(self._breaker)
 
     def prefetch(self, keys, timeout_ms, hold_ms):
@@ -115,7 +115,7 @@ class Tiering:
         self._tell(self._promoter.close, promotion)
 
     def _tell(self, do, promotion):
-        """Leave the thread a message. Any thread may, signal handlers and finalizers too."""
+        """Send the thread a message. Every thread may, and signal handlers and finalizers, too."""
         self._messages.append((do, promotion))
         self.wake()
         if self._has_ended:
@@ -126,7 +126,7 @@ class Tiering:
         keys = np.array(keys)
         was_there = self.index.slots_of(keys) != NO_SLOT
         was_there |= self.tier.catalogue.slots_of(keys) != NO_SLOT
-        self.index.discard(keys)  # first: what is on its way to the tier is looked at once more when it is there
+        self.index.discard(keys)  # RAM first: after a write, the cleaner checks that RAM still has the block
         self.tier.discard(keys)
         return int(was_there.sum())
 
@@ -154,12 +154,12 @@ class Tiering:
             if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble(self._write_breaker):
                 break
             if not self._num_saving() and time.monotonic() >= least_at_s + STALLED_S:
-                break  # what is left cannot be written, whoever else uses the engine
+                break  # no progress: what is left cannot be written
             time.sleep(0.005)
         rest_s = deadline_s - time.monotonic()
         if not self.tier.adoption.wait_forgotten(None if timeout_ms is None else max(0, int(1000 * rest_s))):
             left += 1  # a discarded block may still be found by the next process
-        if not self.tier.is_remote:  # the tier may be the smaller one; what a server has the view may forget
+        if not self.tier.is_remote:  # the tier may be smaller than RAM; the view of a server forgets blocks
             left = max(left, counts["num_ready"] - self.tier.catalogue.num_ready)
         if self._is_in_trouble(self._write_breaker):
             return max(1, left)
@@ -177,7 +177,7 @@ class Tiering:
         return self.has_failed or self._is_closing or not all(breaker.allows(now_s) for breaker in breakers)
 
     def stats(self, blocks_admitted, blocks_not_admitted):
-        """A `TierStats`; what was admitted the engine counts."""
+        """A `TierStats`; the engine counts the admitted blocks."""
         store, catalogue = self.tier.store.stats(), self.tier.catalogue.counters()
         cleaner, promoter = self._cleaner, self._promoter
         return TierStats(
@@ -214,10 +214,10 @@ class Tiering:
     # ---- the thread -------------------------------------------------------------------------------------------------
 
     def wake(self):
-        """Let the thread look again. Nothing happens once it is closed, or in a forked child."""
+        """Wake the thread. After `close`, and in a forked child, this does nothing."""
         if os.getpid() != self._pid:
-            return  # where somebody may hold the lock for ever
-        with self._waking:  # else the descriptor may be another's by now
+            return  # in a forked child the lock may be held for ever
+        with self._waking:  # after `close` the descriptor may be in other use
             if not self._is_closed:
                 os.eventfd_write(self._event, 1)
 
@@ -231,7 +231,7 @@ class Tiering:
                     os.eventfd_read(self._event)
         except Exception as error:  # the tier is lost, the engine is not
             self.has_failed = True
-            log(logging.ERROR, "tiering_failed", "blocks no longer go to the tier or come back", error=repr(error))
+            log(logging.ERROR, "tiering_failed", "blocks no longer go to the tier or are read", error=repr(error))
         finally:
             with contextlib.suppress(Exception):
                 self._promoter.shut()
@@ -246,11 +246,11 @@ class Tiering:
                 self._close_tier(int(1000 * PATIENCE_S))
 
     def _step(self):
-        """Do what can be done now; return for how long there may be nothing, or None at the end."""
+        """Do what can be done now. Return how many seconds the thread may sleep, or None at its end."""
         self._close_left()
         while self._messages:
             do, subject = self._messages.popleft()
-            self._close_left()  # what was loaded before this message makes room for it
+            self._close_left()  # unpin what was loaded before this message
             do(subject)
         self._settle_admissions()
         now_s = time.monotonic()
@@ -279,7 +279,7 @@ class Tiering:
     # ---- end --------------------------------------------------------------------------------------------------------
 
     def abandon(self):
-        """Let the thread come to its end by itself and close the tier: the engine was dropped. Waits for nothing."""
+        """Let the thread end by itself and close the tier, because the engine was dropped. Waits for nothing."""
         if os.getpid() == self._pid and not self._is_closing:
             self._ends_at_s = time.monotonic() + PATIENCE_S
             self._is_closing = self._closes_itself = True
@@ -297,7 +297,7 @@ class Tiering:
         self.wake()
         self._thread.join(max(0, deadline_s - time.monotonic()) + PATIENCE_S)
         if self._thread.is_alive():
-            log(logging.WARNING, "tiering_hangs", "the tiering thread does not come to its end; the tier stays open")
+            log(logging.WARNING, "tiering_hangs", "the tiering thread does not end, so the tier stays open")
             return
         self._close_tier(max(0, int(1000 * (deadline_s - time.monotonic()))))
 
