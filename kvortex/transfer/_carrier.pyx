@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""Carrier: what moves the blocks of one layout between its device and one pool, in the order that the blocks demand."""
+"""Carrier: moves the blocks of one layout between its device and one pool, and orders jobs on the same blocks."""
 
 cimport cython
 from libc.stdint cimport int64_t, uint32_t, uint64_t
@@ -27,11 +27,11 @@ from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._probe import probe_layout
 
 
-CODEC_CTAS = 12  # thread blocks that pack, if nobody says how many
-cdef size_t LONG_COPIES = 256  # from which on "auto" does not let the caller issue them
+CODEC_CTAS = 12  # thread blocks that pack, by default
+cdef size_t LONG_COPIES = 256  # from this many on, the caller does not issue the copies of an "auto" job
 
 
-cdef object known = weakref.WeakKeyDictionary()  # by device: what probes found out, for other layouts of a shape
+cdef object known = weakref.WeakKeyDictionary()  # device -> what probes measured, for later layouts of the same shape
 
 
 cdef inline uint64_t job_word(int queue, uint32_t record, uint32_t generation) noexcept nogil:
@@ -48,8 +48,8 @@ cdef class Carrier:
     device : Device
     pool : PinnedPool
     layout : KVLayout, optional
-        Probed here: its memory is only read. What carriers found out for others of its shape on this device is not
-        tried again. Without a layout the queues move raw addresses.
+        Probed here: its memory is only read. A shape that was probed on this device before is not probed again. Without
+        a layout the queues move raw addresses.
     num_savers, num_loaders : int, default 1
         Queues, and so streams, in each direction; together at most 32.
     max_jobs : int, default 256
@@ -69,7 +69,7 @@ cdef class Carrier:
     ValueError
         Too many queues, or a number out of range; the codec cannot pack any of the layout.
     DriverError, MemoryError, PoolExhausted
-        There was no stream, event or memory to be had; nothing is left behind.
+        A stream, an event or memory could not be had; what was made by then is given back.
 
     Attributes
     ----------
@@ -121,7 +121,7 @@ cdef class Carrier:
         self.queues = tuple(queues)
 
     def _use_gather(self, queues, num_ctas, pool, codec, exact_layers):
-        """Move blocks by a kernel where a codec packs them, or where that was asked for and pays."""
+        """Move blocks by a kernel if a codec packs them, or if it was asked for and pays."""
         cdef TransferQueue queue
         if codec == "exact":
             gathered = [queue for queue in queues if gather_pays(self.layout, queue.direction)] if num_ctas else []
@@ -136,9 +136,9 @@ cdef class Carrier:
             log(logging.INFO, "gather_unused", message, device=self.device.name, piece_bytes=self.layout.piece_bytes)
 
     def refused_slots(self, slot_ids):
-        """Of slots into which blocks of the layout were saved, those whose block the codec could not pack.
+        """List those of these slots, into which blocks of the layout were saved, whose block the codec could not pack.
 
-        A list of them, to be asked for when the job is done: their bytes are no block, and must not be kept.
+        Ask when the job is done. The bytes in such a slot are no block, and must not be kept.
         """
         cdef uint32_t slot
         cdef const uint32_t[::1] slots = as_slot_ids(slot_ids, self.pool)
@@ -150,7 +150,7 @@ cdef class Carrier:
         """`TransferQueue.close` of each queue, `timeout_ms` at the most in all."""
         cdef uint64_t deadline = _c.kv_deadline_ns(require_timeout(timeout_ms))
         # Busy queues first: if one must be abandoned, the idle ones may not give device memory back, since that would
-        # wait for its copies. They leak theirs.
+        # wait for the copies of that one. They leak their memory.
         for queue in sorted(self.queues or (), key=lambda queue: not queue.jobs_in_flight):
             (<TransferQueue>queue).end(deadline, True)
             if (<TransferQueue>queue).is_abandoned:
@@ -183,7 +183,7 @@ cdef class Carrier:
     cdef uint32_t claim_job(self, Direction direction, size_t n, int *number) noexcept nogil:
         """A free record on a queue of this direction, taking queues in turn; NO_RECORD when all are full.
 
-        Where `number` is one already, only on that queue.
+        If `number` is not negative, only on that queue.
         """
         cdef int first = 0 if direction == D2H else self.num_savers
         cdef int count = self.num_savers if direction == D2H else self.num_queues - self.num_savers
@@ -211,7 +211,7 @@ cdef class Carrier:
     cdef int submit(self, int number, uint32_t record, Source source, int deferred, bint *has_turn) noexcept nogil:
         """Put a filled job on its stream, or hand it over, after the jobs in flight on the same device blocks.
 
-        A CUresult. If the job has no turn by then nothing was done; otherwise it retires as every job does.
+        Return a CUresult. If `has_turn` stays False, nothing was done; otherwise the job retires as every job does.
         """
         cdef JobRecord *job = &(<TransferQueue>self.queue[number]).records[record]
         cdef uint64_t *met = NULL
@@ -251,7 +251,7 @@ cdef class Carrier:
         return code
 
     cdef void *packing_on(self, int number, Source source) noexcept nogil:
-        """How a queue moves the blocks; NULL: piece by piece, as they are, where the kernel does not pay its way."""
+        """The `Packing` by which a queue moves the blocks; NULL: it has no kernel, and moves them piece by piece."""
         if source.packing is None or (<TransferQueue>self.queue[number]).copier.gather is None:
             return NULL
         return <void *>source.packing
@@ -268,7 +268,7 @@ cdef class Carrier:
         return copies
 
     cdef void hold_met(self, int number, JobRecord *job, const uint64_t *met, size_t num_met) noexcept nogil:
-        """What the job waits for: of each other queue the latest job that it met, as queues are FIFO; it is held."""
+        """Hold the jobs that this one waits for: of each other queue the latest that it met, as queues are FIFO."""
         cdef uint32_t held[MAX_STREAMS]
         cdef uint64_t turns[MAX_STREAMS]
         cdef uint64_t turn = 0

@@ -55,7 +55,7 @@ cdef class Carriers:
 
     @property
     def layouts(self):
-        """Those that calls may name, in the order of adding."""
+        """The layouts that calls may name, in the order of adding."""
         return tuple([layout for layout, carrier in self.by_layout.items()
                       if layout is not None and not (<Carrier>carrier).refuses])
 
@@ -71,7 +71,7 @@ cdef class Carriers:
         return layout.fingerprint if packing is None else packing.fingerprint
 
     cdef int require_fit(self, KVLayout layout, object codec, object exact_layers) except -1:
-        """Refuse what could not be moved, and what would share memory with a layout that is there."""
+        """Refuse a layout that cannot be moved, or that shares memory with another one."""
         cdef KVLayout other
         if layout.whole is not None:
             raise ValueError(f"{layout!r} is a part; add the layout that it is a part of, and name the part in calls")
@@ -137,7 +137,7 @@ cdef class Carriers:
         return 0
 
     cdef bint is_left(self, Carrier carrier) noexcept:
-        """Let no thread look at the queues of a carrier any more; whether none does by now."""
+        """Take the queues of a carrier from the threads. Return whether no thread looks at them any more."""
         cdef bint is_left = self.thread.polled.remove(carrier.queues)
         return (self.submitter is None or self.submitter.remove(carrier.queues)) and is_left
 
@@ -156,7 +156,7 @@ cdef class Carriers:
         return 0
 
     cdef int choose(self) except -1:
-        """The first is that of the oldest layout, of the first fingerprint if it has one; else that for raw memory."""
+        """Set `first`: the carrier of the oldest layout, of the first fingerprint if one has it; else of raw memory."""
         cdef Carrier first = self.by_layout.get(None)
         layouts = self.layouts
         if layouts:

@@ -12,12 +12,12 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 
 cdef uint64_t SHORTEST_NAP_NS = 20_000
 cdef uint64_t LONGEST_NAP_NS = 50_000
-cdef uint64_t PATIENCE_NS = 200_000_000  # for its last call of the driver, beyond the deadline
+cdef uint64_t PATIENCE_NS = 200_000_000  # after the deadline, for the thread's last call of the driver
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
 cdef class CompletionThread:
-    """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; asleep when none has any."""
+    """Poll the oldest job of each queue: at once while jobs end, then in naps of 20-50 us; sleep while none has any."""
 
     def __init__(self, Device device not None, JobSignals signals not None, queues):
         if self.device is not None:
@@ -41,7 +41,7 @@ cdef class CompletionThread:
                 return
             seen = self.signals.num_sealed
             _c.kv_monitor_unlock(&self.signals.monitor)
-            if not is_bound:  # until then no answer is one about a job; a dead context shows in the first query
+            if not is_bound:  # until then answers say nothing about jobs; a dead context shows in the first query
                 code = self.device.bind_thread()
                 is_bound = code == 0 or _c.kv_result_is_sticky(code)
             busy = not is_bound
@@ -64,8 +64,8 @@ cdef class CompletionThread:
                 _c.kv_monitor_unlock(&self.signals.monitor)
 
     cdef bint stop(self, uint64_t deadline_ns) noexcept nogil:
-        """End the thread; jobs still in flight stay unretired. False: it does not come back from a call of the driver,
-        so nothing that it uses may go.
+        """End the thread; jobs in flight are not retired. False: a call of the driver does not return, so nothing that
+        the thread uses may be freed.
         """
         cdef uint64_t until = deadline_ns if deadline_ns == _c.KV_NEVER_NS else deadline_ns + PATIENCE_NS
         cdef bint ended

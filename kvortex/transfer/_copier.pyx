@@ -15,7 +15,7 @@ cdef size_t FIRST_BATCH_COPIES = 32
 
 @cython.no_gc_clear  # copies in flight need what the collector would clear before
 cdef class Copier:
-    """Issue copies on one stream, in one direction. One thread at a time: whose job has its turn."""
+    """Issue copies on one stream, in one direction. Only the thread whose job has its turn calls it."""
 
     def __init__(self, Device device not None, Direction direction):
         self.device = device
@@ -40,9 +40,9 @@ cdef class Copier:
             self.device.give_back(self.device.drv.stream_destroy, self.stream)
 
     cdef int copy(self, _c.kv_plan *plan, KVLayout layout, void *packing, uint64_t until_ns) noexcept nogil:
-        """Issue the copies of the plan, by a `Packing` where there is one, as far as time goes. A CUresult.
+        """Issue the copies of the plan, by the `Packing` if there is one, until the time is over. A CUresult.
 
-        The plan's cursor tells how far that was; another call goes on from there.
+        The plan's cursor stays where it stopped; another call goes on from there.
         """
         if packing is not NULL:
             return self.copy_gathered(plan, <Packing>packing, until_ns)
@@ -51,7 +51,7 @@ cdef class Copier:
     cdef int copy_plan(self, _c.kv_plan *plan, KVLayout layout, uint64_t until_ns) noexcept nogil:
         """Issue the copies of the plan: strided ones as they come, plain ones in batches.
 
-        A batch starts when all of it is issued, so the first ones are small: the device is not to wait for 0.2 ms.
+        The device starts a batch when all of it is issued. The first ones are small, so that it need not wait 0.2 ms.
         """
         cdef size_t count, index, row, batched
         cdef size_t full = <size_t>_c.KV_BATCH_COPIES if _c.kv_plan_is_begun(plan) else FIRST_BATCH_COPIES
@@ -96,8 +96,8 @@ cdef class Copier:
     cdef int copy_gathered(self, _c.kv_plan *plan, Packing packing, uint64_t until_ns) noexcept nogil:
         """Issue a job in two steps a part: kernel and copy, or copy and kernel, each on a stream of its own.
 
-        While one half of the staging goes through the second step, the other is in the first. What the job has to wait
-        for is on the queue's stream already, and what waits for the job will ask the queue's stream.
+        While one half of the staging goes through the second step, the other is in the first. The job's waits are on
+        the queue's stream already, and what waits for the job waits for the queue's stream.
         """
         cdef const _c.kv_driver *drv = self.device.drv
         cdef bint saving = self.direction == D2H
@@ -144,7 +144,7 @@ cdef class Copier:
         return _c.kv_call(self.device.drv, _c.stream_wait_event, stream, event, 0)
 
     cdef int pass_on(self, void *event, void *earlier, void *later) noexcept nogil:
-        """What comes on the later stream waits for what is on the earlier one."""
+        """Let the stream `later` wait for what is on the stream `earlier` now."""
         cdef int code = _c.kv_call(self.device.drv, _c.event_record, event, earlier)
         return code if code else self.wait_for(later, event)
 
@@ -170,7 +170,7 @@ cdef class Copier:
         return _c.kv_call(self.device.drv, _c.memcpy_2d_async, &copy_2d, self.stream)
 
     cdef int copy_batch(self, size_t count) noexcept nogil:
-        """The first `count` of sources, targets and sizes: in one call, or by plain calls where that cannot be or is
+        """Copy the first `count` of sources, targets and sizes: in one call, or by plain calls if a batch is refused or
         slower. A CUresult.
         """
         cdef const _c.kv_driver *drv = self.device.drv

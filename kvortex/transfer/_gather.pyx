@@ -23,8 +23,8 @@ import os
 from kvortex.transfer._packing import misfit
 
 cdef size_t HALF_BYTES = 8 << 20
-# Clamped by the driver. Thread blocks of large kernels then make room as they end; otherwise a gather would wait for
-# the last of them to begin, a millisecond each time.
+# Clamped by the driver. When thread blocks of a large kernel end, those of the gather then run first; otherwise the
+# gather would wait until the last thread block of that kernel has begun, a millisecond each time.
 cdef int HIGHEST_PRIORITY = -1000
 cdef size_t MAX_PIECE_BYTES = 32 << 10  # from here on copy engines are as fast
 
@@ -79,7 +79,7 @@ cdef class Gather:
         check(device, code)
 
     cdef Packing packing_of(self, KVLayout layout):
-        """How blocks of a layout are moved; None: piece by piece."""
+        """The `Packing` that moves blocks of a layout; None: they move piece by piece."""
         cdef Packing packing
         if (layout.whole or layout) is self.layout:
             packing = self.packings.of(layout)
@@ -118,7 +118,7 @@ cdef class Gather:
             except BaseException as error:  # raised when the rest has been undone
                 self.refusal = error
                 return _c.KV_CUDA_OUT_OF_MEMORY
-        # From here on the memory is there for other streams, too.
+        # From here on other streams may use the memory, too.
         return _c.kv_call(drv, _c.stream_synchronize, self.stream)
 
     cdef size_t blocks_at_once(self, Packing packing) noexcept nogil:

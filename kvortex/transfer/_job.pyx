@@ -56,11 +56,11 @@ cdef class Job:
         return self.queue.is_submitted(self.record, self.generation)
 
     def done(self):
-        """Whether the job is over, well or badly. Never blocks on the device.
+        """Whether the job is over, done or failed. Never blocks on the device.
 
-        The one word that memory may be reused: where the driver cannot be asked, that is False. Only a job that a dead
-        context failed, or a shutdown or close that did not wait long enough, counts as over while a copy may still run:
-        then `wait` raises, and memory that the job was given must not be used again.
+        Only True allows memory to be reused; if the driver cannot be asked, it is False. Exception: if a dead context
+        failed a job, or a shutdown or close did not wait long enough for it, the job counts as over while a copy may
+        still run. Then `wait` raises, and memory that the job was given must not be used again.
         """
         cdef int mode = 0
         if self.queue is None:
@@ -72,7 +72,7 @@ cdef class Job:
                 self.queue.poll_once()
                 self.queue.device.leave(mode)
         cdef bint is_over = self._state() != OUTCOME_PENDING
-        self.give_loan_back()  # after the last look: who sees the job over finds its memory let go
+        self.give_loan_back()  # after the last look: when a caller sees the job over, its memory is released
         return is_over
 
     def wait(self, timeout_ms=None):
@@ -83,9 +83,9 @@ cdef class Job:
         TimeoutError
             `timeout_ms` passed first; the job goes on.
         DriverError
-            The job failed. Trouble of the waiting itself is not raised: it goes on.
+            The job failed. If only the waiting has trouble, nothing is raised, and the waiting goes on.
         EngineClosed
-            The device was closed before the job was over: nobody knows of it any more.
+            The device was closed before the job was over: the job's end is not known.
         """
         cdef int mode = 0, code
         cdef OutcomeState state
@@ -98,7 +98,7 @@ cdef class Job:
         state = self._state()
         while state == OUTCOME_PENDING:
             with nogil:
-                code = self.queue.enter(&mode)  # where that fails an engine's thread asks, or we do a little later
+                code = self.queue.enter(&mode)  # if that fails, an engine's thread asks, or the next round does
                 pause = _c.kv_now_ns() + (ENTER_NS if code else SIGNALS_NS)
                 state = self.queue.wait_outcome(&self.outcome, min(pause, deadline), code == 0)
                 if code == 0:
@@ -116,9 +116,9 @@ cdef class Job:
     def wait_on(self, stream):
         """Make later work on `stream` wait for this job, on the device.
 
-        The host blocks (GIL released) only while copies of a deferred job are still to be submitted, see `submitted`;
-        and where the driver refuses to make the stream wait, as in `wait`. Either way what is submitted after this call
-        comes after the job.
+        The host blocks (GIL released) only while copies of a deferred job are still to be submitted, see `submitted`,
+        or, as in `wait`, if the driver refuses to make the stream wait. Either way, work that is submitted after this
+        call comes after the job.
 
         Parameters
         ----------
@@ -138,17 +138,17 @@ cdef class Job:
         if queue is None:
             return
         self._require_owner_process()
-        for job in self.earlier or ():  # of which some may have failed on the way
+        for job in self.earlier or ():  # some of them may have failed
             (<Job>job).wait_on(stream)
         try:
             caller = queue.device.borrow_stream(stream)
-        except DriverError:  # it could not be asked whether the stream is fit
+        except DriverError:  # the driver could not say whether the stream is fit
             return self.wait()
         while held == -1:  # until it is sealed
             with nogil:
                 held = queue.hold_sealed(self.record, self.generation, _c.kv_now_ns() + SIGNALS_NS)
                 if held == 1:
-                    code = queue.records[self.record].code  # it failed on the way: waited for, and told
+                    code = queue.records[self.record].code  # if it failed: `wait` below raises
                     if code == 0:
                         code = queue.device.enter(&mode)
                     if code == 0:
@@ -173,9 +173,9 @@ cdef class Job:
         return self
 
     cdef void attach(self, JobTable queue, uint32_t record, object owner):
-        """Be the handle of a claimed record; before the copies are submitted, so that it misses no outcome.
+        """Become the handle of a claimed record. Called before the copies are submitted, so that no outcome is missed.
 
-        Raises nothing and runs no Python code: from the claim on, somebody must submit or unclaim.
+        Raises nothing and runs no Python code: whoever claimed the record must submit or unclaim it.
         """
         self.queue = queue
         self.owner = owner

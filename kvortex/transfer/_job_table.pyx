@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""The jobs of one stream: records that are claimed, draw a turn, are sealed, asked for and retired in that order."""
+"""The jobs of one stream: each record is claimed, draws a turn, is sealed, queried and retired, in this order."""
 
 cimport cython
 from libc.stdint cimport uint32_t, uint64_t
@@ -37,7 +37,7 @@ cdef class JobTable:
         return 0
 
     cdef int create_events(self) noexcept nogil:
-        """The events of each record. A CUresult; what was made by then `destroy_events` destroys."""
+        """Create the events of each record. A CUresult. If it fails, `destroy_events` destroys what was made."""
         cdef const _c.kv_driver *drv = self.device.drv
         cdef unsigned int flags = _c.KV_EVENT_DISABLE_TIMING
         cdef uint32_t index
@@ -104,12 +104,12 @@ cdef class JobTable:
         return record
 
     cdef void wake(self) noexcept nogil:
-        """Let whoever waits look again. The monitor is held."""
+        """Wake all waiting threads. The monitor is held."""
         self.num_waiting = 0
         _c.kv_monitor_broadcast(&self.monitor)
 
     cdef void keep_slots(self, uint32_t record, size_t n) noexcept nogil:
-        """Of the `n` blocks that a claimed job is filled with keep those that got a slot."""
+        """Keep those of a claimed job's `n` blocks that got a slot."""
         cdef JobRecord *job = &self.records[record]
         cdef size_t index
         job.num_slots = 0
@@ -150,7 +150,7 @@ cdef class JobTable:
         return code
 
     cdef void seal_record(self, uint32_t record, int code, bint is_synchronized, bint is_dead) noexcept nogil:
-        """The next turn comes, and the job is over with its event, or is so already; `code`: it failed."""
+        """Let the next turn come. This job is over with its event, or, if `is_synchronized`, now. `code`: its error."""
         cdef JobRecord *job = &self.records[record]
         _c.kv_monitor_lock(&self.monitor)
         job.code = code
@@ -165,11 +165,11 @@ cdef class JobTable:
         self.signals.sealed()
 
     cdef void watch(self, uint32_t record, JobOutcome *outcome) noexcept nogil:
-        """Let `outcome` tell the end of a claimed job; before it has a turn, so that no end is missed."""
+        """Have the end of a claimed job written to `outcome`. Called before it has a turn, so that no end is missed."""
         outcome.state = OUTCOME_PENDING
         outcome.code = 0
         _c.kv_monitor_lock(&self.monitor)
-        if self.is_abandoned:  # since the claim: nobody writes into outcomes any more
+        if self.is_abandoned:  # since the claim: outcomes are not written any more
             outcome.state = OUTCOME_FAILED
             outcome.code = self.failure
         else:
@@ -183,7 +183,7 @@ cdef class JobTable:
         _c.kv_monitor_unlock(&self.monitor)
 
     cdef void recycle(self, uint32_t record) noexcept nogil:
-        """Back to the free list, or as far as somebody's hold allows. The monitor is held."""
+        """Put a record on the free list; if it is held, the last `drop_hold` does so. The monitor is held."""
         cdef JobRecord *job = &self.records[record]
         if job.holds:
             job.state = JOB_RETIRED
@@ -275,7 +275,7 @@ cdef class JobTable:
         return over
 
     cdef bint is_sealed(self, uint32_t record) noexcept nogil:
-        """Whether a job that is held needs no more waiting for its seal."""
+        """Whether a held job is sealed, or will never be."""
         cdef bint sealed
         _c.kv_monitor_lock(&self.monitor)
         sealed = self.records[record].state != JOB_QUEUED or self.is_abandoned
@@ -347,7 +347,7 @@ cdef class JobTable:
         cdef JobRecord *job = &self.records[record]
         cdef int answer = 0
         _c.kv_monitor_lock(&self.monitor)
-        # Of one that is just being retired it is not known yet whether it failed.
+        # While a job is being retired, it is not known yet whether it failed.
         while (job.generation == generation and job.state in (JOB_CLAIMED, JOB_QUEUED, JOB_RETIRING)
                and answer == 0):
             if self.failure:
@@ -390,7 +390,7 @@ cdef class JobTable:
             if state != OUTCOME_PENDING or now >= deadline_ns:
                 return state
             if now < spin_until:
-                sched_yield()  # whoever else wants this core has it; the copies need none
+                sched_yield()  # another thread may have this core: the copies need none
 
     cdef int wait_empty(self, uint64_t deadline_ns) noexcept nogil:
         """Retire until no job is in flight. 0, or -1 when the deadline passed first."""

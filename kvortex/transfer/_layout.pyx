@@ -41,14 +41,14 @@ cdef class KVLayout:
     block is the concatenation of its pieces in the order of the runs; that order is the block's format in host memory,
     so use the logical one: layer after layer, K before V.
 
-    No byte may belong to two blocks or to two pieces. Only the very same run may be named again, as layers that share a
-    cache do: it counts once, where it stands first, in `runs`, in `block_bytes` and in the block's format.
+    No byte may belong to two blocks or to two pieces. Only the very same run may be named again, as for layers that
+    share a cache: it counts once, where it stands first, in `runs`, in `block_bytes` and in the block's format.
 
     Parameters
     ----------
     runs : iterable of (int or object, int, int)
         Base, bytes from block to block, bytes of a piece. A base is an address, or memory that says where it is (see
-        `from_tensors`); that is held as long as the layout.
+        `from_tensors`). Such memory is held as long as the layout.
     num_blocks : int
         Device blocks, valid ids are 0 to num_blocks - 1.
     block_size : int, default 0
@@ -56,8 +56,8 @@ cdef class KVLayout:
     owners : iterable, optional
         Objects to keep alive as long as the layout.
     name : str, default ""
-        Of the cache. Layouts that are otherwise alike but have different content, as those of two models, need
-        different names, or one may be given what was saved from the other; see `fingerprint`.
+        Of the cache. Two layouts may be alike and still have different content, as for two models. Then they need
+        different names, or one may get blocks that were saved from the other; see `fingerprint`.
     planes : iterable of Plane, default ()
         Which bytes of a block, counted over the runs in their order, are vectors of K and V, for a codec to pack; each
         lies in one run. Bytes of no plane are opaque: every codec keeps them as they are.
@@ -65,7 +65,7 @@ cdef class KVLayout:
     Raises
     ------
     TypeError
-        A number that is no whole one.
+        A number is not whole.
     ValueError
         A null base, a piece of zero bytes, a piece longer than its stride, blocks of 2^32 bytes and more, memory beyond
         the address space. Two blocks that share a byte; or more interleaved runs of different strides than can be
@@ -74,12 +74,12 @@ cdef class KVLayout:
     Notes
     -----
     The memory is not touched here, and no stream waits for it, whatever stream its owner names: a layout is a place,
-    and each save or load names the stream that its content is ordered with. A layout may be shared by threads; only
-    whether strided copies are used changes: a probe allows them, a refused one forbids them.
+    and each save or load names the stream that its content is ordered with. Threads may share a layout. Only one thing
+    of it changes, whether strided copies are used: a probe allows them, a refused one forbids them.
     """
 
     def __init__(self, runs, num_blocks, *, block_size=0, owners=(), name="", planes=()):
-        cdef bint apart = True  # each run begins where the one before it is over, as in most layouts
+        cdef bint apart = True  # each run begins behind the one before it, as in most layouts
         cdef uint64_t end = 0
         if self.groups is not NULL:
             raise RuntimeError("KVLayout.__init__ may be called once")
@@ -156,9 +156,9 @@ cdef class KVLayout:
 
     @property
     def fingerprint(self):
-        """32 bytes, equal where blocks of the same bytes in the same order mean the same: what they consist of, as far
-        as the constructor was told (pieces in their order, types, axes), and `name`; not where the memory lies, how far
-        apart the blocks are or how many. The text that it is the SHA-256 of stands in `kvortex.transfer.fingerprint`.
+        """32 bytes, equal for two layouts if the same bytes of a block mean the same in both, as far as the constructor
+        was told: `name`, and the pieces in their order, with types and axes. It does not say where the memory lies, how
+        far apart the blocks are, or how many. `kvortex.transfer.fingerprint` has the text that it is the SHA-256 of.
         """
         if self.known_fingerprint is None:
             kept = self.kept if self.is_described else None
@@ -182,8 +182,8 @@ cdef class KVLayout:
                    dtype=None):
         """One allocation of shape ``(kv, num_layers, num_blocks, block_size, num_heads, head_dim)``.
 
-        `base` is an address or memory that says where it is (see `from_tensors`), without gaps and large enough;
-        `itemsize` is in bytes. A codec can pack blocks whose `dtype` is ``"bfloat16"``: of the two parts K comes first.
+        `base` is an address, or memory that says where it is (see `from_tensors`), without gaps and large enough;
+        `itemsize` is in bytes. If `dtype` is ``"bfloat16"``, a codec can pack the blocks: K is the first of two parts.
         """
         borrowed = []
         kv, num_layers, num_blocks, block_size, num_heads, head_dim, itemsize = as_sizes(dict(
@@ -207,7 +207,7 @@ cdef class KVLayout:
     def mla(cls, bases, *, num_blocks, block_size, latent_dim, itemsize, name="", dtype=None, rope_dim=64):
         """One allocation a layer of shape ``(num_blocks, block_size, latent_dim)``: multi-head latent attention.
 
-        A codec can pack blocks whose `dtype` is ``"bfloat16"``, but the last `rope_dim` numbers of each token.
+        If `dtype` is ``"bfloat16"``, a codec can pack the blocks, except the last `rope_dim` numbers of each token.
         """
         borrowed = []
         num_blocks, block_size, latent_dim, itemsize = as_sizes(dict(
@@ -253,19 +253,19 @@ cdef class KVLayout:
         num_blocks : int, optional
             How many blocks there must be.
         roles : str or sequence of str, optional
-            What a block of each tensor is, or of all of them, so that a codec can pack it: ``"k"``, ``"v"``; ``"kv"``,
+            What a block of each tensor (or of all) contains, so that a codec can pack it: ``"k"``, ``"v"``; ``"kv"``,
             K's part and then V's; ``"interleaved"``, rows of K beside V in the last dimension; ``"exact"``, none of
-            these. The last dimension is the head's, or twice as long. Tensors of bfloat16 can be packed, and of 16-bit
-            integers, which are taken for its bits; all others stay exact.
+            these. The last dimension is that of a head, or twice as long. Tensors of bfloat16 can be packed, and of
+            16-bit integers, whose bits are read as bfloat16. All others stay exact.
 
         Raises
         ------
         TypeError
-            A tensor speaks none of these; or `tensors` is a tensor itself.
+            A tensor has none of these interfaces; or `tensors` is a tensor itself.
         ValueError
-            There are not `num_blocks` blocks. A tensor is not block-contiguous: the elements of one block that lie
-            within its stride leave gaps, or blocks interleave. Moving it would move foreign bytes. Or two of them share
-            bytes and are not the same one.
+            There are not `num_blocks` blocks. A tensor is not block-contiguous: the elements of one block leave gaps
+            within its stride, or blocks interleave. Moving it would move other bytes, too. Or two tensors share bytes
+            and are not the same one.
         """
         runs, borrowed, pieces, planes, block_bytes = [], [], [], [], 0
         expected = None if num_blocks is None else whole_number(num_blocks, "num_blocks")
@@ -300,27 +300,26 @@ cdef class KVLayout:
     def part(self, runs, *, fingerprint=None):
         """Make a layout of some of the bytes of each block, which a transfer may name in place of this one.
 
-        It has the same block ids, and where this layout orders the transfers of a block, those of its parts are ordered
-        with them. A block of the part, as saved, has the bytes of the part alone, in the order of its runs.
+        It has the same block ids. Transfers of a block of the part are ordered with those of the same block of this
+        layout. A block of the part, as saved, has the bytes of the part alone, in the order of its runs.
 
         Parameters
         ----------
         runs : iterable
             Runs as in `runs`, or their numbers there. Each may also be a stretch of one of them: at the same stride.
         fingerprint : bytes, optional
-            32 bytes to take for the part's own: those of a layout whose blocks hold the same. By default they say which
-            bytes of which layout these are, so that a part shares keys with the same part of such layouts as share keys
-            with this one.
+            The part's fingerprint, 32 bytes: that of a layout whose blocks hold the same. By default it says which
+            bytes of which layout the part has: if two layouts share keys, equal parts of them do.
 
         Returns
         -------
         KVLayout
-            Which keeps this one alive.
+            It keeps this one alive.
 
         Raises
         ------
         TypeError, ValueError
-            As for a layout; a run that does not lie in one of this layout's, or a fingerprint of another length.
+            As for a layout. A run does not lie in one of this layout's, or a fingerprint has another length.
         """
         cdef KVLayout part, whole = self if self.whole is None else self.whole
         chosen = [self.runs[run] if is_integer(run) and 0 <= run < len(self.runs) else run
@@ -342,7 +341,7 @@ cdef class KVLayout:
         return part
 
     cdef int follow(self) except -1:
-        """A group is strided where the one that its first row is in is."""
+        """Make each group strided if the group of the whole layout that has its first row is."""
         cdef uint32_t index, other
         cdef uint64_t ahead
         cdef _c.kv_group *group
@@ -352,7 +351,7 @@ cdef class KVLayout:
             group.strided = 0
             for other in range(self.whole.num_groups if _c.kv_group_may_be_strided(group) else 0):
                 wider = &self.whole.groups[other]
-                ahead = group.base - wider.base  # unsigned: huge where it comes before
+                ahead = group.base - wider.base  # unsigned: huge if it comes before
                 if ahead // wider.device_pitch < wider.rows and ahead % wider.device_pitch < wider.row_bytes:
                     group.strided = wider.strided
                     break
@@ -436,12 +435,12 @@ cdef tuple read_run(object run, object number, object num_blocks, list bases):
 
 
 cdef object integers(object items, str name, object count=None):
-    """A one-dimensional array of whole numbers, or also a single one for `count`; a copy, so that nobody changes it
-    after the check.
+    """A one-dimensional array of whole numbers; with `count`, a single number stands for all. A copy, so that nobody
+    changes it after the check.
     """
     wanted = "a one-dimensional array of integers" if count is None else f"an int or {count} integers"
     if type(items) is not np.ndarray and isinstance(items, np.ma.MaskedArray):
-        raise ValueError(f"{name} is a masked array, and what is masked would count; pass {wanted}")
+        raise ValueError(f"{name} is a masked array, and masked elements would count; pass {wanted}")
     try:
         array = np.array(items, order="C")
     except (TypeError, ValueError) as error:
@@ -469,7 +468,7 @@ cdef int64_t[::1] as_block_ids(object block_ids, KVLayout layout) except *:
 
 
 cdef object take_whole(object base, list borrowed, object what, object nbytes=None):
-    """The address of a base, which is added to `borrowed` if it is more than that; `nbytes` of it are needed."""
+    """The address of a base. If the base is memory, it must have `nbytes` bytes, and is added to `borrowed`."""
     cdef BorrowedMemory memory = borrow_memory(base)
     if memory.owner is not None:
         if nbytes is not None and memory.shape is not None and not (memory.is_contiguous and memory.nbytes >= nbytes):
@@ -480,10 +479,10 @@ cdef object take_whole(object base, list borrowed, object what, object nbytes=No
 
 
 def plan_copies(KVLayout layout not None, block_ids, slot_ids, PinnedPool pool not None, strided=None):
-    """The copies a transfer of these blocks would run, for tests and for the curious.
+    """The copies that a transfer of these blocks would run, for tests.
 
-    A group is strided here if it is in one of the directions; `strided` says that strided copies are legal, instead of
-    what the layout knows.
+    A group is strided here if it is strided in one direction. `strided` says whether strided copies are legal; by
+    default the layout does.
 
     Returns
     -------

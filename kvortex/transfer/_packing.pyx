@@ -1,4 +1,4 @@
-"""Packing: from the planes of a layout and a codec to the table by which a kernel packs blocks and unpacks them."""
+"""Packing: the table by which a kernel packs and unpacks blocks, made from a layout's planes and a codec."""
 
 cimport cython
 from libc.stdint cimport uint32_t
@@ -30,7 +30,7 @@ def misfit(KVLayout layout not None):
 
 
 cdef str why_misfit(KVLayout layout):
-    """What is wrong with it, in words; None: nothing."""
+    """Why the kernel cannot move a layout, in words; None: it can."""
     run = misfit(layout)
     if run is not None:
         return (f"run {run} (base, block_stride, piece_bytes) is not made of multiples of {_c.KV_PACK_UNIT_BYTES} "
@@ -48,12 +48,12 @@ def packed_block(KVLayout layout not None, codec, exact_layers=()):
 
 
 def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
-    """What a block of a layout takes in its slot.
+    """Bytes that a block of a layout takes in its slot.
 
     Raises
     ------
     ConfigError
-        The codec can pack nothing of it, or there are no such layers.
+        The codec can pack nothing of it, or the layout does not have these `exact_layers`.
     """
     if codec == "exact":
         return layout.block_bytes
@@ -113,7 +113,7 @@ cdef class Packing:
         self.device = device
 
     cdef int require_table(self) except -1:
-        """Have the table on the device; who only looks blocks up never needs it."""
+        """Put the table on the device, if it is not there. Lookups alone never need it."""
         cdef _c.kv_devptr table = 0
         cdef int code, mode = 0
         if self.table:
@@ -143,7 +143,7 @@ cdef class Packing:
             code = _c.kv_call(drv, _c.stream_create, &stream, _c.KV_STREAM_NON_BLOCKING)
         if code == 0:
             code = _c.kv_call(drv, _c.memcpy_htod_async, table[0], <const void *>self.planes, nbytes, stream)
-        if code == 0:  # from here on the table is there for other streams, too
+        if code == 0:  # from here on other streams may use the table, too
             code = _c.kv_call(drv, _c.stream_synchronize, stream)
         if stream is not NULL:
             self.device.give_back(drv.stream_destroy, stream)
@@ -157,7 +157,7 @@ cdef class Packing:
             with nogil:
                 self.device.give_memory_back(table)
 
-    def __dealloc__(self):  # of a part that nobody names any more, nor a job
+    def __dealloc__(self):  # for a part that neither a caller nor a job names any more
         self.close()
         free(self.planes)
 
@@ -168,7 +168,7 @@ cdef class Packings:
         self.device, self.layout, self.codec, self.exact_layers = device, layout, codec, tuple(exact_layers)
         self.known = weakref.WeakKeyDictionary()
         if codec != "exact":
-            packed_bytes(layout, codec, exact_layers)  # says what is wrong
+            packed_bytes(layout, codec, exact_layers)  # raises if the codec cannot pack it
             self.exact = exact_numbers(exact_layers, 1 + max([plane.layer for plane in layout.planes]))
         self.whole = Packing(device, layout, None if codec == "exact" else packed_block(layout, codec, exact_layers))
 

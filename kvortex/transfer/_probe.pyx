@@ -1,4 +1,4 @@
-"""Choose how each group of pieces moves, by strided copies or in batches: tried once for a layout, within 0.3 s.
+"""Choose how each group of pieces moves, strided or in batches. This is measured once for a layout, within 0.3 s.
 
 The driver decides whether strided copies are legal: it refuses rows in several allocations. The machine decides whether
 they pay: a strided copy is twice as fast as batches at 4 KiB, and a third as fast at a pitch of 2 GiB.
@@ -57,11 +57,11 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
     measure : bool, optional
         Whether to time the copies; by default on CUDA only, because the host driver's times say nothing about a link.
     known : dict, optional
-        What was found out for other layouts on this device; this call adds to it. Groups of the same shape are not
-        tried again. A shape is the number of rows, their bytes, their distances on both sides, and whether all rows lie
-        in one allocation. A time of another layout may be wrong here; then copies are slower, no worse. So it is if
-        legality is wrong here: the driver refuses the first illegal copy, and the same call goes on piece by piece. (A
-        trial of two blocks proves nothing of the other blocks either.) If all rows lie in one allocation, a refusal is
+        What was measured for other layouts on this device; this call adds to it. Groups of the same shape are not
+        measured again. A shape is the number of rows, their bytes, their distances on both sides, and whether all rows
+        lie in one allocation. If the time of another layout is wrong here, copies are slower, no worse. If its legality
+        is wrong here, the driver refuses the first illegal copy, and the same call goes on piece by piece. (A trial of
+        two blocks proves nothing of the other blocks either.) If all rows lie in one allocation, a refusal is
         not remembered, because somebody may have written to the blocks while they were compared.
 
     Returns
@@ -78,7 +78,7 @@ def probe_layout(KVLayout layout not None, TransferQueue queue not None, *, meas
 
     Notes
     -----
-    Blocks for a few milliseconds for each shape (GIL released), for 0.3 s in all, or longer if a single copy takes
+    The call waits (GIL released) a few milliseconds for each shape, 0.3 s in all, or longer if a single copy takes
     longer. Nobody may write to the first and the last block meanwhile. If somebody does, strided copies count as
     illegal, and copies are slower, no worse.
     """
@@ -240,8 +240,7 @@ cdef int compare(Copier copier, KVLayout layout, char *scratch) noexcept nogil:
 
 cdef int time_group(Copier copier, KVLayout layout, const _c.kv_group *group, uint64_t deadline,
                     double *strided_ns, double *batch_ns) except -1:
-    """Measure how many nanoseconds `trial_blocks` blocks of a group take either way; 0 if there is no memory for it.
-    """
+    """Measure in nanoseconds how long `trial_blocks` blocks of a group take either way; 0: no memory for a trial."""
     cdef const _c.kv_driver *drv = copier.device.drv
     cdef _c.kv_group trial = group[0]
     cdef size_t n = trial_blocks(group), index

@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""A list of queues that others may change while a thread goes round it."""
+"""A list of queues that others may change while a thread loops over it."""
 
 cimport cython
 from libc.string cimport memcpy
@@ -13,10 +13,10 @@ from kvortex.transfer._transfer_queue cimport TransferQueue
 
 @cython.no_gc_clear  # in a garbage cycle a thread may still read the list
 cdef class QueueList:
-    """Each round works on a copy of the list; whoever takes queues out asks until no round has them in its copy.
+    """Each round works on a copy of the list. Who takes queues out asks again until no round has them in its copy.
 
-    So no lock is held over a driver call, and no round sees a list that is half changed. One thread at a time goes
-    round; callers that change the list have the GIL.
+    So no lock is held over a driver call, and no round sees a list that is half changed. One thread makes the rounds;
+    callers that change the list have the GIL.
     """
 
     def __cinit__(self, Device device not None, JobSignals signals not None, queues=()):

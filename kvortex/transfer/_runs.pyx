@@ -9,13 +9,13 @@ from itertools import accumulate
 from kvortex.transfer.fingerprint import piece_of_axes
 from kvortex.transfer.overlaps import find_overlap
 
-MAX_RUNS = 1 << 20  # a million pieces a block; more is a mistake, and would fill memory before it shows
+MAX_RUNS = 1 << 20  # a million pieces a block; more is a mistake, and would fill memory before an error shows
 MAX_PERIOD = 4      # K and V, and a scale for each; what repeats with a longer period moves piece by piece
 
 
 def distinct_runs(runs, num_blocks):
     """The numbers of the runs, each run once; refuses runs that share bytes and are not the same."""
-    distinct = {}  # by what makes two runs the same
+    distinct = {}  # what makes two runs the same -> number of the first
     for number, run in enumerate(runs):
         base, stride, piece = run
         distinct.setdefault((base, stride if num_blocks > 1 else 0, piece), number)
@@ -35,7 +35,7 @@ def refuse_overlap(numbers, runs, found):
 
 
 def runs_of_tensor(BorrowedMemory memory, block_dim, what):
-    """The runs of one tensor, outer dimensions in their order, its number of blocks, and its piece of a fingerprint."""
+    """The runs of one tensor in the order of its outer dimensions, its number of blocks, its piece of a fingerprint."""
     address, shape, strides, itemsize = memory.address, memory.shape, memory.strides, memory.itemsize
     if shape is None:
         which = "an address" if memory.owner is None else type(memory.owner).__name__
@@ -75,7 +75,7 @@ def runs_of_tensor(BorrowedMemory memory, block_dim, what):
 
 
 def merge_touching(runs, num_blocks):
-    """Join runs whose pieces touch in every block. With two blocks or more they interleave: surely one allocation."""
+    """Join runs whose pieces touch in every block: with two blocks or more they interleave, so it is one allocation."""
     merged = [runs[0]]
     for base, stride, piece in runs[1:]:
         last_base, last_stride, last_piece = merged[-1]
@@ -136,7 +136,7 @@ def spans_of_part(runs, whole, num_blocks):
     spans = []
     for run in runs:
         base, stride, piece = run
-        stride = stride if num_blocks > 1 else 0  # that of a single block may be anything
+        stride = stride if num_blocks > 1 else 0  # the stride of a single block may be anything
         while piece:
             found = places[max(bisect_right(places, (stride, base, math.inf)) - 1, 0)]
             ahead = base - found[1]

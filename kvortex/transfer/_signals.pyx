@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""Wakes the submitter when a job is handed over, the completion thread when one is sealed, event loops when retired."""
+"""Wake the submitter when a job is handed over, the completion thread when one is sealed, event loops when retired."""
 
 from posix.unistd cimport getpid
 
@@ -9,7 +9,7 @@ cimport kvortex._c as _c
 cdef extern from *:
     """
     #include <sys/eventfd.h>
-    /* A full counter is the only way to fail, and then the loop is awake anyway. */
+    /* It fails only if the counter is full, and then the loop is awake anyway. */
     static inline void kv_wake(int file) { (void)!eventfd_write(file, 1); }
     """
     void wake "kv_wake"(int file) nogil
@@ -58,7 +58,7 @@ cdef class JobSignals:
         _c.kv_monitor_unlock(&self.monitor)
 
     def add_listener(self, int eventfd):
-        """Write to `eventfd` (non-blocking) whenever a job is retired. False where so many are written to already."""
+        """Write to `eventfd` (non-blocking) whenever a job is retired. False if there are `MAX_LISTENERS` already."""
         _c.kv_monitor_lock(&self.monitor)
         cdef bint added = self.num_listeners < MAX_LISTENERS
         if added:

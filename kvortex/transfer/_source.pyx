@@ -1,5 +1,5 @@
 # cython: nonecheck=False
-"""What one call moves, checked and copied from what other people's objects say of it."""
+"""What one call moves, as the caller's objects describe it: checked and copied."""
 
 from libc.stdint cimport uint32_t, uint64_t
 
@@ -44,8 +44,8 @@ cdef Source make_source(Device device, KVLayout layout, Packings packings, Pinne
         named = source.block_ids.shape[0]
     else:
         if packings is not None and packings.codec != "exact":
-            raise ValueError(f"this engine packs blocks by the codec {packings.codec!r}, and nobody knows what the "
-                             f"bytes at data_ptrs mean; pass block_ids of a layout")
+            raise ValueError(f"this engine packs blocks by the codec {packings.codec!r}, and the meaning of the "
+                             f"bytes at data_ptrs is not known; pass block_ids of a layout")
         if isinstance(data_ptrs, (list, tuple)) and not all_integers(data_ptrs):
             source.memory = borrow_all(device, data_ptrs, stream, direction == H2D)
             data_ptrs = [borrowed.address for borrowed in source.memory]
@@ -61,7 +61,7 @@ cdef Source make_source(Device device, KVLayout layout, Packings packings, Pinne
         named = source.addresses.shape[0]
     if named != n:
         raise ValueError(f"{n} keys but {named} blocks; they must pair up")
-    device.require_open()  # what described the memory may have closed it
+    device.require_open()  # the caller's objects may have closed it
     source.ordered = stream is not None or device_memory
     for memory in source.memory or ():
         source.ordered |= memory.stream is not None
@@ -100,7 +100,7 @@ cdef bint all_integers(object items) except -1:
 
 
 cdef tuple borrow_all(Device device, object data_ptrs, object stream, bint as_target):
-    """Memory of objects, mixed with addresses perhaps, for copies on `stream`."""
+    """Borrow the memory of objects, or mixed with them addresses, for copies on `stream`."""
     cdef BorrowedMemory memory
     cdef object consumer = -1 if stream is None else dlpack_stream(device.borrow_stream(stream))
     borrowed = []
@@ -127,7 +127,7 @@ cdef int require_inside(tuple borrowed, const uint32_t[::1] lengths) except -1:
 
 
 cdef int wait_for_producers(Device device, void *caller, tuple borrowed) except -1:
-    """The stream that the copies follow waits for each stream that the owner of some memory names."""
+    """Let the caller's stream wait for each stream that the owner of some memory names."""
     cdef BorrowedMemory memory
     seen = set()
     for memory in borrowed:

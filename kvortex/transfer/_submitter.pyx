@@ -1,4 +1,4 @@
-"""The thread that puts copies of deferred jobs on their streams. It never takes the GIL, nor waits for the device."""
+"""The thread that puts copies of deferred jobs on their streams. It never takes the GIL or waits for the device."""
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
@@ -13,30 +13,30 @@ from kvortex.transfer._queue_list cimport QueueList
 from kvortex.transfer._signals cimport JobSignals
 from kvortex.transfer._transfer_queue cimport TransferQueue
 
-cdef uint64_t SLICE_NS = 100_000  # of issuing one queue's copies, before it is the next queue's turn
+cdef uint64_t SLICE_NS = 100_000  # how long it issues copies of one queue before the next queue's
 cdef uint64_t DRAIN_NS = 100_000
-cdef uint64_t PATIENCE_NS = 50_000_000  # for its last call of the driver, beyond the deadline
+cdef uint64_t PATIENCE_NS = 50_000_000  # after the deadline, for its last call of the driver
 
 
 @cython.no_gc_clear  # __dealloc__ and copies in flight need what the collector would clear before
 cdef class Submitter:
     """Issue and seal the deferred jobs of some queues of one device, the queues in turn, 0.1 ms each.
 
-    So a load of one block does not wait until all pieces of a long save are submitted. The thread waits for nobody: a
-    queue whose next job has to wait for another thread's job to be sealed is passed over until then.
+    So a load of one block does not wait until all pieces of a long save are submitted. The thread waits for no other
+    thread: while the next job of a queue must wait for a seal by another thread, the queue is passed over.
 
     Parameters
     ----------
     device : Device
     signals : JobSignals
-        That all the queues share; it serves one submitter at a time.
+        The signals of all these queues; they serve one submitter at a time.
     queues : sequence of TransferQueue
         At most 256.
 
     Raises
     ------
     ValueError
-        Too many queues, one with other signals or of another device, or there is a submitter already.
+        Too many queues, a queue of other signals or another device, or there is a submitter already.
     MemoryError
         No thread could be started.
     """
@@ -96,7 +96,7 @@ cdef class Submitter:
             _c.kv_monitor_unlock(&self.signals.handing)
 
     cdef int issue_round(self) noexcept nogil:
-        """Each queue once. 1: some copies were issued; 0: some queue waits for a seal; -1: there is nothing to do."""
+        """Go on with each queue once. 1: copies were issued; 0: a queue waits for a seal; -1: nothing is to be done."""
         cdef int index, found, answer = -1
         for index in range(self.issued.begin_round()):
             found = (<TransferQueue>self.issued.round[index]).issue_next(SLICE_NS)
@@ -107,7 +107,7 @@ cdef class Submitter:
     def close(self, timeout_ms=5000):
         """Take no more jobs, submit those taken, and end the thread. Idempotent; releases the GIL.
 
-        What is not submitted within `timeout_ms` never is: closing its queue fails it.
+        Jobs that are not submitted within `timeout_ms` never are: closing their queue fails them.
         """
         self.end(_c.kv_deadline_ns(require_timeout(timeout_ms)), True)
 
@@ -119,7 +119,7 @@ cdef class Submitter:
         return False
 
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
-        """`close`. 0: the thread does not come back from a call of the driver, so nothing that it uses may go."""
+        """`close`. 0: the thread's call of the driver does not return, so nothing that the thread uses may be freed."""
         cdef bint ended
         cdef uint64_t until = deadline_ns if deadline_ns == _c.KV_NEVER_NS else deadline_ns + PATIENCE_NS
         if not self.running or self.device.pid != getpid():
@@ -149,7 +149,7 @@ cdef class Submitter:
             self.remove(self.issued.queues)
             self.signals.submitter_runs = False
         else:
-            Py_INCREF(self)  # the thread will look at it when the driver lets it go
+            Py_INCREF(self)  # the thread uses it when the driver returns
         return ended
 
     def __enter__(self):
@@ -161,7 +161,7 @@ cdef class Submitter:
     def __dealloc__(self):
         if self.running and self.device.pid == getpid() and not self.end(_c.kv_deadline_ns(5000), False):
             with nogil:
-                _c.pthread_join(self.thread, NULL)  # it would go on with memory that is about to be another's
+                _c.pthread_join(self.thread, NULL)  # otherwise it would go on in memory that is freed now
 
 
 cdef void *submitter_main(void *thread) noexcept nogil:

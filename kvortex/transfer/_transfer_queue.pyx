@@ -100,7 +100,7 @@ cdef class TransferQueue(JobTable):
 
     # ---- a job's turn: order, issue, seal ---------------------------------------------------------------------------
     # A job that is claimed and filled is ordered after its caller's stream, draws its turn, and is then issued and
-    # sealed, by its caller or by the submitter. Whose turn it is has stream and copier to itself, so no lock is held.
+    # sealed, by its caller or by the submitter. Only the thread whose job has its turn uses stream and copier: no lock.
 
     cdef int order(self, uint32_t record, void *caller) noexcept nogil:
         """Let the job come after the stream `caller` as it stands now. A CUresult; the context is current."""
@@ -108,16 +108,16 @@ cdef class TransferQueue(JobTable):
         return _c.kv_call(self.device.drv, _c.event_record, self.records[record].source_event, caller)
 
     cdef int issue(self, uint32_t record, uint64_t until_ns) noexcept nogil:
-        """Put copies of the job on the stream, as far as time goes. A CUresult; the context is current.
+        """Put copies of the job on the stream until the time is over. A CUresult; the context is current.
 
-        It is the job's turn, and what it waits for is sealed. Before its first copy come the waits.
+        It is the job's turn, and the jobs that it waits for are sealed. The waits come before its first copy.
         """
         cdef JobRecord *job = &self.records[record]
         cdef JobWait *wait
         cdef int code = self.failure
         if not job.is_begun:
             _c.kv_monitor_lock(&self.monitor)
-            job.is_begun = True  # from here on nobody withdraws it
+            job.is_begun = True  # from here on it cannot be withdrawn
             _c.kv_monitor_unlock(&self.monitor)
             if code == 0 and job.is_ordered:
                 code = self.copier.wait_for(self.stream, job.source_event)
@@ -132,7 +132,7 @@ cdef class TransferQueue(JobTable):
         return code
 
     cdef int seal(self, uint32_t record, int code) noexcept nogil:
-        """Record the job's event and let the next turn come; `code`: what went wrong until now. Returns what did.
+        """Record the job's event and let the next job have its turn. `code`: the error so far; return the final one.
 
         A failed job is over when the copies that it did submit are over, and the jobs that it waits for, too: a later
         job on the same device blocks meets this one instead of those.
@@ -158,7 +158,7 @@ cdef class TransferQueue(JobTable):
         return code
 
     cdef int issue_in_turn(self, uint32_t record) noexcept nogil:
-        """What the caller of a job does that is not handed over. A CUresult: of the job, or why its turn never came."""
+        """Issue and seal a job that is not handed over. A CUresult: of the job, or why its turn never came."""
         cdef JobRecord *job = &self.records[record]
         cdef uint32_t index
         cdef int code = self.await_turn(record)
@@ -171,7 +171,7 @@ cdef class TransferQueue(JobTable):
         return self.seal(record, code if code else self.issue(record, _c.KV_NEVER_NS))
 
     cdef int hand_over(self, uint32_t record) noexcept nogil:
-        """Leave issue and seal to the submitter. A CUresult: it takes no more, and the caller had to do it.
+        """Leave issue and seal to the submitter. If it takes no more, the caller does both: a CUresult of that.
 
         Both are decided under one lock: a submitter that is being closed issues every job that was marked before.
         """
@@ -188,8 +188,8 @@ cdef class TransferQueue(JobTable):
         return 0 if taken else self.issue_in_turn(record)
 
     cdef int issue_next(self, uint64_t slice_ns) noexcept nogil:
-        """What the submitter does here: go on with the first job. 1: some copies were issued; 0: another thread has to
-        seal a job first; -1: there is nothing to do.
+        """Go on with the first job, for the submitter. 1: copies were issued; 0: another thread must seal a job first;
+        -1: there is nothing to do.
 
         The context is current.
         """
@@ -230,21 +230,21 @@ cdef class TransferQueue(JobTable):
         stream : int or stream object
             The copies wait for its work so far; 0 is the legacy default stream.
         deferred : bool, default False
-            Leave the copies to the queue's `Submitter` and return in microseconds, where the driver takes one for each
-            piece. Until `Job.submitted` a synchronisation of the device does not cover them; all memory must live
+            Leave the copies to the queue's `Submitter` and return in microseconds; the driver takes a microsecond for
+            each piece. Until `Job.submitted` a synchronisation of the device does not cover them; all memory must live
             until `Job.done`.
 
         Returns
         -------
         Job or None
-            None when `max_jobs` are in flight: poll, or try later.
+            None if `max_jobs` are in flight: poll, or try later.
 
         Raises
         ------
         ValueError
             Arrays of different length, ids out of range, a block larger than a slot's payload, an unfit stream; a
             layout over read-only memory for a load, or over a GPU's for the host device; `deferred` without a
-            `Submitter`; a layout that is not the one, nor a part of the one, that the queue packs.
+            `Submitter`; if the queue packs, a layout that is neither the packed one nor a part of it.
         DriverError
             The driver refused; no copy is in flight, unless the context is dead.
         """
@@ -287,7 +287,7 @@ cdef class TransferQueue(JobTable):
 
     cdef uint32_t claim_blocks(self, KVLayout layout, void *packing, const int64_t *block_ids, PinnedPool pool,
                                const uint32_t *slot_ids, size_t n) noexcept nogil:
-        """`claim`, filled."""
+        """`claim`, and fill the record."""
         cdef uint32_t record = self.claim(n)
         cdef JobRecord *job = &self.records[record]
         if record != NO_RECORD:
@@ -299,14 +299,14 @@ cdef class TransferQueue(JobTable):
         return record
 
     cdef void plan_blocks(self, uint32_t record, KVLayout layout, void *packing, PinnedPool pool) noexcept nogil:
-        """The plan of a filled job over blocks of a layout; without a packing they lie in their slots as they are."""
+        """Make the plan of a filled job. Without a packing, blocks are in their slots as they are."""
         cdef JobRecord *job = &self.records[record]
         job.layout, job.packing = <void *>layout, packing
         job.plan = _c.kv_plan_of_blocks(layout.groups, layout.num_groups, layout.strided_bit(self.direction_),
                                         <const int64_t *>job.places, &pool.slots, job.slots, job.num_slots)
 
     cdef int submit_claimed(self, uint32_t record, void *caller, bint deferred, JobOutcome *outcome) noexcept nogil:
-        """Order, turn, issue and seal of a filled record. A CUresult: the job failed and is over, if it ever began."""
+        """Order a filled record, draw its turn, issue and seal it. A CUresult: the job failed, and is over if begun."""
         cdef int mode = 0, code
         code = self.device.enter(&mode)
         if code == 0:
@@ -341,7 +341,7 @@ cdef class TransferQueue(JobTable):
         else:
             code = _c.KV_CUDA_DEINITIALIZED if self.closed else _c.KV_CUDA_NOT_READY
         code = _c.kv_result_code(code)
-        if code:  # from here on nobody else knows of it; otherwise whoever retires the job writes
+        if code:  # no thread will retire it, and so write the outcome
             outcome.state = OUTCOME_FAILED
             outcome.code = code
         return code
@@ -357,9 +357,9 @@ cdef class TransferQueue(JobTable):
         Returns
         -------
         bool
-            True: nothing was or will be copied; `Job.num_blocks` is 0 from now on, and the job ends in its turn (of a
-            save of an engine the blocks are dropped, though `Job.statuses` says NEW); so says every later call. False:
-            it is too late, or the job was never handed over; DMA cannot be recalled.
+            True: nothing was or will be copied. `Job.num_blocks` is 0 from now on, the job ends in its turn, and later
+            calls return True, too. (Blocks that an engine saves are dropped, though `Job.statuses` says NEW.) False: it
+            is too late (DMA cannot be recalled), or the job was never handed over.
 
         Raises
         ------
@@ -368,7 +368,7 @@ cdef class TransferQueue(JobTable):
 
         Notes
         -----
-        Thread-safe; blocks on nothing. A queue that is closed, or being closed, answers like any other.
+        Thread-safe; waits for nothing. A queue that is closed, or is being closed, answers, too.
         """
         if job.queue is not None and job.queue is not self:
             raise ValueError("the job is of another queue")
@@ -383,9 +383,9 @@ cdef class TransferQueue(JobTable):
     def use_gather(self, KVLayout layout not None, num_ctas, DevicePool pool=None, *, codec="exact", exact_layers=()):
         """Move blocks of `layout` by a kernel and whole-block copies from now on, instead of piece by piece.
 
-        For small pieces in separate allocations, where copy engines alone stay far below the link, and for blocks that
-        a codec packs; it takes streaming multiprocessors from whatever else runs on the device. `gather_pays` says what
-        it is for without a codec.
+        Use it for small pieces in separate allocations, where copy engines alone stay far below the link (`gather_pays`
+        says whether), and for blocks that a codec packs. It takes streaming multiprocessors from whatever else runs on
+        the device.
 
         Parameters
         ----------
@@ -394,17 +394,17 @@ cdef class TransferQueue(JobTable):
         num_ctas : int
             Thread blocks of the kernel, 1 to 1024; four are enough for the link of an H200.
         pool : DevicePool, optional
-            Where the staging memory comes from, and goes back to when the queue is closed.
+            Lends the staging memory until the queue is closed.
         codec : str, default "exact"
-            With any other, blocks of the layout and of its parts lie packed in their slots (`kvortex.codec`). A block
-            that could not be packed must not be kept: `Carrier.refused_slots` names them, a queue alone does not.
+            With another codec, blocks of the layout and of its parts are packed in their slots (`kvortex.codec`). A
+            block that could not be packed must not be kept: ask `Carrier.refused_slots`; a queue does not know.
         exact_layers : sequence of int, default ()
             Layers that the codec leaves as they are; negative numbers count from the last.
 
         Raises
         ------
         ValueError
-            Numbers that do not fit, the queue gathers already, or copies of a job are just being submitted; the codec
+            A number is out of range, the queue gathers already, or copies of a job are just being submitted; the codec
             cannot pack any of the layout.
         DriverError
             The driver refused kernel, stream or memory (16 MiB, or two blocks); nothing has changed.
@@ -434,7 +434,7 @@ cdef class TransferQueue(JobTable):
     def poll(self):
         """Retire the jobs whose copies are over; returns how many. Never blocks on one.
 
-        Where the driver cannot be asked for the moment, that is none.
+        If the driver cannot be asked at the moment, it retires none.
 
         Raises
         ------
@@ -467,15 +467,15 @@ cdef class TransferQueue(JobTable):
     def close(self, timeout_ms=5000):
         """Wait for the jobs in flight, then destroy the stream and the events. Idempotent; releases the GIL.
 
-        Jobs that do not end within `timeout_ms` are failed and their stream and events leaked: a copy that is still
-        running must find them. Ctrl-C ends the wait: then no job is accepted any more, those in flight go on, and
+        Jobs that do not end within `timeout_ms` are failed, and their stream and events leaked, because a copy may
+        still run and needs them. If Ctrl-C ends the wait, no job is accepted any more, those in flight go on, and
         another call does the rest.
         """
         cdef int64_t limit = require_timeout(timeout_ms)
         self.end(_c.kv_deadline_ns(limit), True)
 
     cdef int end(self, uint64_t deadline_ns, bint interruptible) except -1:
-        """`close`; only if it is `interruptible` do signal handlers run, and may raise."""
+        """`close`. Only if `interruptible`, signal handlers run, and may raise."""
         cdef int mode = 0, code, _attempt
         cdef bint empty = False
         cdef uint64_t now, pause
@@ -504,7 +504,7 @@ cdef class TransferQueue(JobTable):
                 code = self.device.enter(&mode)
                 if code == 0 or _c.kv_result_is_sticky(code):
                     break
-            if code or not empty or self.failure:  # a dead context empties itself
+            if code or not empty or self.failure:  # a dead context: jobs ended without their copies
                 self.fail_all(code or self.failure or _c.KV_CUDA_DEINITIALIZED)
             else:
                 self.destroy_events()
@@ -527,7 +527,7 @@ cdef class TransferQueue(JobTable):
     def __dealloc__(self):
         if self.device is not None and self.device.pid != getpid():
             return
-        if self.device is not None and not self.ended:  # without a device nothing of ours was made, not even `ended`
+        if self.device is not None and not self.ended:  # without a device nothing was made, not even `ended`
             self.end(_c.kv_deadline_ns(5000), False)
 
 

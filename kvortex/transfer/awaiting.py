@@ -1,4 +1,4 @@
-"""`await job`: one eventfd a loop, written by whoever retires a job, without the GIL."""
+"""`await job`: each event loop has one eventfd, which the thread that retires a job writes to, without the GIL."""
 
 import contextlib
 import os
@@ -6,13 +6,13 @@ import weakref
 
 POLL_S = 0.0005
 
-# loop -> {signals: _LoopListener}. Weak on both sides: the coroutines that wait keep their listener, and a loop that is
-# dropped with coroutines still waiting takes them along.
+# loop -> {signals: _LoopListener}. Both are weak: waiting coroutines hold their listener. If a loop is dropped while
+# coroutines wait, it takes them along.
 _listeners = weakref.WeakKeyDictionary()
 
 
 class _LoopListener:
-    """The jobs of one engine that one event loop waits for."""
+    """The waits of one event loop for jobs of one engine."""
 
     def __init__(self, loop, signals):
         self.loop = loop
@@ -24,7 +24,7 @@ class _LoopListener:
             if signals.add_listener(self.eventfd):
                 loop.add_reader(self.eventfd, self._on_retired)
                 self.is_told = True
-        except Exception:  # no descriptor is left, or the loop can watch none, in whatever words
+        except Exception:  # no descriptor is left, or the loop cannot watch one; loops raise different errors
             pass
         if not self.is_told:
             self.close()
@@ -42,7 +42,7 @@ class _LoopListener:
         if self.eventfd >= 0:
             self.signals.remove_listener(self.eventfd)
             if self.is_told and not self.loop.is_closed():
-                with contextlib.suppress(Exception):  # the job is over, whatever the loop has to say
+                with contextlib.suppress(Exception):  # the job is over, whatever the loop raises
                     self.loop.remove_reader(self.eventfd)
             os.close(self.eventfd)
             self.eventfd = -1
@@ -52,19 +52,19 @@ class _LoopListener:
 
 async def wait_in_loop(job, signals):
     """Return when `job` is done. Cancelling leaves the job alone."""
-    import asyncio  # here, since it is a third of what `import kvortex` would take, and those who await have it
+    import asyncio  # here: it would be a third of `import kvortex`, and whoever awaits has it
 
     loop = asyncio.get_running_loop()
     of_loop = _listeners.setdefault(loop, weakref.WeakValueDictionary())
     listener = _listener(of_loop, loop, signals) if signals.served else None
-    if listener is None:  # a queue without an engine, whose jobs nobody else retires; or a loop that cannot be told
+    if listener is None:  # without an engine no other thread retires jobs; or the loop cannot be woken
         while not job.done():
             await asyncio.sleep(POLL_S)
         return
     future = loop.create_future()
     listener.waiting[future] = job
     try:
-        # Retired between the caller's look and the listener's start: nobody would tell.
+        # If the job was retired before the listener was there, no wake-up comes.
         if not job.done():
             await future
     finally:
@@ -75,7 +75,7 @@ async def wait_in_loop(job, signals):
 
 
 def _listener(of_loop, loop, signals):
-    """Return the listener of a loop for these signals; None where too many wait, or no descriptor is left."""
+    """Return the listener of a loop for these signals; None if there are too many, or no descriptor is left."""
     listener = of_loop.get(signals)
     if listener is None:
         listener = _LoopListener(loop, signals)

@@ -1,4 +1,4 @@
-"""Fingerprints: what two layouts must have in common so that blocks saved from one can be loaded into the other."""
+"""Fingerprints: if two layouts have the same one, blocks saved from one can be loaded into the other."""
 
 import hashlib
 import json
@@ -16,12 +16,12 @@ def fingerprint_of_layout(name, block_bytes, pieces, kept):
         Of the cache.
     block_bytes : int
     pieces : list
-        What a block consists of, in its order; equal neighbours stand there once, with their count. A piece is a
-        number of bytes, or a type and the axes ``[type, [axis, length], ...]``: the axes without that of the blocks,
-        counted in the order of the shape and listed in the order of the bytes, those of length 1 left out; the planes
-        (K and V) are one of them. The type is its name, or the size of an element where no more is known.
+        What a block consists of, in its order. Equal neighbours are one entry with their count. A piece is a number of
+        bytes, or a type and axes ``[type, [axis, length], ...]``. The axis of the blocks and axes of length 1 are left
+        out; the planes (K and V) are an axis. Axes are numbered in the order of the shape and listed in the order of
+        the bytes. The type is its name, or, if that is not known, the size of an element.
     kept : list of int or None
-        Where pieces are named more than once: the numbers of the runs that count.
+        If runs are named more than once: the numbers of those that count.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def fingerprint_of_packed(layout, version, planes):
     version : int
         Of the packed format.
     planes : list of tuple
-        Where each plane lies in a block, how it is coded, and where it lies in the packed block.
+        For each plane its place in a block, how it is coded, and its place in the packed block.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def fingerprint_of_packed(layout, version, planes):
 
 
 def digest(content):
-    """SHA-256 of something as JSON."""
+    """SHA-256 of `content` as JSON."""
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).digest()
 
 

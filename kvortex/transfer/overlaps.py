@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from itertools import combinations, product
 
-# Of runs that interleave at different strides every pair is looked at, 5 us each: this bounds the time to a second.
+# If runs interleave at different strides, every pair is compared, 5 us each: this bounds the time to a second.
 MAX_PAIRS = 1 << 18
 
 
@@ -13,15 +13,15 @@ def find_overlap(runs, num_blocks):
     Parameters
     ----------
     runs : list of (int, int, int)
-        Base, bytes from block to block, bytes of a piece: at least 1 and, where there are two blocks, at most the
-        stride. All different.
+        Base, bytes from block to block, bytes of a piece (at least 1 and, if there are two blocks, at most the stride).
+        All runs differ.
     num_blocks : int
         At least 1.
 
     Returns
     -------
     tuple of two (int, int), or None
-        Number of the run and of the block, of both; None where no byte belongs to two blocks. Exact.
+        Number of the run and of the block, of both; None if no byte belongs to two blocks. Exact.
 
     Raises
     ------
@@ -119,7 +119,7 @@ def overlap_at_one_stride(runs, members, stride, num_blocks):
     """As `find_overlap`, for runs of one stride.
 
     Lay memory out in rows of `stride` bytes: a run is a rectangle, its piece wide and `num_blocks` rows high, or two if
-    its piece crosses the end of a row. A sweep down the rows keeps the columns of the rectangles that it is in.
+    its piece crosses the end of a row. A sweep down the rows keeps the columns of the rectangles that it crosses.
     """
     rectangles = []  # first row, column, its end, run, block in the first row
     for number in members:
@@ -129,7 +129,7 @@ def overlap_at_one_stride(runs, members, stride, num_blocks):
         if end > stride:
             rectangles.append((row + 1, 0, end - stride, number))
     rectangles.sort()
-    columns, passed = [], 0  # those the sweep is in, by column; how many it has left, in the order of entering
+    columns, passed = [], 0  # of the rectangles that the sweep crosses, by column; how many it has left, in their order
     for row, column, end, number in rectangles:
         while rectangles[passed][0] + num_blocks <= row:
             del columns[bisect_left(columns, rectangles[passed][1:])]
@@ -146,17 +146,17 @@ def overlap_at_one_stride(runs, members, stride, num_blocks):
 def overlap_of_two(run, other, num_blocks, other_blocks=None):
     """Find a block of one run and a block of another, of any strides, that share a byte; None if none do.
 
-    The other has as many blocks unless `other_blocks` says how many.
+    By default the other run has as many blocks as the first.
 
     Blocks b and c share one if ``low <= b * stride - c * other_stride <= high``. How many such pairs a range of b has
     is a sum of quotients.
     """
     (base, stride, piece), (other_base, other_stride, other_piece) = run, other
     other_blocks = num_blocks if other_blocks is None else other_blocks
-    stride = stride if num_blocks > 1 else piece  # that of a single block may be anything
+    stride = stride if num_blocks > 1 else piece  # the stride of a single block may be anything
     other_stride = other_stride if other_blocks > 1 else other_piece
     low, high = other_base - base - piece + 1, other_base - base + other_piece - 1
-    # For a given b the c form an interval. Where it reaches beyond the blocks there are, it holds one of these two:
+    # For a given b the c form an interval. If it reaches beyond the blocks there are, it holds one of these two:
     for c in (0, other_blocks - 1):
         b = max(0, -(-(low + c * other_stride) // stride))
         if b < num_blocks and b * stride <= high + c * other_stride:

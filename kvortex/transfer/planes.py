@@ -1,4 +1,4 @@
-"""Which bytes of a block are vectors of K and V: from what is said of tensors and runs to the planes of a layout."""
+"""Which bytes of a block are vectors of K and V: the planes of a layout, from the roles of tensors and runs."""
 
 from bisect import bisect_right
 from dataclasses import replace
@@ -10,7 +10,7 @@ ROLES = ("k", "v", "kv", "interleaved", "exact")
 
 
 def is_bfloat16(dtype, itemsize):
-    """Whether numbers of this type can be packed; integers of 16 bits are taken for the bits of such."""
+    """Whether numbers of this type can be packed. Integers of 16 bits count as the bits of bfloat16."""
     name = str(dtype).rpartition(".")[2]  # "torch.bfloat16"
     return itemsize == 2 and name in ("bfloat16", "uint16", "int16")
 
@@ -27,7 +27,7 @@ def roles_of_tensors(roles, num_tensors):
 
 
 def layers_of_roles(roles):
-    """The layer of each tensor: where K and V are tensors of their own, the first of each is layer 0, and so on."""
+    """The layer of each tensor. If K and V are separate tensors, the first of each is layer 0, and so on."""
     counts, layers = {"k": 0, "v": 0}, []
     for role in roles:
         parts = [role] if role in counts else ["k", "v"]
@@ -42,7 +42,7 @@ def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, 
     Raises
     ------
     ValueError
-        The tensor's shape does not go with the role.
+        The tensor's shape does not fit the role.
     """
     if role == "exact" or not is_bfloat16(dtype, itemsize):
         return []
@@ -112,7 +112,7 @@ def planes_of_part(planes, spans):
 
 
 def covering(planes, pieces):
-    """Return the planes and, for all other bytes, exact ones, none of which crosses from one piece to the next."""
+    """Return the planes and, for all other bytes, exact planes, none of which crosses from one piece to the next."""
     ends = list(accumulate(pieces))
     inside = [[] for _ in pieces]
     for plane in planes:
