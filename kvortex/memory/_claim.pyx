@@ -1,9 +1,9 @@
-"""Memory that a pool was admitted for and has yet to touch: free by the kernel's count, and not free.
+"""Memory that a pool was admitted for and has not touched yet: the kernel counts it as free, and it is not.
 
-The number lies in a page that a file shares with the user's other processes. Whoever touches memory lowers it there,
-without the GIL; others read it at any time. The file is locked for as long as its process lives, whatever ends that,
-and counts only while it is. The lock is one of the process (POSIX), so that a forked child does not keep it; closing
-any descriptor of the file gives it away, so a process never opens the files of its own claims a second time.
+The number of bytes is in a page of a file that the user's other processes can read. Threads that touch memory lower the
+number, without the GIL; others read it at any time. The file is locked while its process lives, however that ends, and
+counts only while it is locked. The lock is one of the process (POSIX), so a forked child does not keep it. Closing any
+descriptor of the file releases the lock, so a process never opens the files of its own claims a second time.
 
 Nothing here runs Python code, so that no signal handler is called while a pool is closed.
 """
@@ -31,10 +31,10 @@ cdef class Claim:
     ----------
     nbytes : int
     hidden, path : bytes
-        Where to make the file, and where to show it once it is locked. Where that cannot be, this process alone sees
-        the claim.
+        Where to make the file, and where to move it when it is locked. If that fails, only this process sees the
+        claim.
     about : bytes
-        What stands in the file behind the number.
+        What the file has behind the number.
     """
 
     def __cinit__(self, uint64_t nbytes, bytes hidden, bytes path, bytes about):
@@ -60,7 +60,7 @@ cdef class Claim:
         lock.l_type = F_WRLCK
         if fcntl(self.file, F_SETLK, &lock):
             return False
-        # Written, not only made longer, which takes the memory: in a full folder, touching the page would be a SIGBUS.
+        # Written, not only made longer: writing takes the memory. In a full folder, touching it would be a SIGBUS.
         if pwrite(self.file, <char *>content, len(content), 0) != len(content):
             return False
         page = mmap(NULL, sizeof(uint64_t), PROT_READ | PROT_WRITE, MAP_SHARED, self.file, 0)
@@ -73,7 +73,7 @@ cdef class Claim:
         return True
 
     cdef void end(self) noexcept:
-        """Claim nothing any more. Idempotent. No thread touches memory for it."""
+        """Claim nothing any more. Idempotent. No thread may touch memory for the claim by now."""
         own.pop(<size_t>self.left, None)
         if self.path is not None and self.pid == getpid():
             unlink(self.path)

@@ -19,8 +19,8 @@ cdef class DeviceArena(DeviceBuffer):
     """A `DeviceBuffer` that grows at its end and never moves; made by `DevicePool.arena`.
 
     The parts lie behind each other without gaps, as if they had been allocated at once. So a layout over all parts is
-    one range, and a strided copy may go over several of them; it may not go over separate allocations. `address` is
-    that of the first byte, `nbytes` what was asked for so far.
+    one range, and a strided copy may cross from one part to the next, which it may not with separate allocations.
+    `address` is that of the first byte, `nbytes` the sum of what was asked for.
 
     Attributes
     ----------
@@ -28,7 +28,7 @@ cdef class DeviceArena(DeviceBuffer):
     reserve_bytes : int
         Address space.
     mapped_bytes : int
-        Memory taken: `nbytes` rounded up to units (2 MiB). The pool's limit counts these.
+        Memory taken: `nbytes` rounded up to units (2 MiB). The pool's limit counts this.
     """
 
     def __init__(self):
@@ -65,7 +65,7 @@ cdef class DeviceArena(DeviceBuffer):
                 raise PoolExhausted(f"{nbytes} bytes more than {offset} exceed the arena's address space of "
                                     f"{self.reserve_bytes} bytes; pass a larger reserve_bytes to DevicePool.arena")
             mapped = round_up(needed, self.unit)
-            self.exports += 1  # ours: a close meanwhile must not unmap
+            self.exports += 1  # for this call: a close meanwhile must not unmap
             try:
                 if mapped > self.mapped_bytes:
                     self.map_more(mapped - self.mapped_bytes)
@@ -85,7 +85,7 @@ cdef class DeviceArena(DeviceBuffer):
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
-                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what it keeps would exceed the limit
+                self.device.drv.mem_pool_trim_to(self.pool.pool, keep)  # what the driver keeps would exceed the limit
                 code = self.map_at(address, nbytes)
                 is_full = _c.kv_result_code(code) == _c.KV_CUDA_OUT_OF_MEMORY
                 self.device.leave(mode)
@@ -121,10 +121,10 @@ cdef class DeviceArena(DeviceBuffer):
         return code
 
     def close(self):
-        """Free the memory, after all work of the device, for which this blocks (GIL released). Idempotent.
+        """Free the memory when all work of the device is over; blocks until then (GIL released). Idempotent.
 
-        Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go.
-        Where the device has not a byte left, no stream of it may be capturing a graph, or the memory stays taken.
+        Memory that others hold (a buffer, a DLPack tensor, a layout over it) is freed when the last of them lets go. If
+        the device has not a byte left and one of its streams is capturing a graph, the memory stays taken.
         """
         DeviceBuffer.close(self)
 

@@ -1,4 +1,4 @@
-"""How many bytes of a device may be handed out: what the pool and its arenas count together."""
+"""How many bytes of a device may be handed out: a count that a pool and its arenas share."""
 
 
 from cython cimport auto_pickle, no_gc_clear
@@ -53,15 +53,15 @@ cdef size_t round_up(size_t nbytes, size_t unit) noexcept nogil:
 cdef object refuse(Device device, int code, size_t nbytes, size_t used, size_t limit):
     call = _c.kv_result_call(code).decode()
     raise PoolExhausted(f"{device.name} has no {nbytes} bytes for a device pool with {used} of its {limit} bytes in "
-                        f"use ({call} ran out of memory): memory counts until the stream of its free got "
-                        f"there, so synchronise the streams and call trim(), or lower the limit")
+                        f"use ({call} ran out of memory): freed memory counts until its stream gets "
+                        f"to the free; synchronise the streams and call trim(), or lower the limit")
 
 
 cdef bint wait_for_device(Device device) noexcept:
-    """Wait for all work of the context; False if nobody can wait for it.
+    """Wait for all work of the context; False if that is not possible.
 
-    It frees memory, because CUDA waits for all work then. While somebody captures a graph, cuCtxSynchronize would be
-    refused, whatever the thread's mode, and would spoil the capture.
+    To wait, it allocates a byte and frees it: CUDA waits for all work then. cuCtxSynchronize would be refused, whatever
+    the thread's mode, while somebody captures a graph, and would spoil the capture.
     """
     cdef kv_devptr scratch = 0
     cdef int code = 0, mode = 0, attempts = 0

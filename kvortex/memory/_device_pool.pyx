@@ -19,7 +19,7 @@ from kvortex.memory._device_limit cimport DeviceLimit, refuse, require_size, rou
 
 from kvortex.errors import ConfigError, DriverError, EngineClosed
 
-cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # in which CUDA takes memory for a pool; one that may have less gets none
+cdef size_t RESERVE_UNIT_BYTES = 32 << 20  # CUDA's unit of memory for a pool; a pool that may have less gets none
 cdef int MAX_LOOKS = 4                     # how many of the idle_streams one allocation asks whether their work is over
 
 
@@ -44,8 +44,8 @@ class DevicePoolUsage(NamedTuple):
 cdef class DevicePool(DeviceLimit):
     """Device memory up to a limit, allocated and freed in the order of streams.
 
-    `PooledBuffer.free` never blocks: the memory is free when the stream gets there, and serves the next allocation
-    without a call to the system. If another stream wants it before, the driver makes that stream wait or takes other
+    `PooledBuffer.free` never blocks: the memory is free when the stream gets to that point, and the next allocation
+    gets it without a system call. If another stream wants it before, the driver lets that stream wait or takes other
     memory.
 
     Parameters
@@ -56,8 +56,8 @@ cdef class DevicePool(DeviceLimit):
         A name is opened by `Device.open`; that device is closed with the pool, when all buffers and arenas were given
         back.
     release_threshold_bytes : int, optional
-        When somebody waits for a stream or an event, the driver gives free memory of the pool back to the device, down
-        to so many bytes. By default the limit, so that a steady state never asks the system for memory; 0 keeps none.
+        Whenever a stream or an event is waited for, the driver gives free memory of the pool back to the device, down
+        to this size. By default the limit, so that a steady state never asks the system for memory; 0 keeps none.
 
     Attributes
     ----------
@@ -241,9 +241,9 @@ cdef class DevicePool(DeviceLimit):
             self.reserved(_c.KV_MEMPOOL_RESERVED_HIGH) + self.arenas_high)
 
     def trim(self, keep_bytes=0):
-        """Give memory that nobody uses back to the device, down to `keep_bytes`. Does not block.
+        """Give unused memory back to the device, down to `keep_bytes`. Does not block.
 
-        Synchronise the streams of earlier frees before: memory may stay whose stream has not got to its free yet.
+        Synchronise the streams of earlier frees before: memory stays if its stream has not got to the free yet.
 
         Raises
         ------
@@ -277,7 +277,7 @@ cdef class DevicePool(DeviceLimit):
             return
         for own, _, lent in self.idle_streams:
             if lent is not None:
-                with suppress(DriverError, EngineClosed):  # not known whether they are over: `sweep` keeps their memory
+                with suppress(DriverError, EngineClosed):  # then the copies may still run: `sweep` keeps their memory
                     (<Stream>own).synchronize()
         self.end()
 
@@ -320,7 +320,7 @@ cdef class DevicePool(DeviceLimit):
             self.idle_streams += ((own, ready_event, lent),)
 
     cdef void end_use(self) noexcept:
-        """Count a buffer, an arena or a call less; the last one ends the pool if it was closed."""
+        """Count one buffer, arena or call less. If the pool was closed, the last one ends it."""
         cdef void *pool = self.pool
         self.num_out -= 1
         if self.num_out or not self.closed or getpid() != self.device.pid:
@@ -434,9 +434,9 @@ cdef class PooledBuffer(DeviceBuffer):
     def free(self, stream):
         """Free the memory when a stream gets there and the buffer's calls on other streams are over. Does not block.
 
-        Work of others on the memory must come before the end of what is on the stream now. If others hold the memory (a
-        buffer, a DLPack tensor, a layout over it), it is freed when the last of them lets go, and not before the stream
-        gets there.
+        If others work on the memory, what is on the stream now must already wait for their work. If others hold the
+        memory (a buffer, a DLPack tensor, a layout over it), it is freed when the last of them lets go, and not before
+        the stream gets there.
 
         Parameters
         ----------
@@ -497,7 +497,7 @@ cdef class PooledBuffer(DeviceBuffer):
         self.start = 0  # taken under the GIL, so that nobody frees it twice
         if start != 0 and (not self.shown or self.device.is_host or wait_for_device(self.device)):
             self.pool.give(start, self.nbytes, self.stream.stream)
-        # else: the context is dead, so nobody can wait for its work; memory that may be in use goes to nobody
+        # else: the context is dead, and its work cannot be waited for; memory that may be in use is not given back
 
     cdef void retire(self) noexcept:
         """Give stream and event to the pool's idle_streams, with the memory that the last copies may still use."""

@@ -1,4 +1,4 @@
-"""The pinned pool: address space at once, memory in chunks, slots that straddle no chunk."""
+"""The pinned pool: it reserves its address space at once and its memory in chunks; each slot is in one chunk."""
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
@@ -31,7 +31,7 @@ cdef extern from *:
     #include <sys/syscall.h>
     #include <unistd.h>
     static inline void *kv_map_failed(void) { return MAP_FAILED; }
-    /* Pages of the range come from `node` where it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. The kernel
+    /* Pages of the range come from `node` while it has any left: MPOL_PREFERRED, without libnuma. 0, or -1. The kernel
      * takes one bit less than the length that it gets. */
     static inline int kv_prefer_node(void *address, size_t bytes, int node)
     {
@@ -47,8 +47,8 @@ cdef extern from *:
     int kv_prefer_node(void *address, size_t nbytes, int node) nogil
 
 cdef size_t HUGE_PAGE_BYTES = 2 << 20
-cdef uint64_t SIGNALS_NS = 50_000_000  # how long a wait leaves Python's signal handlers (Ctrl-C) waiting
-# What registering answers, also where the memory was not even there to be touched.
+cdef uint64_t SIGNALS_NS = 50_000_000  # after so long a wait, Python's signal handlers (Ctrl-C) run
+# What registering answers, also if there was no memory to touch.
 cdef int OUT_OF_MEMORY = _c.kv_answer(_c.KV_CUDA_OUT_OF_MEMORY, _c.mem_host_register)
 
 cdef enum:
@@ -67,11 +67,11 @@ cdef class PinnedPool(Lender):
     Parameters
     ----------
     pool_bytes : int
-        Size of the pool; exactly ``pool_bytes // stride_bytes`` slots are made, nothing is rounded up.
+        Size of the pool: exactly ``pool_bytes // stride_bytes`` slots; nothing is rounded up.
     payload_bytes : int
         Bytes of one block, 1 to 2^32 - 1.
     device : Device or str, default "auto"
-        With which driver the memory is registered.
+        The device whose driver registers the memory.
     header_bytes : {0, 4096}, default 0
         Room before the payload in each slot; 4096 when lower tiers are configured.
     first_chunk_bytes, chunk_bytes : int
@@ -79,8 +79,8 @@ cdef class PinnedPool(Lender):
     huge_pages : bool, default True
         Ask for transparent huge pages; without them touching and registering take longer.
     numa : bool, default True
-        Prefer memory of the device's NUMA node, where the driver names one; advice, as memory of other nodes serves
-        too. `numa_node` tells what came of it.
+        Prefer memory of the device's NUMA node, if the driver names one. Memory of other nodes serves, too. `numa_node`
+        is the node if the kernel took the advice.
     driver_allocated : bool, default False
         Plain mode: one `cuMemHostAlloc` for everything, inside the constructor. Seconds per 16 GiB; pages and node are
         the driver's choice.
@@ -147,7 +147,7 @@ cdef class PinnedPool(Lender):
         return 0
 
     cdef void give_up(self) noexcept:
-        """What the constructor took goes back at once: whoever holds the exception may hold the pool for long."""
+        """Give back at once what the constructor took: the exception, and with it the pool, may be held for long."""
         if not self.closed:
             self.end(False)
         else:
@@ -162,7 +162,7 @@ cdef class PinnedPool(Lender):
         cdef int mode = 0, code
         cdef void *address = NULL
         cdef uint64_t start = _c.kv_now_ns()
-        self.claim.left[0] = 0  # the driver touches from here on, and does not say how much; the pool stays in sight
+        self.claim.left[0] = 0  # from here on the driver touches memory, and does not say how much
         with nogil:
             code = self.device.enter(&mode)
             if code == 0:
@@ -176,7 +176,7 @@ cdef class PinnedPool(Lender):
         return 0
 
     cdef int map_pages(self, size_t nbytes, bint huge_pages, object node) except -1:
-        # Two megabytes more, so that the pool starts on a huge page.
+        # Two MiB more, so that the pool starts on a huge page.
         cdef size_t mapped = nbytes + HUGE_PAGE_BYTES
         cdef int mode = 0, code
         cdef void *address = mmap(NULL, mapped, PROT_READ | PROT_WRITE,
@@ -187,7 +187,7 @@ cdef class PinnedPool(Lender):
         self.mapping = <char *>address
         self.mapping_bytes = mapped
         self.slots.base = <char *>((<uintptr_t>address + HUGE_PAGE_BYTES - 1) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES)
-        # Advice, both: a kernel without huge pages or nodes serves all the same.
+        # Both are advice: a kernel without huge pages or nodes works, too.
         madvise(self.slots.base, nbytes, MADV_HUGEPAGE if huge_pages else MADV_NOHUGEPAGE)
         if huge_pages and transparent_huge_pages() == "never":
             warn_once("huge_pages_off", "the kernel gives this process no transparent huge pages, so pinning takes "
@@ -240,16 +240,16 @@ cdef class PinnedPool(Lender):
         while started < self.num_touchers and _c.pthread_create(&touchers[started], NULL, _c.kv_touch_main,
                                                                 &self.touching) == 0:
             started += 1
-        self.num_touchers = started  # those that could not be started only make it slower
+        self.num_touchers = started  # without the others it is only slower
         self.register_chunks()
         _c.kv_touch_stop(&self.touching)
         while started:
             started -= 1
             _c.pthread_join(touchers[started], NULL)
-        if self.failure:  # what was touched ahead serves nobody
+        if self.failure:  # what was touched ahead is of no use
             touched = self.num_ready * self.slots.stride_bytes
             madvise(self.slots.base + touched, self.slots.num_slots * self.slots.stride_bytes - touched, MADV_DONTNEED)
-        self.claim.left[0] = 0  # all is touched, or what is left never will be
+        self.claim.left[0] = 0  # all is touched, or the rest never will be
         _c.kv_monitor_lock(&self.monitor)
         self.thread_is_over = True
         _c.kv_monitor_broadcast(&self.monitor)
@@ -283,7 +283,7 @@ cdef class PinnedPool(Lender):
                 _c.kv_monitor_unlock(&self.monitor)
 
     cdef void attach(self, slots_ready_hook hook, void *owner) noexcept nogil:
-        """Tell `hook` of every slot that is ready now, at once, and of each later chunk as it comes."""
+        """Call `hook` now for all slots that are ready, and for each later chunk when it is ready."""
         _c.kv_monitor_lock(&self.monitor)
         self.hook = hook
         self.hook_owner = owner
@@ -299,7 +299,7 @@ cdef class PinnedPool(Lender):
         TimeoutError
             `timeout_ms` passed first.
         PoolExhausted, DriverError
-            Registering failed; what is ready by then goes on serving.
+            Registering failed. The slots that are ready by then stay usable.
         EngineClosed
             The pool was closed.
         """
@@ -393,7 +393,7 @@ cdef class PinnedPool(Lender):
 
     @property
     def slots_usable(self):
-        """How many slots serve, or will when registering is over: `num_slots`, or `slots_ready` once it has failed."""
+        """How many slots may be used when registering is over: `num_slots`, or `slots_ready` if registering failed."""
         return self.num_ready if self.failure else self.slots.num_slots
 
     @property
@@ -418,7 +418,7 @@ cdef class PinnedPool(Lender):
 
     @property
     def longest_call_ms(self):
-        """The longest driver call so far: others of this process may have waited for it."""
+        """The longest call of the driver so far, for which others of this process may have waited."""
         return self.longest_call_ns / 1e6
 
     @property
@@ -439,7 +439,7 @@ cdef class PinnedPool(Lender):
     # ---- end --------------------------------------------------------------------------------------------------------
 
     cdef int join(self, bint interruptible) except -1:
-        """End the background thread: it comes to its end after the chunk at hand."""
+        """End the background thread, which goes on until the chunk at hand is registered."""
         _c.kv_monitor_lock(&self.monitor)
         self.stopping = True
         _c.kv_monitor_broadcast(&self.monitor)
@@ -455,7 +455,7 @@ cdef class PinnedPool(Lender):
             if interruptible:
                 PyErr_CheckSignals()
         if self.registering:
-            self.registering = False  # before the GIL goes, so that nobody joins it twice
+            self.registering = False  # before the GIL is released, so that nobody joins it twice
             with nogil:
                 _c.pthread_join(self.thread, NULL)
         _c.kv_touch_destroy(&self.touching)
@@ -464,9 +464,9 @@ cdef class PinnedPool(Lender):
     def close(self):
         """Stop registering, unregister and unmap. Idempotent; blocks for the chunk being registered (GIL released).
 
-        Ctrl-C ends that wait: then the pool is of no more use, and another call, or its end, does the rest. No copy may
-        be in flight: the engine shuts its queues down first. Memory on which views are still held is unregistered now
-        and unmapped when the last of them is released.
+        If Ctrl-C ends that wait, the pool cannot be used any more, and another call, or the end of the object, does the
+        rest. No copy may be in flight: an engine shuts its queues down first. Memory that views still hold is
+        unregistered now and unmapped when the last of them is released.
 
         Raises
         ------
@@ -488,7 +488,7 @@ cdef class PinnedPool(Lender):
         while self.num_unregistered < self.num_ready and not self.driver_allocated and not self.is_lost:
             first = self.num_unregistered  # a chunk is taken under the GIL, so that nobody unregisters it twice
             self.num_unregistered += _c.kv_slots_chunk_count(&self.slots, _c.kv_slots_chunk(&self.slots, first))
-            self.exports += 1  # ours: nobody else's end may unmap it meanwhile
+            self.exports += 1  # for this loop: the end of a view must not unmap it meanwhile
             with nogil:
                 code = self.device.give_back(self.device.drv.mem_host_unregister,
                                              self.slots.base + first * self.slots.stride_bytes)

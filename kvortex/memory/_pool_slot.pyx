@@ -1,4 +1,4 @@
-"""One slot of a pinned pool as others see it."""
+"""One slot of a pinned pool, for other libraries."""
 
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport uint64_t
@@ -10,11 +10,11 @@ from kvortex.errors import EngineClosed
 
 
 cdef class PoolSlot:
-    """The payload of one slot as others see it: uint8 in host memory, through the buffer protocol and DLPack.
+    """The payload of one slot for other libraries: uint8 in host memory, through the buffer protocol and DLPack.
 
     Made by `PinnedPool.slot`. ``np.asarray(slot)``, ``np.frombuffer(slot, dtype)``, ``torch.from_dlpack(slot)`` share
-    the memory. It stays mapped while somebody holds it, also after the pool was closed; then it is pinned no more, so
-    that no device may use it. Its content is the block that the slot holds at the time: pin that in the index.
+    the memory. It stays mapped while somebody holds it, even after the pool was closed; but then it is not pinned, and
+    no device may use it. Its content changes when the slot gets another block: pin the block in the index.
 
     Attributes
     ----------
@@ -51,7 +51,7 @@ cdef class PoolSlot:
         self.pool.take_back()
 
     def __dlpack_device__(self):
-        """(1, 0), memory of the CPU: what every library takes, though it is pinned."""
+        """(1, 0), memory of the CPU, which every library takes, though the memory is pinned."""
         return _c.KV_DLPACK_CPU, 0
 
     def __dlpack__(self, *, stream=None, max_version=None, dl_device=None, copy=None):
@@ -61,7 +61,7 @@ cdef class PoolSlot:
         ----------
         stream : None
         dl_device : (int, int), optional
-            ``(3, 0)``, CUDA host, for who reaches pinned memory from a GPU; in a pool of the host device (1, 0) only.
+            ``(3, 0)``, CUDA host, for libraries that use pinned memory on a GPU; a pool of the host device has (1, 0).
         max_version, copy
             As the array API standard has them.
 
@@ -70,7 +70,7 @@ cdef class PoolSlot:
         BufferError
             A copy was asked for, or another device.
         ValueError
-            There is a stream.
+            `stream` is not None.
         EngineClosed
         """
         self.require_open()
