@@ -1,7 +1,7 @@
 """Prometheus: the text of `get_stats()`, and an exporter that reads an engine whenever it is scraped.
 
-`prometheus_text` needs nothing; `EngineCollector` and `start_exporter` need prometheus_client, which
-``pip install 'kvortex[metrics]'`` brings.
+`prometheus_text` needs no other package. `EngineCollector` and `start_exporter` need prometheus_client:
+``pip install 'kvortex[metrics]'``.
 """
 
 import re
@@ -20,14 +20,14 @@ COUNTERS = {  # field of EngineStats: (metric, what it counts)
     "blocks_hit": ("blocks_hit", "Blocks of leading runs that check_blocks found."),
     "blocks_saved": ("blocks_saved", "Blocks that became visible after a save."),
     "blocks_loaded": ("blocks_loaded", "Blocks loaded to the device."),
-    "blocks_present": ("blocks_present", "Blocks of a save that were there already."),
+    "blocks_present": ("blocks_present", "Blocks of a save that were in host memory already."),
     "blocks_pending": ("blocks_pending", "Blocks of a save that another save was writing."),
     "blocks_refused": ("blocks_refused", "Blocks of a save that found no slot or no free job."),
     "blocks_evicted": ("blocks_evicted", "Blocks evicted from host memory."),
     "blocks_dropped": ("blocks_dropped", "Blocks evicted from host memory before the lower tier had them."),
     "blocks_discarded": ("blocks_discarded", "Blocks that the caller made KVortex forget."),
     "length_mismatches": ("length_mismatches", "Blocks found with another size than asked for; they count as misses."),
-    "blocks_not_packed": ("blocks_not_packed", "Saves whose block has numbers that the codec cannot pack."),
+    "blocks_not_packed": ("blocks_not_packed", "Blocks not kept: the codec cannot pack one of their numbers."),
     "bytes_saved": ("saved_bytes", "Bytes of the KV cache saved to host memory."),
     "bytes_loaded": ("loaded_bytes", "Bytes loaded to the device."),
     "packed_bytes_saved": ("saved_packed_bytes", "Bytes that saved blocks took in host memory: fewer with a codec."),
@@ -48,36 +48,36 @@ GAUGES = {
     "failed": ("failed", "1 after an error that ended the engine, else 0."),
 }
 TIER_COUNTERS = {  # field of TierStats: (metric, what it counts); each with the tier's name as a label
-    "blocks_scanned": ("tier_blocks_scanned", "Headers of an earlier process that were read."),
-    "blocks_adopted": ("tier_blocks_adopted", "Blocks of an earlier process that are of use."),
-    "blocks_admitted": ("tier_blocks_admitted", "Blocks saved that the tier was to have."),
-    "blocks_not_admitted": ("tier_blocks_not_admitted", "Blocks saved that the write budget kept from the tier."),
+    "blocks_scanned": ("tier_blocks_scanned", "Headers of blocks of an earlier process that were read."),
+    "blocks_adopted": ("tier_blocks_adopted", "Blocks of an earlier process that were kept."),
+    "blocks_admitted": ("tier_blocks_admitted", "Blocks saved that were to be written to the tier."),
+    "blocks_not_admitted": ("tier_blocks_not_admitted", "Blocks saved that the write budget did not allow to write."),
     "blocks_written": ("tier_blocks_written", "Blocks written to the tier."),
     "blocks_written_beyond": (
         "tier_blocks_written_beyond",
-        "Those beyond the budget: by an idle engine, or flush.",
+        "Blocks written beyond the budget, by an idle engine or flush.",
     ),
     "blocks_not_written": ("tier_blocks_not_written", "Blocks that the tier could not write."),
     "blocks_evicted": ("tier_blocks_evicted", "Blocks evicted from the tier."),
-    "blocks_promoted": ("tier_blocks_promoted", "Blocks brought back into host memory."),
-    "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks held for a reader that never took them."),
+    "blocks_promoted": ("tier_blocks_promoted", "Blocks read from the tier into host memory."),
+    "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks read for a reader that never loaded them."),
     "bytes_written": ("tier_written_bytes", "Bytes written to the tier."),
     "bytes_read": ("tier_read_bytes", "Bytes read from the tier."),
-    "suspensions": ("tier_suspensions", "Times that the tier was left alone because it failed."),
+    "suspensions": ("tier_suspensions", "How often the tier was not used for a while, because it failed."),
 }
 TIER_GAUGES = {
     "blocks": ("tier_blocks", "Blocks in the tier."),
     "blocks_capacity": ("tier_blocks_capacity", "Blocks that the tier has room for."),
     "is_adopting": ("tier_adopting", "1 while blocks of an earlier process are being looked for, else 0."),
     "queue_blocks": ("tier_queue_blocks", "Blocks that the tier writes or reads, or that wait for it."),
-    "cleaning_blocks": ("tier_cleaning_blocks", "Blocks in host memory that are pinned to be written."),
+    "cleaning_blocks": ("tier_cleaning_blocks", "Blocks in host memory that are pinned while they are written."),
     "promoting_blocks": ("tier_promoting_blocks", "Blocks in host memory that are pinned for a reader."),
-    "is_suspended": ("tier_suspended", "1 while the tier is left alone because it failed, else 0."),
+    "is_suspended": ("tier_suspended", "1 while the tier is not used because it failed, else 0."),
     "read_only": ("tier_read_only", "1 where the tier takes no more blocks, else 0."),
 }
 TIER_SECONDS = {
-    "ms_reading": ("tier_reading_seconds", "Seconds that batches of blocks took to come back, all together."),
-    "ms_saved": ("tier_saved_seconds", "Seconds that computing these blocks would have taken, where that is known."),
+    "ms_reading": ("tier_reading_seconds", "Seconds that reading batches of blocks took, summed."),
+    "ms_saved": ("tier_saved_seconds", "Seconds that computing these blocks would have taken, if known."),
 }
 LATENCIES = {
     "lookup": "Seconds from the call of check_blocks to its answer, since the engine was created.",
@@ -134,7 +134,7 @@ def families(stats: EngineStats, labels: Mapping[str, str] | None = None) -> lis
         ]
         found.append(Family(f"kvortex_{what}_latency_seconds", "summary", text, samples))
     if stats.planner:
-        samples = {}  # rows that the labels do not tell apart count together
+        samples = {}  # rows with equal labels are summed
         for row in stats.planner:
             own_labels = {name: str(getattr(row, name)) for name in _PLANNER_LABELS}
             key = tuple(own_labels.values())
@@ -157,7 +157,7 @@ def _tier_families(tier, labels):
         yield Family(f"kvortex_{name}", "counter", text, [(labels, getattr(tier, field) / 1000)])
     samples = [({**labels, "cause": cause}, count) for cause, count in sorted(tier.misses.items())]
     if samples:
-        yield Family("kvortex_tier_misses", "counter", "Blocks that a reader waited for in vain, by cause.", samples)
+        yield Family("kvortex_tier_misses", "counter", "Blocks that a reader waited for and missed, by cause.", samples)
 
 
 def prometheus_text(stats: EngineStats, labels: Mapping[str, str] | None = None) -> str:
@@ -176,7 +176,7 @@ def prometheus_text(stats: EngineStats, labels: Mapping[str, str] | None = None)
     Returns
     -------
     str
-        One engine's page; the pages of two engines cannot be joined, because a metric is described once a page.
+        One engine's page. Two pages cannot be joined, because a page may describe a metric only once.
 
     Raises
     ------
@@ -198,9 +198,9 @@ def _escape(text):
 
 
 class EngineCollector:
-    """A collector for a `prometheus_client` registry: reads the engine when it is scraped, and nothing in between.
+    """A collector for a `prometheus_client` registry. It reads the engine only when it is scraped.
 
-    Holds the engine; ``kvortex_up`` is 1, and after `shutdown` 0 and all that there is.
+    It holds the engine. ``kvortex_up`` is 1; after `shutdown` it is 0, and the only metric.
 
     Parameters
     ----------
@@ -214,7 +214,7 @@ class EngineCollector:
         self._engine, self._labels = engine, labels
 
     def describe(self) -> Iterable[Any]:
-        """Say nothing in advance, so that registering does not read the engine."""
+        """Describe no metric in advance: so registering does not read the engine."""
         return []
 
     def collect(self) -> Iterable[Any]:
@@ -234,7 +234,7 @@ class EngineCollector:
 
 
 class Exporter:
-    """An HTTP server that answers ``GET /metrics``; made by `start_exporter`, ended by `close` or ``with``.
+    """An HTTP server that answers ``GET /metrics``. `start_exporter` makes it; `close` or ``with`` ends it.
 
     Attributes
     ----------
@@ -270,9 +270,9 @@ def start_exporter(
     Parameters
     ----------
     engine : KVortexEngine
-        Held until the exporter is closed; several engines of a process need a port each.
+        The exporter holds it until `close`. Each engine of a process needs its own port.
     port : int, default 9400
-        0 takes a free one, which `Exporter.port` tells.
+        0 takes a free one: see `Exporter.port`.
     host : str, default "127.0.0.1"
         Address to listen on; ``"0.0.0.0"`` for scrapers on other machines.
     labels : mapping of str to str, optional
@@ -285,7 +285,7 @@ def start_exporter(
     Raises
     ------
     ConfigError
-        prometheus_client is missing, the port is none, or a label cannot be one.
+        prometheus_client is missing, `port` is no port, or a label is not allowed.
     OSError
         The port is taken.
     """
@@ -298,7 +298,7 @@ def start_exporter(
         ) from error
     if isinstance(port, bool) or not isinstance(port, int) or not 0 <= port < 1 << 16:
         raise ConfigError(f"port must be 0 (any that is free) to 65535, got {port!r}")
-    families(engine.get_stats(), labels)  # complains of labels now, and not at the first scrape
+    families(engine.get_stats(), labels)  # raises for a wrong label now, not at the first scrape
     registry = prometheus_client.CollectorRegistry()
     registry.register(EngineCollector(engine, labels))
     return Exporter(*prometheus_client.start_http_server(port, host, registry))

@@ -8,16 +8,16 @@ from typing import Any
 class TierStats:
     """What became of blocks on the way to a lower tier and back, since the engine was created.
 
-    `blocks` are there now, of `blocks_capacity`; `blocks_scanned` headers of an earlier process have been read, and
-    `blocks_adopted` were of use. Of the blocks saved, the tier was to have `blocks_admitted`; the write budget did not
-    allow `blocks_not_admitted`. `blocks_written` counts all that was, those included that an idle engine or `flush`
-    wrote beyond the budget (`blocks_written_beyond`); `blocks_not_written` those that the store could not write.
-    `blocks_promoted` came back into RAM; `blocks_expired_unread` were held for a reader that let `hold_ms` pass.
-    `misses` are blocks that a reader waited for in vain, by cause: a `BlockStatus`, or FULL (promotions pin half of the
-    pool at the most), GONE, BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, SUSPENDED (lookups while the tier, which
-    failed, is left alone for a while). `queue_blocks` wait for the store or are in it; `cleaning_blocks` and
-    `promoting_blocks` are pinned in RAM. `ms_reading` is the sum over all batches, `ms_saved` what computing the blocks
-    would have taken, where `prefill_tokens_per_s` is known.
+    The tier has `blocks` now, and room for `blocks_capacity`. `blocks_scanned` headers of an earlier process were read,
+    and `blocks_adopted` of its blocks kept. Of the blocks saved, `blocks_admitted` were to be written; the write budget
+    did not allow `blocks_not_admitted`. `blocks_written` counts all writes, those of an idle engine or `flush` beyond
+    the budget included (`blocks_written_beyond`); `blocks_not_written` failed. `blocks_promoted` were read back into
+    RAM; `blocks_expired_unread` were held for a reader that let `hold_ms` pass. `misses` counts blocks that a reader
+    waited for and did not get, by cause: a `BlockStatus`, or FULL (promotions pin half of the pool at the most), GONE,
+    BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, or SUSPENDED (lookups while the tier is not used, because it failed).
+    `queue_blocks` wait for the store or are in it; `cleaning_blocks` and `promoting_blocks` are pinned in RAM.
+    `ms_reading` sums all batches; `ms_saved` is what computing the promoted blocks would have taken, if
+    `prefill_tokens_per_s` is known.
     """
 
     name: str
@@ -54,16 +54,16 @@ class TierStats:
 class EngineStats:
     """Counters since the engine was created; those of engine, index and pool are read one after the other.
 
-    Blocks are counted once per key of a call; a save counts when its slot became READY, a load when its slot was
-    released. Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer), each
-    at most 25 % above the true percentile, 0 without samples. `pool_blocks` and `pool_bytes` count what will yet be
-    registered; where registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
+    Blocks are counted once per key of a call: a save when its slot became READY, a load when its slot was released.
+    Latencies are in microseconds from the claim of the job to its retirement (lookups: to the answer). Each is at most
+    25 % above the true percentile, and 0 without samples. `pool_blocks` and `pool_bytes` include what will yet be
+    registered; if registering failed, they are what was registered before. `planner` has a `PlannerRow` for each
     direction and shape of group: which back end moves it, and what the probe measured. `tiers` has a `TierStats` for
-    each lower tier; with one, `blocks_dropped` were evicted before it had them, and it has `pool_blocks_clean` of those
-    in RAM. `bytes_saved` and `bytes_loaded` count bytes of the KV cache; `packed_bytes_saved` and
-    `packed_bytes_loaded` count what these blocks take in their slots, which is less with a codec. `blocks_not_packed`
-    were not kept, because the codec cannot pack one of their numbers. The `device_pool` is that of
-    `gpu_pool_size_bytes`, zeros without one: its limit, what is handed out, and what it takes from the device.
+    each lower tier. With a tier, `blocks_dropped` counts blocks evicted before the tier had them, and
+    `pool_blocks_clean` those in RAM that the tier has, too. `bytes_saved` and `bytes_loaded` count bytes of the KV
+    cache; `packed_bytes_saved` and `packed_bytes_loaded` what these blocks take in their slots, which is less with a
+    codec. `blocks_not_packed` have a number that the codec cannot pack. The `device_pool` fields describe the pool of
+    `gpu_pool_size_bytes`: its limit, what it has handed out, and what it takes from the device; zeros without one.
     """
 
     blocks_checked: int
@@ -106,5 +106,5 @@ class EngineStats:
 
     @property
     def cache_hit_rate(self) -> float:
-        """Blocks of leading runs that `check_blocks` found, over all blocks it was asked for; 0.0 before the first."""
+        """Blocks of leading runs that `check_blocks` found, divided by all blocks asked for; 0.0 before the first."""
         return self.blocks_hit / self.blocks_checked if self.blocks_checked else 0.0
