@@ -33,6 +33,7 @@ from kvortex.tiers.remote.objects import ObjectClient
 from kvortex.tiers.remote.view import objects_of
 
 TAG, SPACE = bytes(32), bytes(range(32))
+LONGEST_S = 20  # that `redis-benchmark` may take
 PUT_OR_GET = {"write": "put", "read": "get"}
 
 
@@ -80,7 +81,11 @@ class Sides:
 
         def run(verb):
             test = {"write": "set", "read": "get"}[verb]
-            lines = subprocess.run([*command, test], check=True, capture_output=True, text=True).stdout.splitlines()
+            try:
+                done = subprocess.run([*command, test], check=True, capture_output=True, text=True, timeout=LONGEST_S)
+            except subprocess.SubprocessError as error:  # without a server it would try for ever
+                sys.exit(str(error))
+            lines = done.stdout.splitlines()
             (row,) = csv.DictReader(lines)
             return float(row["rps"]) * self.joined * self.payload_bytes / 1e9
 
@@ -105,9 +110,18 @@ class Sides:
     def move(self, store, verb, **more):
         slots = range(self.num_blocks)
         call = store.put if verb == "write" else store.get
-        statuses = call(slots, slots, self.keys, self.payload_bytes, tag=TAG, timeout_ms=600_000, **more).wait()
-        if (statuses != BlockStatus.OK).any():
-            sys.exit(f"{verb}: {BlockStatus(statuses.max()).name}, {store.stats()['last_error']}")
+        batch = call(slots, slots, self.keys, self.payload_bytes, tag=TAG, timeout_ms=600_000, **more)
+        is_over = False
+        while not is_over:
+            is_over, statuses = batch.done(), batch.wait(1000)
+            if bad := set(statuses.tolist()) - {BlockStatus.OK, BlockStatus.PENDING}:  # the others may take long to fail
+                sys.exit(f"{verb}: {BlockStatus(max(bad)).name}, {store.stats()['last_error']}")
+
+    def require_answer(self):
+        try:
+            self.store.client.sizes(self.names[:1], True)
+        except Exception as error:
+            sys.exit(f"the server does not answer: {error}")
 
     def bare(self, verb):
         client = self.store.client
@@ -169,6 +183,7 @@ def main():
     for depth, joined in itertools.product(*(map(int, each.split(",")) for each in (args.depths, args.joined))):
         tier, num_values = tier_at(args.url, options, num_threads=depth), args.blocks // joined
         sides = Sides(tier, int(args.mib * (1 << 20)), num_values * joined, depth, joined)
+        sides.require_answer()
         if not rows:
             names = "  ".join(f"{name} GB/s" for name in sides.sides)
             print(f"{'depth':>5} {'joined':>6} {'values':>6} {'verb':<6} {'ratio':>6}  {names}")
