@@ -1,16 +1,20 @@
 """A server or folder below the pool, shared by several vLLMs: what one has saved, another finds."""
 
 import logging
+import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from rig import HAS_WORKER_METADATA
 
 from kvortex import ConfigError, ObjectTier, PinnedPool, RedisTier
+from kvortex.integrations.vllm import tier
 from kvortex.integrations.vllm.messages import ERASE, PUT, TierTransfer
 from kvortex.integrations.vllm.options import ConnectorOptions
 from kvortex.integrations.vllm.worker_tier import WorkerTier
+from kvortex.tiers.remote.objects import FolderClient
 
 LONG_MS = 20_000
 NUM_BLOCKS = 10  # of a prompt, of 16 tokens each
@@ -85,6 +89,34 @@ def test_a_request_waits_for_an_answer_no_longer_than_it_may(start, prompts):
     begun = time.monotonic()
     assert serve(rig, prompts[1:2], "b") == [0]
     assert time.monotonic() - begun < 15, "the question is still out"
+
+
+@pytest.mark.parametrize("opened_ms", [None, 36], ids=["stores open later", "stores open meanwhile"])
+def test_the_time_for_an_answer_begins_with_the_first_look(start, prompts, monkeypatch, opened_ms):
+    """Whatever of it passes while stores are opened."""
+    now_ms, gate = [1000], threading.Event()
+    monkeypatch.setattr(tier, "time", SimpleNamespace(monotonic=lambda: now_ms[0] / 1000))
+    monkeypatch.setattr(FolderClient, "_size", lambda *_: gate.wait(LONG_MS / 1000) and 0)
+    rig = start(remote_options={"lookup_timeout_ms": 50})
+    request = rig.make_request("a", prompts[0], 2)
+    assert rig.half.match(request, 0) == (None, False)
+    if opened_ms is not None:
+        now_ms[0] += opened_ms
+        rig.step()
+        assert rig.half.tier.view is not None
+        assert rig.half.match(request, 0) == (None, False)
+    now_ms[0] = 1049
+    assert rig.half.match(request, 0) == (None, False)
+    now_ms[0] = 1050
+    assert rig.half.match(request, 0) == (0, False)
+    gate.set()
+
+
+def test_no_step_waits_for_the_import_of_a_client(start, prompts, monkeypatch):
+    rig = start()
+    monkeypatch.setattr(ObjectTier, "client", None)
+    assert serve(rig, prompts[:1], "a") == [0]
+    assert rig.half.tier.view is not None
 
 
 def test_requests_go_on_when_the_server_cannot_be_asked(start, prompts):

@@ -197,6 +197,7 @@ class Tier:
         self.breaker = self.write_breaker = Breaker(self.name)
         if remote is not None:
             self.name = remote.name
+            self._client = remote.client(PAGE_BYTES + slots.payload_bytes)  # takes long the first time, for imports
             self.breaker, self.write_breaker = Breaker(self.name), Breaker(f"{self.name} (writing)")
         self.rate = PrefillRate(prefill_tokens_per_s, blocks_per_token, time.monotonic, steps_at_once)
         self.promoter = Promoter(index, slots, self, self.breaker, self.rate.break_even, evicted=evicted)
@@ -249,9 +250,8 @@ class Tier:
             return
         block_bytes = self.slots.payload_bytes
         names = Names(self._space, 0, self.remote.name_format(self._space))
-        client = self.remote.client(PAGE_BYTES + block_bytes)
         self.view = View(
-            client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True,
+            self._client, names, block_bytes, self.catalogue, self.tag, self.remote.negative_ttl_s, alike=True,
             noted=self.homes and self.homes.note,
         )  # fmt: skip
 
@@ -274,7 +274,7 @@ class Tier:
         return self.blocks_per_object if group.kind == RUN else 1
 
     def must_ask(self, request_id, stages):
-        """Whether the request waits for the server's answers, `lookup_timeout_ms` at the most for all.
+        """Whether the request waits for the server's answers, `lookup_timeout_ms` from its first look on at the most.
 
         Parameters
         ----------
@@ -283,15 +283,18 @@ class Tier:
             Each returns (keys, is_chain, blocks of an object) for some groups of the model. What to ask may follow from
             the answers to the stage before.
         """
-        if self.view is None:
+        if self.remote is None:
             return False
         now_s = time.monotonic()
         if request_id not in self.questions:
             if not self.breaker.allows(now_s):
                 return False
             self.questions[request_id] = Asking(now_s + self.remote.lookup_timeout_ms / 1000)
-            self._ask(self.questions[request_id], stages)
         asking = self.questions[request_id]
+        if self.view is None:  # the stores are being opened, which is part of the time
+            return now_s < asking.until_s
+        if not asking.num_stages:  # late or not: whoever comes next finds the answer
+            self._ask(asking, stages)
         while now_s < asking.until_s and all(question.is_over for question in asking.questions):
             if asking.num_stages == len(stages):
                 return False
@@ -340,8 +343,8 @@ class Tier:
 
     @property
     def is_silent(self):
-        """Whether stores know blocks of which no step has brought news yet."""
-        return self._ranks < self.num_ranks or self._has_more
+        """Whether disks know blocks of which no step has brought news yet. A server is asked instead."""
+        return self.remote is None and (self._ranks < self.num_ranks or self._has_more)
 
     def expect(self, request_id):
         """The request waits, `promote_timeout_ms` at the most."""
