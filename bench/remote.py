@@ -114,7 +114,8 @@ class Sides:
         is_over = False
         while not is_over:
             is_over, statuses = batch.done(), batch.wait(1000)
-            if bad := set(statuses.tolist()) - {BlockStatus.OK, BlockStatus.PENDING}:  # the others may take long to fail
+            # The first that fails is enough: each of the others may take as long.
+            if bad := set(statuses.tolist()) - {BlockStatus.OK, BlockStatus.PENDING}:
                 sys.exit(f"{verb}: {BlockStatus(max(bad)).name}, {store.stats()['last_error']}")
 
     def require_answer(self):
