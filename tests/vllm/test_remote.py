@@ -192,6 +192,18 @@ def test_a_model_with_windows_finds_what_another_saved(start, prompts, groups):
     assert min(serve(start(groups=groups), prompts, "b")) >= NUM_BLOCKS - 4
 
 
+@pytest.mark.skipif(not HAS_WORKER_METADATA, reason="this vLLM keeps one group")
+@pytest.mark.parametrize("groups", [("full", "window:64"), ("full", "chunk:64"), ("full", "window:32", "window:80")])
+def test_the_next_turn_of_a_conversation_finds_the_last_one_on_another_server(start, prompts, groups, monkeypatch):
+    """Its windows were kept where its prompt ended, its full attention behind what it generated."""
+    monkeypatch.setattr(ObjectTier, "asks_at_once", True)  # as of Redis
+    first = start(groups=groups, num_slots=200, num_blocks=134)
+    first.serve("a", prompts[0], max_tokens=40)
+    second = start(groups=groups, num_slots=200, num_blocks=134)
+    assert second.serve("b", [*prompts[0], *first.outputs("a"), *prompts[1][:33]]) >= NUM_BLOCKS * 16
+    second.require_clean()
+
+
 def test_two_vllms_save_the_same_at_once(start, prompts):
     first, second = start(), start()
     for number, prompt in enumerate(prompts):

@@ -23,6 +23,7 @@ from kvortex.integrations.vllm.state import InFlight, Offer, RequestState, is_se
 from kvortex.integrations.vllm.tier import Tier
 
 NO_KEY = bytes(KEY_BYTES)
+LOOKED_BACK = 256  # blocks of a group that a server may be asked for before the end of a hit
 
 
 class SchedulerHalf:
@@ -207,6 +208,7 @@ class SchedulerHalf:
         stages = [lambda: self.asked_chains(request, first, most)]
         if self.forgetful:
             stages.append(lambda: self.asked_ends(request, first, most))
+            stages.append(lambda: self.asked_before(request, first, most))
         if self.tier.must_ask(name, stages):
             return True
         if not self.tier.answers():
@@ -246,6 +248,20 @@ class SchedulerHalf:
             begin, behind = group.needed(end, first) if runs else (first // group.block_tokens, end)
             keys = keys_of(request, group, begin, min(behind + group.peek_blocks, most // group.block_tokens))
             yield keys[~self.index.lookup(keys)[0]], False, 1
+
+    def asked_before(self, request, first, most):
+        """Of the other groups what they may have before that end, if they lack something of it.
+
+        Where the prompt of an earlier turn of a conversation ended, windows were kept; full attention goes on with what
+        was generated then.
+        """
+        hit = longest_hit(self.tier, self.groups, request, first, most, self.writing)
+        end = hit.run - hit.run % self.align_tokens
+        if hit.length < end and self.tier.remote.asks_at_once:
+            for group in self.forgetful:
+                behind = end // group.block_tokens
+                keys = keys_of(request, group, max(first // group.block_tokens, behind - LOOKED_BACK), behind)
+                yield keys[~self.index.lookup(keys)[0]], False, 1
 
     def wishes_of(self, request):
         """The wishes of a request, looked at once."""

@@ -61,6 +61,7 @@ class RemoteTier:
     ca_file: str | None = field(default=None, kw_only=True)
 
     is_remote = True
+    asks_at_once = False  # whether a question for many blocks, no chain, costs little more than one for one
 
     def __post_init__(self):
         if not isinstance(self.url, str):
@@ -203,7 +204,7 @@ class RedisTier(RemoteTier):
         elif not parts.hostname or parts.path.strip("/"):
             raise ConfigError(f"url must be such as {self.EXAMPLE!r}, without a path")
 
-    name = "redis"
+    name, asks_at_once = "redis", True
 
     def name_format(self, namespace):
         """The names of blocks on the server, with ``{name}`` for the part of each block."""
