@@ -1,16 +1,24 @@
 """Engines over real servers: what they share, and what they do when a server fails."""
 
 import dataclasses
+import os
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 from servers import BUCKET, PASSWORD, SECRET_KEY, Redis, RedisCluster, RedisWithTLS, make_certificates
 from tiered_rig import keys_of, wait_until
 
 from kvortex import ObjectTier, RedisTier
+from kvortex.tiers.base import BlockStatus
+from kvortex.tiers.remote.sweep import sweep
 
 KINDS = ["redis", "redis-cluster", "redis-tls", "s3", "file"]
 WAIT = {"promote_timeout_ms": 30_000}
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -109,6 +117,36 @@ def test_a_block_that_the_server_evicted_is_a_miss_and_is_written_again(settings
     assert rig.engine.flush(30_000) == 0
     rig.forget_ram()
     assert rig.load(range(4), **WAIT) == 4
+
+
+@pytest.mark.parametrize("refresh_s, is_renewed", [(1, True), (1000, False), (0, False)])
+def test_an_object_that_is_old_when_it_is_read_is_written_again(
+    settings_of, open_engine, raw_of, refresh_s, is_renewed
+):
+    rig = open_engine(settings_of("s3", refresh_s=refresh_s))
+    rig.save([0])
+    assert rig.engine.flush(30_000) == 0
+    client = rig.tier_settings.client()
+    ((name, nbytes, written_s),) = client.list()
+    time.sleep(2.5)  # the gateway tells whole seconds
+    rig.forget_ram()
+    assert rig.load([0], **WAIT) == 1
+    ((same_name, same_nbytes, last_s),) = client.list()
+    assert (same_name, same_nbytes, last_s > written_s) == (name, nbytes, is_renewed)
+    rig.forget_ram()
+    assert rig.load([0], **WAIT) == 1, "and what was written again is right"
+
+
+def test_a_bucket_is_swept_beside_a_running_engine(settings_of, open_engine):
+    rig = open_engine(settings_of("s3"))
+    rig.save(range(8))
+    assert rig.engine.flush(30_000) == 0
+    nbytes = sweep(rig.tier_settings, older_than_s=3600).bytes // 8
+    swept = sweep(rig.tier_settings, max_bytes=3 * nbytes)
+    assert (swept.blocks, swept.removed_blocks) == (8, 5)
+    rig.forget_ram()
+    assert len(rig.found(range(8))) == 3, "what is gone is a miss, and what is left is right"
+    assert sweep(rig.tier_settings, older_than_s=0).removed_blocks >= 3
 
 
 # ---- what a server may do wrong --------------------------------------------------------------------------------------
@@ -284,6 +322,67 @@ def test_a_server_that_dies_and_comes_back_is_used_again(tmp_path, open_engine):
         server.kill()
 
 
+def test_a_server_that_is_killed_in_mid_transfer_is_used_again(tmp_path, open_engine):
+    server = Redis(tmp_path / "killed").start()
+    try:
+        rig = open_engine(RedisTier(server.url, request_timeout_ms=1000, negative_ttl_s=0), pool_slots=300)
+        put, num_begun = rig.store.client.put, []
+        rig.store.client.put = lambda *value: (num_begun.append(1), len(num_begun) == 20 and server.kill(), put(*value))
+        rig.save(range(200))
+        wait_until(lambda: len(num_begun) >= 20)
+        works_without_tier(rig)
+        server.start()
+        wait_until(lambda: rig.engine.flush(30_000) == 0, 120)
+        rig.forget_ram()
+        assert 100 < len(rig.found(range(200))) < 200, "the server lost what it had when it was killed"
+        rig.save(range(200))
+        assert rig.engine.flush(30_000) == 0
+        rig.forget_ram()
+        assert rig.found(range(200)) == list(range(200))
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("kind", ["redis", "s3"])
+def test_a_writer_that_was_killed_leaves_no_part_of_a_block(settings_of, open_engine, kind, tmp_path):
+    settings = settings_of(kind)
+    program = f"""
+import itertools
+from tiered_rig import EngineRig
+from kvortex import ObjectTier, RedisTier
+rig = EngineRig({str(tmp_path)!r}, tier={settings!r})
+for i in itertools.count():
+    rig.save(range(8 * i, 8 * i + 8))
+    i or rig.engine.flush()
+    print("saved", flush=True)
+"""
+    folders = [str(TESTS / "tiering"), str(TESTS / "tiers"), str(TESTS), os.environ["PYTHONPATH"]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    for round_ in range(1, 4):
+        with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=-1) as process:
+            for _ in range(2 * round_):
+                process.stdout.readline()
+            process.kill()
+    rig = open_engine(settings)
+    there = rig.found(range(64))  # compared
+    stats = rig.engine.get_stats().tiers[0]
+    assert there and set(stats.misses) <= {"MISSING", "UNANSWERED"}, stats.misses
+
+
+def test_a_forked_child_has_no_use_of_the_client(settings_of, open_engine):
+    rig = open_engine(settings_of("redis"))
+    rig.save(range(4))
+    assert rig.engine.flush(30_000) == 0
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        batch = rig.store.get([0], [20], keys_of([0]), rig.pool.payload_bytes, tag=rig.tier.tag, timeout_ms=10_000)
+        os._exit(not (batch.done() and batch.statuses.tolist() == [BlockStatus.DROPPED]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    rig.forget_ram()
+    assert rig.load(range(4), **WAIT) == 4
+
+
 def test_a_hung_server_keeps_nobody_waiting(tmp_path, open_engine):
     server = Redis(tmp_path / "hung").start()
     try:
@@ -303,9 +402,13 @@ def test_a_hung_server_keeps_nobody_waiting(tmp_path, open_engine):
         server.kill()
 
 
-@pytest.mark.parametrize("harm", ["stops_after", "cuts_after"])
+@pytest.mark.parametrize(
+    "harm, value",
+    [("stops_after", 9000), ("stops_after", 0), ("cuts_after", 9000), ("flips", True)],
+    ids=["stops in mid-value", "accepts and never answers", "hangs up in mid-value", "flips a bit"],
+)
 @pytest.mark.parametrize("kind", ["redis", "s3"])
-def test_an_answer_that_ends_in_the_middle_is_no_block(settings_of, request, open_engine, open_proxy, kind, harm):
+def test_an_answer_that_is_not_right_is_no_block(settings_of, request, open_engine, open_proxy, kind, harm, value):
     settings = settings_of(kind)
     proxy = open_proxy(request.getfixturevalue("redis_server" if kind == "redis" else "gateway").port)
     there = (
@@ -316,7 +419,7 @@ def test_an_answer_that_ends_in_the_middle_is_no_block(settings_of, request, ope
     writer = open_engine(settings)
     writer.save(range(8))
     assert writer.engine.flush(30_000) == 0
-    setattr(proxy, harm, 9000)  # of a record's 24 000
+    setattr(proxy, harm, value)  # of a record's 24 000 bytes
     rig = open_engine(dataclasses.replace(settings, request_timeout_ms=1000, **there))
     found = rig.load(range(8), promote_timeout_ms=10_000)  # compared
     assert not found or (kind, harm) == ("s3", "cuts_after")  # there the client asks for the rest
