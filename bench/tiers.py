@@ -370,54 +370,62 @@ class HungStore:
 
 def measure_hung(path, small):
     """RAM hits, saves and lookups with a disk that hangs, against an engine that has none."""
-    seconds, batch, block_bytes = (0.2, 8, 64 * KIB) if small else (15, 8, 64 * KIB)  # puts are late after ten
-    rows = np.random.default_rng(1).integers(0, 256, (batch, block_bytes), np.uint8)
-    targets, head = np.zeros_like(rows), keys_of(0, batch)
     for breaker in ("as it is", "held closed"):
-        engines = {"no tier": make_engine(None, block_bytes, 512)}
-        engines["hung"] = hung = make_engine(os.path.join(path, breaker[:2]), block_bytes, 512, 4096)
+        hung = make_engine(os.path.join(path, breaker[:2]), BESIDE_BYTES, 512, 4096)
         hung.tiering.tier.store = HungStore(hung.tiering.tier.store)
         if breaker == "held closed":
             hung.tiering._breaker.allows = lambda now_s: True
-        for engine in engines.values():
-            for number in range(3):  # as many batches, and after ten seconds they are late
-                save(engine, keys_of(1_000_000 + number, batch), rows)
-                time.sleep(0.1)
-            save(engine, head, rows)
-        verbs = ("RAM hit", "save", "lookup, in RAM", "lookup, missing")
-        times = {(verb, name): [] for verb in verbs for name in engines}
-        misses, number, until = keys_of(1, 64), 0, time.monotonic() + seconds
-        while time.monotonic() < until:
-            number += 1
-            keys = keys_of(number + 2, batch)
-            for name in list(engines)[:: 1 if number % 2 else -1]:
-                engine = engines[name]
-                with timed(times["save", name]):
-                    save(engine, keys, rows)
-                targets[:] = 0
-                with timed(times["RAM hit", name]):
-                    assert load(engine, head, targets) == batch
-                assert (targets == rows).all(), "a wrong block"
-                with timed(times["lookup, in RAM", name]):
-                    engine.check_blocks(head)
-                with timed(times["lookup, missing", name]):
-                    engine.check_blocks(misses)
-                engine.touch_blocks(head)
-        suspensions = hung.get_stats().tiers[0].suspensions
-        hung.tiering.tier.store.is_let_go = True
-        for engine in engines.values():
-            engine.shutdown()
-        lines = []
-        for verb in verbs:
-            alone, ours = (np.percentile(times[verb, name], (50, 99)) * 1e6 for name in engines)
-            lines.append((verb, *(f"{value:.1f}" for pair in zip(alone, ours, strict=True) for value in pair),
-                          f"{ours[0] / alone[0]:.2f}", f"{ours[1] / alone[1]:.2f}"))  # fmt: skip
-        show(
-            f"a disk that hangs, breaker {breaker}, {suspensions} suspensions; {number:,} rounds of {batch} blocks of "
-            f"64 KiB, lookups of these and of 64 that are missing (wanted: median <= 1.10, p99 <= 2)",
-            ("us", "p50, no tier", "p50, hung", "p99, no tier", "p99, hung", "p50 ratio", "p99 ratio"),
-            lines,
-        )
+        compare_beside(f"a disk that hangs, breaker {breaker}", hung, small)
+
+
+BESIDE_BYTES = 64 * KIB  # of a block
+
+
+def compare_beside(title, hung, small):
+    """RAM hits, saves and lookups of an engine whose tier is in trouble, against an engine that has none."""
+    seconds, batch = (0.2, 8) if small else (15, 8)  # puts are late after ten
+    rows = np.random.default_rng(1).integers(0, 256, (batch, BESIDE_BYTES), np.uint8)
+    targets, head = np.zeros_like(rows), keys_of(0, batch)
+    engines = {"no tier": make_engine(None, BESIDE_BYTES, 512), "hung": hung}
+    for engine in engines.values():
+        for number in range(3):  # as many batches, and after ten seconds they are late
+            save(engine, keys_of(1_000_000 + number, batch), rows)
+            time.sleep(0.1)
+        save(engine, head, rows)
+    verbs = ("RAM hit", "save", "lookup, in RAM", "lookup, missing")
+    times = {(verb, name): [] for verb in verbs for name in engines}
+    misses, number, until = keys_of(1, 64), 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        number += 1
+        keys = keys_of(number + 2, batch)
+        for name in list(engines)[:: 1 if number % 2 else -1]:
+            engine = engines[name]
+            with timed(times["save", name]):
+                save(engine, keys, rows)
+            targets[:] = 0
+            with timed(times["RAM hit", name]):
+                assert load(engine, head, targets) == batch
+            assert (targets == rows).all(), "a wrong block"
+            with timed(times["lookup, in RAM", name]):
+                engine.check_blocks(head)
+            with timed(times["lookup, missing", name]):
+                engine.check_blocks(misses)
+            engine.touch_blocks(head)
+    suspensions = hung.get_stats().tiers[0].suspensions
+    hung.tiering.tier.store.is_let_go = True
+    for engine in engines.values():
+        engine.shutdown()
+    lines = []
+    for verb in verbs:
+        alone, ours = (np.percentile(times[verb, name], (50, 99)) * 1e6 for name in engines)
+        lines.append((verb, *(f"{value:.1f}" for pair in zip(alone, ours, strict=True) for value in pair),
+                      f"{ours[0] / alone[0]:.2f}", f"{ours[1] / alone[1]:.2f}"))  # fmt: skip
+    show(
+        f"{title}, {suspensions} suspensions; {number:,} rounds of {batch} blocks of "
+        f"64 KiB, lookups of these and of 64 that are missing (wanted: median <= 1.10, p99 <= 2)",
+        ("us", "p50, no tier", "p50, hung", "p99, no tier", "p99, hung", "p50 ratio", "p99 ratio"),
+        lines,
+    )
 
 
 MEASURED = {
