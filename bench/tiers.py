@@ -1,4 +1,4 @@
-"""What a disk tier costs and keeps: six measurements, each a short table.
+"""What a disk tier, or a server, costs and keeps: seven measurements, each a short table.
 
     python -m bench.tiers --dir /mnt/nvme            all of them, about five minutes and 8 GiB of the disk
     python -m bench.tiers --dir /mnt/nvme store hung those two
@@ -11,6 +11,7 @@ it works.
 import argparse
 import contextlib
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import time
 
 import numpy as np
 
-from kvortex import DiskTier, KVortexConfig, KVortexEngine
+from kvortex import DiskTier, KVortexConfig, KVortexEngine, RedisTier
 from kvortex.slots import PAGE_BYTES, stride_bytes
 from kvortex.tiers.base import HIT, BlockStatus
 from kvortex.tiers.disk.segments import disk_bytes_of
@@ -28,12 +29,13 @@ KIB, MIB = 1 << 10, 1 << 20
 A_MINUTE = 60_000
 
 
-def make_engine(path, block_bytes, pool_blocks, disk_blocks=None, *, wait=True, **settings):
-    """An engine with a disk tier of so many blocks; without `disk_blocks` one that has no tier."""
-    stride, tiers = stride_bytes(block_bytes, PAGE_BYTES), {}
+def make_engine(path, block_bytes, pool_blocks, disk_blocks=None, *, wait=True, tier=None, **settings):
+    """An engine with a disk tier of so many blocks, or with `tier`; without either one that has no tier."""
+    stride = stride_bytes(block_bytes, PAGE_BYTES)
     if disk_blocks is not None:
         settings = {"disk_bytes": disk_bytes_of(disk_blocks, stride), "write_bytes_per_s": 0} | settings
-        tiers = {"tiers": (DiskTier(path, **settings),), "namespace": "bench"}
+        tier = DiskTier(path, **settings)
+    tiers = {"tiers": (tier,), "namespace": "bench"} if tier is not None else {}
     config = KVortexConfig(cpu_pool_size_bytes=pool_blocks * stride, block_bytes=block_bytes, device="host", **tiers)
     engine = KVortexEngine.create(config)
     if wait:
@@ -376,6 +378,17 @@ def measure_hung(path, small):
         if breaker == "held closed":
             hung.tiering._breaker.allows = lambda now_s: True
         compare_beside(f"a disk that hangs, breaker {breaker}", hung, small)
+
+
+def measure_server(path, small):
+    """The same with a Redis that refuses connections, and with one that accepts them and never answers."""
+    for trouble in ("is down", "hangs"):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            if trouble == "hangs":
+                server.listen(100)
+            tier = RedisTier(f"redis://127.0.0.1:{server.getsockname()[1]}", request_timeout_ms=1000)
+            compare_beside(f"a Redis that {trouble}", make_engine(None, BESIDE_BYTES, 512, tier=tier), small)
 
 
 BESIDE_BYTES = 64 * KIB  # of a block
