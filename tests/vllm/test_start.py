@@ -5,16 +5,18 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from forms import FORMS, STATES
 from rig import HAS_TRANSFER_RESULTS, HAS_WORKER_METADATA
-from rig_cache import make_groups
+from rig_cache import Group, configure_cache, make_groups
 from test_per_request import asked
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec
 
 from kvortex import ConfigError
+from kvortex.codec import CODECS
 from kvortex.config import parse_bytes
 from kvortex.integrations.vllm.connector import VLLM_VERSION, groups_to_keep, hears_of_blocks_of_others
 from kvortex.integrations.vllm.groups import KINDS, RUN, groups_of, way_out_of_groups
@@ -86,6 +88,34 @@ def test_a_pool_that_takes_what_the_gpu_evicts_may_be_smaller_than_the_gpus_cach
     sizes = {"num_blocks": 307, "num_slots": 256, "extra": {"save": "on_evict"}}
     assert warnings_of(said(make_rig, **sizes)) == []
     assert "longest prompt (0." in warnings_of(said(make_rig, **{**sizes, "num_slots": 100}))[0]
+
+
+class Packable(Group):
+    """Layers that a codec can pack: 4 heads of 64 numbers in bfloat16, 16 KiB a block and layer."""
+
+    def spec(self, heads, page_bytes, *, pad_bytes=0):
+        return FullAttentionSpec(block_size=self.block_tokens, num_kv_heads=4, head_size=64, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_codec_is_called_lossy_beside_what_the_pool_would_hold_without_it(make_rig, caplog, codec, num_ranks):
+    rig = make_rig()
+    rig.config.parallel_config.tensor_parallel_size = num_ranks
+    options = {"cpu_pool_size_bytes": num_ranks * (8 << 20), "codec": codec}
+    rig.config.kv_transfer_config.kv_connector_extra_config = options
+    cache = configure_cache(rig.config, 67, [Packable(0, "full", 67, 16, [f"layer{at}" for at in range(8)])])
+    caplog.set_level("INFO", "vllm.kvortex")
+    KVConnectorFactory.create_connector(rig.config, KVConnectorRole.SCHEDULER, cache)
+    told = [record.getMessage() for record in caplog.records if "is lossy" in record.getMessage()]
+    assert len(told) == (codec != "exact")
+    (size,) = [record.getMessage() for record in caplog.records if "the pool holds" in record.getMessage()]
+    holds, num_slots, stride = map(int, re.search(r"holds (\d+) tokens.* (\d+) blocks of (\d+) bytes", size).groups())
+    assert (holds, num_slots) == (16 * num_slots, (8 << 20) // stride) and holds >= 1024
+    for text in told:
+        assert f"the codec {codec} " in text and "without a codec (1024 tokens, 64 blocks of 131072 bytes)" in text
+        ratio = float(re.search(r"it holds ([\d.]+)x", text)[1])
+        assert ratio == int(100 * num_slots / 64) / 100 >= {"q8": 1.85, "k8v5": 2.25, "k6v4": 2.9, "q4": 3.5}[codec]
 
 
 # ---- what vLLM does about loads that fail ----------------------------------------------------------------------------

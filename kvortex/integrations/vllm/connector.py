@@ -28,6 +28,7 @@ from kvortex.integrations.vllm.options import (
     ON_EVICT,
     ConnectorOptions,
     PoolShape,
+    bytes_of_block,
     num_ranks_of,
     require_host_memory,
 )
@@ -290,6 +291,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             tell_sizes(
                 shape,
                 options,
+                device_block_bytes=bytes_of_block(kv_cache_config),
                 longest=vllm_config.model_config.max_model_len,
                 step_tokens=step_tokens,
                 interval=interval,

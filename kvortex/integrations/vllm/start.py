@@ -6,17 +6,20 @@ from kvortex.config import bytes_text
 from kvortex.integrations.vllm.groups import STATE, WINDOW
 from kvortex.integrations.vllm.options import ON_EVICT
 from kvortex.log import Guarded
+from kvortex.slots import stride_bytes
 
 logger = Guarded(logging.getLogger("vllm.kvortex"))
 
 
-def tell_sizes(shape, options, *, longest, step_tokens, interval):
+def tell_sizes(shape, options, *, device_block_bytes, longest, step_tokens, interval):
     """Log what the pool holds beside vLLM's own KV cache and the longest prompt. If it holds less, warn.
 
     Parameters
     ----------
     shape : PoolShape
     options : ConnectorOptions
+    device_block_bytes : int
+        Of a block of one rank as vLLM holds it; with a codec a slot is smaller.
     longest : int
         Tokens of the longest prompt, vLLM's ``max_model_len``.
     step_tokens : int
@@ -40,6 +43,16 @@ def tell_sizes(shape, options, *, longest, step_tokens, interval):
         f" in each of {shape.num_ranks} ranks" if shape.num_ranks > 1 else "",
         ", as the first stage of the pipeline counts" if shape.num_stages > 1 else "",
     )  # fmt: skip
+    if options.engine.codec != "exact":
+        exact_bytes = stride_bytes(device_block_bytes, shape.slots.header_bytes)
+        exact_slots = options.engine.cpu_pool_size_bytes // shape.num_ranks // exact_bytes
+        logger.info(
+            "KVortexConnector: the codec %s is lossy: what comes back from the pool is close to what was saved, not "
+            "equal to it, so answers may change; it holds %sx of what it would hold without a codec (%d tokens, "
+            "%d blocks of %d bytes)",
+            options.engine.codec, times(num_slots, max(1, exact_slots)), exact_slots * longest // in_pool,
+            exact_slots, exact_bytes,
+        )  # fmt: skip
     least = {"the longest prompt": (longest, "it keeps only the beginning of such a prompt")}
     if options.save != ON_EVICT:  # else the two caches hold different blocks, and add up
         least["the GPU's KV cache"] = device, "most blocks that leave that cache have left the pool before"
