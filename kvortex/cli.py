@@ -83,7 +83,7 @@ examples:
   python -m kvortex info --pool-bytes 64GiB --block-bytes 2MiB
                                                             would this pool fit, and how many blocks does it hold?
   python -m kvortex info --config /etc/kvortex.toml --json  for machines; KVORTEX_MAX_JOBS=64 and the like still win
-  python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move on that GPU
+  python -m kvortex info --probe --device cuda:1            how 64 pieces of 32 KiB move there, and codecs
   python -m kvortex info --disk /data/kv                    what a disk tier would find there
 
 exit status: 0 all right, 2 a bad option or setting, no such device, a pool that does not fit, or a disk that cannot be
@@ -534,7 +534,9 @@ def _parser():
         help="a folder for a disk tier: its file system, room, and whether I/O goes past the page cache; repeatable",
     )
     command.add_argument(
-        "--probe", action="store_true", help="measure how the pieces of a cache in one allocation move"
+        "--probe",
+        action="store_true",
+        help="measure how the pieces of a cache in one allocation move, and what each codec reaches",
     )
     command.add_argument(
         "--pieces", type=_pieces, default=64, metavar="N", help="pieces a block of the probe (default 64)"

@@ -2,24 +2,29 @@
 
 import importlib.metadata
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import kvortex
 from kvortex.arguments import printable
+from kvortex.codec import CODECS
 from kvortex.config import KVortexConfig, Setting, bytes_text
 from kvortex.driver import list_devices, why_no_cuda
 from kvortex.keys import uses_sha_instructions
 from kvortex.memory.limits import free_memory, memlock_bytes, require_memory, transparent_huge_pages, usable_cpus
 from kvortex.slots import Slots, stride_bytes
 from kvortex.tiers.disk.file_system import direct_io_of, file_system_of
-from kvortex.transfer import probe_layout
+from kvortex.transfer import packed_bytes, probe_layout
 
 PROBE_BLOCK_BYTES = 2 << 20
 PROBE_CACHE_BYTES = 32 << 20
+PROBE_HEAD_DIM, PROBE_ROUNDS = 128, 3
 NOT_SET = "not set"
 
 _NVIDIA_DRIVER = Path("/sys/module/nvidia/version")
@@ -34,16 +39,16 @@ def collect(
 ) -> dict[str, Any]:
     """Return what an engine of these settings would meet, as a dict that JSON can carry.
 
-    Opens the device in force and no other; takes no memory for a pool. With `probe`, takes 32 MiB of device memory (or
-    two blocks) for a moment.
+    Opens the device in force and no other; takes no memory for a pool. With `probe`, takes 64 MiB of device memory and
+    32 MiB of pinned memory (or as much as two blocks need) for a moment.
 
     Parameters
     ----------
     settings : dict of str to Setting
         From `KVortexConfig.find_settings`; `cpu_pool_size_bytes` may be missing.
     probe : bool, default False
-        Find out how the pieces of a cache in one allocation move: blocks of `block_bytes` (2 MiB unless set) in
-        `num_pieces` pieces.
+        Find out how the pieces of a cache in one allocation move, and what each codec reaches: blocks of `block_bytes`
+        (2 MiB unless set) in `num_pieces` pieces.
     num_pieces : int, default 64
         Even: K and V of half as many layers.
     disk_paths : sequence of path-like, optional
@@ -78,11 +83,13 @@ def collect(
             "device_pool": _device_pool(device, config.gpu_pool_size_bytes),
             "settings": [{"name": name, **setting._asdict()} for name, setting in known.items()],
             "planner": None,
+            "codecs": None,
             "tiers": [],
             "disks": [file_system_of(path) | direct_io_of(path) for path in disk_paths],
         }
         if probe:
-            facts["planner"] = _probe(device, PROBE_BLOCK_BYTES if block_bytes is None else block_bytes, num_pieces)
+            block_bytes = PROBE_BLOCK_BYTES if block_bytes is None else block_bytes
+            facts |= _probe(device, block_bytes, num_pieces, config.gather_ctas)
     return facts
 
 
@@ -156,7 +163,7 @@ def _device_pool(device, limit_bytes):
     return {"limit_bytes": limit_bytes, "problem": problem}
 
 
-def _probe(device, block_bytes, num_pieces):
+def _probe(device, block_bytes, num_pieces, gather_ctas):
     piece_bytes, rest = divmod(block_bytes, num_pieces)
     if rest or piece_bytes % 16 or num_pieces % 2:
         raise kvortex.ConfigError(
@@ -175,21 +182,56 @@ def _probe(device, block_bytes, num_pieces):
                 f"--block-bytes"
             ) from error
         stack.callback(cache.close)
+        head_dim = PROBE_HEAD_DIM if piece_bytes % (2 * PROBE_HEAD_DIM) == 0 else piece_bytes // 2
         layout = kvortex.KVLayout.contiguous(
             cache.address,
             kv=2,
             num_layers=num_pieces // 2,
             num_blocks=num_blocks,
-            block_size=1,
+            block_size=piece_bytes // 2 // head_dim,
             num_heads=1,
-            head_dim=piece_bytes,
-            itemsize=1,
+            head_dim=head_dim,
+            itemsize=2,
+            dtype="bfloat16",
         )
         for direction in ("D2H", "H2D"):
             queue = kvortex.TransferQueue(device, direction)
             stack.callback(queue.close)
             probe_layout(layout, queue)
-        return [row._asdict() for row in layout.planner]
+        planner = [row._asdict() for row in layout.planner]
+        numbers = np.random.default_rng(0).standard_normal(block_bytes // 2, np.float32).view(np.uint32) >> 16
+        for block in range(num_blocks):  # whatever lay in the memory may be Inf or NaN
+            cache.copy_from(numbers.astype(np.uint16), block * block_bytes)
+        return {"planner": planner, "codecs": [_rates_of(codec, layout, device, gather_ctas) for codec in CODECS]}
+
+
+def _rates_of(codec, layout, device, gather_ctas):
+    """How much smaller a codec makes the blocks, and GB/s of their own bytes; None where it can pack nothing."""
+    found = {"codec": codec, "ratio": None, "save_gbps": None, "load_gbps": None}
+    try:
+        slot_bytes = packed_bytes(layout, codec)
+    except kvortex.ConfigError:
+        return found
+    found["ratio"] = layout.block_bytes / slot_bytes
+    blocks, seconds = np.arange(layout.num_blocks), {"save": [], "load": []}
+    keys = np.zeros((layout.num_blocks, 32), np.uint8)
+    keys.view(np.uint64)[:, 0] = blocks
+    config = kvortex.KVortexConfig(
+        cpu_pool_size_bytes=layout.num_blocks * stride_bytes(slot_bytes),
+        device=device.name,
+        codec=codec,
+        gather_ctas=gather_ctas,
+    )
+    with kvortex.KVortexEngine.create(config, layout=layout) as engine:
+        engine.wait_ready()
+        for _ in range(PROBE_ROUNDS):
+            engine.clear()
+            for name, move in (("save", engine.save_blocks), ("load", engine.load_blocks)):
+                start = time.perf_counter()
+                move(keys, blocks, stream=0).wait()
+                seconds[name].append(time.perf_counter() - start)
+    nbytes = layout.num_blocks * layout.block_bytes
+    return found | {f"{name}_gbps": nbytes / 1e9 / min(times) for name, times in seconds.items()}
 
 
 def table(facts: Mapping[str, Any]) -> str:
@@ -245,6 +287,13 @@ def table(facts: Mapping[str, Any]) -> str:
             lines.append(
                 f"  {row['direction']:<5}{pieces:>16}{pitch:>14}{row['num_groups']:>8}{rates}  {row['backend']}"
             )
+    if facts["codecs"] is not None:
+        lines += ["", "codecs, the same cache in bfloat16 (GB/s of its bytes; all but exact are lossy)"]
+        lines.append(f"  {'':<8}{'smaller by':>12}{'save':>9}{'load':>9}")
+        for row in facts["codecs"]:
+            numbers = [row["ratio"], row["save_gbps"], row["load_gbps"]]
+            ratio, save, load = ("-" if number is None else f"{number:.2f}" for number in numbers)
+            lines.append(f"  {row['codec']:<8}{ratio:>12}{save:>9}{load:>9}")
     return "\n".join(map(printable, lines))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,12 +11,13 @@ import pytest
 
 import kvortex
 from kvortex.cli import main
+from kvortex.codec import CODECS
 from kvortex.memory import limits
 from kvortex.tiers.disk import file_system
 
 DEVICE = os.environ.get("KVORTEX_TEST_DEVICE", "host")
-SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "device_pool", "settings", "planner", "tiers",
-            "disks"]  # fmt: skip
+SECTIONS = ["kvortex", "driver", "device", "cpu", "memory", "pool", "device_pool", "settings", "planner", "codecs",
+            "tiers", "disks"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +66,7 @@ def test_every_section_is_there_for_machines(facts, device):
     assert found["device"]["description"] == device.description
     assert found["driver"]["kind"] == ("host" if device.is_host else "cuda")
     assert found["driver"]["cuda_version"] == device.cuda_version
-    assert found["planner"] is None and found["tiers"] == found["disks"] == []
+    assert found["planner"] is found["codecs"] is None and found["tiers"] == found["disks"] == []
     assert found["cpu"]["usable_cpus"] == limits.usable_cpus()
     assert 0 < found["memory"]["available_bytes"] < 1 << 50
 
@@ -133,6 +135,22 @@ def test_the_probe_shows_both_directions(facts, capsys):
     assert all((row["strided_gbps"] is not None) == (DEVICE == "cuda") for row in rows)
     assert main(["info", "--device", DEVICE, "--probe", "--block-bytes", "64KiB", "--pieces", "16"]) == 0
     assert "8 x 4 KiB" in capsys.readouterr().out
+
+
+def test_the_probe_shows_what_each_codec_reaches(facts, capsys):
+    rows = facts("--probe", "--block-bytes", "1MiB", "--pieces", "16")["codecs"]
+    assert [row["codec"] for row in rows] == list(CODECS)
+    assert all(row["save_gbps"] > 0 < row["load_gbps"] for row in rows)
+    assert [round(row["ratio"], 1) for row in rows] == [1.0, 2.0, 2.4, 3.1, 3.9]
+    assert main(["info", "--device", DEVICE, "--probe", "--block-bytes", "1MiB", "--pieces", "16"]) == 0
+    text = capsys.readouterr().out
+    assert "all but exact are lossy" in text and re.search(r"^  q8 +1\.97 +\d+\.\d\d +\d+\.\d\d$", text, re.M)
+
+
+def test_the_probe_says_that_codecs_can_pack_nothing_of_short_pieces(facts):
+    rows = facts("--probe", "--block-bytes", "1KiB", "--pieces", "64")["codecs"]  # 8 numbers
+    assert [row["codec"] for row in rows if row["ratio"] is None] == list(CODECS)[1:]
+    assert rows[0]["ratio"] == 1 and rows[0]["save_gbps"] > 0 and rows[1]["save_gbps"] is None
 
 
 @pytest.mark.host

@@ -17,6 +17,7 @@ from kvortex.replay import report
 
 END = b"\0"
 
+
 class Terminal:
     """A pseudo-terminal: `out` is what a program writes to, `text` what arrived."""
 
