@@ -254,9 +254,10 @@ cdef class KVLayout:
             How many blocks there must be.
         roles : str or sequence of str, optional
             What a block of each tensor (or of all) contains, so that a codec can pack it: ``"k"``, ``"v"``; ``"kv"``,
-            K's part and then V's; ``"interleaved"``, rows of K beside V in the last dimension; ``"exact"``, none of
-            these. The last dimension is that of a head, or twice as long. Tensors of bfloat16 can be packed, and of
-            16-bit integers, whose bits are read as bfloat16. All others stay exact.
+            K's part and then V's; ``"interleaved"``, rows of K beside V in the last dimension; ``"latent"``, rows of
+            MLA, whose last 64 numbers stay exact; ``"exact"``, none of these. The last dimension is that of a head, or
+            with ``"interleaved"`` twice as long. Tensors of bfloat16 can be packed, and of 16-bit integers, whose bits
+            are read as bfloat16. All others stay exact.
 
         Raises
         ------

@@ -11,14 +11,13 @@ from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._layout cimport KVLayout
 
 import weakref
-from bisect import bisect_right
 from itertools import accumulate
 
 from kvortex.codec import PackedBlock
 from kvortex.codec.planes import exact_numbers
 from kvortex.errors import ConfigError
 from kvortex.transfer.fingerprint import fingerprint_of_packed
-from kvortex.transfer.planes import covering
+from kvortex.transfer.planes import addresses_of, covering
 
 
 def misfit(KVLayout layout not None):
@@ -41,40 +40,37 @@ cdef str why_misfit(KVLayout layout):
 
 
 def packed_block(KVLayout layout not None, codec, exact_layers=()):
-    """The `PackedBlock` of a layout's blocks by a codec other than "exact"; None if it could pack nothing of them."""
-    pieces = [piece for _, _, piece in layout.runs]
-    packed = PackedBlock.of(covering(layout.planes, pieces), layout.block_bytes, codec, exact_layers)
-    return None if all(bits == _c.KV_PACK_EXACT for bits in packed.bits) else packed
-
-
-def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
-    """Bytes that a block of a layout takes in its slot.
+    """The `PackedBlock` of a layout's blocks by a codec other than "exact".
 
     Raises
     ------
     ConfigError
         The codec can pack nothing of it, or the layout does not have these `exact_layers`.
     """
-    if codec == "exact":
-        return layout.block_bytes
     why = why_misfit(layout)
     if why is not None:
         raise ConfigError(f"the codec {codec!r} cannot pack {layout!r}: {why}")
     try:
-        packed = packed_block(layout, codec, exact_layers)
+        packed = lay_out_packed(layout, codec, exact_layers)
     except ValueError as error:
         raise ConfigError(f"the codec {codec!r} cannot pack {layout!r}: {error}") from None
     if packed is None:
         raise ConfigError(f"the codec {codec!r} can pack nothing of {layout!r}: no vectors of bfloat16 are known in it,"
                           f" or all of their layers are exact_layers; name their roles (KVLayout.from_tensors(..., "
                           f"roles='kv')), or leave codec out")
-    return packed.packed_bytes
+    return packed
 
 
-cdef list pieces_of(object runs):
-    """(first byte in a block, bytes) of each run's piece."""
-    sizes = [piece for _, _, piece in runs]
-    return list(zip(accumulate(sizes, initial=0), sizes, strict=False))
+def packed_bytes(KVLayout layout not None, codec, exact_layers=()):
+    """What a block of a layout takes in its slot; raises what `packed_block` does."""
+    return layout.block_bytes if codec == "exact" else packed_block(layout, codec, exact_layers).packed_bytes
+
+
+cdef object lay_out_packed(KVLayout layout, object codec, object exact_layers):
+    """The `PackedBlock`; None if the codec could pack nothing."""
+    pieces = [piece for _, _, piece in layout.runs]
+    packed = PackedBlock.of(covering(layout.planes, pieces), layout.block_bytes, codec, exact_layers)
+    return None if all(bits == _c.KV_PACK_EXACT for bits in packed.bits) else packed
 
 
 @cython.no_gc_clear  # __dealloc__ needs the device
@@ -90,7 +86,9 @@ cdef class Packing:
         if why is not None:
             raise ValueError(why)
         if packed is None:  # every piece as it is
-            rows = [(start, 1, piece, piece, _c.KV_PACK_EXACT, start) for start, piece in pieces_of(layout.runs)]
+            pieces = [piece for _, _, piece in layout.runs]
+            rows = [(start, 1, piece, piece, _c.KV_PACK_EXACT, start)
+                    for start, piece in zip(accumulate(pieces, initial=0), pieces, strict=False)]
             self.packed_bytes, self.fingerprint = layout.block_bytes, layout.fingerprint
         else:
             rows = [(plane.first_byte, plane.num_rows, plane.row_bytes, plane.step_bytes, bits, offset)
@@ -98,14 +96,13 @@ cdef class Packing:
             self.packed_bytes, self.flags_offset = packed.packed_bytes, packed.flags_offset
             self.fingerprint = fingerprint_of_packed(layout.fingerprint, _c.KV_PACK_VERSION, rows)
         self.num_planes, self.block_bytes = len(rows), layout.block_bytes
-        starts = [start for start, _ in pieces_of(layout.runs)]
         self.planes = planes = <_c.kv_plane *>calloc(self.num_planes, sizeof(_c.kv_plane))
         if planes is NULL:
             raise MemoryError(f"no memory for a table of {self.num_planes} planes")
-        for index, (first_byte, num_rows, row_bytes, step_bytes, bits, offset) in enumerate(rows):
-            run = bisect_right(starts, first_byte) - 1
-            base, stride, _ = layout.runs[run]
-            planes[index].base = base + first_byte - starts[run]
+        places = addresses_of([row[0] for row in rows], layout.runs)
+        for index, ((_, num_rows, row_bytes, step_bytes, bits, offset), (address, stride)) in enumerate(
+                zip(rows, places, strict=True)):
+            planes[index].base = address
             planes[index].block_stride = stride if layout.num_blocks > 1 else 0
             planes[index].offset, planes[index].bits = offset, bits
             planes[index].num_rows, planes[index].row_bytes = num_rows, row_bytes
@@ -167,10 +164,10 @@ cdef class Packings:
     def __init__(self, Device device not None, KVLayout layout not None, codec="exact", exact_layers=()):
         self.device, self.layout, self.codec, self.exact_layers = device, layout, codec, tuple(exact_layers)
         self.known = weakref.WeakKeyDictionary()
-        if codec != "exact":
-            packed_bytes(layout, codec, exact_layers)  # raises if the codec cannot pack it
+        packed = None if codec == "exact" else packed_block(layout, codec, exact_layers)
+        if packed is not None:
             self.exact = exact_numbers(exact_layers, 1 + max([plane.layer for plane in layout.planes]))
-        self.whole = Packing(device, layout, None if codec == "exact" else packed_block(layout, codec, exact_layers))
+        self.whole = Packing(device, layout, packed)
 
     cdef Packing of(self, KVLayout layout):
         cdef Packing packing
@@ -181,7 +178,7 @@ cdef class Packings:
         packing = self.known.get(layout)
         if packing is None:
             named = [plane.layer for plane in layout.planes if plane.layer in self.exact]
-            packing = Packing(self.device, layout, packed_block(layout, self.codec, named))
+            packing = Packing(self.device, layout, lay_out_packed(layout, self.codec, named))
             if packing.packed_bytes > self.whole.packed_bytes:
                 raise ValueError(f"packed, a block of {layout!r} takes {packing.packed_bytes} bytes, and a slot holds "
                                  f"{self.whole.packed_bytes}: the part cuts through planes, which then stay exact; "

@@ -6,7 +6,8 @@ from itertools import accumulate
 
 from kvortex.codec.planes import UNIT_BYTES, planes_of, uncovered
 
-ROLES = ("k", "v", "kv", "interleaved", "exact")
+ROLES = ("k", "v", "kv", "interleaved", "latent", "exact")
+ROPE_BYTES = 128  # at the end of a latent (MLA): 64 numbers that a codec leaves as they are
 
 
 def is_bfloat16(dtype, itemsize):
@@ -52,6 +53,9 @@ def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, 
         return []  # its rows are not the heads' vectors, or too short for any codec
     if role in ("k", "v"):
         return planes_of(role, first_byte, num_rows, row_bytes, row_bytes, layer)
+    if role == "latent":
+        coded = row_bytes - ROPE_BYTES
+        return planes_of("k", first_byte, num_rows, coded, row_bytes, layer) if coded > 0 else []
     if role == "kv":
         if num_rows % 2:
             raise ValueError(f"the role 'kv' needs as many rows of V as of K, got {num_rows} rows a block in {shape}")
@@ -98,6 +102,15 @@ def planes_of_runs(planes, pieces, kept):
         if run in moved:
             found.append(replace(plane, first_byte=plane.first_byte - named[run] + moved[run]))
     return tuple(found)
+
+
+def addresses_of(offsets, runs):
+    """Yield, for each offset in a block, its address in block 0 and the bytes from block to block there."""
+    starts = list(accumulate((piece for _, _, piece in runs), initial=0))
+    for offset in offsets:
+        run = bisect_right(starts, offset) - 1
+        base, stride, _ = runs[run]
+        yield base + offset - starts[run], stride
 
 
 def planes_of_part(planes, spans):

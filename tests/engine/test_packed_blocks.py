@@ -74,18 +74,26 @@ def test_what_comes_back_is_what_the_reference_makes_of_it(make, shape, block_di
 
 
 @pytest.mark.host
-def test_a_latent_is_packed_and_its_rope_part_stays_exact(device):
+@pytest.mark.parametrize("by_role", [True, False])
+def test_a_latent_is_packed_and_its_rope_part_stays_exact(device, by_role):
     latent, rope = 512, 64
     arrays = [numbers(layer, NUM_BLOCKS, TOKENS, latent + rope) for layer in range(LAYERS)]
-    layout = KVLayout.mla(
-        arrays, num_blocks=NUM_BLOCKS, block_size=TOKENS, latent_dim=latent + rope, itemsize=2, dtype="bfloat16"
-    )
+    sizes = {"num_blocks": NUM_BLOCKS, "block_size": TOKENS, "latent_dim": latent + rope, "itemsize": 2}
+    if by_role:
+        layout = KVLayout.from_tensors(arrays, roles="latent")
+    else:
+        layout = KVLayout.mla(arrays, **sizes, dtype="bfloat16")
     config = KVortexConfig(device=device.name, codec="q8", cpu_pool_size_bytes=4 * MIB)
     with KVortexEngine.create(config, layout=layout) as engine:
         before = arrays[1][2].copy()
         assert save_and_load(arrays, engine, save=(2,), load=(5,)) == 1
         assert (arrays[1][5][:, latent:] == before[:, latent:]).all()
         assert (arrays[1][5][:, :latent] != before[:, :latent]).any()
+
+
+@pytest.mark.host
+def test_a_latent_that_is_all_rope_stays_exact():
+    assert KVLayout.from_tensors([numbers(0, NUM_BLOCKS, TOKENS, 64)], roles="latent").planes == ()
 
 
 @pytest.mark.host
