@@ -5,10 +5,9 @@ from dataclasses import replace
 from itertools import accumulate
 
 from kvortex import ConfigError, KVLayout
-from kvortex.codec import PackedBlock, planes_of
-from kvortex.transfer.planes import covering
+from kvortex.codec import PackedBlock
+from kvortex.transfer.planes import addresses_of, covering, planes_of_tensor
 
-ROPE_DIM = 64  # numbers at the end of a latent (MLA) that a codec leaves as they are
 TOKENS_OF_KERNELS = 16  # the smallest blocks that attention kernels have within those of the scheduler
 
 
@@ -35,14 +34,9 @@ def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers):
     num_layers, rest = divmod(block_bytes, page_bytes)
     if rest or page_bytes != parts * tokens * heads * head_dim * 2:
         raise ConfigError(f"the codec {codec!r} cannot pack pages of {page_bytes} bytes with padding; leave codec out")
-    planes = [
-        plane
-        for layer in range(num_layers)
-        for part in range(parts)
-        for plane in planes_of_rows(
-            "kv"[part], (layer * parts + part) * page_bytes // parts, tokens * heads, head_dim, parts, layer
-        )
-    ]
+    role, planes = "kv" if parts == 2 else "latent", []
+    for layer in range(num_layers):
+        planes += planes_of_tensor(role, (head_dim,), (2,), 2, "bfloat16", layer * page_bytes, page_bytes, layer)
     try:
         packed = PackedBlock.of(covering(planes, [page_bytes] * num_layers), block_bytes, codec, exact_layers)
     except ValueError as error:
@@ -61,14 +55,6 @@ def shape_of(spec):
     if getattr(spec, "head_size_v", spec.head_size) not in (spec.head_size, None):
         return None
     return spec.block_size, spec.num_kv_heads, spec.head_size, 1 if is_latent else 2
-
-
-def planes_of_rows(role, first_byte, num_rows, head_dim, parts, layer):
-    """The planes of rows one after the other; of a latent all but its end."""
-    coded = head_dim if parts == 2 else head_dim - ROPE_DIM
-    if coded < 32 or coded % 8:
-        return ()
-    return planes_of(role, first_byte, num_rows, 2 * coded, 2 * head_dim, layer)
 
 
 def with_planes(layout, tensors, block_dims, specs, num_blocks):
@@ -108,38 +94,25 @@ def with_planes(layout, tensors, block_dims, specs, num_blocks):
 
 def planes_in_memory(tensor, block_dim, spec, num_blocks, layer):
     """Yield (address in block 0, Plane) of a layer's cache."""
-    one = KVLayout.from_tensors([tensor], block_dim, roles="exact")
+    one = KVLayout.from_tensors([tensor], block_dim, roles=role_of(tensor, block_dim, spec))
+    places = addresses_of([plane.first_byte for plane in one.planes], one.runs)
+    for plane, (address, stride) in zip(one.planes, places, strict=True):
+        for part in range(one.num_blocks // num_blocks):  # a kernel's blocks, side by side
+            yield address + part * stride, replace(plane, layer=layer)
+
+
+def role_of(tensor, block_dim, spec):
+    """What a block of the tensor is, as `KVLayout.from_tensors` calls it; ConfigError where nobody knows."""
     sizes = [(tensor.stride(dim), tensor.shape[dim]) for dim in range(tensor.dim()) if dim != block_dim]
-    outermost = max(sizes)[1]
     _, _, head_dim, parts = shape_of(spec)
-    row_bytes = tensor.shape[-1] * tensor.element_size()
-    nbytes = sum(piece for _, _, piece in one.runs)
-    rows = nbytes // row_bytes
-    if tensor.dim() < 2 or tensor.stride(-1) != 1:
-        planes = None
-    elif parts == 1 and tensor.shape[-1] == head_dim:
-        planes = planes_of_rows("k", 0, rows, head_dim, 1, layer)
-    elif parts == 2 and tensor.shape[-1] == head_dim and outermost == 2:  # K's part and then V's
-        half = rows // 2
-        planes = [
-            *planes_of_rows("k", 0, half, head_dim, 2, layer),
-            *planes_of_rows("v", half * row_bytes, half, head_dim, 2, layer),
-        ]
-    elif parts == 2 and tensor.shape[-1] == 2 * head_dim:  # K beside V
-        planes = [
-            *planes_of("k", 0, rows, 2 * head_dim, row_bytes, layer),
-            *planes_of("v", 2 * head_dim, rows, 2 * head_dim, row_bytes, layer),
-        ]
-    else:
-        planes = None
-    if planes is None:
-        raise ConfigError(
-            f"the codec does not know where K and V lie in a KV cache of shape {tuple(tensor.shape)} and strides "
-            f"{tensor.stride()}, with heads of {head_dim} numbers; leave codec out, and please report this"
-        )
-    starts = list(accumulate((piece for _, _, piece in one.runs), initial=0))
-    for part in range(one.num_blocks // num_blocks):  # a kernel's blocks, side by side
-        for plane in planes:
-            run = bisect_right(starts, plane.first_byte) - 1
-            base, stride, _ = one.runs[run]
-            yield base + part * stride + plane.first_byte - starts[run], plane
+    if tensor.dim() >= 2 and tensor.stride(-1) == 1:
+        if parts == 1 and tensor.shape[-1] == head_dim:
+            return "latent"
+        if parts == 2 and tensor.shape[-1] == head_dim and max(sizes)[1] == 2:  # the outermost
+            return "kv"
+        if parts == 2 and tensor.shape[-1] == 2 * head_dim:
+            return "interleaved"
+    raise ConfigError(
+        f"the codec does not know where K and V lie in a KV cache of shape {tuple(tensor.shape)} and strides "
+        f"{tensor.stride()}, with heads of {head_dim} numbers; leave codec out, and please report this"
+    )
