@@ -32,6 +32,10 @@ def spec(kind=FullAttentionSpec, tokens=TOKENS, heads=HEADS, dim=DIM, dtype=torc
     return kind(block_size=tokens, num_kv_heads=heads, head_size=dim, dtype=dtype, page_size_bytes=page)
 
 
+def latent_of(dim):
+    return spec(MLAAttentionSpec, tokens=32 * 128 // dim, heads=1, dim=dim, parts=1)
+
+
 def config_of(*specs, layers=LAYERS):
     """vLLM's ``KVCacheConfig``, as far as it is looked at."""
     return SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=one) for one in specs])
@@ -99,7 +103,10 @@ def test_the_end_of_a_latent_is_left_as_it_is(tokens, parts):
     [
         ([spec(dtype=torch.float16)], "float16"),
         ([spec(dtype=torch.uint8)], "uint8"),
-        ([spec(), spec(dim=128)], "one shape"),
+        ([spec(), spec(dim=128)], "pages of one size"),
+        ([spec(), spec(MLAAttentionSpec, heads=4, parts=1)], "pages of one size"),
+        ([latent_of(64), latent_of(128)], "pages of one size"),
+        ([spec(dim=64), spec(tokens=16, dim=128), spec(tokens=128, dim=16)], "heads of 16"),
         ([spec(), MambaSpec(block_size=TOKENS, page_size_bytes=8192)], "MambaSpec"),
         ([spec(dim=40)], "heads of 40"),
     ],
@@ -115,6 +122,46 @@ def test_layers_of_several_groups_that_share_a_page_have_one_number():
     layout = layout_of([one, one, other, other], BLOCKS, [dim] * 4, overlap=True)
     layout = with_planes(layout, [one, one, other, other], [dim] * 4, [spec()] * 4, BLOCKS)
     assert {plane.layer for plane in layout.planes} == {0, 1}
+
+
+# Groups that share pages: tokens, heads and numbers a head of each, and the kernel's blocks in one of its blocks.
+ONE_DIM = ((32, 2, 64, 1), (64, 1, 64, 1))
+KERNEL_BLOCKS = ((32, 2, 64, 1), (64, 1, 64, 4))
+TWO_DIMS = ((32, 2, 64, 1), (32, 1, 128, 2))
+
+
+@pytest.mark.parametrize("groups", [ONE_DIM, KERNEL_BLOCKS, TWO_DIMS])
+@pytest.mark.parametrize("shape", ["k_before_v", "in_a_block", "side_by_side"])
+def test_where_groups_share_pages_but_not_the_shape_of_heads_a_page_is_vectors_of_one_length(shape, groups):
+    memory = [torch.randn(BLOCKS * 2 * TOKENS * HEADS * DIM, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    caches, dims, specs = [], [], []
+    for tokens, heads, dim, parts in groups:
+        sizes, rows = (BLOCKS * parts,), (tokens // parts, heads, dim)
+        view = {
+            "k_before_v": (2, *sizes, *rows),
+            "in_a_block": (*sizes, 2, *rows),
+            "side_by_side": (*sizes, *rows[:2], 2 * dim),
+        }[shape]
+        caches += [one.view(view) for one in memory]
+        dims += [int(shape == "k_before_v")] * LAYERS
+        specs += [spec(tokens=tokens, heads=heads, dim=dim)] * LAYERS
+    layout = with_planes(layout_of(caches, BLOCKS, dims, overlap=True), caches, dims, specs, BLOCKS)
+    assert {plane.row_bytes for plane in layout.planes} == {2 * DIM}
+    assert sum(plane.num_rows for plane in layout.planes) * 2 * DIM == layout.block_bytes
+    assert {plane.layer for plane in layout.planes} == set(range(LAYERS))
+    for codec in ("q8", "q4"):
+        most = packed_bytes_of(config_of(*specs), layout.block_bytes, codec, (0,))
+        assert most - 4096 < packed_bytes(layout, codec, (0,)) <= most
+    for codec in ("k8v5", "k6v4"):  # what is K in a block of one group may be V in one of the other
+        with pytest.raises(ConfigError, match="use q8 or q4"):
+            packed_bytes_of(config_of(*specs), layout.block_bytes, codec, ())
+
+
+def test_groups_of_one_shape_whose_kernels_have_blocks_of_their_own_are_refused():
+    memory = torch.zeros(BLOCKS * 2 * TOKENS * HEADS * DIM, dtype=torch.bfloat16)
+    caches = [memory.view(BLOCKS, 2, TOKENS, HEADS, DIM), memory.view(2 * BLOCKS, 2, TOKENS // 2, HEADS, DIM)]
+    with pytest.raises(ConfigError, match="K and V at different places"):
+        with_planes(layout_of(caches, BLOCKS, [0, 0], overlap=True), caches, [0, 0], [spec()] * 2, BLOCKS)
 
 
 def test_a_cache_of_unknown_shape_is_refused():

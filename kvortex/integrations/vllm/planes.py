@@ -3,9 +3,10 @@
 from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
+from math import gcd, prod
 
 from kvortex import ConfigError, KVLayout
-from kvortex.codec import PackedBlock
+from kvortex.codec import CODECS, PackedBlock, planes_of
 from kvortex.transfer.planes import addresses_of, covering, planes_of_tensor
 
 TOKENS_OF_KERNELS = 16  # the smallest blocks that attention kernels have within those of the scheduler
@@ -20,19 +21,27 @@ def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers):
     Raises
     ------
     ConfigError
-        The codec can pack nothing of such a cache, or not all of its layers are alike.
+        The codec can pack nothing of such a cache, or its layers differ in a way that it cannot pack.
     """
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    shapes = {(spec.page_size_bytes, *shape_of(spec)) for spec in specs if shape_of(spec) is not None}
-    if len(shapes) != 1 or any(shape_of(spec) is None for spec in specs):
+    shapes = [shape_of(spec) for spec in specs]
+    pages = {spec.page_size_bytes for spec in specs}
+    if None in shapes or len(pages) != 1 or len({shape[3:] if shape[3] == 2 else shape for shape in shapes}) != 1:
         raise ConfigError(
-            f"the codec {codec!r} packs caches of attention in bfloat16 whose layers are all of one shape, and this "
+            f"the codec {codec!r} packs caches of attention in bfloat16 whose layers have pages of one size, and this "
             f"model's groups are {sorted({type(spec).__name__ for spec in specs})} of "
-            f"{sorted({str(getattr(spec, 'dtype', None)) for spec in specs})}; leave codec out"
+            f"{sorted({str(getattr(spec, 'dtype', None)) for spec in specs})} with pages of {sorted(pages)} bytes; "
+            f"leave codec out"
         )
-    ((page_bytes, tokens, heads, head_dim, parts),) = shapes
+    (page_bytes,), parts, dim_of_all = pages, shapes[0][3], common_dim(specs)
+    head_dim, tokens = dim_of_all or shapes[0][2], max(shape[0] for shape in shapes)
+    if dim_of_all and len(set(CODECS[codec])) > 1:
+        raise ConfigError(
+            f"this model's KV cache groups share pages, but not the shape of their heads, so where K and V lie is not "
+            f"the same in all blocks, and the codec {codec!r} packs them differently; use q8 or q4"
+        )
     num_layers, rest = divmod(block_bytes, page_bytes)
-    if rest or page_bytes != parts * tokens * heads * head_dim * 2:
+    if rest or any(page_bytes != 2 * prod(shape) for shape in shapes):
         raise ConfigError(f"the codec {codec!r} cannot pack pages of {page_bytes} bytes with padding; leave codec out")
     role, planes = "kv" if parts == 2 else "latent", []
     for layer in range(num_layers):
@@ -57,6 +66,15 @@ def shape_of(spec):
     return spec.block_size, spec.num_kv_heads, spec.head_size, 1 if is_latent else 2
 
 
+def common_dim(specs):
+    """How long the vectors are in which every page can be packed, where groups share pages but not the shape of heads.
+
+    K and V of each of them are such vectors, one after the other. None: all have one shape.
+    """
+    shapes = {shape_of(spec) for spec in specs}
+    return gcd(*(head_dim for _, _, head_dim, _ in shapes)) if len(shapes) > 1 else None
+
+
 def with_planes(layout, tensors, block_dims, specs, num_blocks):
     """The layout once more, with what is known of its bytes.
 
@@ -79,26 +97,45 @@ def with_planes(layout, tensors, block_dims, specs, num_blocks):
         (base, base + piece, start) for (base, _, piece), start in zip(layout.runs, starts, strict=False)
     )
     bases = [base for base, _, _ in by_address]
-    found, numbers = {}, {}
+    found, layers, dim_of_all = [], {}, common_dim(specs)
     for tensor, dim, spec in zip(tensors, block_dims, specs, strict=True):
-        layer = numbers.setdefault(tensor.data_ptr(), len(numbers))  # groups share pages: one layer of each has it
-        for address, plane in planes_in_memory(tensor, dim, spec, num_blocks, layer):
+        planes = planes_in_memory(tensor, dim, spec, num_blocks, dim_of_all)
+        if layers.setdefault(tensor.data_ptr(), planes) != planes:  # groups share pages: one layer of each has it
+            raise ConfigError("KV cache groups that share pages have K and V at different places; leave codec out")
+    for layer, planes in enumerate(layers.values()):
+        for address, plane in planes:
             base, end, start = by_address[bisect_right(bases, address) - 1]
             if not base <= address < end:
                 raise ConfigError(
                     f"KVortex does not find the KV cache of layer {layer} in its layout; please report this"
                 )
-            found.setdefault(address, replace(plane, first_byte=start + address - base))
-    return KVLayout(layout.runs, layout.num_blocks, owners=layout.owners, planes=found.values())
+            found.append(replace(plane, first_byte=start + address - base, layer=layer))
+    return KVLayout(layout.runs, layout.num_blocks, owners=layout.owners, planes=found)
 
 
-def planes_in_memory(tensor, block_dim, spec, num_blocks, layer):
-    """Yield (address in block 0, Plane) of a layer's cache."""
+def planes_in_memory(tensor, block_dim, spec, num_blocks, dim_of_all):
+    """(Address in block 0, Plane) of each plane of a layer's cache; see `common_dim`."""
     one = KVLayout.from_tensors([tensor], block_dim, roles=role_of(tensor, block_dim, spec))
-    places = addresses_of([plane.first_byte for plane in one.planes], one.runs)
-    for plane, (address, stride) in zip(one.planes, places, strict=True):
-        for part in range(one.num_blocks // num_blocks):  # a kernel's blocks, side by side
-            yield address + part * stride, replace(plane, layer=layer)
+    parts = range(one.num_blocks // num_blocks)  # a kernel's blocks, side by side
+    if dim_of_all is None:
+        places = addresses_of([plane.first_byte for plane in one.planes], one.runs)
+        return [
+            (address + part * stride, plane)
+            for plane, (address, stride) in zip(one.planes, places, strict=True)
+            for part in parts
+        ]
+    ranges = []
+    for first, piece in sorted((base + part * stride, piece) for base, stride, piece in one.runs for part in parts):
+        if ranges and ranges[-1][1] == first:
+            ranges[-1][1] += piece
+        else:
+            ranges.append([first, first + piece])
+    row_bytes = 2 * dim_of_all
+    return [
+        (begin + plane.first_byte, plane)
+        for begin, end in ranges
+        for plane in planes_of("k", 0, (end - begin) // row_bytes, row_bytes, row_bytes)
+    ]
 
 
 def role_of(tensor, block_dim, spec):
