@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvortex import ConfigError
-from kvortex.integrations.vllm.layouts import layout_of
+from kvortex.integrations.vllm.layouts import layout_of, text_of
 from kvortex.integrations.vllm.planes import packed_bytes_of, with_planes
 from kvortex.transfer import packed_bytes
 
@@ -155,6 +155,32 @@ def test_where_groups_share_pages_but_not_the_shape_of_heads_a_page_is_vectors_o
     for codec in ("k8v5", "k6v4"):  # what is K in a block of one group may be V in one of the other
         with pytest.raises(ConfigError, match="use q8 or q4"):
             packed_bytes_of(config_of(*specs), layout.block_bytes, codec, ())
+
+
+@pytest.mark.parametrize("kind, dim, row_bytes", [(FullAttentionSpec, 64, 64), (MLAAttentionSpec, 576, 256)])
+def test_on_cpus_attention_has_rows_of_32_numbers_and_a_latent_its_own(kind, dim, row_bytes):
+    parts, heads = (2, HEADS) if kind is FullAttentionSpec else (1, 1)
+    one = spec(kind, heads=heads, dim=dim, parts=parts)
+    shape = (BLOCKS, heads, TOKENS, 2 * dim) if parts == 2 else (BLOCKS, TOKENS, dim)
+    caches = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(LAYERS)]
+    layout = layout_of(caches, BLOCKS, 0)
+    layout = with_planes(layout, caches, [0] * LAYERS, [one] * LAYERS, BLOCKS, on_cpu=True)
+    assert {plane.row_bytes for plane in layout.planes} == {row_bytes}
+    most = packed_bytes_of(config_of(one), layout.block_bytes, "q8", (), on_cpu=True)
+    assert most - 4096 < packed_bytes(layout, "q8") <= most
+    if parts == 2:
+        with pytest.raises(ConfigError, match="on CPUs.*use q8 or q4"):
+            packed_bytes_of(config_of(one), layout.block_bytes, "k8v5", (), on_cpu=True)
+
+
+def test_blocks_that_are_packed_otherwise_have_other_names():
+    cache = torch.zeros(BLOCKS, TOKENS, HEADS, 2 * DIM, dtype=torch.bfloat16)
+    layout = layout_of([cache], BLOCKS, 0)
+    layouts = [
+        layout,
+        *(with_planes(layout, [cache], [0], [spec()], BLOCKS, on_cpu=on_cpu) for on_cpu in (True, False)),
+    ]
+    assert len({text_of(one, [cache], [0], ()) for one in layouts}) == 3
 
 
 def test_groups_of_one_shape_whose_kernels_have_blocks_of_their_own_are_refused():

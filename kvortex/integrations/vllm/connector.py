@@ -235,6 +235,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             groups,
             num_ranks=num_ranks_of(parallel),
             num_stages=parallel.pipeline_parallel_size,
+            on_cpu=current_platform.is_cpu(),
         )
         interval = options.window_interval_tokens
         if interval and interval % shape.align_tokens:
@@ -510,7 +511,8 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             engine = self.worker.options.engine
             if engine.codec != "exact":
                 specs = [self._spec_of(name) for name in names]
-                layout = with_planes(layout, tensors, block_dims, specs, self.worker.shape.num_device_blocks)
+                num_blocks, on_cpu = self.worker.shape.num_device_blocks, current_platform.is_cpu()
+                layout = with_planes(layout, tensors, block_dims, specs, num_blocks, on_cpu=on_cpu)
             slot_bytes = packed_bytes(layout, engine.codec, engine.exact_layers)
             if slot_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(

@@ -70,7 +70,7 @@ def text_of(layout, tensors, block_dims, names):
     names : iterable of str
         Of attention backends and of vLLM's layout: what tensors do not show.
     """
-    lines = [layout.fingerprint.hex(), *sorted(names)]
+    lines = [layout.fingerprint.hex(), *sorted(names), *map(str, layout.planes)]
     for tensor, dim in zip(tensors, block_dims, strict=True):
         sizes = ["blocks" if at == dim else size for at, size in enumerate(tensor.shape)]
         order = sorted(range(tensor.dim()), key=lambda at: -tensor.stride(at))

@@ -250,7 +250,7 @@ class PoolShape:
         return align_tokens(self.groups)
 
     @classmethod
-    def of(cls, options, kv_cache_config, groups, *, num_ranks, num_stages=1):
+    def of(cls, options, kv_cache_config, groups, *, num_ranks, num_stages=1, on_cpu=False):
         """The shape for vLLM's ``KVCacheConfig`` of one rank, of which these groups are kept.
 
         Raises
@@ -260,7 +260,8 @@ class PoolShape:
         """
         engine, block_bytes = options.engine, bytes_of_block(kv_cache_config)
         if engine.codec != "exact":
-            block_bytes = packed_bytes_of(kv_cache_config, block_bytes, engine.codec, engine.exact_layers)
+            how = (engine.codec, engine.exact_layers)
+            block_bytes = packed_bytes_of(kv_cache_config, block_bytes, *how, on_cpu=on_cpu)
         rank_bytes, stride = engine.cpu_pool_size_bytes // num_ranks, stride_bytes(block_bytes, engine.header_bytes)
         if rank_bytes < stride:
             raise ConfigError(

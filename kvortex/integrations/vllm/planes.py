@@ -9,14 +9,16 @@ from kvortex import ConfigError, KVLayout
 from kvortex.codec import CODECS, PackedBlock, planes_of
 from kvortex.transfer.planes import addresses_of, covering, planes_of_tensor
 
+DIM_ON_CPUS = 32  # vLLM's kernels for CPUs keep K and V in tiles of their own, whose rows have so many numbers
 TOKENS_OF_KERNELS = 16  # the smallest blocks that attention kernels have within those of the scheduler
 
 
-def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers):
+def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers, *, on_cpu=False):
     """What a packed block takes at the most, for vLLM's ``KVCacheConfig`` of one rank.
 
     Both halves ask, and the scheduler's sees no tensor: so it is what follows from the spec of a layer, whatever the
-    order of K, V, heads and tokens, and however small the blocks of the attention kernel are.
+    order of K, V, heads and tokens, and however small the blocks of the attention kernel are. `on_cpu`: vLLM's kernels
+    run on CPUs.
 
     Raises
     ------
@@ -33,13 +35,11 @@ def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers):
             f"{sorted({str(getattr(spec, 'dtype', None)) for spec in specs})} with pages of {sorted(pages)} bytes; "
             f"leave codec out"
         )
-    (page_bytes,), parts, dim_of_all = pages, shapes[0][3], common_dim(specs)
+    (page_bytes,), parts, dim_of_all = pages, shapes[0][3], common_dim(specs, on_cpu)
     head_dim, tokens = dim_of_all or shapes[0][2], max(shape[0] for shape in shapes)
     if dim_of_all and len(set(CODECS[codec])) > 1:
-        raise ConfigError(
-            f"this model's KV cache groups share pages, but not the shape of their heads, so where K and V lie is not "
-            f"the same in all blocks, and the codec {codec!r} packs them differently; use q8 or q4"
-        )
+        why = "on CPUs vLLM keeps tiles of both" if on_cpu else "heads of several shapes share pages here"
+        raise ConfigError(f"the codec {codec!r} packs K and V differently, and {why}; use q8 or q4")
     num_layers, rest = divmod(block_bytes, page_bytes)
     if rest or any(page_bytes != 2 * prod(shape) for shape in shapes):
         raise ConfigError(f"the codec {codec!r} cannot pack pages of {page_bytes} bytes with padding; leave codec out")
@@ -66,16 +66,19 @@ def shape_of(spec):
     return spec.block_size, spec.num_kv_heads, spec.head_size, 1 if is_latent else 2
 
 
-def common_dim(specs):
-    """How long the vectors are in which every page can be packed, where groups share pages but not the shape of heads.
+def common_dim(specs, on_cpu):
+    """How long the vectors are in which every page can be packed, where what lies in it is not heads of one shape.
 
-    K and V of each of them are such vectors, one after the other. None: all have one shape.
+    That is so on CPUs, and where groups share pages but not the shape of heads: then K and V of each of them are such
+    vectors, one after the other. None: all are heads of one shape.
     """
     shapes = {shape_of(spec) for spec in specs}
+    if on_cpu and all(parts == 2 for _, _, _, parts in shapes):
+        return DIM_ON_CPUS
     return gcd(*(head_dim for _, _, head_dim, _ in shapes)) if len(shapes) > 1 else None
 
 
-def with_planes(layout, tensors, block_dims, specs, num_blocks):
+def with_planes(layout, tensors, block_dims, specs, num_blocks, *, on_cpu=False):
     """The layout once more, with what is known of its bytes.
 
     Parameters
@@ -86,6 +89,8 @@ def with_planes(layout, tensors, block_dims, specs, num_blocks):
         As for `layout_of`, one a layer; `specs` has vLLM's ``KVCacheSpec`` of each.
     num_blocks : int
         Blocks that vLLM's scheduler counts.
+    on_cpu : bool, default False
+        Whether vLLM runs on CPUs.
 
     Raises
     ------
@@ -97,7 +102,7 @@ def with_planes(layout, tensors, block_dims, specs, num_blocks):
         (base, base + piece, start) for (base, _, piece), start in zip(layout.runs, starts, strict=False)
     )
     bases = [base for base, _, _ in by_address]
-    found, layers, dim_of_all = [], {}, common_dim(specs)
+    found, layers, dim_of_all = [], {}, common_dim(specs, on_cpu)
     for tensor, dim, spec in zip(tensors, block_dims, specs, strict=True):
         planes = planes_in_memory(tensor, dim, spec, num_blocks, dim_of_all)
         if layers.setdefault(tensor.data_ptr(), planes) != planes:  # groups share pages: one layer of each has it
