@@ -290,6 +290,56 @@ cdef extern from "kvortex/codec.h" nogil:
                             const char *packed)
 
 
+# kvortex/ecsq_format.h, ecsq.h (codec) ---------------------------------------------------------------------------
+cdef extern from "kvortex/ecsq_format.h" nogil:
+    enum:
+        KV_ECSQ_VERSION, KV_ECSQ_LEVELS, KV_ECSQ_CLASSES, KV_ECSQ_SYMBOLS, KV_ECSQ_GROUP, KV_ECSQ_LANES, KV_ECSQ_SEGMENT
+        KV_ECSQ_EXACT, KV_ECSQ_K, KV_ECSQ_V
+
+    ctypedef struct kv_ecsq_plane:
+        uint64_t first_byte
+        uint32_t num_rows, row_bytes, step_bytes, num_tokens, num_heads, token_rows, head_rows, role
+
+    ctypedef struct kv_ecsq_tables:
+        uint32_t id
+
+    ctypedef struct kv_ecsq_needs:
+        uint64_t symbols, vectors, group
+
+    ctypedef struct kv_ecsq:
+        const kv_ecsq_plane *planes
+        const uint32_t *segments
+        const kv_ecsq_tables *tables
+        uint64_t block_bytes
+        kv_ecsq_needs needs
+        uint32_t num_planes, num_segments, level, planes_crc, vector_numbers
+
+    bint kv_ecsq_build_tables(const uint16_t (*frequencies)[256], uint32_t id, kv_ecsq_tables *tables)
+    kv_ecsq_needs kv_ecsq_needs_of(const kv_ecsq *ecsq)
+    uint64_t kv_ecsq_scratch_bytes(const kv_ecsq *ecsq)
+    uint64_t kv_ecsq_max_segment_bytes(const kv_ecsq *ecsq, uint32_t segment)
+    uint64_t kv_ecsq_body_offset(const kv_ecsq *ecsq)
+    uint64_t kv_ecsq_max_bytes(const kv_ecsq *ecsq)
+
+cdef extern from "kvortex/ecsq.h" nogil:
+    ctypedef struct kv_ecsq_set:
+        const char *name
+
+    const kv_ecsq_set *kv_ecsq_set_at(uint32_t i)
+    uint64_t kv_ecsq_encode_segment_by(const kv_ecsq_set *which, const kv_ecsq *ecsq, uint32_t segment,
+                                       const char *block, char *out, uint64_t room, void *scratch)
+    bint kv_ecsq_decode_segment_by(const kv_ecsq_set *which, const kv_ecsq *ecsq, uint32_t segment, const char *bytes,
+                                   uint64_t nbytes, char *block)
+    void kv_ecsq_put_header(const kv_ecsq *ecsq, uint64_t nbytes, char *out)
+    bint kv_ecsq_check(const kv_ecsq *ecsq, const char *record, uint64_t nbytes)
+    uint64_t kv_ecsq_encode_by(const kv_ecsq_set *which, const kv_ecsq *ecsq, const char *block, char *out,
+                               uint64_t room, void *scratch)
+    bint kv_ecsq_decode_by(const kv_ecsq_set *which, const kv_ecsq *ecsq, const char *record, uint64_t nbytes,
+                           char *block)
+    uint64_t kv_ecsq_encode(const kv_ecsq *ecsq, const char *block, char *out, uint64_t room, void *scratch)
+    bint kv_ecsq_decode(const kv_ecsq *ecsq, const char *record, uint64_t nbytes, char *block)
+
+
 # kvortex/slots.h (memory), copy_plan.h (transfer) ------------------------------------------------------------------
 cdef extern from "kvortex/slots.h" nogil:
     ctypedef struct kv_slots:

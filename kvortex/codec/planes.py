@@ -19,6 +19,9 @@ class Plane:
 
     A row of role "k" or "v" is one vector of 32, 64, 128 or 256 bfloat16 numbers; `planes_of` splits longer ones. A
     plane of role "exact" is kept as it is. All bytes are multiples of 16; anything else is a ValueError.
+
+    The rows are `num_heads` vectors for each token: the heads of token 0, then those of token 1 and so on, or, with
+    `heads_first`, the tokens of head 0, then those of head 1.
     """
 
     role: str
@@ -27,19 +30,23 @@ class Plane:
     row_bytes: int
     step_bytes: int
     layer: int = 0
+    num_heads: int = 1
+    heads_first: bool = False
 
     def __post_init__(self):
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {shown(self.role)}")
-        for name in ("first_byte", "num_rows", "row_bytes", "step_bytes", "layer"):
+        for name in ("first_byte", "num_rows", "row_bytes", "step_bytes", "layer", "num_heads"):
             number = whole_number(getattr(self, name), name)
-            least = 1 if name in ("num_rows", "row_bytes") else 0
+            least = 1 if name in ("num_rows", "row_bytes", "num_heads") else 0
             if not least <= number < 1 << (63 if name == "first_byte" else 32):
                 raise ValueError(f"{name} must be from {least} to 2^32 - 1, got {shown(number)}")
             if name.endswith("_byte") or name.endswith("_bytes"):
                 require_units(name, number)
         if self.num_rows > 1 and self.step_bytes < self.row_bytes:
             raise ValueError(f"step_bytes must be at least row_bytes ({self.row_bytes}), got {self.step_bytes}")
+        if self.num_rows % self.num_heads:
+            raise ValueError(f"num_rows must be a multiple of num_heads ({self.num_heads}), got {self.num_rows}")
         if self.role != "exact" and self.row_bytes // 2 not in DIMS:
             raise ValueError(
                 f"a vector must have 32, 64, 128 or 256 numbers of 2 bytes, got {self.row_bytes} bytes; pass planes_of"
@@ -52,7 +59,14 @@ class Plane:
 
 
 def planes_of(
-    role: str, first_byte: int, num_rows: int, row_bytes: int, step_bytes: int, layer: int = 0
+    role: str,
+    first_byte: int,
+    num_rows: int,
+    row_bytes: int,
+    step_bytes: int,
+    layer: int = 0,
+    num_heads: int = 1,
+    heads_first: bool = False,
 ) -> tuple[Plane, ...]:
     """Return the planes of rows whose vectors have any length.
 
@@ -65,7 +79,8 @@ def planes_of(
     if role == "exact" or piece < SMALLEST_PIECE:
         return (Plane("exact", first_byte, num_rows, row_bytes, step_bytes, layer),)
     return tuple(
-        Plane(role, first_byte + at, num_rows, 2 * piece, step_bytes, layer) for at in range(0, row_bytes, 2 * piece)
+        Plane(role, first_byte + at, num_rows, 2 * piece, step_bytes, layer, num_heads, heads_first)
+        for at in range(0, row_bytes, 2 * piece)
     )
 
 
