@@ -1,7 +1,7 @@
 """The entropy-coded codec in the words of kvortex/codec/ECSQ.md, in numpy: slow, for tests to compare with.
 
-A block is a list of planes (role, words, heads_first): words are bits of bfloat16 [tokens, heads, dim]; with `heads_first`
-the block has them as [heads, tokens, dim].
+A block is a list of planes (role, words, heads_first): words are bits of bfloat16 [tokens, heads, dim]; with
+`heads_first` the block has them as [heads, tokens, dim].
 """
 
 import math

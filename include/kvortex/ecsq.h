@@ -30,7 +30,7 @@ typedef struct kv_ecsq_set {
 #include "ecsq_lanes.h"
 #if defined(__x86_64__)
 #define KV_ECSQ_SET avx2
-#define KV_ECSQ_TARGET __attribute__((target("avx2")))
+#define KV_ECSQ_TARGET __attribute__((target("avx2,popcnt")))
 #define KV_ECSQ_X86 256
 #include "ecsq_lanes.h"
 #define KV_ECSQ_SET avx512
@@ -168,7 +168,8 @@ static inline int kv_ecsq_decode_segment_by(const kv_ecsq_set *set, const kv_ecs
 {
     const kv_ecsq_plane *const first = &ecsq->planes[ecsq->segments[segment]];
     const kv_ecsq_plane *const end = &ecsq->planes[ecsq->segments[segment + 1]];
-    kv_ecsq_decoder decoder = {.tables = ecsq->tables};
+    char tail[4 * KV_ECSQ_LANES];
+    kv_ecsq_decoder decoder = {.tables = ecsq->tables, .tail = tail};
     uint64_t at = 4;
     int any_coded = 0;
     if (nbytes < at)
@@ -185,7 +186,7 @@ static inline int kv_ecsq_decode_segment_by(const kv_ecsq_set *set, const kv_ecs
         if (nbytes - at < KV_ECSQ_STATES_BYTES || nbytes - at - KV_ECSQ_STATES_BYTES < words_bytes
             || (nbytes - at - words_bytes) % 2)
             return 0;
-        memcpy(decoder.states, bytes + at, KV_ECSQ_STATES_BYTES);
+        memcpy(&decoder.states, bytes + at, KV_ECSQ_STATES_BYTES);
         decoder.words = bytes + at + KV_ECSQ_STATES_BYTES;
         decoder.escapes = decoder.words_end = decoder.words + words_bytes;
         decoder.escapes_end = bytes + nbytes;
@@ -200,7 +201,7 @@ static inline int kv_ecsq_decode_segment_by(const kv_ecsq_set *set, const kv_ecs
         at += KV_ECSQ_HEAD_BYTES + (bytes[at + 3] ? kv_ecsq_side_bytes(plane) : kv_ecsq_plane_bytes(plane));
     }
     for (uint32_t i = 0; any_coded && i < KV_ECSQ_LANES; i++)
-        if (decoder.states[i] != KV_ECSQ_FIRST_STATE)
+        if (decoder.states[i / 16][i % 16] != KV_ECSQ_FIRST_STATE)
             return 0;
     return decoder.words == decoder.words_end && decoder.escapes == decoder.escapes_end;
 }

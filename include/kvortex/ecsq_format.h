@@ -29,6 +29,14 @@ enum {
     KV_ECSQ_HEAD_BYTES = 4 /* of a plane: step, differences or not, raw or not */
 };
 
+/* Vectors of 16 numbers. */
+typedef float kv_e_floats __attribute__((vector_size(64)));
+typedef int32_t kv_e_ints __attribute__((vector_size(64)));
+typedef uint32_t kv_e_uints __attribute__((vector_size(64)));
+typedef int16_t kv_e_shorts __attribute__((vector_size(32)));
+typedef uint16_t kv_e_halves __attribute__((vector_size(32)));
+typedef uint8_t kv_e_bytes __attribute__((vector_size(16)));
+
 enum kv_ecsq_role { KV_ECSQ_EXACT, KV_ECSQ_K, KV_ECSQ_V };
 
 typedef struct kv_ecsq_plane {
@@ -40,8 +48,9 @@ typedef struct kv_ecsq_plane {
 } kv_ecsq_plane;
 
 typedef struct kv_ecsq_tables {
-    uint32_t decode[KV_ECSQ_CLASSES][1 << KV_ECSQ_PROB_BITS]; /* slot: (frequency - 1) << 20 | bias << 8 | symbol */
+    uint32_t decode[KV_ECSQ_CLASSES][1 << KV_ECSQ_PROB_BITS]; /* slot: frequency << 20 | bias << 8 | symbol */
     uint32_t encode[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS];        /* symbol: frequency << 16 | first slot */
+    uint64_t chosen[256], places[256]; /* mask of 8 lanes: bytes with the lanes it has; with the rank of each lane */
     int32_t least[KV_ECSQ_CLASSES], most[KV_ECSQ_CLASSES];    /* integers that have a symbol */
     uint32_t id;
 } kv_ecsq_tables;
@@ -83,9 +92,8 @@ typedef struct kv_ecsq_encoder {
 typedef struct kv_ecsq_decoder {
     const kv_ecsq_tables *tables;
     const char *words, *words_end, *escapes, *escapes_end;
-    uint32_t states[KV_ECSQ_LANES];
-    int in_tail;
-    char tail[8 * KV_ECSQ_LANES]; /* the last words, and zeros behind them */
+    char *tail; /* 4 * KV_ECSQ_LANES bytes, for the last words and zeros behind them; NULL: they are in it */
+    kv_e_uints states[2];
 } kv_ecsq_decoder;
 
 /* --- Tables ------------------------------------------------------------------------------------------------------ */
@@ -102,6 +110,15 @@ static inline int
 kv_ecsq_build_tables(const uint16_t frequencies[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS], uint32_t id, kv_ecsq_tables *tables)
 {
     tables->id = id;
+    for (uint32_t mask = 0; mask < 256; mask++) {
+        uint64_t rank = 0;
+        tables->chosen[mask] = tables->places[mask] = 0;
+        for (uint32_t lane = 0; lane < 8; lane++) {
+            tables->places[mask] |= rank << (8 * lane);
+            if (mask >> lane & 1)
+                tables->chosen[mask] |= (uint64_t)lane << (8 * rank++);
+        }
+    }
     for (uint32_t k = 0; k < KV_ECSQ_CLASSES; k++) {
         int32_t least = -1, most = -2;
         uint32_t slot = 0;
@@ -111,7 +128,7 @@ kv_ecsq_build_tables(const uint16_t frequencies[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS
                 return 0;
             tables->encode[k][symbol] = frequency << 16 | slot;
             for (uint32_t i = 0; i < frequency; i++, slot++)
-                tables->decode[k][slot] = (frequency - 1) << 20 | i << 8 | symbol;
+                tables->decode[k][slot] = frequency << 20 | i << 8 | symbol;
             if (frequency == 0 || symbol == KV_ECSQ_ESCAPE)
                 continue;
             if (symbol > 2 * KV_ECSQ_LARGEST || (least >= 0 && most + 1 != (int32_t)symbol))
@@ -309,14 +326,5 @@ static inline void kv_ecsq_gain(const int32_t *logarithms, uint64_t count, int d
     for (uint64_t i = 0; i < count; i++)
         gains[i] = (uint8_t)kv_ecsq_clip(KV_ECSQ_NO_GAIN - ((2 * (logarithms[i] - mean) + 32768) >> 16), 15);
 }
-
-/* --- Vectors of 16 numbers ----------------------------------------------------------------------------------------- */
-
-typedef float kv_e_floats __attribute__((vector_size(64)));
-typedef int32_t kv_e_ints __attribute__((vector_size(64)));
-typedef uint32_t kv_e_uints __attribute__((vector_size(64)));
-typedef int16_t kv_e_shorts __attribute__((vector_size(32)));
-typedef uint16_t kv_e_halves __attribute__((vector_size(32)));
-typedef uint8_t kv_e_bytes __attribute__((vector_size(16)));
 
 #endif

@@ -43,7 +43,11 @@
 #define kv_quantise KV_ECSQ_NAME(kv_ecsq_quantise)
 #define kv_to_symbols KV_ECSQ_NAME(kv_ecsq_to_symbols)
 #define kv_encode_plane KV_ECSQ_NAME(kv_ecsq_encode_plane)
+#define kv_encode_16 KV_ECSQ_NAME(kv_ecsq_encode_16)
+#define kv_encode_8 KV_ECSQ_NAME(kv_ecsq_encode_8)
 #define kv_encode_words KV_ECSQ_NAME(kv_ecsq_encode_words)
+#define kv_enter_tail KV_ECSQ_NAME(kv_ecsq_enter_tail)
+#define kv_decode_16 KV_ECSQ_NAME(kv_ecsq_decode_16)
 #define kv_decode_round KV_ECSQ_NAME(kv_ecsq_decode_round)
 #define kv_decode_group KV_ECSQ_NAME(kv_ecsq_decode_group)
 #define kv_decode_plane KV_ECSQ_NAME(kv_ecsq_decode_plane)
@@ -251,77 +255,229 @@ kv_encode_plane(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *
     return 1;
 }
 
+#if KV_ECSQ_X86 == 512
+/* Codes 16 symbols: words downwards from `words`, which is returned.
+ *
+ * The quotient x / f is below 2^20 and computed in float32 to less than 1/8, so 1/4 less than that, cut off, is the
+ * quotient or one less. */
+KV_ECSQ_INLINE uint16_t *
+kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *table, const uint8_t *symbols,
+             uint16_t *words)
+{
+    (void)tables;
+    const __m512i numbers = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)symbols));
+    const __m512i entries = _mm512_i32gather_epi32(numbers, table, 4), f = _mm512_srli_epi32(entries, 16);
+    __m512i x = (__m512i)*states;
+    const __mmask16 full = _mm512_cmpge_epu32_mask(x, _mm512_slli_epi32(f, 32 - KV_ECSQ_PROB_BITS));
+    const uint32_t count = (uint32_t)_mm_popcnt_u32(full);
+    const __m256i low = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x));
+    words -= count;
+    _mm256_mask_storeu_epi16(words, (__mmask16)((1u << count) - 1), low);
+    x = _mm512_mask_srli_epi32(x, full, x, 16);
+    const __m512 ratio = _mm512_div_ps(_mm512_cvtepu32_ps(x), _mm512_cvtepi32_ps(f));
+    __m512i quotient = _mm512_cvttps_epi32(_mm512_sub_ps(ratio, _mm512_set1_ps(0.25f)));
+    __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, f));
+    const __mmask16 one_more = _mm512_cmpge_epu32_mask(rest, f);
+    quotient = _mm512_mask_add_epi32(quotient, one_more, quotient, _mm512_set1_epi32(1));
+    rest = _mm512_mask_sub_epi32(rest, one_more, rest, f);
+    const __m512i first = _mm512_and_si512(entries, _mm512_set1_epi32(0xFFFF));
+    x = _mm512_slli_epi32(quotient, KV_ECSQ_PROB_BITS);
+    *states = (kv_e_uints)_mm512_add_epi32(x, _mm512_add_epi32(rest, first));
+    return words;
+}
+#elif KV_ECSQ_X86 == 256
+/* The same with 8 symbols. */
+KV_ECSQ_INLINE uint16_t *
+kv_encode_8(const kv_ecsq_tables *tables, __m256i *states, const uint32_t *table, const uint8_t *symbols,
+            uint16_t *words)
+{
+    const __m256i numbers = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)symbols));
+    const __m256i entries = _mm256_i32gather_epi32((const int *)table, numbers, 4), f = _mm256_srli_epi32(entries, 16);
+    __m256i x = *states;
+    const __m256i fits = _mm256_cmpgt_epi32(f, _mm256_srli_epi32(x, 32 - KV_ECSQ_PROB_BITS));
+    const uint32_t full = ~(uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(fits)) & 0xFF;
+    const __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&tables->chosen[full]));
+    const __m256i low = _mm256_and_si256(_mm256_permutevar8x32_epi32(x, lanes), _mm256_set1_epi32(0xFFFF));
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    uint16_t some[8];
+    _mm_storeu_si128((__m128i *)some, packed);
+    const uint32_t count = (uint32_t)__builtin_popcount(full);
+    words -= count;
+    for (uint32_t i = 0; i < count; i++)
+        words[i] = some[i];
+    x = _mm256_blendv_epi8(_mm256_srli_epi32(x, 16), x, fits);
+    const __m256 high = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(x, 16)), _mm256_set1_ps(65536));
+    const __m256 number = _mm256_add_ps(high, _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xFFFF))));
+    const __m256 ratio = _mm256_div_ps(number, _mm256_cvtepi32_ps(f));
+    const __m256i quotient = _mm256_cvttps_epi32(_mm256_sub_ps(ratio, _mm256_set1_ps(0.25f)));
+    const __m256i rest = _mm256_sub_epi32(x, _mm256_mullo_epi32(quotient, f));
+    const __m256i same = _mm256_cmpgt_epi32(f, rest); /* else one more, and the rest is f less */
+    const __m256i more = _mm256_andnot_si256(same, _mm256_sub_epi32(_mm256_set1_epi32(1 << KV_ECSQ_PROB_BITS), f));
+    const __m256i first = _mm256_and_si256(entries, _mm256_set1_epi32(0xFFFF));
+    x = _mm256_add_epi32(_mm256_slli_epi32(quotient, KV_ECSQ_PROB_BITS), more);
+    *states = _mm256_add_epi32(x, _mm256_add_epi32(rest, first));
+    return words;
+}
+
+KV_ECSQ_INLINE uint16_t *
+kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *table, const uint8_t *symbols,
+             uint16_t *words)
+{
+    __m256i halves[2];
+    memcpy(halves, states, sizeof halves);
+    words = kv_encode_8(tables, &halves[1], table, symbols + 8, words);
+    words = kv_encode_8(tables, &halves[0], table, symbols, words);
+    memcpy(states, halves, sizeof halves);
+    return words;
+}
+#else
+KV_ECSQ_INLINE uint16_t *
+kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *table, const uint8_t *symbols,
+             uint16_t *words)
+{
+    (void)tables;
+    uint32_t numbers[16];
+    memcpy(numbers, states, sizeof numbers);
+    for (uint32_t i = 16; i-- > 0;) {
+        const uint32_t entry = table[symbols[i]], frequency = entry >> 16;
+        uint32_t x = numbers[i];
+        if (x >= frequency << (32 - KV_ECSQ_PROB_BITS)) {
+            *--words = (uint16_t)x;
+            x >>= 16;
+        }
+        numbers[i] = (x / frequency << KV_ECSQ_PROB_BITS) + x % frequency + (entry & 0xFFFF);
+    }
+    memcpy(states, numbers, sizeof numbers);
+    return words;
+}
+#endif
+
 /* Codes the symbols, the last first. Writes the words downwards, leaves the states as the decoder begins. */
 KV_ECSQ_TARGET static inline uint16_t *kv_encode_words(const kv_ecsq_encoder *encoder, uint32_t *states)
 {
+    const kv_ecsq_tables *const tables = encoder->tables;
     uint16_t *words = encoder->words_end;
     const uint8_t *symbols = encoder->symbols + encoder->num_symbols;
-    for (uint32_t i = 0; i < KV_ECSQ_LANES; i++)
-        states[i] = KV_ECSQ_FIRST_STATE;
+    kv_e_uints low = (kv_e_uints){0} + KV_ECSQ_FIRST_STATE, high = low;
     for (uint32_t run = encoder->num_runs; run-- > 0;) {
-        const uint32_t *const table = encoder->tables->encode[encoder->runs[run].class_number];
+        const uint32_t *const table = tables->encode[encoder->runs[run].class_number];
         for (uint32_t round = encoder->runs[run].rounds; round-- > 0;) {
             symbols -= KV_ECSQ_LANES;
-            for (uint32_t i = KV_ECSQ_LANES; i-- > 0;) {
-                const uint32_t entry = table[symbols[i]], frequency = entry >> 16;
-                uint32_t x = states[i];
-                if (x >= (uint64_t)frequency << (32 - KV_ECSQ_PROB_BITS)) {
-                    *--words = (uint16_t)x;
-                    x >>= 16;
-                }
-                states[i] = (x / frequency << KV_ECSQ_PROB_BITS) + x % frequency + (entry & 0xFFFF);
-            }
+            words = kv_encode_16(tables, &high, table, symbols + 16, words);
+            words = kv_encode_16(tables, &low, table, symbols, words);
         }
     }
+    memcpy(states, &low, sizeof low);
+    memcpy(states + 16, &high, sizeof high);
     return words;
 }
 
 /* --- Decoding ---------------------------------------------------------------------------------------------------- */
 
+/* Moves the last words to where zeros stand behind them, so that no more is read than there is. */
+KV_ECSQ_INLINE void kv_enter_tail(kv_ecsq_decoder *decoder)
+{
+    const uint64_t left = (uint64_t)(decoder->words_end - decoder->words);
+    memset(decoder->tail, 0, 4 * KV_ECSQ_LANES);
+    memcpy(decoder->tail, decoder->words, left);
+    decoder->words = decoder->tail;
+    decoder->words_end = decoder->tail + left;
+    decoder->tail = NULL;
+}
+
+/* Decodes 16 integers; returns a bit for each that is an escape. */
+KV_ECSQ_INLINE uint32_t
+kv_decode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *table, const char **words,
+             kv_e_ints *integers)
+{
+    (void)tables;
+#if KV_ECSQ_X86 == 512
+    const __m512i x = (__m512i)*states, slots = _mm512_and_si512(x, _mm512_set1_epi32((1 << KV_ECSQ_PROB_BITS) - 1));
+    const __m512i entries = _mm512_i32gather_epi32(slots, table, 4);
+    const __m512i next =
+        _mm512_add_epi32(_mm512_mullo_epi32(_mm512_srli_epi32(entries, 20), _mm512_srli_epi32(x, KV_ECSQ_PROB_BITS)),
+                         _mm512_and_si512(_mm512_srli_epi32(entries, 8), _mm512_set1_epi32(0xFFF)));
+    const __mmask16 low = _mm512_cmplt_epu32_mask(next, _mm512_set1_epi32(1 << 16));
+    const __m512i more = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)*words));
+    *words += 2 * _mm_popcnt_u32(low);
+    *states = (kv_e_uints)_mm512_mask_or_epi32(next, low, _mm512_slli_epi32(next, 16),
+                                               _mm512_maskz_expand_epi32(low, more));
+    const __m512i symbols = _mm512_and_si512(entries, _mm512_set1_epi32(0xFF));
+    *integers = (kv_e_ints)_mm512_sub_epi32(symbols, _mm512_set1_epi32(KV_ECSQ_LARGEST));
+    return _mm512_cmpeq_epi32_mask(symbols, _mm512_set1_epi32(KV_ECSQ_ESCAPE));
+#elif KV_ECSQ_X86 == 256
+    __m256i x[2], v[2];
+    uint32_t escapes = 0;
+    memcpy(x, states, sizeof x);
+#pragma GCC unroll 2
+    for (uint32_t i = 0; i < 2; i++) {
+        const __m256i slots = _mm256_and_si256(x[i], _mm256_set1_epi32((1 << KV_ECSQ_PROB_BITS) - 1));
+        const __m256i entries = _mm256_i32gather_epi32((const int *)table, slots, 4);
+        const __m256i next = _mm256_add_epi32(
+            _mm256_mullo_epi32(_mm256_srli_epi32(entries, 20), _mm256_srli_epi32(x[i], KV_ECSQ_PROB_BITS)),
+            _mm256_and_si256(_mm256_srli_epi32(entries, 8), _mm256_set1_epi32(0xFFF)));
+        const __m256i is_low = _mm256_cmpeq_epi32(_mm256_srli_epi32(next, 16), _mm256_setzero_si256());
+        const uint32_t low = (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(is_low));
+        const __m256i more = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)*words));
+        const __m256i places = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&tables->places[low]));
+        const __m256i longer =
+            _mm256_or_si256(_mm256_slli_epi32(next, 16), _mm256_permutevar8x32_epi32(more, places));
+        x[i] = _mm256_blendv_epi8(next, longer, is_low);
+        *words += 2 * __builtin_popcount(low);
+        const __m256i symbols = _mm256_and_si256(entries, _mm256_set1_epi32(0xFF));
+        v[i] = _mm256_sub_epi32(symbols, _mm256_set1_epi32(KV_ECSQ_LARGEST));
+        const __m256i is_escape = _mm256_cmpeq_epi32(symbols, _mm256_set1_epi32(KV_ECSQ_ESCAPE));
+        escapes |= (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(is_escape)) << (8 * i);
+    }
+    memcpy(states, x, sizeof x);
+    memcpy(integers, v, sizeof v);
+    return escapes;
+#else
+    uint32_t escapes = 0, x[16];
+    int32_t v[16];
+    memcpy(x, states, sizeof x);
+    for (uint32_t i = 0; i < 16; i++) {
+        const uint32_t entry = table[x[i] & ((1 << KV_ECSQ_PROB_BITS) - 1)], symbol = entry & 0xFF;
+        x[i] = (entry >> 20) * (x[i] >> KV_ECSQ_PROB_BITS) + (entry >> 8 & 0xFFF);
+        const uint32_t is_low = x[i] < 1 << 16;
+        x[i] = is_low ? x[i] << 16 | kv_codec_load(*words) : x[i];
+        *words += 2 * is_low;
+        v[i] = (int32_t)symbol - KV_ECSQ_LARGEST;
+        escapes |= (uint32_t)(symbol == KV_ECSQ_ESCAPE) << i;
+    }
+    memcpy(states, x, sizeof x);
+    memcpy(integers, v, sizeof v);
+    return escapes;
+#endif
+}
+
 /* Decodes the integers of 32 channels; 0 if the segment ends before. */
 KV_ECSQ_INLINE int kv_decode_round(kv_ecsq_decoder *decoder, const uint32_t *table, kv_e_ints integers[2])
 {
-    uint64_t left = (uint64_t)(decoder->words_end - decoder->words);
-    if (left < 2 * KV_ECSQ_LANES && !decoder->in_tail) { /* so that no more is read than there is */
-        memset(decoder->tail, 0, sizeof decoder->tail);
-        memcpy(decoder->tail, decoder->words, left);
-        decoder->words = decoder->tail;
-        decoder->words_end = decoder->tail + left;
-        decoder->in_tail = 1;
-    }
+    if (decoder->words_end - decoder->words < 2 * KV_ECSQ_LANES && decoder->tail != NULL)
+        kv_enter_tail(decoder);
     const char *words = decoder->words;
-    int32_t v[KV_ECSQ_LANES];
-    uint32_t escapes = 0;
-    for (uint32_t i = 0; i < KV_ECSQ_LANES; i++) {
-        uint32_t x = decoder->states[i];
-        const uint32_t entry = table[x & ((1 << KV_ECSQ_PROB_BITS) - 1)];
-        x = ((entry >> 20) + 1) * (x >> KV_ECSQ_PROB_BITS) + (entry >> 8 & 0xFFF);
-        if (x < 1 << 16) {
-            x = x << 16 | kv_codec_load(words);
-            words += 2;
-        }
-        decoder->states[i] = x;
-        v[i] = (int32_t)(entry & 0xFF) - KV_ECSQ_LARGEST;
-        escapes |= (uint32_t)((entry & 0xFF) == KV_ECSQ_ESCAPE) << i;
-    }
+    uint32_t escapes = kv_decode_16(decoder->tables, &decoder->states[0], table, &words, &integers[0]);
+    escapes |= kv_decode_16(decoder->tables, &decoder->states[1], table, &words, &integers[1]) << 16;
     if (words > decoder->words_end)
         return 0;
     decoder->words = words;
-    for (; escapes; escapes &= escapes - 1) {
+    for (; __builtin_expect(escapes != 0, 0); escapes &= escapes - 1) {
+        const int lane = __builtin_ctz(escapes);
         if (decoder->escapes == decoder->escapes_end)
             return 0;
-        v[__builtin_ctz(escapes)] = (int16_t)kv_codec_load(decoder->escapes);
+        integers[lane / 16][lane % 16] = (int16_t)kv_codec_load(decoder->escapes);
         decoder->escapes += 2;
     }
-    memcpy(integers, v, sizeof v);
     return 1;
 }
 
 /* Decodes a group of 32 * `rounds` channels. */
 KV_ECSQ_INLINE int
 kv_decode_group(const kv_ecsq_plane *plane, char *const *columns, const uint32_t *heads, uint32_t rounds, int differences,
-                float step, const uint8_t *gains, const uint32_t *const tables[2], kv_ecsq_decoder *decoder)
+                float step, const uint8_t *gains, const uint32_t *const tables[2], kv_ecsq_decoder *whole)
 {
+    kv_ecsq_decoder local = *whole, *const decoder = &local; /* what no store to the block can change */
     const uint64_t token_bytes = (uint64_t)plane->token_rows * plane->step_bytes;
     kv_e_uints sums[4] = {{0}};
     const uint32_t *table = tables[0];
@@ -348,6 +504,7 @@ kv_decode_group(const kv_ecsq_plane *plane, char *const *columns, const uint32_t
             }
         }
     }
+    *whole = local;
     return 1;
 }
 
@@ -397,7 +554,11 @@ kv_decode_plane(const kv_ecsq_plane *plane, char *block, const uint8_t *head, kv
 #undef kv_quantise
 #undef kv_to_symbols
 #undef kv_encode_plane
+#undef kv_encode_16
+#undef kv_encode_8
 #undef kv_encode_words
+#undef kv_enter_tail
+#undef kv_decode_16
 #undef kv_decode_round
 #undef kv_decode_group
 #undef kv_decode_plane
