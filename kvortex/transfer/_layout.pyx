@@ -200,7 +200,7 @@ cdef class KVLayout:
         if is_bfloat16(dtype, itemsize) and kv <= 2 and 2 * head_dim % UNIT_BYTES == 0:
             for number in range(kv * num_layers):
                 planes += planes_of("kv"[number % kv], number * piece, block_size * num_heads, 2 * head_dim,
-                                    2 * head_dim, number // kv)
+                                    2 * head_dim, number // kv, num_heads)
         return lay_out(cls, runs, num_blocks, block_size, borrowed, name, [layer] * num_layers, planes)
 
     @classmethod
@@ -289,7 +289,8 @@ cdef class KVLayout:
             pieces.append(piece)
             nbytes = sum([run[2] for run in tensor_runs])
             planes += planes_of_tensor(roles[number], memory.shape, memory.strides, memory.itemsize,
-                                       getattr(memory.owner, "dtype", ""), block_bytes, nbytes, layers[number])
+                                       getattr(memory.owner, "dtype", ""), block_bytes, nbytes, layers[number],
+                                       block_dim, block_size)
             block_bytes += nbytes
         if expected not in (None, num_blocks):
             raise ValueError(f"the tensors have {num_blocks} blocks along dimension {block_dim}, and num_blocks says "

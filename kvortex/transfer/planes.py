@@ -37,8 +37,21 @@ def layers_of_roles(roles):
     return layers
 
 
-def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, layer):
-    """The planes of a block of one tensor, `nbytes` from `first_byte` on.
+def heads_of(shape, strides, block_dim, num_rows, num_heads=None):
+    """How rows of vectors belong together: the number of heads, and whether the heads are outside, the tokens inside.
+
+    Tokens and then heads are the last dimensions before the vectors', but the other way round if only that goes with
+    `num_heads`. Where shape and rows do not go together, the rows are taken for those of one head.
+    """
+    dims = [dim for dim in range(len(shape) - 1) if dim != block_dim % len(shape)][-2:]
+    if len(dims) < 2 or shape[dims[0]] * shape[dims[1]] != num_rows:
+        return 1, False
+    tokens, heads = dims if num_heads in (None, shape[dims[1]]) else dims[::-1]
+    return shape[heads], strides[heads] > strides[tokens]
+
+
+def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, layer, block_dim=0, block_size=0):
+    """The planes of a block of one tensor, `nbytes` from `first_byte` on; `block_size` tokens, or 0 if that is unknown.
 
     Raises
     ------
@@ -51,24 +64,27 @@ def planes_of_tensor(role, shape, strides, itemsize, dtype, first_byte, nbytes, 
     num_rows, rest = divmod(nbytes, row_bytes)
     if strides[-1] != itemsize or rest or row_bytes // (2 if role == "interleaved" else 1) % UNIT_BYTES:
         return []  # its rows are not the heads' vectors, or too short for any codec
-    if role in ("k", "v"):
-        return planes_of(role, first_byte, num_rows, row_bytes, row_bytes, layer)
     if role == "latent":
         coded = row_bytes - ROPE_BYTES
         return planes_of("k", first_byte, num_rows, coded, row_bytes, layer) if coded > 0 else []
     if role == "kv":
         if num_rows % 2:
             raise ValueError(f"the role 'kv' needs as many rows of V as of K, got {num_rows} rows a block in {shape}")
-        half = num_rows // 2 * row_bytes
+        num_rows //= 2
+    heads = heads_of(shape, strides, block_dim, num_rows, num_rows // block_size if block_size else None)
+    if role in ("k", "v"):
+        return planes_of(role, first_byte, num_rows, row_bytes, row_bytes, layer, *heads)
+    if role == "kv":
+        half = num_rows * row_bytes
         return [
-            *planes_of("k", first_byte, num_rows // 2, row_bytes, row_bytes, layer),
-            *planes_of("v", first_byte + half, num_rows // 2, row_bytes, row_bytes, layer),
+            *planes_of("k", first_byte, num_rows, row_bytes, row_bytes, layer, *heads),
+            *planes_of("v", first_byte + half, num_rows, row_bytes, row_bytes, layer, *heads),
         ]
     if shape[-1] % 2:
         raise ValueError(f"the role 'interleaved' needs rows of K beside V, got a last dimension of {shape[-1]}")
     return [
-        *planes_of("k", first_byte, num_rows, row_bytes // 2, row_bytes, layer),
-        *planes_of("v", first_byte + row_bytes // 2, num_rows, row_bytes // 2, row_bytes, layer),
+        *planes_of("k", first_byte, num_rows, row_bytes // 2, row_bytes, layer, *heads),
+        *planes_of("v", first_byte + row_bytes // 2, num_rows, row_bytes // 2, row_bytes, layer, *heads),
     ]
 
 

@@ -76,6 +76,7 @@ def test_every_row_of_k_and_of_v_is_in_a_plane_of_its_kind(shape, parts):
         for row in range(plane.num_rows):
             first = (plane.first_byte + row * plane.step_bytes) // 2
             assert set(numbers[first : first + plane.row_bytes // 2]) == {{"k": 0x3F80, "v": 0x4000}[plane.role]}
+        assert (plane.num_heads, plane.heads_first) == (HEADS, shape is heads_first)
         seen[plane.role] += plane.num_rows
     assert seen == {"k": LAYERS * TOKENS * HEADS, "v": LAYERS * TOKENS * HEADS}
     most = packed_bytes_of(config_of(spec()), layout.block_bytes, "k6v4", (0,))
