@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from reference import to_float, to_words
 
-LANES, GROUP, SEGMENT, CLASSES, ESCAPE = 32, 64, 32768, 48, 255
+LANES, GROUP, SEGMENT, CLASSES, ESCAPE = 32, 64, 65536, 48, 255
 STEPS = {1: 0.125, 2: 0.18, 3: 0.25, 4: 0.35}
 GAINS = (2.0 ** ((4 - np.arange(16)) / 4)).astype(np.float32)
 
@@ -93,11 +93,15 @@ def plan(x, role, level):
     return step, differences, np.clip(gains, 0, 15)
 
 
-def class_of(squares, count):
-    if count == 0:
+def class_of(numbers):
+    """Of integers [.., 16], added up in that order."""
+    if not numbers.size:
         return 0
-    size = int(log2(squares / np.float32(count)))
-    return min(max(((2 * size + 32768) >> 16) + 20, 0), CLASSES - 1)
+    square, magnitude = (
+        int(log2(sum_of_lanes(running_sum(part)) / np.float32(numbers.size))) for part in (numbers**2, np.abs(numbers))
+    )
+    size = min(max(((3 * square + 65536) >> 17) + 7, 0), CLASSES // 2 - 1)
+    return 2 * size + (2 * magnitude - square < -54397)
 
 
 def groups(r):
@@ -136,12 +140,9 @@ def encode_plane(role, words, heads_first, level):
     classes, integers = [[], []], []
     numbers = []
     for group in groups(r):
-        squares = (group.astype(np.float32) ** 2).reshape(-1, 16)
         count = group.shape[1]
-        first = sum_of_lanes(running_sum(squares[: count // 16]))
-        others = sum_of_lanes(running_sum(squares[count // 16 :]))
-        for part, number in enumerate((class_of(first, count), class_of(others, group.size - count))):
-            classes[part].append(number)
+        for part, chosen in enumerate((group[:1], group[1:])):
+            classes[part].append(class_of(chosen.astype(np.float32).reshape(-1, 16)))
         numbers += [classes[0][-1]] * count + [classes[1][-1]] * (group.size - count)
         integers += group.reshape(-1).tolist()
     gains = np.pad(gains, (0, len(gains) % 2))

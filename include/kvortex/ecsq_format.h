@@ -12,14 +12,14 @@ enum {
     KV_ECSQ_CODEC = 5,
     KV_ECSQ_LEVELS = 4,
     KV_ECSQ_HEADER_BYTES = 40,
-    KV_ECSQ_CLASSES = 48,
+    KV_ECSQ_CLASSES = 48, /* 24 sizes, each with light and with heavy tails */
     KV_ECSQ_SYMBOLS = 256,
     KV_ECSQ_LARGEST = 126,  /* symbol s stands for s - KV_ECSQ_LARGEST, but for the escape */
     KV_ECSQ_ESCAPE = 255,
     KV_ECSQ_PROB_BITS = 12, /* the frequencies of a class add up to 2^12 */
     KV_ECSQ_LANES = 32,
     KV_ECSQ_GROUP = 64,     /* channels that share a class */
-    KV_ECSQ_SEGMENT = 32768, /* numbers from which on a segment is full */
+    KV_ECSQ_SEGMENT = 65536, /* numbers from which on a segment is full */
     KV_ECSQ_FIRST_STATE = 1 << 16,
     KV_ECSQ_MIN_STEP = 0x2680, /* 2^-50 as a bfloat16 */
     KV_ECSQ_MAX_STEP = 0x5D80, /* 2^60 */
@@ -270,12 +270,20 @@ static inline uint32_t kv_ecsq_clip(int64_t number, uint32_t most)
     return number < 0 ? 0 : number > most ? most : (uint32_t)number;
 }
 
-/* The class of integers whose squares add up to `squares`. */
-static inline uint32_t kv_ecsq_class(float squares, uint64_t count)
+/* Sums over the integers of a group. */
+typedef struct kv_ecsq_spread {
+    float squares, magnitudes;
+} kv_ecsq_spread;
+
+/* The class of `count` integers: three sizes an octave, and twice that, one more where few of them are far out. */
+static inline uint32_t kv_ecsq_class(kv_ecsq_spread spread, uint64_t count)
 {
     if (count == 0)
         return 0;
-    return kv_ecsq_clip(((2 * (int64_t)kv_ecsq_log2(squares / (float)count) + 32768) >> 16) + 20, KV_ECSQ_CLASSES - 1);
+    const int64_t square = kv_ecsq_log2(spread.squares / (float)count);
+    const int64_t magnitude = kv_ecsq_log2(spread.magnitudes / (float)count);
+    return 2 * kv_ecsq_clip(((3 * square + 65536) >> 17) + 7, KV_ECSQ_CLASSES / 2 - 1)
+           + (2 * magnitude - square < -54397); /* the mean magnitude is below 0.75 of the root of the mean square */
 }
 
 /* What of a plane's numbers decides its step; see kv_ecsq_plan. */

@@ -122,18 +122,18 @@ KV_ECSQ_TARGET static inline kv_ecsq_sums kv_sums(const kv_ecsq_plane *plane, co
     return sums;
 }
 
-/* The integers of a group of 16 * `chunks` channels, or their differences along the tokens; their squares, of token 0 and
- * of the others. Returns the largest magnitude before rounding, as bits. */
+/* The integers of a group of 16 * `chunks` channels, or their differences along the tokens; how they spread, of token 0
+ * and of the others. Returns the largest magnitude before rounding, as bits. */
 KV_ECSQ_INLINE uint32_t
 kv_quantise(const kv_ecsq_plane *plane, const char *const *columns, const uint32_t *heads, uint32_t chunks,
-            int differences, kv_ecsq_encoder *encoder, float squares[2])
+            int differences, kv_ecsq_encoder *encoder, kv_ecsq_spread spreads[2])
 {
     const uint64_t token_bytes = (uint64_t)plane->token_rows * plane->step_bytes;
     const float *inverses = encoder->squares;
     int16_t *group = encoder->group;
     kv_e_uints before[4] = {{0}};
     kv_e_ints largest = {0};
-    kv_e_floats sum = {0};
+    kv_e_floats squares = {0}, magnitudes = {0};
     const char *at[4];
     memcpy(at, columns, chunks * sizeof at[0]);
     for (uint32_t token = 0; token < plane->num_tokens; token++) {
@@ -149,22 +149,23 @@ kv_quantise(const kv_ecsq_plane *plane, const char *const *columns, const uint32
             const kv_e_ints r = (kv_e_ints)(q - before[i]);
             if (differences)
                 before[i] = q;
-            kv_e_floats square = __builtin_convertvector(r, kv_e_floats);
-            square *= square;
+            const kv_e_floats number = __builtin_convertvector(r, kv_e_floats);
+            kv_e_floats square = number * number;
             KV_ECSQ_ROUNDED(square);
-            sum += square;
+            squares += square;
+            magnitudes += (kv_e_floats)((kv_e_uints)number & 0x7FFFFFFF);
             const kv_e_shorts narrow = __builtin_convertvector(r, kv_e_shorts);
             memcpy(group + 16 * i, &narrow, sizeof narrow);
             at[i] += token_bytes;
         }
         if (token == 0) {
-            squares[0] = kv_sum(&sum);
-            sum = (kv_e_floats){0};
+            spreads[0] = (kv_ecsq_spread){kv_sum(&squares), kv_sum(&magnitudes)};
+            squares = magnitudes = (kv_e_floats){0};
         }
         inverses += plane->num_heads;
         group += 16 * chunks;
     }
-    squares[1] = kv_sum(&sum);
+    spreads[1] = (kv_ecsq_spread){kv_sum(&squares), kv_sum(&magnitudes)};
     uint32_t most = 0;
     for (uint32_t i = 0; i < 16; i++)
         most = (uint32_t)largest[i] > most ? (uint32_t)largest[i] : most;
@@ -228,18 +229,18 @@ kv_encode_plane(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *
         const uint32_t chunks = num_channels - first < KV_ECSQ_GROUP ? 2 : 4;
         const char *columns[4];
         uint32_t heads[4], largest;
-        float squares[2] = {0, 0};
+        kv_ecsq_spread spreads[2] = {{0, 0}, {0, 0}};
         for (uint32_t i = 0; i < chunks; i++) {
             heads[i] = (uint32_t)((first + 16 * i) / dim);
             columns[i] = block + plane->first_byte + (uint64_t)heads[i] * plane->head_rows * plane->step_bytes
                          + (first + 16 * i) % dim * 2;
         }
         if (chunks == 4 && differences)
-            largest = kv_quantise(plane, columns, heads, 4, 1, encoder, squares);
+            largest = kv_quantise(plane, columns, heads, 4, 1, encoder, spreads);
         else if (chunks == 4)
-            largest = kv_quantise(plane, columns, heads, 4, 0, encoder, squares);
+            largest = kv_quantise(plane, columns, heads, 4, 0, encoder, spreads);
         else
-            largest = kv_quantise(plane, columns, heads, 2, differences, encoder, squares);
+            largest = kv_quantise(plane, columns, heads, 2, differences, encoder, spreads);
         if (largest > kv_codec_bits((float)KV_ECSQ_MAX_INTEGER)) {
             encoder->num_symbols = before.num_symbols;
             encoder->num_escapes = before.num_escapes;
@@ -247,8 +248,8 @@ kv_encode_plane(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *
             return 0;
         }
         const uint64_t others = (uint64_t)(plane->num_tokens - 1) * chunks * 16;
-        classes[group] = (uint8_t)kv_ecsq_class(squares[0], chunks * 16);
-        classes[num_groups + group] = (uint8_t)kv_ecsq_class(squares[1], others);
+        classes[group] = (uint8_t)kv_ecsq_class(spreads[0], chunks * 16);
+        classes[num_groups + group] = (uint8_t)kv_ecsq_class(spreads[1], others);
         kv_to_symbols(encoder, encoder->group, chunks * 16, classes[group]);
         kv_to_symbols(encoder, encoder->group + chunks * 16, others, classes[num_groups + group]);
     }
