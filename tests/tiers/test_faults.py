@@ -66,5 +66,5 @@ def test_a_store_that_is_well_again_serves_again(rig, seed, fault):
     assert put is expected.get(fault, (BlockStatus.OK,))[0]
     assert got.done() == (fault != "hung")
     faulty.open_gate()
-    assert batch.done() and got.done()
+    assert rig.store.flush(SECONDS) == 0 and batch.done() and got.done()
     assert rig.put([3], [1]) == [BlockStatus.OK] and rig.get([3], [1]) == [block(1)]
