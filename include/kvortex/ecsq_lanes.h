@@ -193,7 +193,8 @@ kv_to_symbols(kv_ecsq_encoder *encoder, const int16_t *integers, uint64_t count,
                     encoder->escapes[encoder->num_escapes++] = v[j];
     }
     encoder->num_symbols += count;
-    encoder->runs[encoder->num_runs++] = (kv_ecsq_run){class_number, (uint32_t)(count / KV_ECSQ_LANES)};
+    if (count > 0) /* so that there are no more runs than rounds */
+        encoder->runs[encoder->num_runs++] = (kv_ecsq_run){class_number, (uint32_t)(count / KV_ECSQ_LANES)};
 }
 
 /* Codes a plane into symbols, and its head with classes and gains into `head`; 0 if it must be kept raw. */

@@ -2,7 +2,9 @@
 
 import math
 import os
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import ecsq_reference as ecsq
 import numpy as np
@@ -19,8 +21,10 @@ from kvortex.codec._ecsq import Coded, decode_block, encode_block, instruction_s
 LEVELS = (1, 2, 3, 4)
 GUARD = 0xA5
 MUTATIONS = int(os.environ.get("KVORTEX_MUTATED_RECORDS") or (1_000_000 if SOAK else 3_000))
-with open(os.path.join(os.path.dirname(_ecsq.__file__), "ecsq_tables.bin"), "rb") as file:
-    TABLES = ecsq.Tables(file.read())
+ROOT = Path(__file__).resolve().parents[2]
+TABLES_FILE = Path(_ecsq.__file__).with_name("ecsq_tables.bin")
+TABLES = ecsq.Tables(TABLES_FILE.read_bytes())
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fsanitize-coverage=trace-pc"]
 
 
 def smooth(rng, shape):
@@ -158,6 +162,17 @@ def test_planes_of_a_model_are_coded_like_the_reference(kind, seed):
     block = Block([(role, KINDS[kind](rng, (16, 8, 128)), False) for role in "kvkvk"])
     record = block.record(1)
     assert block.coded(1).num_segments == 2
+    for name in instruction_sets():
+        assert encoded_by(name, block.coded(1), block.words) == record
+        assert decoded_by(name, block.coded(1), record) == block.decoded(record)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 32), (2, 3, 32), (1, 1, 64)])
+def test_many_small_planes_are_coded_like_the_reference(shape, seed):
+    """Each takes from the memory for coding what a plane takes at the least."""
+    rng = np.random.default_rng(seed)
+    block = Block([("kv"[i % 2], rng.standard_normal(shape), False) for i in range(300)])
+    record = block.record(1)
     for name in instruction_sets():
         assert encoded_by(name, block.coded(1), block.words) == record
         assert decoded_by(name, block.coded(1), record) == block.decoded(record)
@@ -415,6 +430,19 @@ def test_no_mutated_record_leads_outside(small, seed):
         outcomes[found[0] is None] += 1
     assert untouched()
     assert outcomes[True] > 0.5 * MUTATIONS
+
+
+@pytest.mark.timeout(36_000)
+@pytest.mark.parametrize("flags", [["-O3", "-ffp-contract=fast"], ["-O1", "-g", *SANITIZERS]], ids=" ".join)
+def test_no_mutated_record_leads_outside_in_c(tmp_path, flags, seed):
+    """In memory that ends where record and block do; what leads the decoder to new places is mutated further."""
+    program = tmp_path / "ecsq_mutated"
+    build = [os.environ.get("CC", "cc"), "-std=gnu11", "-Wall", "-Wextra", "-Werror", *flags, f"-I{ROOT / 'include'}"]
+    subprocess.run([*build, str(ROOT / "tests/c/ecsq_mutated.c"), "-o", str(program), "-lm"], check=True)
+    command = [str(program), str(TABLES_FILE), str(MUTATIONS), str(seed)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert int(result.stdout.split()[2]) > 0.7 * MUTATIONS
 
 
 def test_what_cannot_be_coded_is_refused():
