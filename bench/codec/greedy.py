@@ -83,6 +83,7 @@ def main():
         write(args.folder)
         return
     os.environ |= {"PYTHONHASHSEED": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # threads that wait for others spin
     same = ask(args.folder, args.codec)
     print(f"{args.codec}: {same.count(NUM_TOKENS)} of {len(same)} prompts have the same {NUM_TOKENS} tokens; the first "
           f"that differs: {same}; same before it: {sum(same) / len(same):.0f} on average")  # fmt: skip
