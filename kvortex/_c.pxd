@@ -294,6 +294,7 @@ cdef extern from "kvortex/codec.h" nogil:
 cdef extern from "kvortex/ecsq_format.h" nogil:
     enum:
         KV_ECSQ_VERSION, KV_ECSQ_LEVELS, KV_ECSQ_CLASSES, KV_ECSQ_SYMBOLS, KV_ECSQ_GROUP, KV_ECSQ_LANES, KV_ECSQ_SEGMENT
+        KV_ECSQ_STATES_BYTES, KV_ECSQ_HEAD_BYTES
         KV_ECSQ_EXACT, KV_ECSQ_K, KV_ECSQ_V
 
     ctypedef struct kv_ecsq_plane:
@@ -315,6 +316,8 @@ cdef extern from "kvortex/ecsq_format.h" nogil:
         uint32_t num_planes, num_segments, level, planes_crc, vector_numbers
 
     bint kv_ecsq_build_tables(const uint16_t (*frequencies)[256], uint32_t id, kv_ecsq_tables *tables)
+    uint64_t kv_ecsq_plane_bytes(const kv_ecsq_plane *plane)
+    uint64_t kv_ecsq_side_bytes(const kv_ecsq_plane *plane)
     kv_ecsq_needs kv_ecsq_needs_of(const kv_ecsq *ecsq)
     uint64_t kv_ecsq_scratch_bytes(const kv_ecsq *ecsq)
     uint64_t kv_ecsq_max_segment_bytes(const kv_ecsq *ecsq, uint32_t segment)

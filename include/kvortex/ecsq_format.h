@@ -50,6 +50,7 @@ typedef struct kv_ecsq_plane {
 typedef struct kv_ecsq_tables {
     uint32_t decode[KV_ECSQ_CLASSES][1 << KV_ECSQ_PROB_BITS]; /* slot: frequency << 20 | bias << 8 | symbol */
     uint32_t encode[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS];        /* symbol: frequency << 16 | first slot */
+    uint16_t frequencies[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS], firsts[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS]; /* the same */
     uint64_t chosen[256], places[256]; /* mask of 8 lanes: bytes with the lanes it has; with the rank of each lane */
     int32_t least[KV_ECSQ_CLASSES], most[KV_ECSQ_CLASSES];    /* integers that have a symbol */
     uint32_t id;
@@ -127,6 +128,8 @@ kv_ecsq_build_tables(const uint16_t frequencies[KV_ECSQ_CLASSES][KV_ECSQ_SYMBOLS
             if (slot + frequency > 1 << KV_ECSQ_PROB_BITS)
                 return 0;
             tables->encode[k][symbol] = frequency << 16 | slot;
+            tables->frequencies[k][symbol] = (uint16_t)frequency;
+            tables->firsts[k][symbol] = (uint16_t)slot;
             for (uint32_t i = 0; i < frequency; i++, slot++)
                 tables->decode[k][slot] = frequency << 20 | i << 8 | symbol;
             if (frequency == 0 || symbol == KV_ECSQ_ESCAPE)

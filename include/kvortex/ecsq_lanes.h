@@ -45,6 +45,8 @@
 #define kv_encode_plane KV_ECSQ_NAME(kv_ecsq_encode_plane)
 #define kv_encode_16 KV_ECSQ_NAME(kv_ecsq_encode_16)
 #define kv_encode_8 KV_ECSQ_NAME(kv_ecsq_encode_8)
+#define kv_look_up KV_ECSQ_NAME(kv_ecsq_look_up)
+#define kv_encode_run KV_ECSQ_NAME(kv_ecsq_encode_run)
 #define kv_encode_words KV_ECSQ_NAME(kv_ecsq_encode_words)
 #define kv_enter_tail KV_ECSQ_NAME(kv_ecsq_enter_tail)
 #define kv_decode_16 KV_ECSQ_NAME(kv_ecsq_decode_16)
@@ -54,14 +56,30 @@
 
 /* --- Coding ------------------------------------------------------------------------------------------------------ */
 
+/* The sum of 16 lanes: of those 8 apart first, then of those 4, 2 and 1 apart. */
 KV_ECSQ_INLINE float kv_sum(const kv_e_floats *v)
 {
+#if KV_ECSQ_X86 == 512
+    __m512 sum = (__m512)*v;
+    sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0x4E));
+    sum = _mm512_add_ps(sum, _mm512_shuffle_f32x4(sum, sum, 0xB1));
+    sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4E));
+    return _mm512_cvtss_f32(_mm512_add_ps(sum, _mm512_permute_ps(sum, 0xB1)));
+#elif KV_ECSQ_X86 == 256
+    __m256 halves[2];
+    memcpy(halves, v, sizeof halves);
+    const __m256 sum = _mm256_add_ps(halves[0], halves[1]);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
     float lanes[16];
     memcpy(lanes, v, sizeof lanes);
     for (uint32_t h = 8; h; h /= 2)
         for (uint32_t i = 0; i < h; i++)
             lanes[i] += lanes[i + h];
     return lanes[0];
+#endif
 }
 
 KV_ECSQ_INLINE void kv_load(const char *address, kv_e_uints *bits)
@@ -258,18 +276,13 @@ kv_encode_plane(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *
 }
 
 #if KV_ECSQ_X86 == 512
-/* Codes 16 symbols: words downwards from `words`, which is returned.
+/* Codes 16 symbols of frequencies f: words downwards from `words`, which is returned.
  *
  * The quotient x / f is below 2^20 and computed in float32 to less than 1/8, so 1/4 less than that, cut off, is the
  * quotient or one less. */
-KV_ECSQ_INLINE uint16_t *
-kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *table, const uint8_t *symbols,
-             uint16_t *words)
+KV_ECSQ_INLINE uint16_t *kv_encode_16(__m512i *states, __m512i f, __m512i first, uint16_t *words)
 {
-    (void)tables;
-    const __m512i numbers = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)symbols));
-    const __m512i entries = _mm512_i32gather_epi32(numbers, table, 4), f = _mm512_srli_epi32(entries, 16);
-    __m512i x = (__m512i)*states;
+    __m512i x = *states;
     const __mmask16 full = _mm512_cmpge_epu32_mask(x, _mm512_slli_epi32(f, 32 - KV_ECSQ_PROB_BITS));
     const uint32_t count = (uint32_t)_mm_popcnt_u32(full);
     const __m256i low = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(full, x));
@@ -277,18 +290,50 @@ kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *t
     _mm256_mask_storeu_epi16(words, (__mmask16)((1u << count) - 1), low);
     x = _mm512_mask_srli_epi32(x, full, x, 16);
     const __m512 ratio = _mm512_div_ps(_mm512_cvtepu32_ps(x), _mm512_cvtepi32_ps(f));
-    __m512i quotient = _mm512_cvttps_epi32(_mm512_sub_ps(ratio, _mm512_set1_ps(0.25f)));
-    __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, f));
+    const __m512i quotient = _mm512_cvttps_epi32(_mm512_sub_ps(ratio, _mm512_set1_ps(0.25f)));
+    const __m512i rest = _mm512_sub_epi32(x, _mm512_mullo_epi32(quotient, f));
     const __mmask16 one_more = _mm512_cmpge_epu32_mask(rest, f);
-    quotient = _mm512_mask_add_epi32(quotient, one_more, quotient, _mm512_set1_epi32(1));
-    rest = _mm512_mask_sub_epi32(rest, one_more, rest, f);
-    const __m512i first = _mm512_and_si512(entries, _mm512_set1_epi32(0xFFFF));
-    x = _mm512_slli_epi32(quotient, KV_ECSQ_PROB_BITS);
-    *states = (kv_e_uints)_mm512_add_epi32(x, _mm512_add_epi32(rest, first));
+    x = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(quotient, KV_ECSQ_PROB_BITS), first), rest);
+    *states = _mm512_mask_add_epi32(x, one_more, x, _mm512_sub_epi32(_mm512_set1_epi32(1 << KV_ECSQ_PROB_BITS), f));
+    return words;
+}
+
+/* What a table of 256 words has for 32 symbols. Faster than to gather. */
+KV_ECSQ_INLINE __m512i kv_look_up(const uint16_t *table, __m512i symbols)
+{
+    __m512i quarters[4];
+#pragma GCC unroll 4
+    for (uint32_t i = 0; i < 4; i++)
+        quarters[i] = _mm512_permutex2var_epi16(_mm512_loadu_si512(table + 64 * i), symbols,
+                                                _mm512_loadu_si512(table + 64 * i + 32));
+    const __mmask32 odd = _mm512_test_epi16_mask(symbols, _mm512_set1_epi16(64));
+    return _mm512_mask_blend_epi16(_mm512_test_epi16_mask(symbols, _mm512_set1_epi16(128)),
+                                   _mm512_mask_blend_epi16(odd, quarters[0], quarters[1]),
+                                   _mm512_mask_blend_epi16(odd, quarters[2], quarters[3]));
+}
+
+/* Codes the symbols of a run, the last first. */
+KV_ECSQ_INLINE uint16_t *kv_encode_run(const kv_ecsq_tables *tables, uint32_t class_number, uint32_t rounds,
+                                       const uint8_t *symbols, kv_e_uints states[2], uint16_t *words)
+{
+    __m512i low = (__m512i)states[0], high = (__m512i)states[1];
+    for (uint32_t round = rounds; round-- > 0;) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(symbols + round * KV_ECSQ_LANES));
+        const __m512i numbers = _mm512_cvtepu8_epi16(bytes);
+        const __m512i f = kv_look_up(tables->frequencies[class_number], numbers);
+        const __m512i first = kv_look_up(tables->firsts[class_number], numbers);
+        words = kv_encode_16(&high, _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(f, 1)),
+                             _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(first, 1)), words);
+        words = kv_encode_16(&low, _mm512_cvtepu16_epi32(_mm512_castsi512_si256(f)),
+                             _mm512_cvtepu16_epi32(_mm512_castsi512_si256(first)), words);
+    }
+    states[0] = (kv_e_uints)low;
+    states[1] = (kv_e_uints)high;
     return words;
 }
 #elif KV_ECSQ_X86 == 256
-/* The same with 8 symbols. */
+/* Codes 8 symbols. The quotient x / f is below 2^20 and computed in float32 to less than 1/8, so 1/4 less than that, cut
+ * off, is the quotient or one less. */
 KV_ECSQ_INLINE uint16_t *
 kv_encode_8(const kv_ecsq_tables *tables, __m256i *states, const uint32_t *table, const uint8_t *symbols,
             uint16_t *words)
@@ -354,23 +399,30 @@ kv_encode_16(const kv_ecsq_tables *tables, kv_e_uints *states, const uint32_t *t
 }
 #endif
 
-/* Codes the symbols, the last first. Writes the words downwards, leaves the states as the decoder begins. */
+#if KV_ECSQ_X86 != 512
+/* Codes the symbols of a run, the last first. */
+KV_ECSQ_INLINE uint16_t *kv_encode_run(const kv_ecsq_tables *tables, uint32_t class_number, uint32_t rounds,
+                                       const uint8_t *symbols, kv_e_uints states[2], uint16_t *words)
+{
+    const uint32_t *const table = tables->encode[class_number];
+    for (uint32_t half = 2 * rounds; half-- > 0;)
+        words = kv_encode_16(tables, &states[half % 2], table, symbols + 16 * half, words);
+    return words;
+}
+#endif
+
+/* Codes all symbols, the last first. Writes the words downwards, leaves the states as the decoder begins. */
 KV_ECSQ_TARGET static inline uint16_t *kv_encode_words(const kv_ecsq_encoder *encoder, uint32_t *states)
 {
-    const kv_ecsq_tables *const tables = encoder->tables;
     uint16_t *words = encoder->words_end;
     const uint8_t *symbols = encoder->symbols + encoder->num_symbols;
-    kv_e_uints low = (kv_e_uints){0} + KV_ECSQ_FIRST_STATE, high = low;
-    for (uint32_t run = encoder->num_runs; run-- > 0;) {
-        const uint32_t *const table = tables->encode[encoder->runs[run].class_number];
-        for (uint32_t round = encoder->runs[run].rounds; round-- > 0;) {
-            symbols -= KV_ECSQ_LANES;
-            words = kv_encode_16(tables, &high, table, symbols + 16, words);
-            words = kv_encode_16(tables, &low, table, symbols, words);
-        }
+    kv_e_uints both[2] = {(kv_e_uints){0} + KV_ECSQ_FIRST_STATE, (kv_e_uints){0} + KV_ECSQ_FIRST_STATE};
+    for (uint32_t i = encoder->num_runs; i-- > 0;) {
+        const kv_ecsq_run run = encoder->runs[i];
+        symbols -= (uint64_t)run.rounds * KV_ECSQ_LANES;
+        words = kv_encode_run(encoder->tables, run.class_number, run.rounds, symbols, both, words);
     }
-    memcpy(states, &low, sizeof low);
-    memcpy(states + 16, &high, sizeof high);
+    memcpy(states, both, sizeof both);
     return words;
 }
 
@@ -558,6 +610,8 @@ kv_decode_plane(const kv_ecsq_plane *plane, char *block, const uint8_t *head, kv
 #undef kv_encode_plane
 #undef kv_encode_16
 #undef kv_encode_8
+#undef kv_look_up
+#undef kv_encode_run
 #undef kv_encode_words
 #undef kv_enter_tail
 #undef kv_decode_16
