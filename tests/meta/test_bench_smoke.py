@@ -12,7 +12,7 @@ import pytest
 from bench import tiers
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = {"index", "keys", "codec", "pool", "transfer", "engine", "import", "named", "lru", "lmcache"}
+PARTS = {"index", "keys", "codec", "ecsq", "pool", "transfer", "engine", "import", "named", "lru", "lmcache"}
 
 
 def run_benchmarks(report):
