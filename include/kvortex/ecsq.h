@@ -1,14 +1,14 @@
 /* ecsq.h: blocks of K and V as entropy-coded integers, for the tiers below RAM. kvortex/codec/ECSQ.md has the format.
  *
- * A kv_ecsq says what is coded: planes (pack.h's, but with heads and tokens told apart) in segments. A record is a header,
- * the length of each segment, and the segments, which are coded and decoded independently of one another.
+ * A kv_ecsq says what is coded: planes (pack.h's, but with heads and tokens told apart) in segments. A record is a
+ * header, the length of each segment, and the segments, which are coded and decoded independently of one another.
  *
  * Invariants
- *   - What is coded depends on the numbers alone, bit for bit, whatever the instruction set; and so does what is decoded.
+ *   - What is coded depends on the numbers alone, bit for bit, whatever the instruction set, and what is decoded, too.
  *   - Decoding any bytes whatever reads the record alone and writes rows of the planes alone. A record that is refused
  *     may have been written to the block in part.
- *   - Nothing is allocated. Coding takes scratch memory of kv_ecsq_scratch_bytes from its caller, decoding a few hundred
- *     bytes of stack. Addresses need no alignment. Needs a little-endian processor.
+ *   - Nothing is allocated. Coding takes scratch memory of kv_ecsq_scratch_bytes from its caller, decoding a few
+ *     hundred bytes of stack. Addresses need no alignment. Needs a little-endian processor.
  */
 #ifndef KVORTEX_ECSQ_H
 #define KVORTEX_ECSQ_H

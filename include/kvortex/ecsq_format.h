@@ -100,8 +100,10 @@ typedef struct kv_ecsq_decoder {
 /* --- Tables ------------------------------------------------------------------------------------------------------ */
 
 static const float kv_ecsq_gains[16] = { /* 2^((4 - i) / 4) */
-    0x1.0p+1f, 0x1.ae89fap+0f, 0x1.6a09e6p+0f, 0x1.306fe0p+0f, 0x1.0p+0f, 0x1.ae89fap-1f, 0x1.6a09e6p-1f, 0x1.306fe0p-1f,
-    0x1.0p-1f, 0x1.ae89fap-2f, 0x1.6a09e6p-2f, 0x1.306fe0p-2f, 0x1.0p-2f, 0x1.ae89fap-3f, 0x1.6a09e6p-3f, 0x1.306fe0p-3f};
+    0x1.0p+1f, 0x1.ae89fap+0f, 0x1.6a09e6p+0f, 0x1.306fe0p+0f,
+    0x1.0p+0f, 0x1.ae89fap-1f, 0x1.6a09e6p-1f, 0x1.306fe0p-1f,
+    0x1.0p-1f, 0x1.ae89fap-2f, 0x1.6a09e6p-2f, 0x1.306fe0p-2f,
+    0x1.0p-2f, 0x1.ae89fap-3f, 0x1.6a09e6p-3f, 0x1.306fe0p-3f};
 
 /* Steps in deviations of the numbers from the mean of their channel, for levels 1 to 4. */
 static const double kv_ecsq_steps[KV_ECSQ_LEVELS + 1] = {0, 0.125, 0.18, 0.25, 0.35};
@@ -241,7 +243,7 @@ static inline kv_ecsq_encoder kv_ecsq_encoder_of(const kv_ecsq *ecsq, void *scra
     return encoder;
 }
 
-/* --- What an encoder decides --------------------------------------------------------------------------------------- */
+/* --- What an encoder decides ------------------------------------------------------------------------------------- */
 
 /* The logarithm to base 2 of a number that is not negative, to 0.008, in units of 2^-16: integers alone, so that every
  * processor decides alike. */
@@ -289,9 +291,9 @@ static inline uint32_t kv_ecsq_class(kv_ecsq_spread spread, uint64_t count)
            + (2 * magnitude - square < -54397); /* the mean magnitude is below 0.75 of the root of the mean square */
 }
 
-/* What of a plane's numbers decides its step; see kv_ecsq_plan. */
+/* What of a plane's numbers decides its step. */
 typedef struct kv_ecsq_sums {
-    double squares, of_means;   /* sum of x^2; sum over channels of (sum of x)^2 */
+    double squares, of_means; /* sum of x^2; sum over channels of (sum of x)^2 */
     int64_t cost, cost_of_differences;
     uint32_t any_bits;
 } kv_ecsq_sums;
@@ -312,15 +314,16 @@ static inline uint32_t kv_ecsq_step(const kv_ecsq_plane *plane, const kv_ecsq_su
     return (kv_codec_bits((float)step) + 0xFFFF) >> 16;
 }
 
-/* The gains of a plane's vectors, from the logarithms of their squares. `drifts`: smaller steps for small vectors alone;
- * else all vectors get steps in proportion to their size. */
+/* The gains of a plane's vectors, from the logarithms of their squares. `drifts`: smaller steps for small vectors
+ * alone; else all vectors get steps in proportion to their size. */
 static inline void kv_ecsq_gain(const int32_t *logarithms, uint64_t count, int drifts, uint8_t *gains)
 {
     if (drifts) {
         const int64_t median = kv_ecsq_median(logarithms, count);
         for (uint64_t i = 0; i < count; i++) {
             const int64_t below = median - logarithms[i];
-            gains[i] = (uint8_t)kv_ecsq_clip(below > 67446 ? KV_ECSQ_NO_GAIN + 2 * ((below + 32768) >> 16) : KV_ECSQ_NO_GAIN, 15);
+            const int64_t more = below > 67446 ? 2 * ((below + 32768) >> 16) : 0; /* less than 0.7 of the median */
+            gains[i] = (uint8_t)kv_ecsq_clip(KV_ECSQ_NO_GAIN + more, 15);
         }
         return;
     }

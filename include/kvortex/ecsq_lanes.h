@@ -1,5 +1,5 @@
-/* ecsq_lanes.h: coding and decoding the planes of a segment (ecsq.h) in vectors of 16 numbers. ecsq.h includes it once for
- * each instruction set, and defines before
+/* ecsq_lanes.h: coding and decoding the planes of a segment (ecsq.h) in vectors of 16 numbers. ecsq.h includes it once
+ * for each instruction set, and defines before
  *
  *   KV_ECSQ_SET     what names of this set end in
  *   KV_ECSQ_TARGET  attributes of its functions
@@ -90,7 +90,8 @@ KV_ECSQ_INLINE void kv_load(const char *address, kv_e_uints *bits)
 }
 
 /* Sums of the plane, and the sum of squares of each vector. */
-KV_ECSQ_TARGET static inline kv_ecsq_sums kv_sums(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *encoder)
+KV_ECSQ_TARGET static inline kv_ecsq_sums
+kv_sums(const kv_ecsq_plane *plane, const char *block, kv_ecsq_encoder *encoder)
 {
     const uint32_t dim = plane->row_bytes / 2, chunks = dim / 16, unit = chunks < 4 ? chunks : 4;
     const uint64_t token_bytes = (uint64_t)plane->token_rows * plane->step_bytes;
@@ -332,8 +333,8 @@ KV_ECSQ_INLINE uint16_t *kv_encode_run(const kv_ecsq_tables *tables, uint32_t cl
     return words;
 }
 #elif KV_ECSQ_X86 == 256
-/* Codes 8 symbols. The quotient x / f is below 2^20 and computed in float32 to less than 1/8, so 1/4 less than that, cut
- * off, is the quotient or one less. */
+/* Codes 8 symbols. The quotient x / f is below 2^20 and computed in float32 to less than 1/8, so 1/4 less than that,
+ * cut off, is the quotient or one less. */
 KV_ECSQ_INLINE uint16_t *
 kv_encode_8(const kv_ecsq_tables *tables, __m256i *states, const uint32_t *table, const uint8_t *symbols,
             uint16_t *words)
@@ -528,8 +529,9 @@ KV_ECSQ_INLINE int kv_decode_round(kv_ecsq_decoder *decoder, const uint32_t *tab
 
 /* Decodes a group of 32 * `rounds` channels. */
 KV_ECSQ_INLINE int
-kv_decode_group(const kv_ecsq_plane *plane, char *const *columns, const uint32_t *heads, uint32_t rounds, int differences,
-                float step, const uint8_t *gains, const uint32_t *const tables[2], kv_ecsq_decoder *whole)
+kv_decode_group(const kv_ecsq_plane *plane, char *const *columns, const uint32_t *heads, uint32_t rounds,
+                int differences, float step, const uint8_t *gains, const uint32_t *const tables[2],
+                kv_ecsq_decoder *whole)
 {
     kv_ecsq_decoder local = *whole, *const decoder = &local; /* what no store to the block can change */
     const uint64_t token_bytes = (uint64_t)plane->token_rows * plane->step_bytes;

@@ -85,7 +85,7 @@ static int is_new(void)
     return found;
 }
 
-/* --- What is coded ------------------------------------------------------------------------------------------------- */
+/* --- What is coded ----------------------------------------------------------------------------------------------- */
 
 enum { NUM_PLANES = 6, BLOCK_BYTES = 5 * 2 * 96 + 3 * 128 + 64 + 4 * 3 * 64 + 512 + 2 * 256 };
 static const kv_ecsq_plane planes[NUM_PLANES] = {
@@ -185,8 +185,9 @@ int main(int argc, char **argv)
         num_sets++;
     kv_ecsq ecsq[KV_ECSQ_LEVELS];
     for (uint32_t level = 1; level <= KV_ECSQ_LEVELS; level++) {
-        ecsq[level - 1] = (kv_ecsq){.planes = planes, .segments = segments, .tables = &tables, .block_bytes = BLOCK_BYTES,
-                                    .num_planes = NUM_PLANES, .num_segments = 3, .level = level, .vector_numbers = 32};
+        ecsq[level - 1] =
+            (kv_ecsq){.planes = planes, .segments = segments, .tables = &tables, .block_bytes = BLOCK_BYTES,
+                      .num_planes = NUM_PLANES, .num_segments = 3, .level = level, .vector_numbers = 32};
         ecsq[level - 1].needs = kv_ecsq_needs_of(&ecsq[level - 1]);
     }
     const uint64_t most = kv_ecsq_max_bytes(&ecsq[0]);
