@@ -78,7 +78,7 @@ def plan(x, role, level):
     else:
         variance = (total - of_means / tokens) / (x.size - x.size / tokens) if tokens > 1 else mean_square / 16
         variance = max(variance, mean_square / 4096)
-        number = np.float32(STEPS[level] * (1.2877 if drifts else 1.0263) * math.sqrt(variance))
+        number = np.float32(STEPS[level] * (1.283 if role == "v" else 1.03 if drifts else 0.821) * math.sqrt(variance))
         step = (int(number.view(np.uint32)) + 0xFFFF) >> 16
     if not 0x2680 <= step <= 0x5D80:
         return None

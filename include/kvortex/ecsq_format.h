@@ -298,7 +298,8 @@ typedef struct kv_ecsq_sums {
     uint32_t any_bits;
 } kv_ecsq_sums;
 
-/* The step of a plane in deviations: what a block's own deviation is short of a longer text's, measured. */
+/* The step of a plane. Errors of keys weigh more than those of values. Where keys drift, the deviation within a block is
+ * less than that of a longer text, so there is more in it for the step. */
 static inline uint32_t kv_ecsq_step(const kv_ecsq_plane *plane, const kv_ecsq_sums *sums, uint32_t level, int drifts)
 {
     const double numbers = (double)plane->num_rows * (double)(plane->row_bytes / 2);
@@ -310,7 +311,8 @@ static inline uint32_t kv_ecsq_step(const kv_ecsq_plane *plane, const kv_ecsq_su
         variance = (sums->squares - sums->of_means / plane->num_tokens) / (numbers - numbers / plane->num_tokens);
     if (variance < mean_square / 4096)
         variance = mean_square / 4096;
-    const double step = kv_ecsq_steps[level] * (drifts ? 1.2877 : 1.0263) * sqrt(variance);
+    const double factor = plane->role == KV_ECSQ_V ? 1.283 : drifts ? 1.03 : 0.821;
+    const double step = kv_ecsq_steps[level] * factor * sqrt(variance);
     return (kv_codec_bits((float)step) + 0xFFFF) >> 16;
 }
 

@@ -178,24 +178,35 @@ def test_many_small_planes_are_coded_like_the_reference(shape, seed):
         assert decoded_by(name, block.coded(1), record) == block.decoded(record)
 
 
-@pytest.mark.parametrize("level, most, ratio", [(1, 0.041, 3.1), (2, 0.059, 3.4), (3, 0.082, 3.8), (4, 0.115, 4.2)])
-def test_error_and_size_of_a_level(level, most, ratio, seed):
-    """Keys that drift and values with wide and narrow channels, as in a model; the error of Gaussian values."""
-    rng = np.random.default_rng(seed)
-    values = Block([("v", rng.standard_normal((16, 8, 128)), False)])
-    coded = values.coded(level)
-    assert most * 0.9 < error(values.words, decoded_by(None, coded, encoded_by(None, coded, values.words))) < most
-    block = Block(
-        [
-            ("kv"[i % 2], smooth(rng, (16, 8, 128)) if i % 2 == 0 else spread(rng, (16, 8, 128)), False)
-            for i in range(16)
-        ]
-    )
-    assert block.words.nbytes / len(encoded_by(None, block.coded(level), block.words)) > ratio
+ERRORS = {1: (0.030, 0.047), 2: (0.043, 0.067), 3: (0.060, 0.094), 4: (0.084, 0.131)}  # of K, of V
 
 
-def spread(rng, shape):
-    return rng.standard_normal(shape) * np.exp(rng.normal(0, 0.25, shape[1:]))
+@pytest.mark.parametrize("level", LEVELS)
+def test_error_of_a_level(level, seed):
+    """Of Gaussian numbers; keys are coded finer."""
+    for role, expected in zip("kv", ERRORS[level], strict=True):
+        block = Block([(role, np.random.default_rng(seed).standard_normal((16, 8, 128)), False)])
+        coded = block.coded(level)
+        found = error(block.words, decoded_by(None, coded, encoded_by(None, coded, block.words)))
+        assert found == pytest.approx(expected, rel=0.06)
+
+
+@pytest.mark.parametrize("level, ratio", [(1, 3.1), (2, 3.4), (3, 3.8), (4, 4.2)])
+def test_size_of_a_level(level, ratio, seed):
+    """Of blocks of 1 MiB, their slots on disk with a page before them: channels of many widths, keys that drift."""
+    rng, parts = np.random.default_rng(seed), []
+    for role in "kv" * 16:
+        x = rng.standard_normal((16, 8, 128))
+        if role == "k":
+            for token in range(1, 16):
+                x[token] = 0.6 * x[token - 1] + 0.8 * x[token]
+        x *= np.exp(rng.normal(0, 0.4, (8, 128)))
+        parts.append((role, x + (rng.normal(0, 2, (8, 128)) if role == "k" else 0), False))
+    block = Block(parts)
+    coded = block.coded(level)
+    nbytes = len(encoded_by(None, coded, block.words))
+    assert block.words.nbytes / (-(-(nbytes + 4096) // 4096) * 4096) > ratio
+    assert 0.9 * coded.typical_bytes < nbytes < 1.03 * coded.typical_bytes
 
 
 def test_a_small_vector_keeps_its_precision(seed):
@@ -205,7 +216,7 @@ def test_a_small_vector_keeps_its_precision(seed):
     block = Block([("v", x, False)])
     back = decoded_by(None, block.coded(3), encoded_by(None, block.coded(3), block.words))
     first = slice(0, 8 * 128)
-    assert error(block.words[first], np.frombuffer(back, np.uint16)[first].tobytes()) < 0.1
+    assert error(block.words[first], np.frombuffer(back, np.uint16)[first].tobytes()) < 0.12
 
 
 @pytest.mark.parametrize("role", ["k", "v"])
@@ -227,7 +238,7 @@ def test_vectors_of_zeros_do_not_spoil_the_others(seed):
     x[8:] = 0
     block = Block([("k", x, False), ("v", x, False)])
     back = decoded_by(None, block.coded(1), encoded_by(None, block.coded(1), block.words))
-    assert error(block.words, back) < 0.06
+    assert error(block.words, back) < 0.07
     assert not np.frombuffer(back, np.uint16).reshape(2, 16, -1)[:, 8:].any()
 
 
