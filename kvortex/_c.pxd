@@ -179,7 +179,7 @@ cdef extern from "kvortex/entry.h" nogil:
     enum:
         KV_KEY_BYTES
     const uint32_t KV_ABSENT, KV_FREE, KV_WRITING, KV_READY
-    const uint32_t KV_ADMITTED, KV_CLEAN, KV_OFFERED
+    const uint32_t KV_ADMITTED, KV_CLEAN, KV_OFFERED, KV_RAM_ONLY
 
     ctypedef struct kv_key:
         pass
@@ -505,7 +505,7 @@ cdef extern from "kvortex/io_calls.h" nogil:
 cdef extern from "kvortex/io_queue.h" nogil:
     const int KV_IO_PUT, KV_IO_GET, KV_IO_ERASE, KV_IO_SCAN, KV_IO_SYNC, KV_IO_NUM_VERBS
     const int KV_BLOCK_LATE, KV_BLOCK_DROPPED, KV_BLOCK_READ_ONLY, KV_BLOCK_NO_SPACE, KV_BLOCK_IO_ERROR
-    const int KV_BLOCK_SHORT, KV_BLOCK_PENDING, KV_BLOCK_NUM_STATUSES, KV_IO_MAX_THREADS
+    const int KV_BLOCK_SHORT, KV_BLOCK_PENDING, KV_BLOCK_TOO_LARGE, KV_BLOCK_NUM_STATUSES, KV_IO_MAX_THREADS
 
     ctypedef struct kv_io_batch:
         uint64_t begun_ns, over_ns
@@ -519,13 +519,14 @@ cdef extern from "kvortex/io_queue.h" nogil:
         uint8_t *names
         uint8_t *statuses
 
-    ctypedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept nogil
+    ctypedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *scratch) noexcept nogil
 
     ctypedef struct kv_io_queue:
         kv_monitor monitor
         uint32_t num_waiting, num_running, most_waiting
         int event_fd
-        uint64_t (*counts)[23]
+        size_t scratch_bytes
+        uint64_t (*counts)[24]
 
     kv_io_batch *kv_io_batch_new(uint8_t verb, uint32_t num_blocks, uint64_t deadline_ns)
     void kv_io_let_go(kv_io_batch *batch)
@@ -540,6 +541,29 @@ cdef extern from "kvortex/io_queue.h" nogil:
     void kv_io_queue_destroy(kv_io_queue *queue)
 
 
+cdef extern from "kvortex/coder.h" nogil:
+    ctypedef struct kv_coder:
+        uint32_t codec, payload_bytes, coded_bytes
+        size_t scratch_bytes
+        uint32_t (*encode)(const kv_coder *coder, const void *payload, void *coded, void *scratch) noexcept nogil
+        int (*decode)(const kv_coder *coder, const void *coded, uint32_t coded_bytes, void *payload,
+                      void *scratch) noexcept nogil
+
+
+cdef extern from "kvortex/ecsq_coder.h" nogil:
+    ctypedef struct kv_ecsq_coder:
+        kv_coder coder
+        const kv_ecsq *ecsq
+        const kv_plane *planes
+        uint32_t num_planes
+        uint64_t flags_offset
+
+    size_t kv_ecsq_coder_block_bytes(const kv_ecsq_coder *own)
+    uint32_t kv_ecsq_coder_encode(const kv_coder *coder, const void *payload, void *coded, void *scratch) noexcept
+    int kv_ecsq_coder_decode(const kv_coder *coder, const void *coded, uint32_t coded_bytes, void *payload,
+                             void *scratch) noexcept
+
+
 cdef extern from "kvortex/disk_io.h" nogil:
     ctypedef struct kv_disk:
         const kv_io_calls *calls
@@ -547,10 +571,13 @@ cdef extern from "kvortex/disk_io.h" nogil:
         const int *files
         uint32_t slots_per_segment, rank
         uint8_t *space
+        uint64_t stride_bytes
+        kv_coder *coder
         int vectors, read_only_error, buffered_error, last_error
         uint64_t bytes_written, bytes_read
 
-    uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept
+    size_t kv_disk_scratch_bytes(const kv_disk *disk)
+    uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *scratch) noexcept
 
 
 cdef extern from "kvortex/disk_aio.h" nogil:
@@ -558,7 +585,7 @@ cdef extern from "kvortex/disk_aio.h" nogil:
         kv_disk *disk
         unsigned long context
 
-    uint8_t kv_disk_aio_run(void *owner, kv_io_batch *batch, uint32_t block, void *page) noexcept
+    uint8_t kv_disk_aio_run(void *owner, kv_io_batch *batch, uint32_t block, void *scratch) noexcept
     uint8_t kv_disk_aio_reap(void *owner, kv_io_batch **batch, uint32_t *block) noexcept
 
 

@@ -58,6 +58,7 @@ TIER_COUNTERS = {  # field of TierStats: (metric, what it counts); each with the
         "Blocks written beyond the budget, by an idle engine or flush.",
     ),
     "blocks_not_written": ("tier_blocks_not_written", "Blocks that the tier could not write."),
+    "blocks_too_large": ("tier_blocks_too_large", "Of them, blocks whose records have no room in a slot of the tier."),
     "blocks_evicted": ("tier_blocks_evicted", "Blocks evicted from the tier."),
     "blocks_promoted": ("tier_blocks_promoted", "Blocks read from the tier into host memory."),
     "blocks_expired_unread": ("tier_blocks_expired_unread", "Blocks read for a reader that never loaded them."),

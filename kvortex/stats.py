@@ -11,7 +11,8 @@ class TierStats:
     The tier has `blocks` now, and room for `blocks_capacity`. `blocks_scanned` headers of an earlier process were read,
     and `blocks_adopted` of its blocks kept. Of the blocks saved, `blocks_admitted` were to be written; the write budget
     did not allow `blocks_not_admitted`. `blocks_written` counts all writes, those of an idle engine or `flush` beyond
-    the budget included (`blocks_written_beyond`); `blocks_not_written` failed. `blocks_promoted` were read back into
+    the budget included (`blocks_written_beyond`); `blocks_not_written` failed, of them `blocks_too_large` because their
+    records take more room than a slot of the tier has. `blocks_promoted` were read back into
     RAM; `blocks_expired_unread` were held for a reader that let `hold_ms` pass. `misses` counts blocks that a reader
     waited for and did not get, by cause: a `BlockStatus`, or FULL (promotions pin half of the pool at the most), GONE,
     BEING_SAVED, DISCARDED, SLOWER_THAN_COMPUTING, or SUSPENDED (lookups while the tier is not used, because it failed).
@@ -31,6 +32,7 @@ class TierStats:
     blocks_written: int
     blocks_written_beyond: int
     blocks_not_written: int
+    blocks_too_large: int
     blocks_evicted: int
     blocks_promoted: int
     blocks_expired_unread: int
@@ -46,6 +48,7 @@ class TierStats:
     suspensions: int
     read_only: str | None
     last_error: str | None
+    codec: str
     io: str
     io_reason: str | None
 

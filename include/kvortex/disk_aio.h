@@ -6,6 +6,8 @@
  *     it: so refused direct I/O, short answers and interruptions end as they do there.
  *   - A thread that waits for an event waits for ever, as for a read: a disk that hangs keeps its memory.
  *
+ * A disk with a coder has no AIO: its threads code, each a block.
+ *
  * Costs: two system calls a block. A file that is not direct is read and written within the submission.
  */
 #ifndef KVORTEX_DISK_AIO_H
@@ -36,12 +38,12 @@ static inline kv_disk_request *kv_disk_take_request(kv_disk_aio *aio)
 }
 
 /* A kv_io_run, of a kv_disk_aio. */
-static inline uint8_t kv_disk_aio_run(void *owner, kv_io_batch *batch, uint32_t block, void *page)
+static inline uint8_t kv_disk_aio_run(void *owner, kv_io_batch *batch, uint32_t block, void *scratch)
 {
     kv_disk_aio *aio = owner;
     kv_disk *disk = aio->disk;
     if (batch->verb != KV_IO_PUT && batch->verb != KV_IO_GET)
-        return kv_disk_run(disk, batch, block, page);
+        return kv_disk_run(disk, batch, block, scratch);
     const uint8_t status = kv_disk_prepare(disk, batch, block);
     if (status)
         return status;

@@ -1,7 +1,8 @@
 /* disk_io.h: one block of a batch, between a slot of the pinned pool and a slot of a segment.
  *
  * Slot s lies in segment s / slots_per_segment, behind the segment's page. Header and payload are contiguous in either,
- * so a block is one write, or one read that verifies everything.
+ * so a block is one write, or one read that verifies everything. With a coder, a record is made in, and read into, the
+ * scratch memory of the thread: its page and what the coder makes of the block, as far as the slot reaches.
  *
  * Invariants
  *   - A read answers OK only for the record that was asked for, whole; what else lies there is the block's status.
@@ -14,6 +15,7 @@
 #ifndef KVORTEX_DISK_IO_H
 #define KVORTEX_DISK_IO_H
 
+#include "coder.h"
 #include "io_calls.h"
 #include "io_queue.h"
 #include "record.h"
@@ -24,6 +26,8 @@ typedef struct kv_disk {
     kv_slots memory; /* of the pinned pool */
     const int *files;
     uint32_t slots_per_segment;
+    uint64_t stride_bytes;  /* of a slot of a segment */
+    const kv_coder *coder;  /* NULL: blocks are written as they are */
     uint8_t space[KV_DIGEST_BYTES];
     uint32_t rank;
     int vectors;
@@ -35,7 +39,7 @@ typedef struct kv_disk {
 
 static inline int64_t kv_disk_offset(const kv_disk *disk, uint32_t slot)
 {
-    return KV_IO_UNIT_BYTES + (int64_t)(slot % disk->slots_per_segment) * (int64_t)disk->memory.stride_bytes;
+    return KV_IO_UNIT_BYTES + (int64_t)(slot % disk->slots_per_segment) * (int64_t)disk->stride_bytes;
 }
 
 static inline uint8_t kv_disk_status(kv_disk *disk, int error, int is_write)
@@ -75,7 +79,8 @@ static inline kv_record kv_disk_record(const kv_disk *disk, const kv_io_batch *b
                        .name = batch->names + at,
                        .rank = disk->rank,
                        .group = batch->groups[block],
-                       .stored_bytes = batch->lengths[block],
+                       .codec = disk->coder ? disk->coder->codec : 0,
+                       .stored_bytes = disk->coder ? disk->coder->coded_bytes : batch->lengths[block],
                        .block_bytes = batch->lengths[block]};
 }
 
@@ -132,10 +137,54 @@ static inline uint8_t kv_disk_erase(kv_disk *disk, kv_io_batch *batch, uint32_t 
     return error ? kv_disk_status(disk, error, 1) : KV_RECORD_OK;
 }
 
+/* Of each thread: a record, then what the coder needs. */
+static inline size_t kv_disk_scratch_bytes(const kv_disk *disk)
+{
+    return disk->coder ? disk->stride_bytes + disk->coder->scratch_bytes : KV_RECORD_HEADER_BYTES;
+}
+
+static inline uint8_t kv_disk_put_coded(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *scratch)
+{
+    kv_record_header *header = scratch;
+    kv_record record = kv_disk_record(disk, batch, block);
+    if (disk->read_only_error)
+        return KV_BLOCK_READ_ONLY;
+    record.stored_bytes = kv_coder_encode(disk->coder, kv_disk_header(disk, batch, block) + 1, record.block_bytes,
+                                          header + 1, (char *)scratch + disk->stride_bytes);
+    if (record.stored_bytes == 0)
+        return KV_BLOCK_TOO_LARGE;
+    kv_record_write(header, &record, disk->vectors);
+    const size_t bytes = kv_disk_bytes(record.stored_bytes);
+    memset((char *)(header + 1) + record.stored_bytes, 0, bytes - KV_RECORD_HEADER_BYTES - record.stored_bytes);
+    const int error = kv_disk_transfer(disk, batch->slots[block], scratch, bytes, 1);
+    if (error)
+        return kv_disk_status(disk, error, 1);
+    disk->bytes_written += bytes;
+    return KV_RECORD_OK;
+}
+
+static inline uint8_t kv_disk_get_coded(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *scratch)
+{
+    kv_record_header *header = scratch;
+    const kv_record record = kv_disk_record(disk, batch, block);
+    header->magic = 0; /* a record that an earlier read left here is not this one */
+    const int error = kv_disk_transfer(disk, batch->slots[block], scratch, disk->stride_bytes, 0);
+    if (error)
+        return kv_disk_status(disk, error, 0);
+    disk->bytes_read += disk->stride_bytes;
+    const int status = kv_record_check(header, &record, disk->vectors);
+    if (status)
+        return (uint8_t)status;
+    const int is_decoded = kv_coder_decode(disk->coder, header + 1, header->stored_bytes,
+                                           kv_disk_header(disk, batch, block) + 1, record.block_bytes,
+                                           (char *)scratch + disk->stride_bytes);
+    return is_decoded ? KV_RECORD_OK : KV_RECORD_PAYLOAD_DAMAGED;
+}
+
 /* What record the slot's header announces; its payload is verified when it is read. */
 static inline uint8_t kv_disk_scan(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *page)
 {
-    const kv_record record = kv_disk_record(disk, batch, block);
+    const kv_record record = kv_disk_record(disk, batch, block); /* without a name */
     kv_record_header *header = page;
     header->magic = 0; /* as above */
     const int error = kv_disk_transfer(disk, batch->slots[block], page, KV_RECORD_HEADER_BYTES, 0);
@@ -144,10 +193,13 @@ static inline uint8_t kv_disk_scan(kv_disk *disk, kv_io_batch *batch, uint32_t b
     const int status = kv_record_check_store(header, &record, disk->vectors);
     if (status)
         return (uint8_t)status;
-    if (header->stored_bytes == 0 || header->stored_bytes > disk->memory.payload_bytes)
+    const uint32_t length = header->block_bytes, stored = header->stored_bytes;
+    if (disk->coder ? stored == 0 || stored > disk->coder->coded_bytes : stored != length)
+        return KV_RECORD_LENGTH_DIFFERS;
+    if (length == 0 || length > disk->memory.payload_bytes)
         return KV_RECORD_LENGTH_DIFFERS;
     memcpy(batch->keys + (size_t)block * KV_DIGEST_BYTES, header->key, KV_DIGEST_BYTES);
-    batch->lengths[block] = header->stored_bytes;
+    batch->lengths[block] = length;
     batch->groups[block] = header->group;
     return KV_RECORD_OK;
 }
@@ -159,19 +211,22 @@ static inline uint8_t kv_disk_sync(kv_disk *disk, kv_io_batch *batch, uint32_t b
     return error ? kv_disk_status(disk, error, 1) : KV_RECORD_OK;
 }
 
-static inline uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *page)
+static inline uint8_t kv_disk_run(void *owner, kv_io_batch *batch, uint32_t block, void *scratch)
 {
     kv_disk *disk = owner;
     uint8_t status;
     switch (batch->verb) {
     case KV_IO_PUT:
     case KV_IO_GET:
+        if (disk->coder)
+            return batch->verb == KV_IO_PUT ? kv_disk_put_coded(disk, batch, block, scratch)
+                                            : kv_disk_get_coded(disk, batch, block, scratch);
         status = kv_disk_prepare(disk, batch, block);
         return status ? status : kv_disk_conclude(disk, batch, block, kv_disk_move(disk, batch, block));
     case KV_IO_ERASE:
-        return kv_disk_erase(disk, batch, block, page);
+        return kv_disk_erase(disk, batch, block, scratch);
     case KV_IO_SCAN:
-        return kv_disk_scan(disk, batch, block, page);
+        return kv_disk_scan(disk, batch, block, scratch);
     default:
         return kv_disk_sync(disk, batch, block);
     }

@@ -37,7 +37,8 @@ enum { /* states; 0 is what zeroed memory says */
 enum { /* facts of a tenant, for who keeps copies of it elsewhere */
     KV_ADMITTED = 1, /* a lower tier is to have it */
     KV_CLEAN = 2,    /* a lower tier has it */
-    KV_OFFERED = 4   /* the cleaner took it, and nobody has used it since; lru.h */
+    KV_OFFERED = 4,  /* the cleaner took it, and nobody has used it since; lru.h */
+    KV_RAM_ONLY = 8  /* no lower tier is given it: it was coded with loss before, or would not fit there */
 };
 
 typedef struct kv_key {
@@ -51,7 +52,7 @@ typedef struct kv_entry {
     uint32_t length;          /* bytes this tenant wrote, fixed at reserve */
     uint32_t pins;
     uint32_t mark;            /* 1 while a batch is being validated and this slot was already met in it, else 0 */
-    uint32_t facts;           /* KV_ADMITTED, KV_CLEAN, KV_OFFERED */
+    uint32_t facts;           /* KV_ADMITTED, ... */
 } kv_entry;
 
 _Static_assert(sizeof(kv_entry) == 64, "one entry, one cache line");

@@ -37,10 +37,11 @@ enum {
     KV_BLOCK_IO_ERROR = 20,
     KV_BLOCK_SHORT = 21, /* the file ends before the block does */
     KV_BLOCK_PENDING = 22,
-    KV_BLOCK_NUM_STATUSES = 23
+    KV_BLOCK_TOO_LARGE = 23, /* coded, it does not fit into a slot */
+    KV_BLOCK_NUM_STATUSES = 24
 };
 
-enum { KV_IO_KEY_BYTES = 32, KV_IO_MAX_THREADS = 64 };
+enum { KV_IO_KEY_BYTES = 32, KV_IO_MAX_THREADS = 64, KV_IO_PAGE_BYTES = 4096 };
 
 typedef struct kv_io_batch {
     struct kv_io_batch *next; /* in the queue, while blocks wait */
@@ -54,9 +55,9 @@ typedef struct kv_io_batch {
     uint8_t *statuses, *stages;
 } kv_io_batch;
 
-/* Does one block without the lock -> its status. `page` is the thread's own, of 4 KiB. PENDING: the block is begun, and
- * the reaper will be told when its I/O is over. */
-typedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *page);
+/* Does one block without the lock -> its status. `scratch` is the thread's own, of `scratch_bytes`, in whole pages.
+ * PENDING: the block is begun, and the reaper will be told when its I/O is over. */
+typedef uint8_t (*kv_io_run)(void *owner, kv_io_batch *batch, uint32_t block, void *scratch);
 
 /* Waits without the lock until one of the begun blocks is over -> which, and its status. */
 typedef uint8_t (*kv_io_reap)(void *owner, kv_io_batch **batch, uint32_t *block);
@@ -71,7 +72,9 @@ typedef struct kv_io_queue {
     kv_io_run run;
     void *owner;
     pthread_t threads[KV_IO_MAX_THREADS];
-    uint32_t num_threads;
+    void *scratch[KV_IO_MAX_THREADS]; /* of each; a thread takes one, and frees it at its end */
+    size_t scratch_bytes;
+    uint32_t num_threads, num_scratch_taken;
     kv_io_reap reap; /* NULL: there is no reaper */
     pthread_t reaper;
     pthread_cond_t begun; /* signalled when a block is begun, or nothing more will be */
@@ -232,10 +235,9 @@ static inline void *kv_io_main(void *argument)
     kv_io_queue *queue = argument;
     kv_io_batch *batch;
     uint32_t block;
-    void *page = NULL;
-    const int has_page = posix_memalign(&page, 4096, 4096) == 0;
     kv_monitor_lock(&queue->monitor);
-    while (has_page) {
+    void *scratch = queue->scratch[queue->num_scratch_taken++];
+    for (;;) {
         kv_io_expire_waiting(queue, kv_now_ns());
         if (!kv_io_take(queue, &batch, &block)) {
             if (queue->stopping)
@@ -244,7 +246,7 @@ static inline void *kv_io_main(void *argument)
             continue;
         }
         kv_monitor_unlock(&queue->monitor);
-        const uint8_t status = queue->run(queue->owner, batch, block, page);
+        const uint8_t status = queue->run(queue->owner, batch, block, scratch);
         kv_monitor_lock(&queue->monitor);
         if (status == KV_BLOCK_PENDING) {
             queue->num_begun++;
@@ -253,7 +255,7 @@ static inline void *kv_io_main(void *argument)
             kv_io_finish(queue, batch, block, status);
     }
     kv_monitor_unlock(&queue->monitor);
-    free(page);
+    free(scratch);
     return NULL;
 }
 
@@ -288,6 +290,7 @@ static inline int kv_io_queue_init(kv_io_queue *queue, uint32_t num_slots, uint3
     queue->capacity = capacity;
     queue->event_fd = -1;
     queue->max_running = UINT32_MAX;
+    queue->scratch_bytes = KV_IO_PAGE_BYTES;
     queue->run = run;
     queue->owner = owner;
     queue->slot_in_use = calloc(num_slots, 1);
@@ -316,13 +319,18 @@ static inline int kv_io_start_reaper(kv_io_queue *queue, kv_io_reap reap, uint32
     return error;
 }
 
-/* How many threads run now; fewer than asked for where the system gives no more. */
+/* How many threads run now, each with scratch memory; fewer than asked for if the system gives no more. */
 static inline uint32_t kv_io_start(kv_io_queue *queue, uint32_t num_threads)
 {
     kv_monitor_lock(&queue->monitor);
-    while (queue->num_threads < num_threads
-           && pthread_create(&queue->threads[queue->num_threads], NULL, kv_io_main, queue) == 0)
-        queue->num_threads++;
+    for (uint32_t thread; (thread = queue->num_threads) < num_threads; queue->num_threads++) {
+        if (posix_memalign(&queue->scratch[thread], KV_IO_PAGE_BYTES, queue->scratch_bytes))
+            break;
+        if (pthread_create(&queue->threads[thread], NULL, kv_io_main, queue)) {
+            free(queue->scratch[thread]);
+            break;
+        }
+    }
     kv_monitor_unlock(&queue->monitor);
     return queue->num_threads;
 }

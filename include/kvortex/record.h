@@ -4,7 +4,8 @@
  *   - A header is a pure function of what names the block, its lengths and its payload: no clock, no counter. Writing
  *     it again writes the same bytes.
  *   - Every bit of the page is under the header's sum, every bit of the payload under the payload's.
- *   - Nothing in a page is believed before its sum is right, and nothing of it is used as a size.
+ *   - Nothing in a page is believed before its sum is right. The only size in it that is used is that of a coded
+ *     payload, if it is at most what a slot holds.
  *   - Fields are little-endian.
  *
  * Costs: a header about 0.3 us; the payload's sums as sums.h says.
@@ -57,7 +58,7 @@ _Static_assert(offsetof(kv_record_header, space) == 32 && offsetof(kv_record_hea
 /* What a record is to be: the digests have 32 bytes each and belong to the caller. */
 typedef struct kv_record {
     const uint8_t *space, *tag, *key, *name;
-    uint32_t rank, group, codec, stored_bytes, block_bytes;
+    uint32_t rank, group, codec, stored_bytes, block_bytes; /* checked with a codec: the most that is stored */
 } kv_record;
 
 static inline uint64_t kv_record_header_sum(const kv_record_header *header, int vectors)
@@ -115,6 +116,14 @@ static inline int kv_record_check_store(const kv_record_header *header, const kv
     return KV_RECORD_OK;
 }
 
+/* KV_RECORD_OK, or that they differ. Every coded payload has a length of its own. */
+static inline int kv_record_check_lengths(const kv_record_header *header, const kv_record *expected)
+{
+    const uint32_t stored = header->stored_bytes, most = expected->stored_bytes;
+    const int fits = expected->codec ? stored >= 1 && stored <= most : stored == most;
+    return fits && header->block_bytes == expected->block_bytes ? KV_RECORD_OK : KV_RECORD_LENGTH_DIFFERS;
+}
+
 /* Header and payload: everything that was read. */
 static inline int kv_record_check(const kv_record_header *header, const kv_record *expected, int vectors)
 {
@@ -125,9 +134,9 @@ static inline int kv_record_check(const kv_record_header *header, const kv_recor
         return KV_RECORD_KEY_DIFFERS;
     if (memcmp(header->name, expected->name, KV_DIGEST_BYTES) != 0)
         return KV_RECORD_NAME_DIFFERS;
-    if (header->stored_bytes != expected->stored_bytes || header->block_bytes != expected->block_bytes)
+    if (kv_record_check_lengths(header, expected))
         return KV_RECORD_LENGTH_DIFFERS;
-    if (header->payload_xxh3 != kv_xxh3_64((const uint8_t *)(header + 1), expected->stored_bytes, vectors))
+    if (header->payload_xxh3 != kv_xxh3_64((const uint8_t *)(header + 1), header->stored_bytes, vectors))
         return KV_RECORD_PAYLOAD_DAMAGED;
     return KV_RECORD_OK;
 }

@@ -49,7 +49,7 @@ def pack_block(layout, block, packed, *, instruction_set=None):
     if planes == NULL:
         raise MemoryError
     try:
-        fill_planes(layout, <uintptr_t>&source[0], planes)
+        fill_planes(layout, <uintptr_t>&source[0], 0, planes)
         with nogil:
             _c.kv_pack_block_by(chosen, planes, num_planes, flags_offset, 0, <char *>&target[0])
             refused = _c.kv_packed_is_refused(<char *>&target[0], flags_offset, num_planes)
@@ -77,15 +77,15 @@ def unpack_block(layout, packed, block, *, instruction_set=None):
     if planes == NULL:
         raise MemoryError
     try:
-        fill_planes(layout, <uintptr_t>&target[0], planes)
+        fill_planes(layout, <uintptr_t>&target[0], 0, planes)
         with nogil:
             _c.kv_unpack_block_by(chosen, planes, num_planes, 0, <char *>&source[0])
     finally:
         free(planes)
 
 
-cdef int fill_planes(object layout, uint64_t base, _c.kv_plane *planes) except -1:
-    """Fill one kv_plane for each plane of a block at `base`.
+cdef int fill_planes(object layout, uint64_t base, uint64_t block_stride, _c.kv_plane *planes) except -1:
+    """Fill one kv_plane for each plane of a PackedBlock, of which block 0 begins at `base`.
 
     ValueError if the offsets are not those that C computes, so that no hand-made PackedBlock leads outside a block.
     """
@@ -98,7 +98,7 @@ cdef int fill_planes(object layout, uint64_t base, _c.kv_plane *planes) except -
             raise ValueError(f"{plane} of {bits} bits does not fit into a block of {layout.block_bytes} bytes")
         if bits != _c.KV_PACK_EXACT and plane.row_bytes not in (64, 128, 256, 512):
             raise ValueError(f"{plane} has no vectors that could be coded")
-        filled.base, filled.block_stride, filled.offset = base + <uint64_t>plane.first_byte, 0, offset
+        filled.base, filled.block_stride, filled.offset = base + <uint64_t>plane.first_byte, block_stride, offset
         filled.num_rows, filled.row_bytes, filled.step_bytes = plane.num_rows, plane.row_bytes, plane.step_bytes
         filled.bits = bits
         if filled.offset != end:

@@ -26,6 +26,7 @@ cdef struct Counters:
 
 cdef class Admission:
     cdef readonly size_t num_blocks, granted, num_used
+    cdef readonly bint ram_only          # the tier gets none of them
     cdef public bint is_over             # the save was called, well or badly
 
 

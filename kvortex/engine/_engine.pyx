@@ -58,8 +58,8 @@ class BlockHits(NamedTuple):
 cdef class Admission:
     """How much of a tier's write budget a save was granted, and how much of that it used."""
 
-    def __init__(self, num_blocks):
-        self.num_blocks = num_blocks
+    def __init__(self, num_blocks, bint ram_only):
+        self.num_blocks, self.ram_only = num_blocks, ram_only
 
     def grant(self, num_blocks):
         """Let the first `num_blocks` new blocks be written to the tier."""
@@ -174,7 +174,8 @@ cdef class EngineCore:
         statuses = np.full(rows.shape[0], _c.KV_RESERVE_FULL, dtype=np.uint8)
         cdef Admission admission = None
         if self.tiering is not None:
-            admission = Admission(self.num_missing(rows))
+            # Only blocks as the first layout has them go to a tier that codes them: it was made for these.
+            admission = Admission(self.num_missing(rows), digest is not None and self.tiering.tier.codec != "exact")
             self.tiering.admit(admission)
         try:
             return self.run(carrier, D2H, rows, source, statuses, self.deferral(deferred), admission, None, -1)
@@ -570,6 +571,7 @@ cdef class EngineCore:
         cdef JobRecord *record_of_job
         cdef bint twice = False, has_turn = False
         cdef size_t num_admitted = 0 if admission is None else admission.granted
+        cdef bint ram_only = admission is not None and admission.ram_only
         cdef uint32_t record = NO_RECORD
         cdef int code = 0, failure
         cdef Loan loan = None
@@ -620,7 +622,8 @@ cdef class EngineCore:
             if direction == D2H:
                 self.index.reserve_keys(&keys[0, 0], &source.lengths[0], source.length_step, n,
                                         record_of_job.slots, &source.statuses[0], source.chained,
-                                        &source.after[0, 0] if num_before else NULL, num_before, NULL, num_admitted)
+                                        &source.after[0, 0] if num_before else NULL, num_before, NULL, num_admitted,
+                                        NULL, ram_only)
                 queue.keep_slots(record, n)
                 if admission is not None:
                     admission.num_used = min(admission.granted, <size_t>record_of_job.num_slots)

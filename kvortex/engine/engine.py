@@ -16,7 +16,7 @@ from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import BlockIndex
 from kvortex.log import log
 from kvortex.memory import DevicePool, PinnedPool
-from kvortex.transfer import Carrier, KVLayout, packed_bytes
+from kvortex.transfer import Carrier, KVLayout, packed_bytes, slot_block
 
 if TYPE_CHECKING:  # which most engines, and imports of kvortex, do without
     import numpy as np
@@ -173,7 +173,17 @@ class KVortexEngine(EngineCore):
         config, (settings,) = self.config, self.config.tiers
         fingerprint = b"" if layout is None else self._fingerprint_of(layout)
         space = hashlib.sha256(f"kvortex 1 {self.pool.payload_bytes} {config.namespace}".encode() + b"\0" + fingerprint)
-        tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights))
+        coding = {}
+        if settings.codec != "exact":
+            if layout is None:
+                raise ConfigError(
+                    f"the codec {settings.codec!r} of the tier codes blocks of a layout, and there is none; pass "
+                    f"create(config, layout=...)"
+                )
+            coder = settings.coder(slot_block(layout, config.codec, config.exact_layers))
+            space.update(b"\0" + coder.identity)
+            coding = {"coder": coder}
+        tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights), **coding)
         try:
             blocks_per_s = config.prefill_tokens_per_s / config.block_tokens if config.block_tokens else 0.0
             tiering = Tiering(

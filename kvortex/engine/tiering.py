@@ -58,7 +58,7 @@ class Tiering:
 
     def __init__(self, pool, index, tier, *, bytes_per_s=0, blocks_per_s=0.0):
         self.index, self.tier, self._pid = index, tier, os.getpid()
-        self._stride_bytes = pool.stride_bytes
+        self._record_bytes = tier.record_bytes
         self.budget = WriteBudget(bytes_per_s)
         self._breaker, self._break_even = Breaker(tier.name), BreakEven(blocks_per_s)
         # A server that takes no writes may still serve reads.
@@ -84,7 +84,8 @@ class Tiering:
 
         When ``admission.is_over``, the blocks that it did not need are given back.
         """
-        admission.grant(self.budget.admit(admission.num_blocks, self._stride_bytes))
+        num_blocks = 0 if admission.ram_only else admission.num_blocks
+        admission.grant(self.budget.admit(num_blocks, self._record_bytes))
         self._admissions.append(admission)
         self.wake()
 
@@ -192,6 +193,7 @@ class Tiering:
             blocks_written=cleaner.num_written,
             blocks_written_beyond=cleaner.num_written_beyond,
             blocks_not_written=cleaner.num_failed,
+            blocks_too_large=cleaner.num_too_large,
             blocks_evicted=catalogue["evictions"],
             blocks_promoted=promoter.num_promoted,
             blocks_expired_unread=promoter.num_expired,
@@ -207,6 +209,7 @@ class Tiering:
             suspensions=sum(each.suspensions for each in {self._breaker, self._write_breaker}),
             read_only=store["read_only"],
             last_error=store["last_error"],
+            codec=self.tier.codec,
             io=store["io"],
             io_reason=store["io_reason"],
         )
@@ -274,7 +277,7 @@ class Tiering:
             if not admission.is_over:
                 self._admissions.append(admission)
                 continue
-            self.budget.give_back((admission.granted - admission.num_used) * self._stride_bytes)
+            self.budget.give_back((admission.granted - admission.num_used) * self._record_bytes)
 
     # ---- end --------------------------------------------------------------------------------------------------------
 

@@ -47,12 +47,12 @@ cdef class BlockIndex:
     # a device or Python; each takes the index's mutex once for the batch (lookup_keys takes none). A slot handed back
     # in the wrong state aborts the process: going on would serve wrong bytes.
     # -> how many are NEW. `chained`: the keys continue `after`, num_after * 32 bytes that may be none. `stops` (may be
-    # NULL) has the slot at which eviction for each key ends. The first `num_admitted` of them are a tier's to have.
-    # What was evicted is written to `victims` (may be NULL), n blocks at the most.
+    # NULL) has the slot at which eviction for each key ends. The first `num_admitted` of them are a tier's to have;
+    # with `ram_only` none ever is. What was evicted is written to `victims` (may be NULL), n blocks at the most.
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=*, const uint8_t *after=*,
                              size_t num_after=*, const uint32_t *stops=*, size_t num_admitted=*,
-                             BlockArrays *victims=*) noexcept nogil
+                             BlockArrays *victims=*, bint ram_only=*) noexcept nogil
     # -> how many became READY; statuses (may be NULL) tells which, the DISCARDED ones are free already, pin or not;
     # nbytes (may be NULL) how long they are together.
     cdef size_t commit_slots(self, const uint32_t *slots, size_t n, bint pin, uint8_t *statuses=*,
@@ -90,11 +90,11 @@ cdef class BlockIndex:
     cdef void forget(self, uint32_t slot, uint64_t hash) noexcept nogil
     cdef void drop(self, uint32_t slot) noexcept nogil
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
-                              uint8_t *statuses, bint clean, uint64_t *nbytes=*) noexcept nogil
+                              uint8_t *statuses, bint clean, uint64_t *nbytes=*, bint ram_only=*) noexcept nogil
     cdef void abort_locked(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef void release_locked(self, const uint32_t *slots, size_t n) noexcept nogil
     cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
-                                     size_t n) noexcept nogil
+                                     const uint8_t *ram_only, size_t n) noexcept nogil
     cdef void add_locked(self, uint32_t first, uint32_t count) noexcept nogil
     cdef size_t first_not_in_state(self, const uint32_t *slots, size_t n, uint32_t state) noexcept nogil
     cdef size_t first_not_pinned(self, const uint32_t *slots, size_t n) noexcept nogil

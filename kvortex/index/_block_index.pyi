@@ -20,6 +20,7 @@ class BlockFact(IntFlag):
     ADMITTED = 1
     CLEAN = 2
     OFFERED = 4
+    RAM_ONLY = 8
 
 class Blocks(NamedTuple):
     slots: NDArray[np.uint32]
@@ -44,14 +45,27 @@ class BlockIndex:
         victims: bool = False,
     ) -> Any: ...  # (slots, statuses), or (slots, statuses, victims)
     def commit(
-        self, slots: ArrayLike, pin: bool = False, *, pins: ArrayLike | None = None, clean: bool = False
+        self,
+        slots: ArrayLike,
+        pin: bool = False,
+        *,
+        pins: ArrayLike | None = None,
+        clean: bool = False,
+        ram_only: bool = False,
     ) -> NDArray[np.uint8]: ...
     def abort(self, slots: ArrayLike) -> None: ...
     def lookup(self, keys: NDArray[np.uint8], touch: bool = False) -> tuple[NDArray[np.bool_], int]: ...
     def acquire(
         self, keys: NDArray[np.uint8], lengths: ArrayLike | None = None, *, gaps: bool = False
     ) -> NDArray[np.uint32]: ...
-    def release(self, slots: ArrayLike, *, offered: ArrayLike | None = None, clean: ArrayLike = False) -> None: ...
+    def release(
+        self,
+        slots: ArrayLike,
+        *,
+        offered: ArrayLike | None = None,
+        clean: ArrayLike = False,
+        ram_only: ArrayLike = False,
+    ) -> None: ...
     def coldest(self, n: int) -> Blocks: ...
     def offer_again(self) -> None: ...
     def touch(self, keys: NDArray[np.uint8]) -> int: ...

@@ -63,6 +63,7 @@ class BlockFact(IntFlag):
     ADMITTED = _c.KV_ADMITTED  #: a lower tier is to have it (`BlockIndex.reserve`, `admit`)
     CLEAN = _c.KV_CLEAN        #: a lower tier has it
     OFFERED = _c.KV_OFFERED    #: `BlockIndex.coldest` took it, and nobody has used it since
+    RAM_ONLY = _c.KV_RAM_ONLY  #: no lower tier is given it: it was coded with loss before, or would not fit there
 
 
 class Blocks(NamedTuple):
@@ -301,7 +302,7 @@ cdef class BlockIndex:
             return slots, statuses, blocks_so_far(blocks, noted.count)
         return slots, statuses
 
-    def commit(self, slots, bint pin=False, *, pins=None, bint clean=False):
+    def commit(self, slots, bint pin=False, *, pins=None, bint clean=False, bint ram_only=False):
         """Make written slots visible; the batch is linked tail-first, so that the first slot ends most recently used.
 
         Parameters
@@ -314,6 +315,8 @@ cdef class BlockIndex:
             Instead of `pin`, how many pins each gets, one for every reader that is to release it; 0 is none.
         clean : bool
             A lower tier has them: a fact of the blocks.
+        ram_only : bool
+            No lower tier is to be given them, `BlockFact.RAM_ONLY`.
 
         Returns
         -------
@@ -341,7 +344,7 @@ cdef class BlockIndex:
             _c.pthread_mutex_lock(&self.mutex)
             bad = self.first_not_in_state(&slot_view[0], n, _c.KV_WRITING)
             if bad == n:
-                self.commit_locked(&slot_view[0], n, pin_ptr, pins is not None, status_ptr, clean)
+                self.commit_locked(&slot_view[0], n, pin_ptr, pins is not None, status_ptr, clean, NULL, ram_only)
             _c.pthread_mutex_unlock(&self.mutex)
         if bad != n:
             raise bad_slot("commit", slot_view[bad], bad, self.num_slots, "not being written, or given twice")
@@ -438,7 +441,7 @@ cdef class BlockIndex:
             run = self.acquire_keys(&key_view[0, 0], length_ptr, num_lengths > 1, n, slot_ptr, gaps)
         return slots if gaps else slots[:run]
 
-    def release(self, slots, *, offered=None, clean=False):
+    def release(self, slots, *, offered=None, clean=False, ram_only=False):
         """Unpin; a block whose last pin goes becomes most recently used, the batch tail-first, or free if discarded.
 
         With `offered` it ends what `coldest` began, and leaves recency as it was: a block that nobody has used
@@ -453,6 +456,8 @@ cdef class BlockIndex:
             `coldest` takes.
         clean : bool or (n,) array-like of bool, default False
             With `offered`, whether a lower tier has the block now.
+        ram_only : bool or (n,) array-like of bool, default False
+            With `offered`, whether no lower tier is to be given the block any more, `BlockFact.RAM_ONLY`.
 
         Raises
         ------
@@ -460,18 +465,20 @@ cdef class BlockIndex:
             If a slot is given more often than it is pinned. Then nothing has changed.
         """
         cdef const uint32_t[::1] slot_view = as_slots(slots)
-        cdef const uint8_t[::1] passed_view, clean_view
+        cdef const uint8_t[::1] passed_view, clean_view, ram_only_view
         cdef size_t n = slot_view.shape[0], bad
         cdef bint is_offer = offered is not None
-        if not is_offer and clean is not False:
-            raise ValueError(f"clean says what a cleaner did, got {clean!r} without offered; pass offered with it")
+        for name, flags in (("clean", clean), ("ram_only", ram_only)):
+            if not is_offer and flags is not False:
+                raise ValueError(f"{name} says what a cleaner did, got {flags!r} without offered; pass offered with it")
         if is_offer:
             passed_view, clean_view = as_flags(offered, n, "offered"), as_flags(clean, n, "clean")
+            ram_only_view = as_flags(ram_only, n, "ram_only")
         with nogil:
             _c.pthread_mutex_lock(&self.mutex)
             bad = self.first_not_pinned(&slot_view[0], n)
             if bad == n and is_offer:
-                self.release_offered_locked(&slot_view[0], &passed_view[0], &clean_view[0], n)
+                self.release_offered_locked(&slot_view[0], &passed_view[0], &clean_view[0], &ram_only_view[0], n)
             elif bad == n:
                 self.release_locked(&slot_view[0], n)
             _c.pthread_mutex_unlock(&self.mutex)
@@ -739,7 +746,7 @@ cdef class BlockIndex:
     cdef size_t reserve_keys(self, const uint8_t *keys, const uint32_t *lengths, size_t length_step, size_t n,
                              uint32_t *slots, uint8_t *statuses, bint chained=False, const uint8_t *after=NULL,
                              size_t num_after=0, const uint32_t *stops=NULL, size_t num_admitted=0,
-                             BlockArrays *victims=NULL) noexcept nogil:
+                             BlockArrays *victims=NULL, bint ram_only=False) noexcept nogil:
         cdef uint64_t hashes[CHUNK]
         cdef uint32_t slot, length, scout
         cdef uint32_t kept = self.lru.recent  # the least recently used block that this batch must not evict; none yet
@@ -784,7 +791,7 @@ cdef class BlockIndex:
                 self.count.full += 1
                 continue
             _c.kv_entry_begin(&self.entries[slot], _c.kv_key_load(keys + i * KEY_BYTES), length,
-                              _c.KV_ADMITTED if num_new < num_admitted else 0)
+                              _c.KV_RAM_ONLY if ram_only else _c.KV_ADMITTED if num_new < num_admitted else 0)
             _c.kv_table_insert(&self.table, hashes[i % CHUNK], slot)
             slots[i] = slot
             statuses[i] = _c.KV_RESERVE_NEW
@@ -1083,7 +1090,8 @@ cdef class BlockIndex:
         return count
 
     cdef size_t commit_locked(self, const uint32_t *slots, size_t n, const uint32_t *pins, size_t pin_step,
-                              uint8_t *statuses, bint clean, uint64_t *nbytes=NULL) noexcept nogil:
+                              uint8_t *statuses, bint clean, uint64_t *nbytes=NULL,
+                              bint ram_only=False) noexcept nogil:
         cdef uint32_t slot
         cdef size_t i, num_ready = 0
         cdef uint64_t length_sum = 0
@@ -1105,6 +1113,8 @@ cdef class BlockIndex:
             self.count.num_ready += 1
             if clean:
                 self.set_clean(&self.entries[slot], True)
+            if ram_only:
+                self.entries[slot].facts |= _c.KV_RAM_ONLY
             self.entries[slot].pins = pins[(i - 1) * pin_step]
             if self.entries[slot].pins:
                 self.count.num_pinned += 1
@@ -1143,7 +1153,7 @@ cdef class BlockIndex:
 
     # In the order in which they were taken, for those that passed; the others go back as they were, the coldest last.
     cdef void release_offered_locked(self, const uint32_t *slots, const uint8_t *passed, const uint8_t *clean,
-                                     size_t n) noexcept nogil:
+                                     const uint8_t *ram_only, size_t n) noexcept nogil:
         cdef size_t i
         cdef _c.kv_entry *entry
         for i in range(n):
@@ -1152,6 +1162,8 @@ cdef class BlockIndex:
             entry = &self.entries[slots[i]]
             if clean[i]:
                 self.set_clean(entry, True)
+            if ram_only[i]:
+                entry.facts |= _c.KV_RAM_ONLY
             if unpin(self, slots[i], entry):
                 if entry.facts & _c.KV_OFFERED:
                     _c.kv_lru_push_offered(&self.lru, slots[i])

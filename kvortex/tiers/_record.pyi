@@ -25,6 +25,7 @@ class BlockStatus(IntEnum):
     IO_ERROR = 20
     SHORT = 21
     PENDING = 22
+    TOO_LARGE = 23
 
 class Header(NamedTuple):
     namespace: bytes
@@ -40,8 +41,27 @@ class Header(NamedTuple):
     payload_weighted: int
 
 def write_record(
-    record: Buffer, key: bytes, *, namespace: bytes, rank: int, tag: bytes, stored_bytes: int, group: int = 0
+    record: Buffer,
+    key: bytes,
+    *,
+    namespace: bytes,
+    rank: int,
+    tag: bytes,
+    stored_bytes: int,
+    group: int = 0,
+    codec: int = 0,
+    block_bytes: int | None = None,
 ) -> None: ...
-def check_record(record: Buffer, key: bytes, *, namespace: bytes, rank: int, tag: bytes, stored_bytes: int) -> int: ...
+def check_record(
+    record: Buffer,
+    key: bytes,
+    *,
+    namespace: bytes,
+    rank: int,
+    tag: bytes,
+    stored_bytes: int,
+    codec: int = 0,
+    block_bytes: int | None = None,
+) -> int: ...
 def read_header(page: Buffer) -> tuple[int, Header | None]: ...
 def payload_sums(data: Buffer, *, vectors: int = 2) -> tuple[int, int]: ...

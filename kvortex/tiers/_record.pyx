@@ -33,6 +33,7 @@ class BlockStatus(IntEnum):
     IO_ERROR = _c.KV_BLOCK_IO_ERROR                         #: reading or writing failed
     SHORT = _c.KV_BLOCK_SHORT                               #: the file ends before the block does
     PENDING = _c.KV_BLOCK_PENDING                           #: not answered yet
+    TOO_LARGE = _c.KV_BLOCK_TOO_LARGE                       #: coded, the block takes more than a slot of the tier has
 
 
 class Header(NamedTuple):
@@ -56,17 +57,20 @@ cdef class Names:  # keeps what a kv_record points to
     cdef uint8_t[_c.KV_DIGEST_BYTES] name
     cdef _c.kv_record record
 
-    def __init__(self, key, namespace, uint32_t rank, tag, uint32_t stored_bytes, uint32_t group):
+    def __init__(self, key, namespace, uint32_t rank, tag, uint32_t stored_bytes, uint32_t group, uint32_t codec,
+                 block_bytes):
         self.space, self.tag = as_digest(namespace, "namespace"), as_digest(tag, "tag")
         self.key = as_digest(key, "key")
         self.record.space, self.record.tag, self.record.key = self.space, self.tag, self.key
         self.record.name = self.name
-        self.record.rank, self.record.group, self.record.codec = rank, group, 0
-        self.record.stored_bytes = self.record.block_bytes = stored_bytes
+        self.record.rank, self.record.group, self.record.codec = rank, group, codec
+        self.record.stored_bytes = stored_bytes
+        self.record.block_bytes = stored_bytes if block_bytes is None else block_bytes
         name_keys(self.record.space, rank, self.record.tag, self.record.key, 1, self.name)
 
 
-def write_record(uint8_t[::1] record not None, key, *, namespace, rank, tag, stored_bytes, group=0):
+def write_record(uint8_t[::1] record not None, key, *, namespace, rank, tag, stored_bytes, group=0, codec=0,
+                 block_bytes=None):
     """Fill the header page in front of a payload.
 
     Parameters
@@ -75,21 +79,24 @@ def write_record(uint8_t[::1] record not None, key, *, namespace, rank, tag, sto
         A page, then at least `stored_bytes` of payload.
     key, namespace, tag : bytes
         32 bytes each.
-    rank, stored_bytes, group : int
+    rank, stored_bytes, group, codec : int
+    block_bytes : int, optional
+        Of the decoded block; by default `stored_bytes`.
 
     Raises
     ------
     ValueError
         The buffer is shorter, or a digest has another length.
     """
-    cdef Names names = Names(key, namespace, rank, tag, stored_bytes, group)
+    cdef Names names = Names(key, namespace, rank, tag, stored_bytes, group, codec, block_bytes)
     require_bytes(record.shape[0], names.record.stored_bytes)
     cdef _c.kv_record_header *header = <_c.kv_record_header *>&record[0]
     with nogil:
         _c.kv_record_write(header, &names.record, _c.kv_has_vectors())
 
 
-def check_record(const uint8_t[::1] record not None, key, *, namespace, rank, tag, stored_bytes):
+def check_record(const uint8_t[::1] record not None, key, *, namespace, rank, tag, stored_bytes, codec=0,
+                 block_bytes=None):
     """Compare a record with what it is to be.
 
     Parameters
@@ -98,7 +105,10 @@ def check_record(const uint8_t[::1] record not None, key, *, namespace, rank, ta
         A page, then at least `stored_bytes` of payload.
     key, namespace, tag : bytes
         32 bytes each.
-    rank, stored_bytes : int
+    rank, stored_bytes, codec : int
+        With a codec other than 0, `stored_bytes` are the most that it may have.
+    block_bytes : int, optional
+        As for `write_record`.
 
     Returns
     -------
@@ -110,7 +120,7 @@ def check_record(const uint8_t[::1] record not None, key, *, namespace, rank, ta
     ValueError
         The buffer is shorter, or a digest has another length.
     """
-    cdef Names names = Names(key, namespace, rank, tag, stored_bytes, 0)
+    cdef Names names = Names(key, namespace, rank, tag, stored_bytes, 0, codec, block_bytes)
     require_bytes(record.shape[0], names.record.stored_bytes)
     cdef const _c.kv_record_header *header = <const _c.kv_record_header *>&record[0]
     cdef int status

@@ -78,16 +78,23 @@ class Store(Protocol):
     num_slots : int
     payload_bytes : int
         Of the longest block.
+    codec : str
+        Of the records. What is read from any but "exact" ones is close to what was written, not equal to it.
+    record_bytes : int
+        That a block takes at the most.
     """
 
     num_slots: int
     payload_bytes: int
+    codec: str
+    record_bytes: int
 
     def put(self, slots, pool_slots, keys, lengths, *, tag, group=0, timeout_ms):
         """Write blocks from slots of the pool into slots of the tier.
 
         The caller keeps the pool's slots pinned until the batch is done. A put that fails may leave an earlier record
-        or a torn one behind; neither is ever taken for this block, nor for one with another tag.
+        or a torn one behind; neither is ever taken for this block, nor for one with another tag. TOO_LARGE: it would
+        fail again.
         """
 
     def get(self, slots, pool_slots, keys, lengths, *, tag, timeout_ms):

@@ -9,7 +9,9 @@ from kvortex.tiers.base import BlockStatus
 
 FAILURES = 3  # batches in a row
 SHORTEST_S, LONGEST_S = 1, 60
-NOT_THE_TIERS = (BlockStatus.DROPPED, BlockStatus.READ_ONLY, BlockStatus.NO_SPACE, BlockStatus.PENDING)
+NOT_THE_TIERS = (
+    BlockStatus.DROPPED, BlockStatus.READ_ONLY, BlockStatus.NO_SPACE, BlockStatus.PENDING, BlockStatus.TOO_LARGE,
+)  # fmt: skip
 
 
 class Breaker:

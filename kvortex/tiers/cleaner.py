@@ -1,8 +1,9 @@
 """The cleaner writes blocks of RAM to the tier, coldest first, so that eviction never has to wait for a write.
 
 It goes through all blocks in the order of eviction. If a block was admitted when it was saved, the cleaner writes it;
-if the tier has the block already, the cleaner touches it there; it skips all others. Blocks that it has gone through
-stay colder than the rest, and keep their order. So RAM evicts in the same order as without a cleaner, and the tier's
+if the tier has the block already, the cleaner touches it there; it skips all others. A block that came from a lossy
+record is never written again, nor is one whose record was too large. Blocks that the cleaner has gone through stay
+colder than the rest, and keep their order. So RAM evicts in the same order as without a cleaner, and the tier's
 order of eviction is the order in which blocks leave RAM.
 
 One thread calls it. Meanwhile others clear and discard, RAM first and then the tier. So a block counts as written only
@@ -16,13 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvortex.index import BlockFact, CommitStatus, ReserveStatus
+from kvortex.log import warn_once
 from kvortex.tiers.base import BlockStatus
 
 WINDOW_BYTES = 16 << 20  # written as one batch
 MOST_WINDOWS = 4
 PUT_TIMEOUT_MS = 10_000
 RETRY_S = 0.1
-REFUSED = (BlockStatus.READ_ONLY, BlockStatus.NO_SPACE)  # trying again would change nothing
+REFUSED = (BlockStatus.READ_ONLY, BlockStatus.NO_SPACE, BlockStatus.TOO_LARGE)  # trying again would change nothing
+MUCH_TOO_LARGE = 0.01  # the share of records from which on it is logged
 
 
 @dataclass
@@ -46,10 +49,10 @@ class Cleaner:
         self.index, self.tier, self.budget, self.breaker = index, tier, budget, breaker
         self._window_blocks = max(1, WINDOW_BYTES // pool.stride_bytes)
         self.most_pinned = max(1, min(pool.num_slots // 8, MOST_WINDOWS * self._window_blocks, tier.queue_blocks // 2))
-        self._stride_bytes = pool.stride_bytes
+        self._record_bytes = tier.record_bytes
         self.blocks_a_step, self.num_taken = float("inf"), 0  # blocks to look at in a step; blocks looked at so far
         self.num_pinned = 0
-        self.num_written = self.num_written_beyond = self.num_failed = 0
+        self.num_written = self.num_written_beyond = self.num_failed = self.num_too_large = 0
         self._out = deque()  # batches in flight, in the order in which they were begun and end
         self._num_passed = 0  # blocks skipped in this pass, none of which the tier has
         self._admits_all = False  # write skipped blocks too, for the rest of this pass
@@ -117,10 +120,15 @@ class Cleaner:
             return True
         is_clean = (blocks.facts & BlockFact.CLEAN) != 0
         is_paid = ((blocks.facts & BlockFact.ADMITTED) != 0) & ~is_clean
-        is_wanted = is_clean | is_paid | self._admits_all | self.tier.catalogue.lookup(blocks.keys)[0]
+        stays = (blocks.facts & BlockFact.RAM_ONLY) != 0
+        is_wanted = (is_clean | is_paid | self._admits_all) & ~stays | self.tier.catalogue.lookup(blocks.keys)[0]
         wanted = np.flatnonzero(is_wanted)[::-1]  # the block that leaves RAM last becomes the tier's most recent
         tier_slots, statuses = self.tier.catalogue.reserve(blocks.keys[wanted], blocks.lengths[wanted])
         is_new = statuses == ReserveStatus.NEW
+        gone = tier_slots[is_new & stays[wanted]]  # discarded since the lookup
+        self._erase(gone)
+        self.tier.catalogue.abort(gone)
+        is_new &= ~stays[wanted]
         written, tier_slots = wanted[is_new], tier_slots[is_new]
         batch = None
         if len(written):
@@ -139,10 +147,10 @@ class Cleaner:
                 raise
         # A block that was clean and is written again, because the tier had evicted it, costs credit. A block that was
         # paid for and is not written, because the tier has it, gives its credit back.
-        self.budget.spend(int(is_clean[written].sum()) * self._stride_bytes)
-        self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._stride_bytes)
+        self.budget.spend(int(is_clean[written].sum()) * self._record_bytes)
+        self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._record_bytes)
         self.num_taken += len(blocks.slots)
-        self._num_passed += int((~is_wanted).sum())
+        self._num_passed += int((~is_wanted & ~stays).sum())
         self.num_pinned += len(blocks.slots)
         has, refused = wanted[statuses == ReserveStatus.PRESENT], wanted[statuses > ReserveStatus.PRESENT]
         self._out.append(Cleaning(blocks, has, refused, written, tier_slots, batch, now_s + PUT_TIMEOUT_MS / 1000))
@@ -177,16 +185,31 @@ class Cleaner:
         is_there = self.tier.catalogue.commit(kept) == CommitStatus.READY
         self._erase(kept[~is_there])  # discarded meanwhile
         clean[written[is_kept]] = is_there
-        self.index.release(blocks.slots, offered=passed, clean=clean)
+        is_large = statuses == BlockStatus.TOO_LARGE
+        stays = np.zeros(len(blocks.slots), bool)
+        stays[written] = is_large
+        self.index.release(blocks.slots, offered=passed, clean=clean, ram_only=stays)
         self.num_pinned -= len(blocks.slots)
         is_beyond = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
         self.num_written += int(is_ok.sum())
         self.num_written_beyond += int((is_ok & is_beyond).sum())
         self.num_failed += int((~is_ok).sum())
+        self._count_too_large(int(is_large.sum()))
         if batch is not None and not cleaning.is_late:
             self.breaker.saw(statuses, now_s)
         if not passed.all():
             self._not_before_s = now_s + RETRY_S
+
+    def _count_too_large(self, count):
+        """Count records that did not fit into a slot of the tier, and say so if there are many."""
+        self.num_too_large += count
+        if count and self.num_too_large > MUCH_TOO_LARGE * (self.num_written + self.num_too_large):
+            warn_once(
+                "records_too_large",
+                "more than 1 % of the blocks take more room than a slot of the tier has, and are not written; "
+                "set slot_ratio lower",
+                tier=self.tier.name,
+            )
 
     def _erase(self, tier_slots):
         if len(tier_slots):

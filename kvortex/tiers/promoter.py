@@ -88,6 +88,7 @@ class Promoter:
         self._stride_bytes = pool.stride_bytes
         self.window_blocks = max(1, min(WINDOW_BYTES // pool.stride_bytes, tier.queue_blocks // MOST_WINDOWS))
         self.most_pinned = pool.num_slots // 2
+        self.is_lossy = tier.codec != "exact"
         self.num_pinned = self.num_writing = self._num_reading = 0
         self.num_promoted = self.num_expired = 0
         self.spent_s, self._landed_at_s = 0.0, 0.0
@@ -323,7 +324,7 @@ class Promoter:
         is_known = (self.tier.catalogue.slots_of(keys) == window.tier_slots) & (window.tag == self.tier.tag)
         ok = np.flatnonzero(is_ok & is_known)
         pins = np.array([len(window.landings[i].readers) for i in ok], np.uint32)
-        answers = self.index.commit(slots[ok], pins=pins, clean=True)
+        answers = self.index.commit(slots[ok], pins=pins, clean=True, ram_only=self.is_lossy)
         has_landed = np.zeros(len(slots), bool)
         has_landed[ok] = answers == CommitStatus.READY
         for i in np.flatnonzero(~has_landed):

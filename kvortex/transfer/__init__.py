@@ -4,7 +4,7 @@ from kvortex.transfer._carrier import Carrier
 from kvortex.transfer._gather import gather_pays
 from kvortex.transfer._job import Job
 from kvortex.transfer._layout import KVLayout
-from kvortex.transfer._packing import packed_block, packed_bytes
+from kvortex.transfer._packing import packed_block, packed_bytes, slot_block
 from kvortex.transfer._probe import PlannerRow, probe_layout
 from kvortex.transfer._signals import JobSignals
 from kvortex.transfer._submitter import Submitter
@@ -22,4 +22,5 @@ __all__ = [
     "packed_block",
     "packed_bytes",
     "probe_layout",
+    "slot_block",
 ]

@@ -11,6 +11,7 @@ from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.transfer._layout cimport KVLayout
 
 import weakref
+from dataclasses import replace
 from itertools import accumulate
 
 from kvortex.codec import PackedBlock
@@ -59,6 +60,26 @@ def packed_block(KVLayout layout not None, codec, exact_layers=()):
                           f" or all of their layers are exact_layers; name their roles (KVLayout.from_tensors(..., "
                           f"roles='kv')), or leave codec out")
     return packed
+
+
+def slot_block(KVLayout layout not None, codec, exact_layers=()):
+    """The `PackedBlock` of a layout's blocks in their slots; planes of `exact_layers` have the role "exact" in it.
+
+    Raises
+    ------
+    ConfigError
+        Its runs are not made of 16 bytes, or there are no such layers.
+    """
+    why = why_misfit(layout)
+    if why is not None:
+        raise ConfigError(f"blocks of {layout!r} cannot be coded: {why}")
+    pieces = [piece for _, _, piece in layout.runs]
+    try:
+        exact = exact_numbers(exact_layers, 1 + max([plane.layer for plane in layout.planes], default=-1))
+        planes = [replace(plane, role="exact") if plane.layer in exact else plane for plane in layout.planes]
+        return PackedBlock.of(covering(planes, pieces), layout.block_bytes, codec)
+    except ValueError as error:
+        raise ConfigError(f"blocks of {layout!r} cannot be coded: {error}") from None
 
 
 def packed_bytes(KVLayout layout not None, codec, exact_layers=()):

@@ -9,7 +9,6 @@ from pathlib import Path
 import ecsq_reference as ecsq
 import numpy as np
 import pytest
-from conftest import SOAK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import to_float, to_words
@@ -18,6 +17,7 @@ from kvortex import CorruptBlock
 from kvortex.codec import Plane, _ecsq
 from kvortex.codec._ecsq import Coded, decode_block, encode_block, instruction_sets
 
+SOAK = os.environ.get("KVORTEX_SOAK") == "1"
 LEVELS = (1, 2, 3, 4)
 GUARD = 0xA5
 MUTATIONS = int(os.environ.get("KVORTEX_MUTATED_RECORDS") or (1_000_000 if SOAK else 3_000))

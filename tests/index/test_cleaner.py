@@ -9,7 +9,7 @@ import pytest
 from kvortex.index import NO_SLOT, BlockFact, ReserveStatus
 
 NEW, PRESENT, PENDING, FULL = ReserveStatus
-ADMITTED, CLEAN, OFFERED = BlockFact
+ADMITTED, CLEAN, OFFERED, RAM_ONLY = BlockFact
 OPERATIONS = 100_000 if os.environ.get("KVORTEX_SOAK") == "1" else 5_000
 
 

@@ -1,6 +1,7 @@
 """A process whose children each use an engine at random until they are killed; told of by its standard output.
 
-A line of input is a folder, the slots of its tier, the weights at the start ("-": unnamed) and a seed. A child writes:
+A line of input is a folder, the slots of its tier, "coded" or "exact", the weights at the start ("-": unnamed) and a
+seed. A child writes:
 
     pid N           it is there
     kept A,B,...    the tier has these blocks of the current weights, durably as far as a killed process goes
@@ -24,8 +25,8 @@ def tell(what, *numbers):
     os.write(1, f"{what} {','.join(map(str, numbers))}\n".encode())
 
 
-def use(path, tier_slots, weights, rng):
-    rig = EngineRig(path, tier_slots=tier_slots, weights=weights)
+def use(path, tier_slots, coded, weights, rng):
+    rig = EngineRig(path, tier_slots=tier_slots, coded=coded, weights=weights)
     alive, unnamed, gone = list(range(NUM_KEYS)), 0, []
     tell("pid", os.getpid())
     if rng.integers(2):
@@ -53,7 +54,7 @@ def use(path, tier_slots, weights, rng):
             tell("kept")  # while the next one adopts, what it writes takes the place of what it knows
             rig.close()  # killed here, it may leave a part of a manifest
             weights = rig.weights if rig.weights in NAMES else None
-            rig = EngineRig(path, tier_slots=tier_slots, weights=weights)
+            rig = EngineRig(path, tier_slots=tier_slots, coded=coded, weights=weights)
         elif verb == "clear" and rng.integers(3) == 0:
             name = str(rng.choice(NAMES)) if rng.integers(2) else None
             unnamed += 1  # an earlier copy of what is forgotten from here on may lie where nobody knows of it
@@ -66,11 +67,12 @@ def use(path, tier_slots, weights, rng):
 
 def main():
     for line in sys.stdin:  # a process for each, without the price of an interpreter; nothing is open yet
-        path, tier_slots, weights, seed = line.rstrip("\n").split("\t")
+        path, tier_slots, coding, weights, seed = line.rstrip("\n").split("\t")
+        weights, rng = None if weights == "-" else weights, np.random.default_rng(int(seed))
         child = os.fork()
         if child == 0:
             try:
-                use(path, int(tier_slots), None if weights == "-" else weights, np.random.default_rng(int(seed)))
+                use(path, int(tier_slots), coding == "coded", weights, rng)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)

@@ -15,7 +15,8 @@ from tiered_rig import EngineRig
 
 HERE = Path(__file__).parent
 SOAK = os.environ.get("KVORTEX_SOAK") == "1"
-ROUNDS = 1000 if SOAK else 50
+ROUNDS = 1000 if SOAK else 54
+TIERS = [(NUM_KEYS + 20, False), (36, False), (NUM_KEYS + 20, True)]  # with room for all, and one that evicts; coded
 
 
 class Killed:
@@ -38,9 +39,10 @@ def kill_one():
     command = [sys.executable, "-W", "ignore", HERE / "killed_engine.py"]
     engines = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env={**os.environ, "PYTHONPATH": path})
 
-    def kill(folder, tier_slots, weights, rng):
+    def kill(folder, tier_slots, coded, weights, rng):
         killed = Killed(weights)
-        print(folder, tier_slots, weights, rng.randrange(1 << 30), sep="\t", file=engines.stdin, flush=True)
+        fields = folder, tier_slots, "coded" if coded else "exact", weights, rng.randrange(1 << 30)
+        print(*fields, sep="\t", file=engines.stdin, flush=True)
         pid = int(engines.stdout.readline().removeprefix("pid "))
         time.sleep(rng.uniform(0, 0.15))
         with contextlib.suppress(ProcessLookupError):
@@ -57,9 +59,10 @@ def kill_one():
     engines.wait()
 
 
-def look(folder, tier_slots, weights):
+def look(folder, tier_slots, coded, weights):
     """The blocks of these weights that a new engine finds, compared with what they were."""
-    with EngineRig(folder, tier_slots=tier_slots, weights=None if weights == "-" else weights) as rig:
+    weights = None if weights == "-" else weights
+    with EngineRig(folder, tier_slots=tier_slots, coded=coded, weights=weights) as rig:
         return set(rig.adopted().found(range(NUM_KEYS)))
 
 
@@ -68,14 +71,14 @@ def test_a_killed_engine_leaves_no_wrong_block(tmp_path, kill_one, seed):
     """Its blocks are those of the weights that the next one names; blocks of unnamed ones died with it."""
     rng, num_found, num_kept, num_gone = random.Random(seed), 0, 0, 0
     for round_ in range(ROUNDS):
-        tier_slots = (NUM_KEYS + 20, 36)[round_ % 2]  # room for all, and a tier that evicts
-        folder, weights = tmp_path / str(tier_slots), rng.choice(["-", *NAMES])
-        killed = kill_one(folder, tier_slots, weights, rng)
+        tier_slots, coded = TIERS[round_ % len(TIERS)]
+        folder, weights = tmp_path / f"{tier_slots} {coded}", rng.choice(["-", *NAMES])
+        killed = kill_one(folder, tier_slots, coded, weights, rng)
         if tier_slots > NUM_KEYS and killed.weights != "unnamed":
-            found = look(folder, tier_slots, killed.weights)
+            found = look(folder, tier_slots, coded, killed.weights)
             assert killed.kept <= found, "a flushed block was lost"
             assert not killed.gone & found, "a block that was forgotten came back"
             num_kept, num_gone = num_kept + len(killed.kept), num_gone + len(killed.gone)
-        num_found += len(look(folder, tier_slots, rng.choice(["-", *NAMES])))
+        num_found += len(look(folder, tier_slots, coded, rng.choice(["-", *NAMES])))
     print(f"{ROUNDS} engines killed; {num_found} blocks found right, {num_kept} flushed ones all, {num_gone} gone")
     assert num_found and num_kept and (num_gone or not SOAK)  # on a slow machine few get so far

@@ -142,12 +142,15 @@ class Worker(threading.Thread):
 
 @pytest.mark.timeout(7200 if SOAK else 300)
 @pytest.mark.parametrize(
-    "by_layout, io", [(False, "threads"), (True, "aio")], ids=["addresses, threads", "layout, aio"]
+    "by_layout, io, coded",
+    [(False, "threads", False), (True, "aio", False), (True, "threads", True)],
+    ids=["addresses, threads", "layout, aio", "coded"],
 )
-def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed, by_layout, io):
+def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed, by_layout, io, coded):
     gc.collect()  # of earlier tests
     num_threads, num_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    with EngineRig(tmp_path, by_layout=by_layout, num_blocks=NUM_THREADS * CHAIN_BLOCKS, disk={"io": io}) as rig:
+    how = {"by_layout": by_layout, "coded": coded, "disk": {"io": io}}
+    with EngineRig(tmp_path, num_blocks=NUM_THREADS * CHAIN_BLOCKS, **how) as rig:
         faulty = rig.tier.store = FaultyStore(rig, seed, rate=0.2, faults=FAULTS)
         rig.engine.tiering._breaker.allows = lambda now_s: True  # a tier that rests shows nothing
         weights = Weights(rig.engine, rig.weights)

@@ -4,23 +4,35 @@ import hashlib
 import time
 
 import numpy as np
-from tier_rig import PAYLOAD_BYTES, SECONDS, SEGMENT_BYTES, STRIDE_BYTES, DiskRig, keys_of, quota_of
+from tier_rig import (
+    PAYLOAD_BYTES,
+    PLANES,
+    SECONDS,
+    SEGMENT_BYTES,
+    STRIDE_BYTES,
+    DiskRig,
+    keys_of,
+    make_coder,
+    quota_of,
+)  # fmt: skip
 
 from kvortex import DiskTier, KVLayout, KVortexConfig, KVortexEngine
+from kvortex.slots import PAGE_BYTES
 from kvortex.tiers.base import HIT, look_up
 
 POOL_SLOTS, TIER_SLOTS = 24, 48
 NAMESPACE = "model"
 POISON = 0xDB
 NOISE = np.frombuffer(np.random.default_rng(7).bytes(1 << 20), np.uint8)
+NUMBERS = np.random.default_rng(8).standard_normal(1 << 19, np.float32).view(np.uint16)[1::2].copy().view(np.uint8)
 
 
-def content(key_id, weights):
+def content(key_id, weights, noise=NOISE):
     """What the model computes: a block that is stale, of another key or torn differs from it."""
     digest = hashlib.sha256(b"%d of %s" % (key_id, weights.encode())).digest()
-    start = int.from_bytes(digest[:4]) % (len(NOISE) - PAYLOAD_BYTES)
-    data = NOISE[start : start + PAYLOAD_BYTES].copy()
-    data[:32] = np.frombuffer(digest, np.uint8)
+    start = int.from_bytes(digest[:4]) % (len(noise) - PAYLOAD_BYTES) // 2 * 2
+    data = noise[start : start + PAYLOAD_BYTES].copy()
+    data[-32:] = np.frombuffer(digest, np.uint8)
     return data
 
 
@@ -36,18 +48,24 @@ class EngineRig(DiskRig):
         Settings of another tier than a disk in `path`.
     by_layout : bool, default False
         Name blocks by their number in a layout; else by address.
+    coded : bool, default False
+        The disk codes blocks, which consist of numbers then and are named by their number.
     """
 
     def __init__(self, path, *, pool_slots=POOL_SLOTS, tier_slots=TIER_SLOTS, weights=None, num_blocks=16,
-                 by_layout=False, disk=None, tier=None, **settings):  # fmt: skip
+                 by_layout=False, coded=False, disk=None, tier=None, **settings):  # fmt: skip
         self.weights = weights or "the checkpoint"
         self.memory = np.zeros((num_blocks, PAYLOAD_BYTES), np.uint8)
         start = self.memory.ctypes.data
         self.addresses = start + np.arange(num_blocks) * PAYLOAD_BYTES
-        layout = KVLayout([(start, PAYLOAD_BYTES, PAYLOAD_BYTES)], num_blocks) if by_layout else None
+        self.coder, by_layout = make_coder() if coded else None, by_layout or coded
+        runs = [(start, PAYLOAD_BYTES, PAYLOAD_BYTES)]
+        layout = KVLayout(runs, num_blocks, planes=PLANES) if by_layout else None
         self.by_layout, self.is_closed, self.tier_settings = by_layout, False, tier
-        disk = {"disk_bytes": quota_of(tier_slots), "segment_bytes": SEGMENT_BYTES, "write_bytes_per_s": 0} | (
-            disk or {}
+        disk = (
+            {"disk_bytes": quota_of(tier_slots), "segment_bytes": SEGMENT_BYTES, "write_bytes_per_s": 0}
+            | ({"codec": "ecsq", "slot_ratio": 1} if coded else {})
+            | (disk or {})
         )
         config = KVortexConfig(
             cpu_pool_size_bytes=pool_slots * STRIDE_BYTES, block_bytes=PAYLOAD_BYTES, device="host",
@@ -58,6 +76,23 @@ class EngineRig(DiskRig):
         self.tier = self.engine.tiering.tier
         self.store, self.pool = self.tier.store, self.engine.pool
         self.segments = getattr(self.store, "segments", None)
+
+    def content(self, key_id, weights):
+        """What the model computes."""
+        return content(key_id, weights, NOISE if self.coder is None else NUMBERS)
+
+    def decoded(self, key_id, weights=None):
+        """What the tier gives back of it."""
+        data = self.content(key_id, weights or self.weights)
+        coded = np.empty(self.coder.stride_bytes - PAGE_BYTES, np.uint8)
+        assert self.coder.decode(coded[: self.coder.encode(data, coded)], data)
+        return data
+
+    def rights(self, key_id, weights):
+        """What may be loaded: from RAM, or from the tier."""
+        yield self.content(key_id, weights)
+        if self.coder is not None:
+            yield self.decoded(key_id, weights)
 
     def adopted(self):
         """Wait until all is known that the folder has; return this rig."""
@@ -73,7 +108,7 @@ class EngineRig(DiskRig):
         """Compute blocks and save them; the job."""
         blocks = range(len(key_ids)) if blocks is None else blocks
         for key_id, block in zip(key_ids, blocks, strict=True):
-            self.memory[block] = content(key_id, weights or self.weights)
+            self.memory[block] = self.content(key_id, weights or self.weights)
         return self.engine.save_blocks(keys_of(key_ids), **self.places(blocks), **settings)
 
     def save(self, key_ids, weights=None):
@@ -98,8 +133,9 @@ class EngineRig(DiskRig):
         among = [self.weights] if among is None else among() if callable(among) else among
         for i, (key_id, block) in enumerate(zip(key_ids, blocks, strict=True)):
             if i < job.num_blocks:
-                rights = [np.array_equal(self.memory[block], content(key_id, weights)) for weights in among]
-                assert any(rights), f"a wrong block for key {key_id}: {bytes(self.memory[block][:40]).hex()}"
+                rights = [right for weights in among for right in self.rights(key_id, weights)]
+                is_right = any(np.array_equal(self.memory[block], right) for right in rights)
+                assert is_right, f"a wrong block for key {key_id}: {bytes(self.memory[block][:40]).hex()}"
             else:
                 assert (self.memory[block] == POISON).all(), f"the target of key {key_id} was touched"
         return job.num_blocks

@@ -29,6 +29,7 @@ class MemoryStore:
 
     def __init__(self, pool, num_slots, *, namespace, rank=0):
         self.pool, self.num_slots, self.payload_bytes = pool, num_slots, pool.payload_bytes
+        self.codec, self.record_bytes = "exact", pool.stride_bytes
         self.names = {"namespace": namespace, "rank": rank}
         self.records = {slot: bytearray(pool.stride_bytes) for slot in range(num_slots)}
         self.counts = {verb: collections.Counter() for verb in ("put", "get", "erase", "scan")}

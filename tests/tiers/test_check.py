@@ -114,7 +114,8 @@ def test_a_folder_that_was_copied_elsewhere_is_read_too(filled, run, command, tm
 def test_text_is_for_people_and_progress_goes_to_stderr(filled, capsys, monkeypatch):
     assert main(["inspect", str(filled[0])]) == 0
     text = capsys.readouterr().out
-    for words in (str(filled[1]), SPACE.hex(), "40 slots of 24 KiB", "in use      no", "records     20, blocks of"):
+    records = "records     20, 390.62 KiB (400000 bytes) for blocks of 390.62 KiB (400000 bytes) (1.00x)"
+    for words in (str(filled[1]), SPACE.hex(), "40 slots of 24 KiB", "in use      no", "codec       exact", records):
         assert words in text
     monkeypatch.setattr("kvortex.replay.report.time.monotonic", itertools.count(0, 100).__next__)  # always time to show
     assert main(["verify", str(filled[0])]) == 0

@@ -403,7 +403,7 @@ def test_pools_that_do_not_fit_are_refused(tmp_path):
     segments = open_segments([tmp_path])
     for header_bytes, payload_bytes, message in (
         (0, PAYLOAD_BYTES, "header_bytes=4096, got 0"),
-        (4096, 30_000, "same stride, got 24576 and 36864"),
+        (4096, 30_000, "a stride of 36864 bytes, that of the pool, got 24576"),
     ):
         pool = PinnedPool(1 << 20, payload_bytes, "host", header_bytes=header_bytes)
         with pool, pytest.raises(ConfigError, match=message):

@@ -57,6 +57,23 @@ def test_another_record_is_refused_by_what_differs(record, expected, status):
     assert check(record, **expected) is status
 
 
+@pytest.mark.parametrize(
+    "expected, status",
+    [
+        ({}, BlockStatus.OK),
+        ({"length": LENGTH}, BlockStatus.OK),
+        ({"length": LENGTH - 1}, BlockStatus.LENGTH_DIFFERS),
+        ({"block_bytes": 20_001}, BlockStatus.LENGTH_DIFFERS),
+        ({"codec": 0}, BlockStatus.CODEC_DIFFERS),
+        ({"codec": 0x205}, BlockStatus.CODEC_DIFFERS),
+    ],
+)
+def test_a_coded_record_is_no_longer_than_its_slot(record, expected, status):
+    """It says itself how long it is; its block has the length that is asked for."""
+    write_record(record, KEY, **NAMES, stored_bytes=LENGTH, codec=0x105, block_bytes=20_000)
+    assert check(record, **{"length": LENGTH + 100, "codec": 0x105, "block_bytes": 20_000, **expected}) is status
+
+
 def test_an_empty_page_is_no_record():
     assert check(bytearray(HEADER_BYTES + LENGTH)) is BlockStatus.MISSING
 

@@ -7,6 +7,8 @@ import numpy as np
 from memory_store import MemoryStore
 
 from kvortex import PinnedPool
+from kvortex.codec import PackedBlock, Plane
+from kvortex.codec._coder import BlockCoder
 from kvortex.slots import PAGE_BYTES
 from kvortex.tiers._record import HEADER_BYTES
 from kvortex.tiers.base import BlockStatus
@@ -19,6 +21,7 @@ SPACE, TAG, OTHER_TAG = (hashlib.sha256(text).digest() for text in (b"space", b"
 PAYLOAD_BYTES = 20_000  # no whole pages
 NUM_SLOTS, POOL_SLOTS = 40, 48
 ALL = range(NUM_SLOTS)
+PLANES = [Plane("k", 0, 39, 256, 256), Plane("v", 39 * 256, 39, 256, 256)]  # and 32 bytes of neither
 SECONDS = 30_000  # a deadline that no healthy machine comes near
 STRIDE_BYTES = PAGE_BYTES + 5 * PAGE_BYTES
 SLOT_BYTES = STRIDE_BYTES + 128  # of the quota, with a row of the manifest
@@ -109,12 +112,12 @@ class MemoryRig(Rig):
 
 class DiskRig(Rig):
     def __init__(self, path, *, num_slots=NUM_SLOTS, pool=None, num_threads=4, queue_blocks=4096, io="threads",
-                 **settings):  # fmt: skip
+                 coder=None, **settings):  # fmt: skip
         pool = pool or make_pool()
         paths = path if isinstance(path, list) else [path]
-        self.segments = open_segments(paths, num_slots, **settings)
+        self.segments = open_segments(paths, num_slots, codec=coder.codec if coder else 0, **settings)
         super().__init__(DiskStore(pool, self.segments, namespace=SPACE, num_threads=num_threads,
-                                   queue_blocks=queue_blocks, io=io), pool)  # fmt: skip
+                                   queue_blocks=queue_blocks, io=io, coder=coder), pool)  # fmt: skip
 
     def place(self, slot):
         """File and offset of a slot, by a count of our own."""
@@ -147,6 +150,16 @@ class AioRig(DiskRig):
 class BufferedAioRig(DiskRig):
     def __init__(self, path):
         super().__init__(path, io="aio", direct=False)
+
+
+def make_coder(slot_ratio=1, codec="exact", level=1):
+    """Of blocks of 39 vectors of K and as many of V; random bytes are no numbers, and stay as they are."""
+    return BlockCoder(PackedBlock.of(PLANES, PAYLOAD_BYTES, codec), level, slot_ratio)
+
+
+class CodedRig(DiskRig):
+    def __init__(self, path, **settings):
+        super().__init__(path, coder=make_coder(), **settings)
 
 
 class RemoteRig(Rig):
@@ -198,6 +211,7 @@ RIGS = {
     "disk-aio": AioRig,
     "disk-aio-buffered": BufferedAioRig,
     "disk-buffered-two-folders": BufferedRig,
+    "disk-coded": CodedRig,
     "folder": FolderRig,
 }
 

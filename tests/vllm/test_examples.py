@@ -33,7 +33,9 @@ def test_the_table_of_options_names_those_that_there_are():
     rows = pages.table(pages.section(CONNECTOR, "Options"))
     named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
     own = {field.name for field in fields(options.ConnectorOptions)} - {"engine", options.BLOCKS_PER_OBJECT}
-    assert named == {*own, *options.ENGINE_OPTIONS, "disk_path", *options.TIER_SIZES, *options.REMOTE}
+    assert named == {
+        *own, *options.ENGINE_OPTIONS, "disk_path", *options.TIER_SIZES, *options.CODED, *options.REMOTE,
+    }  # fmt: skip
 
 
 def test_the_table_of_options_shows_their_defaults():

@@ -229,7 +229,7 @@ def test_two_vllms_save_the_same_at_once(start, prompts):
         ({"remote_options": {"blocks_per_object": 3}}, "lower tier"),
         ({"remote_url": "redis://host", "remote_options": "x"}, "table"),
         ({"remote_url": "redis://host", "remote_options": {"ttl_s": 1.5}}, "ttl_s"),
-        ({"remote_url": "redis://host", "disk_path": "/x", "disk_bytes": 1 << 30}, "two tiers"),
+        ({"remote_url": "redis://host", "disk_path": "/x", "disk_bytes": 1 << 30}, "two lower tiers"),
         ({"remote_url": "ftp://host"}, "must begin with"),
         ({"remote_options": {}}, "lower tier"),
     ],

@@ -77,7 +77,7 @@ def server(model):
 
 
 @contextlib.contextmanager
-def serve(folder, **extra):
+def serve(folder, dtype="float32", **extra):
     """A server with what README shows, a smaller pool, and these options more; told to end by SIGTERM."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -88,7 +88,7 @@ def serve(folder, **extra):
     }
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "m",
-        "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager",
+        "--skip-tokenizer-init", "--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enforce-eager",
         "--max-model-len", "512", "--max-num-seqs", "4", "--block-size", "32", "--num-gpu-blocks-override", "40",
         "--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer),
     ]  # fmt: skip
@@ -130,9 +130,11 @@ def test_a_reset_over_http_forgets_what_the_connector_has_if_it_says_external(se
     assert server.cached_tokens() == 0 and server.metric("external_prefix_cache_hits") == 2 * 192
 
 
-def test_a_server_that_was_told_to_end_finds_its_blocks_on_disk_when_it_is_started_again(model, tmp_path):
+@pytest.mark.parametrize("codec", ["exact", "ecsq"])
+def test_a_server_that_was_told_to_end_finds_its_blocks_on_disk_when_it_is_started_again(model, tmp_path, codec):
     prompts = [[7 + (number * 131 + at * 17) % 900 for at in range(200)] for number in range(8)]
-    disk = {"disk_path": str(tmp_path), "disk_bytes": "256MiB", "prefill_tokens_per_s": 0, "promote_timeout_ms": 20_000}
+    disk = {"disk_path": str(tmp_path), "disk_bytes": "256MiB", "prefill_tokens_per_s": 0, "promote_timeout_ms": 20_000,
+            "disk_codec": codec, "dtype": "float32" if codec == "exact" else "bfloat16"}  # fmt: skip
     with serve(model, **disk) as first:
         assert [first.cached_tokens(prompt) for prompt in prompts] == [0] * 8
     with serve(model, **disk) as again:

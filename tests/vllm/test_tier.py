@@ -264,14 +264,21 @@ def test_folders_that_are_none_are_refused_before_anything_is_loaded(paths):
 @pytest.mark.parametrize("more", [
     {"promote_timeout_ms": 10**400}, {"promote_timeout_ms": "5"}, {"flush_timeout_ms": 1 << 70}, {"disk_bytes": True},
     {"disk_bytes": 0}, {"disk_bytes": "many"}, {"write_bytes_per_s": -1}, {"prefill_tokens_per_s": 1.5},
-    {"namespace": ""}, {"namespace": 7},
+    {"namespace": ""}, {"namespace": 7}, {"disk_codec": "zip"}, {"disk_level": 5}, {"disk_level": 1.5},
+    {"disk_slot_ratio": "3"},
 ])  # fmt: skip
 def test_values_that_are_none_are_refused_by_name(more):
     with pytest.raises(ConfigError, match=next(iter(more))):
         ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", "disk_path": "/tmp/x", "disk_bytes": "1GiB", **more})
 
 
-@pytest.mark.parametrize("name", ["disk_bytes", "namespace", "promote_timeout_ms", "write_bytes_per_s"])
+def test_verify_is_refused_beside_a_lossy_disk():
+    disk = {"disk_path": "/tmp/x", "disk_bytes": "1GiB", "disk_codec": "ecsq"}
+    with pytest.raises(ConfigError, match="verify compares blocks byte for byte"):
+        ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", "verify": True, **disk})
+
+
+@pytest.mark.parametrize("name", ["disk_bytes", "namespace", "promote_timeout_ms", "write_bytes_per_s", "disk_level"])
 def test_a_setting_of_a_disk_without_one_is_refused(name):
     with pytest.raises(ConfigError, match=f"{name} needs a lower tier"):
         ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", name: 5})

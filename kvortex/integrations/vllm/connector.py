@@ -40,7 +40,7 @@ from kvortex.integrations.vllm.start import tell_limits, tell_sizes
 from kvortex.integrations.vllm.worker import BLOCKS, NOTHING, REQUESTS, WorkerHalf
 from kvortex.log import Guarded
 from kvortex.memory.limits import has_pools
-from kvortex.transfer import packed_bytes
+from kvortex.transfer import packed_bytes, slot_block
 
 logger = Guarded(init_logger("vllm.kvortex"))  # vLLM shows the log of this name
 logging.getLogger("kvortex").parent = logging.getLogger("vllm")  # and so the library's log
@@ -215,7 +215,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         options = ConnectorOptions.parse(self._kv_transfer_config.kv_connector_extra_config)
         parallel = vllm_config.parallel_config
         num_groups = len(kv_cache_config.kv_cache_groups)
-        self.scheduler = self.worker = self.refusal = self.begun = None
+        self.scheduler = self.worker = self.refusal = self.begun = self._coder = None
         self.has_several_groups = num_groups > 1
         with naming(vllm_config):
             if is_one_of_several() and not hears_of_blocks_of_others():
@@ -279,6 +279,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 and {
                     "bytes_per_s": options.tier.write_bytes_per_s,
                     "promote_timeout_ms": options.promote_timeout_ms,
+                    "codec": options.tier.codec,
                     "prefill_tokens_per_s": options.prefill_tokens_per_s,
                     "steps_at_once": steps_at_once(vllm_config),
                     "remote": options.tier if options.tier.is_remote else None,
@@ -331,8 +332,11 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         }
 
         def open_store(pool):
-            of_layout = hashlib.sha256(namespace + self._layout_text.encode()).digest()
-            store = options.tier.open_store(pool, namespace=of_layout, **whose)
+            of_layout = hashlib.sha256(namespace + self._layout_text.encode())
+            if self._coder is not None:
+                of_layout.update(self._coder.identity)
+                whose["coder"] = self._coder
+            store = options.tier.open_store(pool, namespace=of_layout.digest(), **whose)
             if options.tier.is_remote:
                 logger.info("KVortexConnector: blocks are shared by %s", options.tier.url)
             else:
@@ -509,11 +513,15 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 tensors, self.worker.shape.num_device_blocks, block_dims, overlap=self.has_several_groups
             )
             engine = self.worker.options.engine
-            if engine.codec != "exact":
+            tier = self.worker.options.tier
+            tier_codec = "exact" if tier is None else tier.codec
+            if (engine.codec, tier_codec) != ("exact", "exact"):
                 specs = [self._spec_of(name) for name in names]
                 num_blocks, on_cpu = self.worker.shape.num_device_blocks, current_platform.is_cpu()
                 layout = with_planes(layout, tensors, block_dims, specs, num_blocks, on_cpu=on_cpu)
             slot_bytes = packed_bytes(layout, engine.codec, engine.exact_layers)
+            if tier_codec != "exact":
+                self._coder = tier.coder(slot_block(layout, engine.codec, engine.exact_layers))
             if slot_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(
                     f"the KV cache takes {slot_bytes} bytes a block, and vLLM's configuration of it says "

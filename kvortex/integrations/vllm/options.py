@@ -26,6 +26,7 @@ ENGINE_OPTIONS = (
     "enable_numa",
 )
 TIER_SIZES = ("disk_bytes", "write_bytes_per_s")
+CODED = {"disk_codec": "codec", "disk_level": "level", "disk_slot_ratio": "slot_ratio"}  # as `DiskTier` calls them
 REMOTE = ("remote_url", "remote_options")
 BLOCKS_PER_OBJECT, MOST_JOINED, OBJECT_BYTES = "blocks_per_object", 256, 4 << 20
 AT_ONCE, ON_EVICT = "at_once", "on_evict"  # when blocks are saved
@@ -71,6 +72,9 @@ class ConnectorOptions:
         Folders, one for each disk. Blocks that the pool cannot hold go there, and outlive the server.
     disk_bytes : int or str
         Needed with `disk_path`: how much all ranks and replicas together may store there.
+    disk_codec : {"exact", "ecsq"}, default "exact"
+        "ecsq" takes a third to a quarter of the room, and is lossy: answers may differ. With `disk_level`, 1 to 4, and
+        `disk_slot_ratio`: see `level` and `slot_ratio` of `kvortex.DiskTier`.
     write_bytes_per_s : int or str, default 256 MiB
         What each rank may write there a second, ten seconds of it at once; 0: no limit, the default of `remote_url`.
     remote_url : str, optional
@@ -121,7 +125,7 @@ class ConnectorOptions:
         """
         extra = dict(extra or {})
         own = {field.name for field in fields(cls)} - {"engine", BLOCKS_PER_OBJECT}
-        known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES, *REMOTE})
+        known = sorted({*own, *ENGINE_OPTIONS, "disk_path", *TIER_SIZES, *CODED, *REMOTE})
         for name in extra:
             if name not in known:
                 near = nearest(name, known)
@@ -191,7 +195,7 @@ def tier_of(extra):
         return remote_tier_of(extra)
     if "disk_path" not in extra:
         of_tiers = {"namespace", "promote_timeout_ms", "flush_timeout_ms", "prefill_tokens_per_s", "remote_options"}
-        alone = sorted({*TIER_SIZES, *of_tiers} & {*extra})
+        alone = sorted({*TIER_SIZES, *CODED, *of_tiers} & {*extra})
         if alone:
             raise ConfigError(f"{alone[0]} needs a lower tier; set disk_path or remote_url, or leave it out")
         return {}
@@ -199,9 +203,16 @@ def tier_of(extra):
         raise ConfigError('disk_path needs disk_bytes: what all ranks may take there together, e.g. "500GiB"')
     namespace = extra.get("namespace", "as loaded")
     sizes = {name: extra[name] for name in TIER_SIZES if name in extra}
+    sizes |= {name: extra[option] for option, name in CODED.items() if option in extra}
+    if sizes.get("codec", "exact") != "exact" and extra.get("verify") is True:
+        raise ConfigError("verify compares blocks byte for byte, which a lossy disk_codec does not keep; drop one")
     try:
         return {"tiers": (DiskTier(extra["disk_path"], **sizes),), "namespace": namespace}
-    except TypeError as error:
+    except (ConfigError, TypeError) as error:
+        if str(error).startswith(tuple(CODED.values())):
+            raise ConfigError(f"disk_{error}") from None
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(
             f"kv_connector_extra_config: {error}; disk_path must be a folder or a list of them, and is "
             f"{shown(extra['disk_path'])}"
@@ -210,7 +221,7 @@ def tier_of(extra):
 
 def remote_tier_of(extra):
     """The settings of `KVortexConfig` for a tier on a server."""
-    others = sorted({"disk_path", "disk_bytes"} & {*extra})
+    others = sorted({"disk_path", "disk_bytes", *CODED} & {*extra})
     if others:
         raise ConfigError(f"remote_url and {others[0]} name two lower tiers, and one is possible; leave one out")
     options = extra.get("remote_options", {})

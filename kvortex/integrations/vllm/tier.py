@@ -157,6 +157,8 @@ class Tier:
     num_ranks : int
     bytes_per_s : int
         What may be written, in each rank; 0: no limit.
+    codec : str, default "exact"
+        Of the stores' records.
     promote_timeout_ms : int
         How long a request waits for what the tier has, from its first question on.
     blocks_per_token : float
@@ -188,8 +190,9 @@ class Tier:
 
     def __init__(self, index, slots, *, num_ranks, bytes_per_s, promote_timeout_ms, blocks_per_token,
                  prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None, blocks_per_object=1,
-                 saves_late=False):  # fmt: skip
-        self.index, self.slots, self.num_ranks = index, slots, num_ranks
+                 saves_late=False, codec="exact"):  # fmt: skip
+        self.index, self.slots, self.num_ranks, self.codec = index, slots, num_ranks, codec
+        self.record_bytes = slots.stride_bytes  # what it has coded takes less, which only the workers' stores know
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
         self.store = RanksStore(num_ranks)
         self.budget = WriteBudget(bytes_per_s)

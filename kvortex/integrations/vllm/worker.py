@@ -161,7 +161,10 @@ class WorkerHalf:
 
             self.verifier = Verifier(layout, self.pool, tensor.device, engine.codec, engine.exact_layers)
         if self.open_store is not None:
-            self.tier = WorkerTier(self.open_store(self.pool), self.shape.block_bytes, self.put_lag)
+            store = self.open_store(self.pool)
+            coder = getattr(store, "coder", None)  # of blocks without the padding that groups may have
+            block_bytes = self.shape.block_bytes if coder is None else coder.payload_bytes
+            self.tier = WorkerTier(store, block_bytes, self.put_lag)
 
     def live_addresses(self):
         """Addresses of the tensors of the registered KV cache that still live when no copy of ours uses them."""

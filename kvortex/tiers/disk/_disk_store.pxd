@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from kvortex._c cimport kv_disk, kv_disk_aio, kv_io_batch, kv_io_queue
+from kvortex.codec._coder cimport BlockCoder
 from kvortex.memory._pinned_pool cimport PinnedPool
 from kvortex.tiers.disk._io_calls cimport IoCalls
 
@@ -18,10 +19,11 @@ cdef class DiskStore:
     cdef readonly PinnedPool pool     # mapped for as long as a thread may touch it
     cdef readonly object segments     # whose files the core uses; closed with it
     cdef IoCalls calls
+    cdef readonly BlockCoder coder    # whose numbers the core uses; None: blocks are written as they are
     cdef readonly uint32_t num_slots
     cdef bytes space
     cdef bint is_aio
-    cdef str threads_reason           # why threads do the I/O where AIO was asked for
+    cdef str threads_reason           # why threads do the I/O although AIO was asked for
     cdef bint running                 # threads are there
     cdef bint closed
     cdef bint is_lost                 # a thread's I/O does not return: the core is never freed

@@ -3,6 +3,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kvortex.codec._coder import BlockCoder
 from kvortex.memory import PinnedPool
 from kvortex.tiers.disk.segments import Segments
 
@@ -24,6 +25,7 @@ class DiskStore:
     pool: PinnedPool
     segments: Segments
     num_slots: int
+    coder: BlockCoder | None
     def __init__(
         self,
         pool: PinnedPool,
@@ -34,9 +36,14 @@ class DiskStore:
         num_threads: int = 4,
         queue_blocks: int = 4096,
         io: str = "threads",
+        coder: BlockCoder | None = None,
     ) -> None: ...
     @property
     def payload_bytes(self) -> int: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def record_bytes(self) -> int: ...
     def put(
         self,
         slots: ArrayLike,

@@ -7,12 +7,14 @@ import numpy as np
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy
 from posix.unistd cimport getpid
 
 cimport kvortex._c as _c
+from kvortex.codec._coder cimport BlockCoder
 from kvortex.keys._arrays cimport as_keys
 from kvortex.keys._persistent_names cimport as_digest, name_keys
 from kvortex.memory._pinned_pool cimport PinnedPool
@@ -37,7 +39,7 @@ cdef class DiskStore:
     pool : PinnedPool
         With a header page before each payload.
     segments : Segments
-        Open, with the pool's stride; the store closes them.
+        Open, with the stride of a record, which without a coder is the pool's; the store closes them.
     namespace : bytes
         32 bytes that name the model as loaded.
     rank : int, default 0
@@ -46,18 +48,21 @@ cdef class DiskStore:
     queue_blocks : int, default 4096
         Blocks that may wait; what comes beyond is DROPPED.
     io : {"threads", "aio"}, default "threads"
-        By system calls that block, or by Linux AIO; threads, too, where the kernel refuses AIO.
+        By system calls that block, or by Linux AIO; by threads, too, if the kernel refuses AIO or there is a coder.
+    coder : BlockCoder, optional
+        What makes records of blocks. Each thread then has memory for a record and for what the coder needs. A block
+        whose record would be too large is answered TOO_LARGE.
 
     Raises
     ------
     ConfigError
-        A number outside its limits, a pool without header pages, or segments of another stride.
+        A number outside its limits, a pool without header pages, segments of another stride, a coder of longer blocks.
     MemoryError
-        No thread could be started.
+        No thread could be started, with its memory.
     """
 
     def __init__(self, PinnedPool pool not None, segments, *, namespace, rank=0, num_threads=4, queue_blocks=4096,
-                 io="threads"):
+                 io="threads", BlockCoder coder=None):
         cdef int i
         if self.core is not NULL:
             raise RuntimeError("DiskStore.__init__ may be called once")
@@ -71,11 +76,15 @@ cdef class DiskStore:
         if pool.slots.header_bytes != _c.KV_RECORD_HEADER_BYTES:
             raise ConfigError(f"a pool above a tier needs header_bytes={_c.KV_RECORD_HEADER_BYTES}, "
                               f"got {pool.slots.header_bytes}")
-        if segments.stride_bytes != pool.slots.stride_bytes:
-            raise ConfigError(f"segments and pool must have the same stride, got {segments.stride_bytes} and "
-                              f"{pool.slots.stride_bytes} bytes")
+        stride = pool.slots.stride_bytes if coder is None else coder.stride_bytes
+        if segments.stride_bytes != stride:
+            raise ConfigError(f"segments must have a stride of {stride} bytes, that of the "
+                              f"{'pool' if coder is None else 'coder'}, got {segments.stride_bytes}")
+        if coder is not None and coder.payload_bytes > pool.slots.payload_bytes:
+            raise ConfigError(f"the coder is of blocks of {coder.payload_bytes} bytes, and slots of the pool have "
+                              f"{pool.slots.payload_bytes}")
         self.space = as_digest(namespace, "namespace")
-        self.pool, self.segments, self.calls = pool, segments, segments.calls
+        self.pool, self.segments, self.calls, self.coder = pool, segments, segments.calls, coder
         self.num_slots = segments.num_slots
         cdef size_t num_files = len(segments.files)
         self.core = <DiskCore *>calloc(1, sizeof(DiskCore))
@@ -87,6 +96,8 @@ cdef class DiskStore:
             files[i] = segments.files[i]
         self.core.disk.calls, self.core.disk.memory, self.core.disk.files = self.calls.table, pool.slots, files
         self.core.disk.slots_per_segment, self.core.disk.rank = segments.slots_per_segment, rank
+        self.core.disk.stride_bytes = stride
+        self.core.disk.coder = NULL if coder is None else coder.get()
         self.core.disk.vectors = _c.kv_has_vectors()
         memcpy(self.core.disk.space, <const uint8_t *>self.space, _c.KV_DIGEST_BYTES)
         try:
@@ -104,19 +115,24 @@ cdef class DiskStore:
         """Make the queue and its threads."""
         cdef _c.kv_io_queue *queue = &self.core.queue
         self.is_aio = io == "aio" and self.set_up_aio(num_threads)
+        cdef _c.kv_disk *disk = &self.core.disk
         cdef _c.kv_io_run run = _c.kv_disk_aio_run if self.is_aio else _c.kv_disk_run
         cdef void *owner = <void *>&self.core.aio if self.is_aio else <void *>&self.core.disk
         if _c.kv_io_queue_init(queue, self.num_slots, queue_blocks, run, owner):
             raise MemoryError("no memory for a queue")
+        queue.scratch_bytes = _c.kv_disk_scratch_bytes(disk)
         if ((self.is_aio and _c.kv_io_start_reaper(queue, _c.kv_disk_aio_reap, num_threads))
                 or _c.kv_io_start(queue, min(num_threads, SUBMITTERS) if self.is_aio else num_threads) == 0):
             _c.kv_io_stop(queue, 0)
             _c.kv_io_queue_destroy(queue)
-            raise MemoryError("no thread for I/O could be started")
+            raise MemoryError(f"no thread for I/O could be started, with {queue.scratch_bytes} bytes for each")
         return 0
 
     cdef bint set_up_aio(self, uint32_t depth) except -1:
-        """Whether the kernel does AIO for this process; where not, it is logged."""
+        """Whether the kernel does AIO for this process; if not, that is logged."""
+        if self.coder is not None:
+            self.threads_reason = f"records of {self.coder.name} are made by the threads"
+            return False
         self.core.aio.disk = &self.core.disk
         error = self.calls.table.aio_setup(depth, &self.core.aio.context)
         if error >= 0:
@@ -247,6 +263,16 @@ cdef class DiskStore:
         """Bytes of the longest block."""
         return self.pool.payload_bytes
 
+    @property
+    def codec(self):
+        """Of the records."""
+        return "exact" if self.coder is None else self.coder.name
+
+    @property
+    def record_bytes(self):
+        """Bytes that a block takes at the most."""
+        return self.segments.stride_bytes
+
     # ---- batches ----------------------------------------------------------------------------------------------------
 
     cdef _c.kv_io_batch *new_batch(self, uint8_t verb, object slots, object timeout_ms) except NULL:
@@ -329,6 +355,7 @@ cdef class DiskStore:
             self.segments.close()
         else:  # memory, files and lock stay: the disk may still write into them, or from them
             self.is_lost = True
+            Py_INCREF(self.coder)
             warn_once("disk_hangs", "I/O does not return; its memory and files are kept until the process ends",
                       folders=self.segments.folders)
         return 0

@@ -16,6 +16,8 @@ import time
 from collections import Counter
 from datetime import UTC, datetime
 
+from kvortex.codec._coder import ECSQ
+from kvortex.codec._ecsq import LEVELS
 from kvortex.config import bytes_text
 from kvortex.errors import TierError
 from kvortex.slots import PAGE_BYTES
@@ -31,6 +33,7 @@ ZEROS = bytes(PAGE_BYTES)
 MOST_STRIDE_BYTES = (1 << 32) + PAGE_BYTES  # a block has less than 4 GiB
 HOLDER = re.compile(r"process \d+ on [\w.-]+")
 SEGMENT_NAME = re.compile(r"(\d{6,})" + re.escape(SUFFIX))
+NO_BYTES = (0, 0)
 EMPTY, UNKNOWN_FORMAT, IN_USE, UNREADABLE = "EMPTY", "UNKNOWN_FORMAT", "IN_USE", "UNREADABLE"
 UNDAMAGED = ("OK", EMPTY, UNKNOWN_FORMAT)
 
@@ -121,6 +124,7 @@ class _Part:
             "slots": 0,
             "records": 0,
             "record_bytes": 0,
+            "block_bytes": 0,
             "unknown_records": 0,
             "damaged": 0,
             "undecided": 0,
@@ -168,6 +172,7 @@ class _Part:
                 "name": name,
                 "bytes": segment.size,
                 "version": VERSION,
+                "codec": _codec_name(segment.codec),
                 "stride_bytes": segment.stride,
                 "slots": segment.num_slots,
                 "records": counts["OK"],
@@ -188,14 +193,15 @@ class _Part:
         counts = Counter()
         for slot in range(segment.num_slots):
             try:
-                status, nbytes = self._settled(lambda at=slot: segment.read_record(at, self._payloads))
+                status, sizes = self._settled(lambda at=slot: segment.read_record(at, self._payloads))
             except OSError as error:
-                status, nbytes = UNREADABLE, 0
+                status, sizes = UNREADABLE, NO_BYTES
                 self._find(name, slot, status, os.strerror(error.errno))
             else:
                 self._find(name, slot, status, "")
             counts[status] += 1
-            self.facts["record_bytes"] += nbytes if status == "OK" else 0
+            for name_of_size, nbytes in zip(("record_bytes", "block_bytes"), sizes, strict=True):
+                self.facts[name_of_size] += nbytes if status == "OK" else 0
             self._walk.advance(segment.stride, status == "OK")
         if (segment.size - PAGE_BYTES) % segment.stride:
             self._find(name, segment.num_slots, "SHORT", "the file ends within a slot")
@@ -212,7 +218,7 @@ class _Part:
             answer = look()
             if before[0] is None and lock_state(self._path) == before:
                 return answer
-        return answer if answer[0] in UNDAMAGED else (IN_USE, 0)
+        return answer if answer[0] in UNDAMAGED else (IN_USE, NO_BYTES)
 
     def _find(self, name, slot, status, why):
         """Count and list what is not whole."""
@@ -253,8 +259,8 @@ class _Segment:
             return (EMPTY, "an empty file") if self.size == 0 else ("SHORT", "the file ends within its first page")
         page = bytes(self._buffer[:PAGE_BYTES])
         fields = struct.unpack_from("<8sIIIIQ32s", page)
-        magic, version, _, self.rank, self.number, self.stride, self.namespace = fields
-        expected = segment_page(self.namespace, self.rank, self.number, self.stride)
+        magic, version, self.codec, self.rank, self.number, self.stride, self.namespace = fields
+        expected = segment_page(self.namespace, self.rank, self.number, self.stride, self.codec)
         # A page may tell any stride, under a sum that is right, and a sparse file be larger than memory.
         if page == expected and PAGE_BYTES < self.stride <= MOST_STRIDE_BYTES and self.stride % PAGE_BYTES == 0:
             self.num_slots = max(0, self.size - PAGE_BYTES) // self.stride
@@ -268,31 +274,32 @@ class _Segment:
         return UNKNOWN_FORMAT, f"format {version}" if magic == MAGIC else "no segment of a disk tier"
 
     def read_record(self, slot, payloads):
-        """Read a slot; return what its record is, and the bytes of its block."""
+        """Read a slot; return what its record is, and bytes: of its payload, and of the block that was coded in it."""
         offset = PAGE_BYTES + slot * self.stride
         if self._read(PAGE_BYTES, offset) < PAGE_BYTES:
-            return "SHORT", 0
+            return "SHORT", NO_BYTES
         with memoryview(self._buffer) as view:
             status, header = read_header(view[:PAGE_BYTES])
             if status != BlockStatus.OK:
-                return _name_of_page(bytes(view[:PAGE_BYTES]), status), 0
+                return _name_of_page(bytes(view[:PAGE_BYTES]), status), NO_BYTES
+            if header.codec != self.codec:
+                return UNKNOWN_FORMAT, NO_BYTES
             nbytes = header.stored_bytes
             if not 0 < nbytes <= self.stride - PAGE_BYTES:
-                return "LENGTH_DIFFERS", 0
+                return "LENGTH_DIFFERS", NO_BYTES
             whole = PAGE_BYTES * (1 + -(-nbytes // PAGE_BYTES))
             if payloads and self._read(whole, offset) < PAGE_BYTES + nbytes:
-                return "SHORT", 0
+                return "SHORT", NO_BYTES
             if not payloads:
                 is_ours = (header.namespace, header.rank) == (self.namespace, self.rank)
                 status = BlockStatus.OK if is_ours else BlockStatus.NAMESPACE_DIFFERS
             else:
                 status = check_record(view, header.key, namespace=self.namespace, rank=self.rank, tag=header.tag,
-                                      stored_bytes=nbytes)  # fmt: skip
+                                      stored_bytes=nbytes, codec=self.codec,
+                                      block_bytes=header.block_bytes)  # fmt: skip
                 if not status and payload_sums(view[PAGE_BYTES : PAGE_BYTES + nbytes])[1] != header.payload_weighted:
                     status = BlockStatus.PAYLOAD_DAMAGED
-            if status == BlockStatus.CODEC_DIFFERS:
-                return UNKNOWN_FORMAT, 0
-            return BlockStatus(status).name, nbytes
+            return BlockStatus(status).name, (nbytes, header.block_bytes)
 
     def close(self):
         os.close(self._file)
@@ -365,7 +372,12 @@ def _text(facts):
         ("in use", f"by {facts['in_use_by']}" if facts["in_use_by"] else "no"),
         ("last opened", facts["last_opened"] or "unknown"),
         ("segments", f"{len(facts['segments'])} of format {VERSION}, {facts['slots']} slots of {sizes}"),
-        ("records", f"{facts['records']}, blocks of {bytes_text(facts['record_bytes'])}"),
+        ("codec", ", ".join(sorted({segment["codec"] for segment in facts["segments"]}))),
+        (
+            "records",
+            f"{facts['records']}, {bytes_text(facts['record_bytes'])} for blocks of "
+            f"{bytes_text(facts['block_bytes'])} ({facts['block_bytes'] / (facts['record_bytes'] or 1):.2f}x)",
+        ),
         ("size", f"{bytes_text(facts['bytes'])}, {bytes_text(facts['disk_bytes'])} on the disk"),
         ("manifest", "none: the next start scans all headers" if manifest is None else bytes_text(manifest)),
         ("garbage", f"{len(garbage)} files, {bytes_text(sum(file['bytes'] for file in garbage))}: {names}"),
@@ -384,6 +396,14 @@ def _text(facts):
         lines.append(f"    {finding['file']}{slot}: {finding['status']}{why}")
     left = facts["damaged"] + facts["undecided"] + facts["unreadable"] - len(facts["findings"])
     return "\n".join(lines + [f"    and {left} more"] * (left > 0))
+
+
+def _codec_name(codec):
+    """Of records, as their headers have it."""
+    kind, level = codec & 0xFF, codec >> 8
+    if codec == 0:
+        return "exact"
+    return f"ecsq, level {level}" if kind == ECSQ and level in LEVELS else f"unknown ({codec})"
 
 
 def _or_unknown(number):

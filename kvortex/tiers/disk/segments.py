@@ -36,6 +36,8 @@ class Segments:
         32 bytes that name the model as loaded.
     stride_bytes : int
         Of a slot: header page and payload in whole pages.
+    codec : int, default 0
+        Of the records, as their headers have it.
     disk_bytes : int
         What all of it may take of the disks, for this process.
     rank, replica : int, default 0
@@ -52,8 +54,8 @@ class Segments:
         A folder is in use, of another user or not writable, or the disk has no room for the quota.
     """
 
-    def __init__(self, paths, *, namespace, stride_bytes, disk_bytes, rank=0, replica=0, segment_bytes=SEGMENT_BYTES,
-                 direct=True, calls=None):  # fmt: skip
+    def __init__(self, paths, *, namespace, stride_bytes, disk_bytes, codec=0, rank=0, replica=0,
+                 segment_bytes=SEGMENT_BYTES, direct=True, calls=None):  # fmt: skip
         self.stride_bytes, self.calls = stride_bytes, calls or IoCalls()
         self.slots_per_segment, self.num_slots = slots_of(disk_bytes - FOLDER_BYTES * len(paths),
                                                           stride_bytes + ROW_BYTES, segment_bytes)  # fmt: skip
@@ -71,7 +73,7 @@ class Segments:
             for folder, path in zip(self._folders, paths, strict=True):
                 self._expelled += make_room(path, namespace, self._missing_bytes(folder))
             for number in range(-(-self.num_slots // self.slots_per_segment)):
-                self._open(number, segment_page(namespace, rank, number, stride_bytes))
+                self._open(number, segment_page(namespace, rank, number, stride_bytes, codec))
         except BaseException:
             self.close()
             raise
@@ -195,8 +197,8 @@ def disk_bytes_of(num_slots, stride_bytes, num_paths=1, segment_bytes=SEGMENT_BY
     return FOLDER_BYTES * num_paths + whole * segment_bytes + (around + rest * slot_bytes if rest else 0)
 
 
-def segment_page(namespace, rank, number, stride_bytes):
+def segment_page(namespace, rank, number, stride_bytes, codec=0):
     """The first page of a segment. One that differs in any byte is of another, and nothing behind it is read."""
-    fields = struct.pack("<8sIIIIQ32s", MAGIC, VERSION, 0, rank, number, stride_bytes, namespace)  # 0: the codec
+    fields = struct.pack("<8sIIIIQ32s", MAGIC, VERSION, codec, rank, number, stride_bytes, namespace)
     body = fields.ljust(PAGE_BYTES - 8, b"\0")
     return body + struct.pack("<Q", payload_sums(body)[0])

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvortex.arguments import shown, whole_number
+from kvortex.codec._coder import BlockCoder
+from kvortex.codec._ecsq import LEVELS
 from kvortex.config import parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
@@ -18,6 +20,7 @@ from kvortex.tiers.disk.file_system import warn_of_file_systems
 from kvortex.tiers.disk.manifest import take_manifest, write_manifest
 from kvortex.tiers.disk.segments import SEGMENT_BYTES, Segments
 
+CODECS = ("exact", "ecsq")
 NO_TAG = bytes(32)  # before any weights were named
 
 
@@ -44,6 +47,15 @@ class DiskTier:
         What may be written while blocks are saved; it spares the disk. Ten seconds of it may be spent at once. Blocks
         beyond the limit stay in RAM only, until the engine has been idle for a second: then it writes them too. 0: no
         limit.
+    codec : {"exact", "ecsq"}, default "exact"
+        How blocks are coded on their way to the disk, and decoded on their way back, by the threads. "ecsq" takes a
+        third to a quarter of the room, and is lossy: `kvortex/codec/README.md` says what it costs a model. It needs a
+        layout that names its vectors. What comes from such a record is never coded again.
+    level : {1, 2, 3, 4}, default 1
+        Of "ecsq": from the most exact one to the smallest.
+    slot_ratio : float, optional
+        How many times less room a slot has than a block, 1 to 16. By default what K and V of real models take, and 5 %.
+        A block that takes more is not written (`blocks_too_large`).
     """
 
     is_remote = False
@@ -56,6 +68,9 @@ class DiskTier:
     io: str = "threads"
     segment_bytes: int = SEGMENT_BYTES
     write_bytes_per_s: int = 256 << 20
+    codec: str = "exact"
+    level: int = 1
+    slot_ratio: float | None = None
 
     if TYPE_CHECKING:  # what may be passed, of which the fields are made
 
@@ -69,6 +84,9 @@ class DiskTier:
             io: str = "threads",
             segment_bytes: int | str = SEGMENT_BYTES,
             write_bytes_per_s: int | str = 256 << 20,
+            codec: str = "exact",
+            level: int = 1,
+            slot_ratio: float | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -82,15 +100,41 @@ class DiskTier:
         for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s"):
             if isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, parse_bytes(getattr(self, name)))
-        for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s", "num_threads", "queue_blocks"):
+        for name in ("disk_bytes", "segment_bytes", "write_bytes_per_s", "num_threads", "queue_blocks", "level"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.io not in ("threads", "aio"):
             raise ConfigError(f"io must be 'threads' or 'aio', got {self.io!r}")
         for name in ("disk_bytes", "segment_bytes"):
             if not 0 < getattr(self, name) <= 1 << 50:  # each segment takes time and memory when a tier is opened
                 raise ConfigError(f"{name} must be larger than 0 and at most 2^50, got {getattr(self, name)}")
+        if self.codec not in CODECS:
+            raise ConfigError(f"codec of a disk tier must be one of {', '.join(CODECS)}, got {shown(self.codec)}")
+        if self.level not in LEVELS:
+            raise ConfigError(f"level must be {LEVELS[0]} to {LEVELS[-1]}, got {self.level}")
+        if self.slot_ratio is not None:
+            is_number = isinstance(self.slot_ratio, int | float) and not isinstance(self.slot_ratio, bool)
+            if not is_number or not 1 <= self.slot_ratio <= 16:
+                raise ConfigError(f"slot_ratio must be a number from 1 to 16, or None, got {shown(self.slot_ratio)}")
+        if self.codec == "exact" and (self.level, self.slot_ratio) != (1, None):
+            raise ConfigError("level and slot_ratio are of a codec; add codec='ecsq', or leave them out")
         if self.write_bytes_per_s < 0:
             raise ConfigError(f"write_bytes_per_s must be 0 (no limit) or more, got {self.write_bytes_per_s}")
+
+    def coder(self, packed):
+        """Return the `BlockCoder` of blocks that slots of the pool have as the PackedBlock `packed` says.
+
+        Raises
+        ------
+        ConfigError
+            There is nothing in the blocks that the codec could code.
+        """
+        try:
+            return BlockCoder(packed, self.level, self.slot_ratio)
+        except ValueError as error:
+            raise ConfigError(
+                f"the codec {self.codec!r} of the disk tier cannot code these blocks: {error}; name the roles of their "
+                f"tensors (KVLayout.from_tensors(..., roles='kv')), or leave codec out"
+            ) from None
 
     def open(self, pool, *, namespace, tag=NO_TAG, **whose):
         """Open the part of one rank, and begin to adopt what is there; see `open_store`.
@@ -108,7 +152,7 @@ class DiskTier:
         segments = store.segments
         return OpenDiskTier(store, tag, segments.new_slots, segments.folders[0], self.queue_blocks)
 
-    def open_store(self, pool, *, namespace, rank=0, num_ranks=1, replica=0, num_replicas=1):
+    def open_store(self, pool, *, namespace, rank=0, num_ranks=1, replica=0, num_replicas=1, coder=None):
         """Open the store of one rank: lock its folders, lay out segments.
 
         Parameters
@@ -119,6 +163,8 @@ class DiskTier:
             32 bytes that name the model as loaded.
         rank, num_ranks, replica, num_replicas : int
             Whose part of `disk_bytes` it is.
+        coder : BlockCoder, optional
+            Of `coder`.
 
         Returns
         -------
@@ -132,7 +178,8 @@ class DiskTier:
         segments = Segments(
             self.paths,
             namespace=namespace,
-            stride_bytes=pool.stride_bytes,
+            stride_bytes=pool.stride_bytes if coder is None else coder.stride_bytes,
+            codec=0 if coder is None else coder.codec,
             disk_bytes=self.disk_bytes // (num_ranks * num_replicas),
             rank=rank,
             replica=replica,
@@ -149,6 +196,7 @@ class DiskTier:
                 num_threads=self.num_threads,
                 queue_blocks=self.queue_blocks,
                 io=self.io,
+                coder=coder,
             )
         except BaseException:
             segments.close()
@@ -167,6 +215,10 @@ class OpenDiskTier:
         Of the weights: for every put and get from now on.
     queue_blocks : int
         Blocks that the store lets wait.
+    codec : str
+        Of the records.
+    record_bytes : int
+        Of a block as the disk has it.
     """
 
     name = "disk"
@@ -174,6 +226,7 @@ class OpenDiskTier:
 
     def __init__(self, store, tag, new_slots=(), folder=None, queue_blocks=4096):
         self.store, self.tag, self._folder, self.queue_blocks = store, tag, folder, queue_blocks
+        self.codec, self.record_bytes = store.codec, store.record_bytes
         self.catalogue = BlockIndex(store.num_slots)
         known = take_manifest(folder, tag, store.num_slots, store.payload_bytes) if folder else None
         self.adoption = Adoption(store, self.catalogue, tag, new_slots, known)

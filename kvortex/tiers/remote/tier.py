@@ -60,7 +60,7 @@ class RemoteTier:
     connect_timeout_ms: int = field(default=1000, kw_only=True)
     ca_file: str | None = field(default=None, kw_only=True)
 
-    is_remote = True
+    is_remote, codec = True, "exact"
     asks_at_once = False  # whether a question for many blocks, no chain, costs little more than one for one
 
     def __post_init__(self):
@@ -355,17 +355,20 @@ class OpenRemoteTier:
         The tag of the weights for every put and get from now on.
     queue_blocks : int
         Blocks that the store lets wait.
+    record_bytes : int
+        Of a block as the server has it.
     lookup_s : float
         How long a prefix waits for an answer.
     """
 
     is_remote = True
     is_adopting = False
+    codec = "exact"
 
     def __init__(self, settings, store, tag):
         self.name, self.queue_blocks = settings.name, settings.queue_blocks
         self.lookup_s = settings.lookup_timeout_ms / 1000
-        self.store, self._tag = store, tag
+        self.store, self._tag, self.record_bytes = store, tag, store.pool.stride_bytes
         self.catalogue = BlockIndex(store.num_slots)
         self.catalogue.add_slots(0, store.num_slots)
         self.adoption = View(
