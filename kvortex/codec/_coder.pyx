@@ -13,10 +13,7 @@ from kvortex.slots import PAGE_BYTES
 
 
 ECSQ = 5  # the codec's number in headers of records, below the level
-# Bits of a number that records of two small models took (bench/codec), without the 4 bits of each vector, and the part
-# by which the largest record of a model was larger than the mean, and a little more.
-MEAN_BITS = {1: 5.01, 2: 4.48, 3: 4.00, 4: 3.52}
-SPREAD = 0.04
+SPREAD = 0.04  # the part by which the largest record of a model was larger than the mean (ECSQ.md), and a little more
 
 
 cdef class BlockCoder:
@@ -72,8 +69,8 @@ cdef class BlockCoder:
             core.planes, core.num_planes, core.flags_offset = self.planes, len(packed.planes), packed.flags_offset
             core.coder.payload_bytes = packed.packed_bytes
         core.coder.scratch_bytes = _c.kv_ecsq_coder_block_bytes(core) + _c.kv_ecsq_scratch_bytes(core.ecsq)
-        expected = expected_bytes(packed.planes, level) if slot_ratio is None else packed.block_bytes / slot_ratio
-        pages = min(math.ceil(expected / PAGE_BYTES), -(-self.coded.max_coded_bytes // PAGE_BYTES))
+        most = (1 + SPREAD) * self.coded.typical_bytes if slot_ratio is None else packed.block_bytes / slot_ratio
+        pages = min(math.ceil(most / PAGE_BYTES), -(-self.coded.max_coded_bytes // PAGE_BYTES))
         core.coder.coded_bytes, self.stride_bytes = pages * PAGE_BYTES, (1 + pages) * PAGE_BYTES
 
     cdef _c.kv_coder *get(self) noexcept:
@@ -147,17 +144,6 @@ cdef class BlockCoder:
             is_decoded = _c.kv_ecsq_coder_decode(&self.core.coder, &coded[0], coded.shape[0], &payload[0], scratch)
         free(scratch)
         return is_decoded
-
-
-def expected_bytes(planes, level):
-    """The size that hardly any record is larger than."""
-    bits = 0
-    for plane in planes:
-        if plane.role == "exact":
-            bits += 8 * plane.num_rows * plane.row_bytes
-        else:
-            bits += (1 + SPREAD) * plane.num_rows * (plane.row_bytes // 2 * MEAN_BITS[level] + 4)
-    return bits / 8
 
 
 cdef int require(str name, Py_ssize_t nbytes, Py_ssize_t wanted) except -1:

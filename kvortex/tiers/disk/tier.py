@@ -54,7 +54,7 @@ class DiskTier:
     level : {1, 2, 3, 4}, default 1
         Of "ecsq": from the most exact one to the smallest.
     slot_ratio : float, optional
-        How many times less room a slot has than a block, 1 to 16. By default what K and V of real models take, and 5 %.
+        How many times less room a slot has than a block, 1 to 16. By default what K and V of real models take, and 4 %.
         A block that takes more is not written (`blocks_too_large`).
     """
 
