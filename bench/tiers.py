@@ -1,4 +1,4 @@
-"""What a disk tier, or a server, costs and keeps: seven measurements, each a short table.
+"""What a disk tier, or a server, costs and keeps: eight measurements, each a short table.
 
     python -m bench.tiers --dir /mnt/nvme            all of them, about five minutes and 8 GiB of the disk
     python -m bench.tiers --dir /mnt/nvme store hung those two
@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from kvortex import DiskTier, KVortexConfig, KVortexEngine, RedisTier
+from kvortex import DiskTier, KVLayout, KVortexConfig, KVortexEngine, RedisTier
 from kvortex.slots import PAGE_BYTES, stride_bytes
 from kvortex.tiers.base import HIT, BlockStatus
 from kvortex.tiers.disk.segments import disk_bytes_of
@@ -164,6 +164,71 @@ def measure_load(path, small):
             for name, seconds in medians.items()
         ],
     )
+
+
+# ---- coded ----------------------------------------------------------------------------------------------------------
+
+
+def measure_coded(path, small):
+    """Blocks of 1 MiB of K and V, as they are and coded by `ecsq`: rates in bytes of the cache, and blocks a GiB."""
+    (count, rounds), (num_layers, tokens, heads, dim) = (8, 1) if small else (512, 5), (16, 16, 8, 128)
+    numbers = np.random.default_rng(1).standard_normal((2, tokens, heads, dim), np.float32).view(np.uint16)[..., 1::2]
+    cache = np.empty((2, count, num_layers, tokens, heads, dim), np.uint16)
+    for block in range(count):  # no two blocks have the same number at one place
+        cache[:, block] = np.roll(numbers.reshape(2, -1), 997 * block).reshape(2, 1, tokens, heads, dim)
+    layers = [np.ascontiguousarray(cache[:, :, layer]) for layer in range(num_layers)]
+    before = [layer.copy() for layer in layers]
+    layout = KVLayout.from_tensors(layers, block_dim=1, roles="kv")
+    assert layout.block_bytes == MIB
+    keys, blocks = keys_of(0, count), np.arange(count)
+    engines, times = {}, {}
+    for codec in ("exact", "ecsq"):
+        disk = DiskTier(
+            os.path.join(path, codec), disk_bytes_of(count, stride_bytes(MIB, PAGE_BYTES)), write_bytes_per_s=0,
+            codec=codec,
+        )  # fmt: skip
+        pool_bytes = 2 * (count + 1) * stride_bytes(MIB, PAGE_BYTES)
+        config = KVortexConfig(cpu_pool_size_bytes=pool_bytes, device="host", tiers=(disk,), namespace="bench")
+        engines[codec], times[codec] = KVortexEngine.create(config, layout=layout), {"put": [], "promote": []}
+        engines[codec].wait_ready(A_MINUTE)
+    strides = {codec: engine.tiering.tier.record_bytes for codec, engine in engines.items()}
+    for _ in range(rounds + 1):
+        for codec, engine in engines.items():
+            engine.clear()
+            engine.save_blocks(keys, blocks).wait(A_MINUTE)
+            with timed(times[codec]["put"]):
+                assert engine.flush(A_MINUTE) == 0
+            engine.index.evict(count)
+            with timed(times[codec]["promote"]), engine.prefetch(keys, A_MINUTE) as prefetch:
+                prefetch.wait()
+                assert prefetch.num_blocks == count
+            for layer in layers:
+                layer[:] = 0
+            engine.load_blocks(keys, blocks).wait(A_MINUTE)
+            require_close(layers, before, 0 if codec == "exact" else 0.1)
+            for layer, numbers in zip(layers, before, strict=True):
+                layer[:] = numbers
+    for engine in engines.values():
+        engine.shutdown()
+    rate = {codec: {verb: count * MIB / 1e9 / statistics.median(seconds[1:]) for verb, seconds in of.items()}
+            for codec, of in times.items()}  # fmt: skip
+    show(
+        f"{count} blocks of 1 MiB, level 1, medians of {rounds}",
+        ("", "exact", "ecsq", "ratio", "wanted"),
+        [
+            (f"{verb}, GB/s", *(f"{rate[codec][verb]:.2f}" for codec in rate),
+             f"{rate['ecsq'][verb] / rate['exact'][verb]:.2f}", wanted)
+            for verb, wanted in (("put", ""), ("promote", ">= 2.5 with enough cores"))
+        ] + [("blocks a GiB", *(f"{(1 << 30) / stride:.0f}" for stride in strides.values()),
+              f"{strides['exact'] / strides['ecsq']:.2f}", ">= 3.0")],
+    )  # fmt: skip
+
+
+def require_close(layers, before, limit):
+    """Compare numbers of bfloat16: their difference is at most so much of their root mean square."""
+    for layer, numbers in zip(layers, before, strict=True):
+        is_, was = ((words.astype(np.uint32) << 16).view(np.float32) for words in (layer, numbers))
+        assert np.sqrt(np.mean((is_ - was) ** 2)) <= limit * np.sqrt(np.mean(was**2)), "a wrong block"
 
 
 # ---- restarts --------------------------------------------------------------------------------------------------------

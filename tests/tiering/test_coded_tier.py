@@ -118,6 +118,14 @@ def test_blocks_of_another_layout_stay_in_ram(rig):
     assert np.array_equal(memory, before)
 
 
+def test_threads_code_although_aio_was_asked_for(tmp_path):
+    with EngineRig(tmp_path, coded=True, disk={"io": "aio"}) as rig:
+        facts = rig.store.stats()
+        assert facts["io_engine"] == "threads" and facts["io_engine_reason"] == "records of ecsq are made by the threads"
+        rig.save(IDS)
+        assert rig.engine.flush(SECONDS) == 0 and rig.found(IDS) == [*IDS]
+
+
 @pytest.mark.parametrize("codec", ["q8", "k6v4"])
 def test_packed_blocks_are_unpacked_coded_decoded_and_packed(tmp_path, codec):
     num_blocks = 8
