@@ -15,8 +15,9 @@
 #ifndef KVORTEX_DISK_IO_H
 #define KVORTEX_DISK_IO_H
 
+#include "io_calls.h" /* first: it asks the C library for all that Linux has */
+
 #include "coder.h"
-#include "io_calls.h"
 #include "io_queue.h"
 #include "record.h"
 #include "slots.h"
@@ -184,7 +185,7 @@ static inline uint8_t kv_disk_get_coded(kv_disk *disk, kv_io_batch *batch, uint3
 /* What record the slot's header announces; its payload is verified when it is read. */
 static inline uint8_t kv_disk_scan(kv_disk *disk, kv_io_batch *batch, uint32_t block, void *page)
 {
-    const kv_record record = kv_disk_record(disk, batch, block); /* without a name */
+    const kv_record record = kv_disk_record(disk, batch, block);
     kv_record_header *header = page;
     header->magic = 0; /* as above */
     const int error = kv_disk_transfer(disk, batch->slots[block], page, KV_RECORD_HEADER_BYTES, 0);

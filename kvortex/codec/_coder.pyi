@@ -1,10 +1,12 @@
 from typing_extensions import Buffer
 
+from kvortex.codec._ecsq import Coded
 from kvortex.codec.planes import PackedBlock
 
 ECSQ: int
 
 class BlockCoder:
+    coded: Coded
     name: str
     identity: bytes
     stride_bytes: int

@@ -86,7 +86,7 @@ def test_a_block_that_does_not_fit_stays_in_ram_and_is_counted(tmp_path, caplog)
     assert [record.event for record in caplog.records].count("records_too_large") == 1
 
 
-@pytest.mark.parametrize("other", [{"codec": "exact", "slot_ratio": None}, {"level": 2}], ids=["exact", "level 2"])
+@pytest.mark.parametrize("other", [{"codec": "exact", "slot_ratio": None}, {"level": 2}], ids=["exact", "level"])
 def test_an_engine_never_gets_what_was_coded_otherwise(tmp_path, other):
     with EngineRig(tmp_path, coded=True) as rig:
         rig.save(IDS)
@@ -121,7 +121,8 @@ def test_blocks_of_another_layout_stay_in_ram(rig):
 def test_threads_code_although_aio_was_asked_for(tmp_path):
     with EngineRig(tmp_path, coded=True, disk={"io": "aio"}) as rig:
         facts = rig.store.stats()
-        assert facts["io_engine"] == "threads" and facts["io_engine_reason"] == "records of ecsq are made by the threads"
+        assert facts["io_engine"] == "threads"
+        assert facts["io_engine_reason"] == "records of ecsq are made by the threads"
         rig.save(IDS)
         assert rig.engine.flush(SECONDS) == 0 and rig.found(IDS) == [*IDS]
 
