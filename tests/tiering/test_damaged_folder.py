@@ -9,12 +9,20 @@ import shutil
 import socket
 import sqlite3
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tier_rig import PAYLOAD_BYTES, SECONDS, SEGMENT_BYTES, STRIDE_BYTES, keys_of, quota_of
+from tier_rig import (
+    PAYLOAD_BYTES,
+    SECONDS,
+    SEGMENT_BYTES,
+    STRIDE_BYTES,
+    keys_of,
+    open_now,
+    quota_of,
+    require_no_more,
+)  # fmt: skip
 from tiered_rig import NAMESPACE, POOL_SLOTS, TIER_SLOTS, EngineRig
 
 from kvortex import DiskTier, KVortexConfig, KVortexEngine, TierError
@@ -360,10 +368,10 @@ def test_two_engines_in_one_folder_are_one_too_many(filled, tmp_path):
 
 @contextlib.contextmanager
 def nothing_left_behind():
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    before = open_now()
     yield
     gc.collect()
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    require_no_more(before)
 
 
 def test_a_folder_of_somebody_else_is_refused(filled, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 from faulty_store import FAULTS, FaultyStore
-from tier_rig import SECONDS, keys_of
+from tier_rig import SECONDS, keys_of, open_now, require_no_more
 from tiered_rig import EngineRig, wait_until
 
 from kvortex import TierError
@@ -148,7 +148,7 @@ class Worker(threading.Thread):
 )
 def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed, by_layout, io, coded):
     gc.collect()  # of earlier tests
-    num_threads, num_files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    before = open_now()
     how = {"by_layout": by_layout, "coded": coded, "disk": {"io": io}}
     with EngineRig(tmp_path, num_blocks=NUM_THREADS * CHAIN_BLOCKS, **how) as rig:
         faulty = rig.tier.store = FaultyStore(rig, seed, rate=0.2, faults=FAULTS)
@@ -179,5 +179,4 @@ def test_no_fault_of_the_disk_makes_an_engine_serve_a_wrong_block(tmp_path, seed
         rig.forget_ram()
         assert rig.found(ALL[:20]) == [*ALL[:20]]
     gc.collect()
-    assert threading.active_count() == num_threads
-    assert len(os.listdir("/proc/self/fd")) <= num_files
+    require_no_more(before)

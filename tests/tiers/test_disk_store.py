@@ -18,7 +18,9 @@ from tier_rig import (
     block,
     keys_of,
     make_pool,
+    open_now,
     open_segments,
+    require_no_more,
     statuses_of,
 )
 
@@ -251,14 +253,13 @@ def test_closing_without_time_leaves_nothing_behind_where_nothing_runs(tmp_path,
 
 def test_a_dropped_store_gives_everything_back(tmp_path, io):
     pool = make_pool()
-    before = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
+    before = open_now()
     rig = DiskRig(tmp_path, io=io, pool=pool)
     batch = rig.put(range(8), range(8), wait=False)
     rig.store = rig.segments = rig = None
     assert statuses_of(batch) == [OK] * 8
     batch = None
-    after = os.listdir("/proc/self/fd"), os.listdir("/proc/self/task")
-    assert [len(names) for names in after] == [len(names) for names in before]
+    require_no_more(before)
     pool.close()
     DiskRig(tmp_path, io=io).close()
 

@@ -8,7 +8,18 @@ import sys
 
 import numpy as np
 import pytest
-from tier_rig import NUM_SLOTS, SLOT_BYTES, SPACE, STRIDE_BYTES, DiskRig, block, open_segments, quota_of
+from tier_rig import (
+    NUM_SLOTS,
+    SLOT_BYTES,
+    SPACE,
+    STRIDE_BYTES,
+    DiskRig,
+    block,
+    open_now,
+    open_segments,
+    quota_of,
+    require_no_more,
+)  # fmt: skip
 
 from kvortex import ConfigError, TierError
 from kvortex.tiers.base import BlockStatus
@@ -307,7 +318,7 @@ def test_opening_survives_any_call_that_fails(tmp_path, faulty, how):
     reopened(tmp_path, lambda rig: rig.put(range(NUM_SLOTS), range(NUM_SLOTS)))
     faulty.count()
     open_segments([tmp_path], calls=calls).close()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_now()
     for nth in range(1, faulty.seen + 1):
         faulty.plan("any", how, nth, count=1)
         try:
@@ -316,7 +327,7 @@ def test_opening_survives_any_call_that_fails(tmp_path, faulty, how):
             assert "cannot be used: " in str(error) and (
                 "; name another path" in str(error) or "are free" in str(error)
             )
-        assert len(os.listdir("/proc/self/fd")) == before, nth
+        require_no_more(before, nth)
     faulty.mend()
     served(tmp_path)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 
 import numpy as np
 from memory_store import MemoryStore
@@ -92,6 +93,19 @@ class Rig:
     def close(self):
         self.store.close()
         self.pool.close()
+
+
+def open_now():
+    """Descriptors and threads of this process."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def require_no_more(before, why=""):
+    """There are no more of them than before. Libraries have some for a moment, and a joined thread leaves late."""
+    deadline = time.monotonic() + 20
+    while any(now > then for now, then in zip(open_now(), before, strict=True)):
+        assert time.monotonic() < deadline, f"{before} descriptors and threads became {open_now()}; {why}"
+        time.sleep(0.005)
 
 
 def statuses_of(batch):
