@@ -3,7 +3,7 @@
 import numpy as np
 
 TEXTS = ("prose", "code", "chat")
-TARGETS = {"q8": 0.2e-3, "k8v5": 0.6e-3}  # of the KL over texts, on each model
+TARGETS = {"q8": 0.2e-3, "k8v5": 0.6e-3, "ecsq 1": 3e-3}  # of the KL over texts, on each model
 HEAD = (
     "| codec | bits | ratio | RMS error of K / V, % | ppl, % | KL, 1e-3 | top-1, % "
     "| look-up: ppl, % | KL, 1e-3 | top-1, % |"
@@ -96,7 +96,8 @@ def show(result):
         print(f"{HEAD}\n{'|---' * (HEAD.count('|') - 1)}|")
         for row in model["rows"]:
             errors = f"{row['k_error_percent']:.2f} / {row['v_error_percent']:.2f}"
-            line = [row["codec"], f"{row['bits']:.2f}", f"{row['ratio']:.2f}", errors]
+            sizes = [f"{row[name]:.2f}" if row[name] > 0 else "n.a." for name in ("bits", "ratio")]
+            line = [row["codec"], *sizes, errors]
             line += cells(row["texts"], TARGETS.get(row["codec"])) + cells(row["look-up"])
             print(f"| {' | '.join(line)} |")
 
@@ -112,7 +113,9 @@ def draw(result, path):
         for row in model["rows"]:
             if row["texts"]["kl"] <= 0:
                 continue  # exact
-            marker = "o" if row["codec"] in ("q8", "k8v5", "k6v4", "q4") else "x"
+            if not row["bits"] > 0:
+                continue  # unknown
+            marker = "o" if row["codec"].startswith(("q8", "k8v5", "k6v4", "q4", "ecsq")) else "x"
             place = row["bits"], row["texts"]["kl"]
             panel.plot(*place, marker, color=colour)
             panel.annotate(row["codec"], place, (6, 4), textcoords="offset points", fontsize=8, color=colour)
