@@ -342,6 +342,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             else:
                 folders = ", ".join(store.segments.folders)
                 logger.info("KVortexConnector: %d blocks on disk at the most, in %s", store.num_slots, folders)
+                if self._coder is not None:
+                    logger.info(
+                        "KVortexConnector: disk_codec %s, level %d, is lossy: what comes back from disk is close to "
+                        "what was saved, not equal to it, so answers may change",
+                        options.tier.codec, options.tier.level,
+                    )  # fmt: skip
             return store
 
         return open_store
