@@ -145,7 +145,7 @@ bench-gpu: build  ## the parts on an NVIDIA GPU, then transfers against the link
 # Models and texts come as packages of the index, with the torch that reads them, into an environment of their own.
 CODEC := $(CURDIR)/build/codec
 CODEC_PIP = $(CODEC)/bin/python -m pip install -q --disable-pip-version-check
-bench-codec: build  ## what the codecs cost two small models, in ten minutes; makes an environment of two gigabytes
+bench-codec: build  ## what the codecs cost two small models, in twenty minutes; makes an environment of two gigabytes
 	@cat bench/codec/*.txt | cmp -s - $(CODEC)/made_from || { rm -rf $(CODEC) && $(PY) -m venv $(CODEC) && \
 	    $(CODEC_PIP) -r bench/codec/requirements.txt && \
 	    $(CODEC_PIP) --no-deps --require-hashes -r bench/codec/models.txt && \

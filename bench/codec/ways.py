@@ -116,7 +116,7 @@ class CacheGen:
         scale = anchors.abs().amax(-1, keepdim=True).clamp(min=2.0**-120) / 127
         anchors = ((anchors / scale).round() * scale).repeat_interleave(10, -2)[..., :num_tokens, :]
         change = numbers - anchors
-        step = step * change.std((2, 3), keepdim=True)
+        step = step * change.std((2, 3), keepdim=True).clamp(min=2.0**-120)
         restored = (change / step).round() * step + anchors
         restored[..., ::10, :] = anchors[..., ::10, :]
         return restored.bfloat16()
