@@ -1,6 +1,6 @@
 /* coder.h: what a store makes of a block before it writes it, and the reverse, as functions that it is given.
  *
- * A shorter block than the coder is made for stays as it is.
+ * Blocks of another length than the coder is made for stay as they are.
  *
  * Invariants
  *   - Both functions may run in many threads at once, each with scratch memory of its own.
@@ -20,7 +20,7 @@ typedef struct kv_coder {
     size_t scratch_bytes;   /* of each thread */
     /* The bytes of the coded block, at most `coded_bytes`; 0: it takes more. */
     uint32_t (*encode)(const struct kv_coder *coder, const void *payload, void *coded, void *scratch);
-    /* 1; or 0: no block was coded like this, and the payload has any bytes. */
+    /* 1; or 0: no block was coded like this, and the payload may have any bytes. */
     int (*decode)(const struct kv_coder *coder, const void *coded, uint32_t coded_bytes, void *payload, void *scratch);
 } kv_coder;
 

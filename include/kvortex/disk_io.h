@@ -1,8 +1,9 @@
 /* disk_io.h: one block of a batch, between a slot of the pinned pool and a slot of a segment.
  *
  * Slot s lies in segment s / slots_per_segment, behind the segment's page. Header and payload are contiguous in either,
- * so a block is one write, or one read that verifies everything. With a coder, a record is made in, and read into, the
- * scratch memory of the thread: its page and what the coder makes of the block, as far as the slot reaches.
+ * so a block is one write, or one read that verifies everything. With a coder, the scratch memory of the thread has the
+ * record: its page and what the coder makes of the block. A read is of the whole slot, as the length of the record is not
+ * known before.
  *
  * Invariants
  *   - A read answers OK only for the record that was asked for, whole; what else lies there is the block's status.

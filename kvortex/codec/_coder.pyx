@@ -70,6 +70,8 @@ cdef class BlockCoder:
             core.coder.payload_bytes = packed.packed_bytes
         core.coder.scratch_bytes = _c.kv_ecsq_coder_block_bytes(core) + _c.kv_ecsq_scratch_bytes(core.ecsq)
         most = (1 + SPREAD) * self.coded.typical_bytes if slot_ratio is None else packed.block_bytes / slot_ratio
+        if slot_ratio == 1:
+            most = self.coded.max_coded_bytes
         pages = min(math.ceil(most / PAGE_BYTES), -(-self.coded.max_coded_bytes // PAGE_BYTES))
         core.coder.coded_bytes, self.stride_bytes = pages * PAGE_BYTES, (1 + pages) * PAGE_BYTES
 

@@ -87,7 +87,7 @@ class KVortexEngine(EngineCore):
         ------
         ConfigError
             A setting does not fit: no block size, a pool smaller than one slot, blocks of the layout above block_bytes,
-            no such device, a codec that can pack nothing of the layout.
+            no such device, a codec (of the tier, too) that can pack nothing of the layout.
         PoolExhausted
             The machine or its cgroup cannot hold the pool, asked before any page is touched; or `gpu_pool_size_bytes`
             is too small for the gather.
@@ -173,7 +173,7 @@ class KVortexEngine(EngineCore):
         config, (settings,) = self.config, self.config.tiers
         fingerprint = b"" if layout is None else self._fingerprint_of(layout)
         space = hashlib.sha256(f"kvortex 1 {self.pool.payload_bytes} {config.namespace}".encode() + b"\0" + fingerprint)
-        coding = {}
+        coder = None
         if settings.codec != "exact":
             if layout is None:
                 raise ConfigError(
@@ -182,8 +182,8 @@ class KVortexEngine(EngineCore):
                 )
             coder = settings.coder(slot_block(layout, config.codec, config.exact_layers))
             space.update(b"\0" + coder.identity)
-            coding = {"coder": coder}
-        tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights), **coding)
+            self._coded_fingerprint = layout.fingerprint
+        tier = settings.open(self.pool, namespace=space.digest(), tag=tag_of(config.weights), coder=coder)
         try:
             blocks_per_s = config.prefill_tokens_per_s / config.block_tokens if config.block_tokens else 0.0
             tiering = Tiering(
@@ -282,7 +282,8 @@ class KVortexEngine(EngineCore):
         Raises
         ------
         ConfigError
-            Its blocks are larger than the pool's slots, or it lies on a GPU and the engine's device is the host.
+            Its blocks are larger than the pool's slots, or it lies on a GPU and the engine's device is the host; or it
+            shares keys with the first layout, and the tier would code its blocks otherwise.
         ValueError, TypeError
             It was added before, is a part, or shares memory with a layout that is there; or there are too many.
         DriverError, MemoryError, PoolExhausted
@@ -301,6 +302,7 @@ class KVortexEngine(EngineCore):
             carrier = None
             try:
                 self._require_fit(layout, self.config.codec, self.config.exact_layers)
+                self._require_coded_alike(layout)
                 require_reachable(layout, self.device, self.config)
                 carrier = make_carrier(self.config, self.device, self.pool, layout, self.device_pool, self._signals)
                 self._add_carrier(carrier)
@@ -308,6 +310,17 @@ class KVortexEngine(EngineCore):
                 if carrier is not None:
                     self._drop_carrier(carrier)
                 raise
+
+    def _require_coded_alike(self, layout: KVLayout) -> None:
+        """Refuse a layout that shares keys with the first one and has other numbers where the tier codes them."""
+        if self.tiering is None or self.tiering.tier.codec == "exact" or layout.fingerprint != self._coded_fingerprint:
+            return
+        coder = self.config.tiers[0].coder(slot_block(layout, self.config.codec, self.config.exact_layers))
+        if coder.identity != self.tiering.tier.store.coder.identity:
+            raise ConfigError(
+                f"{layout!r} has the fingerprint of the engine's first layout, but K and V elsewhere in its blocks, "
+                f"and the tier codes these; give it a name of its own (name=...), or the same roles"
+            )
 
     def remove_layout(self, layout: KVLayout, timeout_ms: int | None = None) -> None:
         """Let no call name a layout any more, wait for its jobs (GIL released), and give its streams back.

@@ -152,7 +152,9 @@ class Tiering:
             is_held |= self._num_held() > 0
             if left < least:
                 least, least_at_s = left, time.monotonic()
-            if not left or not is_held or time.monotonic() >= deadline_s or self._is_in_trouble(self._write_breaker):
+            if left <= self._cleaner.num_staying or not is_held:
+                break  # nothing is left, or only what the tier is not to have; or nobody holds any of it
+            if time.monotonic() >= deadline_s or self._is_in_trouble(self._write_breaker):
                 break
             if not self._num_saving() and time.monotonic() >= least_at_s + STALLED_S:
                 break  # no progress: what is left cannot be written

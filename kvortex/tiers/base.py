@@ -81,7 +81,7 @@ class Store(Protocol):
     codec : str
         Of the records. What is read from any but "exact" ones is close to what was written, not equal to it.
     record_bytes : int
-        That a block takes at the most.
+        Of the longest record, with its header page.
     """
 
     num_slots: int

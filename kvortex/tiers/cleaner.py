@@ -25,7 +25,7 @@ MOST_WINDOWS = 4
 PUT_TIMEOUT_MS = 10_000
 RETRY_S = 0.1
 REFUSED = (BlockStatus.READ_ONLY, BlockStatus.NO_SPACE, BlockStatus.TOO_LARGE)  # trying again would change nothing
-MUCH_TOO_LARGE = 0.01  # the share of records from which on it is logged
+MUCH_TOO_LARGE, LEAST_RECORDS = 0.01, 100  # from which share on, of how many records, it is logged
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Cleaner:
         self.num_written = self.num_written_beyond = self.num_failed = self.num_too_large = 0
         self._out = deque()  # batches in flight, in the order in which they were begun and end
         self._num_passed = 0  # blocks skipped in this pass, none of which the tier has
+        self._num_staying = self.num_staying = 0  # blocks that only RAM can have, in this pass and in the last one
         self._admits_all = False  # write skipped blocks too, for the rest of this pass
         self._for_a_flush = False
         self._flushes, self._flushing = [], []  # events: whose pass has not begun, whose pass is going on
@@ -97,13 +98,14 @@ class Cleaner:
 
     def _begin_pass(self, for_a_flush):
         self.index.offer_again()
-        self._admits_all, self._for_a_flush, self._num_passed = True, for_a_flush, 0
+        self._admits_all, self._for_a_flush, self._num_passed, self._num_staying = True, for_a_flush, 0, 0
 
     def _end_pass(self):
         """End the pass, which has come to the hottest block, if all its batches are over."""
         if self._out:
             return
         self._admits_all = self._for_a_flush = False
+        self.num_staying = self._num_staying
         for over in self._flushing:
             over.set()
         self._flushing = []
@@ -151,6 +153,7 @@ class Cleaner:
         self.budget.give_back(int(is_paid[wanted[statuses == ReserveStatus.PRESENT]].sum()) * self._record_bytes)
         self.num_taken += len(blocks.slots)
         self._num_passed += int((~is_wanted & ~stays).sum())
+        self._num_staying += int((stays & ~is_clean).sum())
         self.num_pinned += len(blocks.slots)
         has, refused = wanted[statuses == ReserveStatus.PRESENT], wanted[statuses > ReserveStatus.PRESENT]
         self._out.append(Cleaning(blocks, has, refused, written, tier_slots, batch, now_s + PUT_TIMEOUT_MS / 1000))
@@ -185,30 +188,37 @@ class Cleaner:
         is_there = self.tier.catalogue.commit(kept) == CommitStatus.READY
         self._erase(kept[~is_there])  # discarded meanwhile
         clean[written[is_kept]] = is_there
-        is_large = statuses == BlockStatus.TOO_LARGE
-        stays = np.zeros(len(blocks.slots), bool)
-        stays[written] = is_large
-        self.index.release(blocks.slots, offered=passed, clean=clean, ram_only=stays)
+        too_large = np.zeros(len(blocks.slots), bool)
+        too_large[written] = statuses == BlockStatus.TOO_LARGE
+        is_paid = (blocks.facts & (BlockFact.ADMITTED | BlockFact.CLEAN)) == BlockFact.ADMITTED
+        self.budget.give_back(int((too_large & is_paid).sum()) * self._record_bytes)
+        self.index.release(blocks.slots, offered=passed, clean=clean, ram_only=too_large)
+        self._num_staying += int(too_large.sum())
         self.num_pinned -= len(blocks.slots)
         is_beyond = (blocks.facts[written] & (BlockFact.ADMITTED | BlockFact.CLEAN)) == 0
         self.num_written += int(is_ok.sum())
         self.num_written_beyond += int((is_ok & is_beyond).sum())
         self.num_failed += int((~is_ok).sum())
-        self._count_too_large(int(is_large.sum()))
+        self.count_too_large(int(too_large.sum()))
         if batch is not None and not cleaning.is_late:
             self.breaker.saw(statuses, now_s)
         if not passed.all():
             self._not_before_s = now_s + RETRY_S
 
-    def _count_too_large(self, count):
-        """Count records that did not fit into a slot of the tier, and say so if there are many."""
+    def count_too_large(self, count, num_others=0):
+        """Count records that did not fit into a slot of the tier, and say so if there are many.
+
+        `num_others` were written by others.
+        """
         self.num_too_large += count
-        if count and self.num_too_large > MUCH_TOO_LARGE * (self.num_written + self.num_too_large):
+        num_records = self.num_written + self.num_too_large + num_others
+        if count and num_records >= LEAST_RECORDS and self.num_too_large > MUCH_TOO_LARGE * num_records:
             warn_once(
                 "records_too_large",
                 "more than 1 % of the blocks take more room than a slot of the tier has, and are not written; "
-                "set slot_ratio lower",
+                "set slot_ratio lower, by a tenth at first",
                 tier=self.tier.name,
+                slot_ratio=self.tier.slot_ratio,
             )
 
     def _erase(self, tier_slots):

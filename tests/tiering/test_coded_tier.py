@@ -1,13 +1,18 @@
 """A disk tier that codes blocks with loss: what comes back, what is written again, and who gets it."""
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tier_rig import PAYLOAD_BYTES, PLANES, SECONDS, keys_of, make_coder
-from tiered_rig import NUMBERS, POOL_SLOTS, EngineRig
+from tiered_rig import NUMBERS, POOL_SLOTS, EngineRig, wait_until
 
 from kvortex import ConfigError, DiskTier, KVLayout, KVortexConfig, KVortexEngine
 from kvortex.codec import PackedBlock, pack_block, unpack_block
+from kvortex.engine.tiering import STALLED_S
 from kvortex.log import _told
+from kvortex.tiers import cleaner
 
 IDS = range(16)
 
@@ -73,8 +78,9 @@ def test_a_block_that_is_saved_anew_is_coded_anew(rig):
     assert rig.known(IDS) == [*IDS]
 
 
-def test_a_block_that_does_not_fit_stays_in_ram_and_is_counted(tmp_path, caplog):
+def test_a_block_that_does_not_fit_stays_in_ram_and_is_counted(tmp_path, caplog, monkeypatch):
     _told.clear()
+    monkeypatch.setattr(cleaner, "LEAST_RECORDS", 10)
     with EngineRig(tmp_path, coded=True, disk={"slot_ratio": 16}) as rig:
         rig.save(IDS)
         assert rig.engine.flush(SECONDS) == len(IDS)
@@ -125,6 +131,44 @@ def test_threads_code_although_aio_was_asked_for(tmp_path):
         assert facts["io_engine_reason"] == "records of ecsq are made by the threads"
         rig.save(IDS)
         assert rig.engine.flush(SECONDS) == 0 and rig.found(IDS) == [*IDS]
+
+
+def test_a_layout_with_the_same_keys_and_other_numbers_is_refused(rig):
+    """Its fingerprint says nothing of K and V; coded as the first layout, its bytes would come back as others."""
+    memory = np.zeros(4 * PAYLOAD_BYTES, np.uint8)
+    runs = [(memory.ctypes.data, PAYLOAD_BYTES, PAYLOAD_BYTES)]
+    swapped = [replace(plane, role={"k": "v", "v": "k"}[plane.role]) for plane in PLANES]
+    for planes, message in (((), "no vectors of bfloat16"), (swapped, "K and V elsewhere in its blocks")):
+        with pytest.raises(ConfigError, match=message):
+            rig.engine.add_layout(KVLayout(runs, 4, planes=planes, owners=[memory]))
+    rig.engine.add_layout(KVLayout(runs, 4, planes=PLANES, owners=[memory]))
+
+
+def test_flush_does_not_wait_for_what_only_ram_can_have(rig):
+    rig.save(IDS)
+    assert rig.engine.flush(SECONDS) == 0
+    rig.forget_ram()
+    assert rig.found(IDS[:4]) == [*IDS[:4]]
+    rig.tier.discard(keys_of(IDS))
+    memory = NUMBERS[: 2 * PAYLOAD_BYTES].copy()
+    other = KVLayout([(memory.ctypes.data, PAYLOAD_BYTES, PAYLOAD_BYTES)], 2, name="other", owners=[memory])
+    rig.engine.add_layout(other)
+    rig.engine.save_blocks(keys_of(IDS[:2]), np.arange(2), layout=other).wait(SECONDS)
+    with rig.engine.prefetch(keys_of(IDS[:1]), SECONDS) as held:  # somebody always holds something
+        held.wait()
+        began = time.monotonic()
+        assert rig.engine.flush(SECONDS) >= 2
+        assert time.monotonic() - began < STALLED_S / 2
+
+
+def test_what_does_not_fit_costs_none_of_the_write_budget(tmp_path):
+    settings = {"slot_ratio": 16, "write_bytes_per_s": 1 << 12}  # for ten seconds a few pages
+    with EngineRig(tmp_path, coded=True, disk=settings) as rig:
+        for number in IDS:
+            rig.save([number])
+            wait_until(lambda number=number: rig.engine.tiering._cleaner.num_too_large > number)
+        stats = rig.engine.get_stats().tiers[0]
+        assert stats.blocks_not_admitted == 0 and stats.blocks_admitted == len(IDS)
 
 
 @pytest.mark.parametrize("codec", ["q8", "k6v4"])

@@ -116,6 +116,8 @@ def test_what_cannot_be_packed_is_refused_at_start(specs, why):
     block_bytes = LAYERS * specs[0].page_size_bytes
     with pytest.raises(ConfigError, match=why):
         packed_bytes_of(config_of(*specs), block_bytes, "q8", ())
+    with pytest.raises(ConfigError, match=f"disk_codec 'ecsq' .*{why}"):
+        packed_bytes_of(config_of(*specs), block_bytes, "q8", (), name="disk_codec 'ecsq'")
 
 
 def test_layers_of_several_groups_that_share_a_page_have_one_number():

@@ -5,6 +5,7 @@ import gc
 import os
 import resource
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from test_faults import refused
 from kvortex import ConfigError
 from kvortex.index import BlockIndex, ReserveStatus
 from kvortex.integrations.vllm import worker_tier
+from kvortex.integrations.vllm.connector import KVortexConnector
 from kvortex.integrations.vllm.keys import keys_of
 from kvortex.integrations.vllm.messages import GET, PUT, RANGE_SLOTS, Found, Moved, WorkerReport
 from kvortex.integrations.vllm.options import ConnectorOptions
@@ -270,6 +272,15 @@ def test_folders_that_are_none_are_refused_before_anything_is_loaded(paths):
 def test_values_that_are_none_are_refused_by_name(more):
     with pytest.raises(ConfigError, match=next(iter(more))):
         ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", "disk_path": "/tmp/x", "disk_bytes": "1GiB", **more})
+
+
+@pytest.mark.parametrize("more", [{}, {"disk_codec": "ecsq"}, {"codec": "q8"}])
+def test_a_codec_of_the_disk_needs_to_see_each_layer_as_one_of_the_pool_does(more):
+    disk = {"disk_path": "/tmp/x", "disk_bytes": "1GiB"}
+    options = ConnectorOptions.parse({"cpu_pool_size_bytes": "1MiB", **disk, **more})
+    assert options.is_lossy == bool(more)
+    worker = SimpleNamespace(worker=SimpleNamespace(options=options))
+    assert KVortexConnector.prefer_cross_layer_blocks.fget(worker) == (not more)
 
 
 def test_verify_is_refused_beside_a_lossy_disk():

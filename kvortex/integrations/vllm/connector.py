@@ -375,7 +375,7 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
     @property
     def prefer_cross_layer_blocks(self):
         """Whether vLLM's V1 runner (0.15 to 0.26) shall keep a block as one piece. A codec must see each layer."""
-        return self.worker is None or self.worker.options.engine.codec == "exact"
+        return self.worker is None or not self.worker.options.is_lossy
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config):
@@ -520,13 +520,12 @@ class KVortexConnector(base.KVConnectorBase_V1, base.SupportsHMA):
             )
             engine = self.worker.options.engine
             tier = self.worker.options.tier
-            tier_codec = "exact" if tier is None else tier.codec
-            if (engine.codec, tier_codec) != ("exact", "exact"):
+            if self.worker.options.is_lossy:
                 specs = [self._spec_of(name) for name in names]
                 num_blocks, on_cpu = self.worker.shape.num_device_blocks, current_platform.is_cpu()
                 layout = with_planes(layout, tensors, block_dims, specs, num_blocks, on_cpu=on_cpu)
             slot_bytes = packed_bytes(layout, engine.codec, engine.exact_layers)
-            if tier_codec != "exact":
+            if tier is not None and tier.codec != "exact":
                 self._coder = tier.coder(slot_block(layout, engine.codec, engine.exact_layers))
             if slot_bytes > self.worker.shape.block_bytes:
                 raise ConfigError(

@@ -165,6 +165,11 @@ class ConnectorOptions:
         engine = KVortexConfig(**{name: extra[name] for name in ENGINE_OPTIONS if name in extra}, **tier_of(extra))
         return cls(engine=engine, blocks_per_object=count, **{name: extra[name] for name in own & extra.keys()})
 
+    @property
+    def is_lossy(self):
+        """Whether the pool or the tier has a codec: then K and V must be told apart in every layer."""
+        return self.engine.codec != "exact" or (self.tier is not None and self.tier.codec != "exact")
+
     def joined_blocks(self, shape):
         """How many blocks of full attention share a value on a server.
 
@@ -273,6 +278,9 @@ class PoolShape:
         if engine.codec != "exact":
             how = (engine.codec, engine.exact_layers)
             block_bytes = packed_bytes_of(kv_cache_config, block_bytes, *how, on_cpu=on_cpu)
+        elif options.is_lossy:  # whoever can be packed by q8 can be coded
+            name = f"disk_codec {options.tier.codec!r}"
+            packed_bytes_of(kv_cache_config, block_bytes, "q8", (), on_cpu=on_cpu, name=name)
         rank_bytes, stride = engine.cpu_pool_size_bytes // num_ranks, stride_bytes(block_bytes, engine.header_bytes)
         if rank_bytes < stride:
             raise ConfigError(

@@ -13,45 +13,46 @@ DIM_ON_CPUS = 32  # vLLM's kernels for CPUs keep K and V in tiles of their own, 
 TOKENS_OF_KERNELS = 16  # the smallest blocks that attention kernels have within those of the scheduler
 
 
-def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers, *, on_cpu=False):
+def packed_bytes_of(kv_cache_config, block_bytes, codec, exact_layers, *, on_cpu=False, name=None):
     """What a packed block takes at the most, for vLLM's ``KVCacheConfig`` of one rank.
 
     Both halves ask, and the scheduler's sees no tensor: so it is what follows from the spec of a layer, whatever the
     order of K, V, heads and tokens, and however small the blocks of the attention kernel are. `on_cpu`: vLLM's kernels
-    run on CPUs.
+    run on CPUs. `name`: what messages call the codec.
 
     Raises
     ------
     ConfigError
         The codec can pack nothing of such a cache, or its layers differ in a way that it cannot pack.
     """
+    name = name or f"the codec {codec!r}"
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     shapes = [shape_of(spec) for spec in specs]
     pages = {spec.page_size_bytes for spec in specs}
     if None in shapes or len(pages) != 1 or len({shape[3:] if shape[3] == 2 else shape for shape in shapes}) != 1:
         raise ConfigError(
-            f"the codec {codec!r} packs caches of attention in bfloat16 whose layers have pages of one size, and this "
+            f"{name} packs caches of attention in bfloat16 whose layers have pages of one size, and this "
             f"model's groups are {sorted({type(spec).__name__ for spec in specs})} of "
             f"{sorted({str(getattr(spec, 'dtype', None)) for spec in specs})} with pages of {sorted(pages)} bytes; "
-            f"leave codec out"
+            f"leave it out"
         )
     (page_bytes,), parts, dim_of_all = pages, shapes[0][3], common_dim(specs, on_cpu)
     head_dim, tokens = dim_of_all or shapes[0][2], max(shape[0] for shape in shapes)
     if dim_of_all and len(set(CODECS[codec])) > 1:
         why = "on CPUs vLLM keeps tiles of both" if on_cpu else "heads of several shapes share pages here"
-        raise ConfigError(f"the codec {codec!r} packs K and V differently, and {why}; use q8 or q4")
+        raise ConfigError(f"{name} packs K and V differently, and {why}; use q8 or q4")
     num_layers, rest = divmod(block_bytes, page_bytes)
     if rest or any(page_bytes != 2 * prod(shape) for shape in shapes):
-        raise ConfigError(f"the codec {codec!r} cannot pack pages of {page_bytes} bytes with padding; leave codec out")
+        raise ConfigError(f"{name} cannot pack pages of {page_bytes} bytes with padding; leave it out")
     role, planes = "kv" if parts == 2 else "latent", []
     for layer in range(num_layers):
         planes += planes_of_tensor(role, (head_dim,), (2,), 2, "bfloat16", layer * page_bytes, page_bytes, layer)
     try:
         packed = PackedBlock.of(covering(planes, [page_bytes] * num_layers), block_bytes, codec, exact_layers)
     except ValueError as error:
-        raise ConfigError(f"the codec {codec!r} cannot pack this KV cache: {error}") from None
+        raise ConfigError(f"{name} cannot pack this KV cache: {error}") from None
     if all(bits == 16 for bits in packed.bits):
-        raise ConfigError(f"the codec {codec!r} can pack nothing of heads of {head_dim} numbers; leave codec out")
+        raise ConfigError(f"{name} can pack nothing of heads of {head_dim} numbers; leave it out")
     more_flags = 4 * len(packed.planes) * (max(1, tokens // TOKENS_OF_KERNELS) - 1)
     return packed.packed_bytes + -(-more_flags // 16) * 16
 
@@ -156,5 +157,5 @@ def role_of(tensor, block_dim, spec):
             return "interleaved"
     raise ConfigError(
         f"the codec does not know where K and V lie in a KV cache of shape {tuple(tensor.shape)} and strides "
-        f"{tensor.stride()}, with heads of {head_dim} numbers; leave codec out, and please report this"
+        f"{tensor.stride()}, with heads of {head_dim} numbers; leave it out, and please report this"
     )

@@ -192,6 +192,7 @@ class Tier:
                  prefill_tokens_per_s=None, steps_at_once=1, remote=None, evicted=None, blocks_per_object=1,
                  saves_late=False, codec="exact"):  # fmt: skip
         self.index, self.slots, self.num_ranks, self.codec = index, slots, num_ranks, codec
+        self.slot_ratio = None  # only the stores know it
         self.record_bytes = slots.stride_bytes  # what it has coded takes less, which only the workers' stores know
         self.catalogue, self.tag, self.is_adopting = BlockIndex(1), NO_TAG, True
         self.store = RanksStore(num_ranks)
@@ -523,7 +524,14 @@ class Tier:
             self.num_not_put += int((~is_kept).sum())
             pinned = behind.is_pinned
             # Never offered, so most recent now; what was not written the cleaner takes.
-            self.index.release(behind.slots[pinned][::-1], offered=True, clean=is_kept[pinned][::-1])
+            too_large = behind.batch.statuses == BlockStatus.TOO_LARGE
+            self.index.release(
+                behind.slots[pinned][::-1],
+                offered=True,
+                clean=is_kept[pinned][::-1],
+                ram_only=too_large[pinned][::-1],
+            )
+            self.cleaner.count_too_large(int(too_large.sum()), self.num_put_behind)
             self.index.abort(behind.slots[~pinned])
             for keys in behind.to_touch:
                 self.index.touch(keys)

@@ -270,7 +270,7 @@ cdef class DiskStore:
 
     @property
     def record_bytes(self):
-        """Bytes that a block takes at the most."""
+        """Bytes of the longest record, with its header page."""
         return self.segments.stride_bytes
 
     # ---- batches ----------------------------------------------------------------------------------------------------

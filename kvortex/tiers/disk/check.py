@@ -387,7 +387,8 @@ def _text(facts):
         ("damaged", f"{facts['damaged']}"),
     ]
     given = {"garbage": garbage, "unknown": facts["unknown_records"], "undecided": facts["undecided"],
-             "unreadable": facts["unreadable"], "damaged": facts["damaged"]}  # fmt: skip
+             "unreadable": facts["unreadable"], "damaged": facts["damaged"],
+             "codec": facts["segments"]}  # fmt: skip
     lines = [_plain(facts["folder"])]
     lines += [f"  {name:<12}{value}" for name, value in rows if given.get(name, True)]
     for finding in facts["findings"]:

@@ -1,6 +1,7 @@
 """DiskTier: the settings of a tier on local disks, and what they open."""
 
 import contextlib
+import numbers
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from kvortex.codec._ecsq import LEVELS
 from kvortex.config import parse_bytes
 from kvortex.errors import ConfigError, EngineClosed
 from kvortex.index import NO_SLOT, BlockIndex
+from kvortex.slots import PAGE_BYTES
 from kvortex.tiers.base import look_up
 from kvortex.tiers.disk._disk_store import DiskStore
 from kvortex.tiers.disk.adoption import Adoption
@@ -49,13 +51,13 @@ class DiskTier:
         limit.
     codec : {"exact", "ecsq"}, default "exact"
         How blocks are coded on their way to the disk, and decoded on their way back, by the threads. "ecsq" takes a
-        third to a quarter of the room, and is lossy: `kvortex/codec/README.md` says what it costs a model. It needs a
-        layout that names its vectors. What comes from such a record is never coded again.
+        third to a quarter of the room, and is lossy: `kvortex/codec/ECSQ.md` says what it costs a model. It needs a
+        layout that names its vectors. What comes from such a record is not coded again while RAM has it.
     level : {1, 2, 3, 4}, default 1
         Of "ecsq": from the most exact one to the smallest.
     slot_ratio : float, optional
-        How many times less room a slot has than a block, 1 to 16. By default what K and V of real models take, and 4 %.
-        A block that takes more is not written (`blocks_too_large`).
+        How many times less room a slot has than a block, 1 to 16. By default what K and V of two small models took, and
+        4 %. A block that takes more is not written (`blocks_too_large`); 1: every block has room.
     """
 
     is_remote = False
@@ -112,7 +114,7 @@ class DiskTier:
         if self.level not in LEVELS:
             raise ConfigError(f"level must be {LEVELS[0]} to {LEVELS[-1]}, got {self.level}")
         if self.slot_ratio is not None:
-            is_number = isinstance(self.slot_ratio, int | float) and not isinstance(self.slot_ratio, bool)
+            is_number = isinstance(self.slot_ratio, numbers.Real) and not isinstance(self.slot_ratio, bool)
             if not is_number or not 1 <= self.slot_ratio <= 16:
                 raise ConfigError(f"slot_ratio must be a number from 1 to 16, or None, got {shown(self.slot_ratio)}")
         if self.codec == "exact" and (self.level, self.slot_ratio) != (1, None):
@@ -164,7 +166,7 @@ class DiskTier:
         rank, num_ranks, replica, num_replicas : int
             Whose part of `disk_bytes` it is.
         coder : BlockCoder, optional
-            Of `coder`.
+            What the method `coder` made; needed with a codec.
 
         Returns
         -------
@@ -175,6 +177,8 @@ class DiskTier:
         ConfigError, TierError
             As `Segments` and `DiskStore`.
         """
+        if self.codec != "exact" and coder is None:
+            raise ConfigError(f"a tier with the codec {self.codec!r} needs a coder: pass coder=tier.coder(packed)")
         segments = Segments(
             self.paths,
             namespace=namespace,
@@ -218,7 +222,9 @@ class OpenDiskTier:
     codec : str
         Of the records.
     record_bytes : int
-        Of a block as the disk has it.
+        That a block takes on the disk, at the most.
+    slot_ratio : float or None
+        How many times smaller a record may be than its block; None: it is not coded.
     """
 
     name = "disk"
@@ -227,6 +233,8 @@ class OpenDiskTier:
     def __init__(self, store, tag, new_slots=(), folder=None, queue_blocks=4096):
         self.store, self.tag, self._folder, self.queue_blocks = store, tag, folder, queue_blocks
         self.codec, self.record_bytes = store.codec, store.record_bytes
+        coder = getattr(store, "coder", None)
+        self.slot_ratio = None if coder is None else round(coder.block_bytes / (coder.stride_bytes - PAGE_BYTES), 2)
         self.catalogue = BlockIndex(store.num_slots)
         known = take_manifest(folder, tag, store.num_slots, store.payload_bytes) if folder else None
         self.adoption = Adoption(store, self.catalogue, tag, new_slots, known)

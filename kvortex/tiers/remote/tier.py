@@ -363,7 +363,7 @@ class OpenRemoteTier:
 
     is_remote = True
     is_adopting = False
-    codec = "exact"
+    codec, slot_ratio = "exact", None
 
     def __init__(self, settings, store, tag):
         self.name, self.queue_blocks = settings.name, settings.queue_blocks
