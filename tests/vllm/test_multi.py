@@ -242,7 +242,7 @@ print(type(stats["KVortexConnector"]).__name__)
 @pytest.mark.skipif(not HAS_LAYOUT_NAMES, reason="layouts have no names in this vLLM")
 def test_no_layout_is_asked_for_beside_a_connector_that_needs_another(make_rig, monkeypatch, other, other_first):
     """NIXL's does, and vLLM refuses two that differ."""
-    monkeypatch.setattr(connector, "current_platform", SimpleNamespace(is_cuda=lambda: True))  # where one is asked for
+    monkeypatch.setattr(connector, "current_platform", SimpleNamespace(is_cuda=lambda: True, is_cpu=lambda: False))
     assert KVortexConnector.get_required_kvcache_layout(make_rig().config) is not None
     config = make_rig(other=other, other_first=other_first).config
     assert MultiConnector.get_required_kvcache_layout(config) is None
