@@ -23,8 +23,8 @@ FORMAT_VERSION = _c.KV_ECSQ_VERSION  # of records: part of the names under which
 LEVELS = tuple(range(1, _c.KV_ECSQ_LEVELS + 1))
 MAX_BLOCK_BYTES = 1 << 31
 
-# Bits of a number in the stream of SmolLM2-135M, at each level; K has more and V fewer by half of the binary logarithm of
-# the ratio of their steps.
+# Bits of a number in the stream of SmolLM2-135M, at each level. K has more of them and V fewer, by half of the binary
+# logarithm of the ratio of their steps.
 cdef double[4] STREAM_BITS = [4.97, 4.44, 3.97, 3.49]
 cdef double K_BITS = 0.32
 
