@@ -149,9 +149,11 @@ def test_a_short_load_does_not_wait_until_a_long_save_is_submitted(make_bench, h
     stands(host, "memcpy_batch_async")
     load = bench.load([100], [31])
     time.sleep(0.002)  # a slice and more
+    call = stands(host, "memcpy_batch_async")
     while not load.submitted:
-        host.step(stands(host, "memcpy_batch_async"))
+        host.step(call)
         time.sleep(0.002)
+        call = stands(host, "memcpy_batch_async")  # by then it is known whether the load is submitted
     assert not save.submitted
     host.stop_calls()
     save.wait(20_000)
